@@ -1,0 +1,43 @@
+# make train   trains two real agents on geography (set-up included)
+# make test    lints, type-checks and tests (set-up included)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GEOGRAPHY := runs/geography/data
+# Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
+TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+
+.PHONY: train train-full test lint types unit clean
+
+train: $(VENV)/ready $(GEOGRAPHY)/smollm2
+	$(BIN)/mgrpo train examples/geography/train.toml --resume
+
+train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
+	$(BIN)/mgrpo train examples/geography/full.toml --resume
+
+test: lint types unit
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+unit: $(VENV)/ready
+	$(BIN)/pytest -q --durations=10
+
+# Rebuilt when what it is built from changes; Python sources are read in place (editable install).
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.20' ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,geography]'
+	touch $@
+
+$(GEOGRAPHY)/smollm2: | $(VENV)/ready
+	$(BIN)/python examples/geography/prepare.py --out $(GEOGRAPHY)
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,33 @@
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+def align(
+    counts_R: NDArray[np.int64],
+    target: int,
+    mode: Literal["sampled", "expected"],
+    seed: int,
+    keys_R: NDArray[np.uint64],
+) -> NDArray[np.float64]: ...
+def trainable_rows(offsets_N1: NDArray[np.int64], sampled_T: NDArray[Any]) -> NDArray[np.int64]: ...
+def plan(
+    lengths_N: NDArray[np.int64],
+    cap: int,
+    ranks: int = 1,
+    cost: tuple[float, float] = (1.0, 0.0),
+    allow_empty: bool = False,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def fill(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    sampled_T: NDArray[Any],
+    ids_B: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    advantages_N: NDArray[Any],
+    weights_N: NDArray[Any],
+    *,
+    old_logprobs_T: NDArray[np.float32] | None = None,
+    sampler_logprobs_T: NDArray[np.float32] | None = None,
+    ref_logprobs_T: NDArray[np.float32] | None = None,
+) -> dict[str, Any]: ...

@@ -1,0 +1,90 @@
+#include "align.hpp"
+
+#include <algorithm>
+
+#include "check.hpp"
+
+namespace mgrpo {
+namespace {
+
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
+
+/// The output function of splitmix64 (Steele, Lea and Flood 2014): a bijection of the 64-bit numbers.
+uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+/// The random numbers of one rollout: splitmix64 started from its seed and key.
+class Draws {
+ public:
+  Draws(uint64_t seed, uint64_t key) : state_(mix(mix(seed + kGolden) + key)) {}
+
+  /// Uniform in [0, bound): the lowest 2^64 mod bound numbers are drawn again, so no value has one more than another.
+  int64_t below(int64_t bound) {
+    const auto n = static_cast<uint64_t>(bound);
+    uint64_t draw = next();
+    while (draw < (0 - n) % n) draw = next();
+    return static_cast<int64_t>(draw % n);
+  }
+
+ private:
+  uint64_t next() { return mix(state_ += kGolden); }
+
+  uint64_t state_;
+};
+
+void add_with_replacement(std::span<double> copies, int64_t target, Draws& draws) {
+  const auto count = static_cast<int64_t>(copies.size());
+  std::ranges::fill(copies, 1.0);
+  for (int64_t i = count; i < target; ++i) copies[draws.below(count)] += 1.0;
+}
+
+/// Floyd's sampling: `target` draws whatever the count, no table.
+void choose_without_replacement(std::span<double> copies, int64_t target, Draws& draws) {
+  const auto count = static_cast<int64_t>(copies.size());
+  for (int64_t last = count - target; last < count; ++last) {
+    const int64_t drawn = draws.below(last + 1);
+    copies[copies[drawn] == 0.0 ? drawn : last] = 1.0;
+  }
+}
+
+/// The checked sum of the counts.
+int64_t total_of(std::span<const int64_t> counts_R) {
+  int64_t total = 0;
+  for (size_t r = 0; r < counts_R.size(); ++r) {
+    require(counts_R[r] >= 0, "counts[", r, "] is ", counts_R[r], ", expected at least 0");
+    require(counts_R[r] <= kMostTrajectories - total, "counts[", r, "] is ", counts_R[r], ": the sum passes ",
+            kMostTrajectories);
+    total += counts_R[r];
+  }
+  return total;
+}
+
+}  // namespace
+
+std::vector<double> align(std::span<const int64_t> counts_R, int64_t target, AlignMode mode, uint64_t seed,
+                          std::span<const uint64_t> keys_R) {
+  require(target >= 1 && target <= kMostTarget, "target must be from 1 to ", kMostTarget, ", got ", target);
+  require(keys_R.size() == counts_R.size(), "keys has ", keys_R.size(), " entries, expected one for each of the ",
+          counts_R.size(), " counts");
+  std::vector<double> copies_T(total_of(counts_R), 0.0);
+  std::span<double> rest(copies_T);
+  for (size_t r = 0; r < counts_R.size(); ++r) {
+    const auto copies = rest.first(counts_R[r]);
+    rest = rest.subspan(counts_R[r]);
+    if (copies.empty()) continue;
+    Draws draws(seed, keys_R[r]);
+    if (mode == AlignMode::expected) {
+      std::ranges::fill(copies, static_cast<double>(target) / static_cast<double>(counts_R[r]));
+    } else if (counts_R[r] <= target) {
+      add_with_replacement(copies, target, draws);
+    } else {
+      choose_without_replacement(copies, target, draws);
+    }
+  }
+  return copies_T;
+}
+
+}  // namespace mgrpo

@@ -1,0 +1,101 @@
+"""Causal attention over sequences of different lengths on a CPU, with a backward made of matmuls.
+
+Departs from calling torch's fused attention once per sequence: its backward on a CPU takes four to six times as long as
+the same sums written as batched matmuls at the lengths of agents' turns (bench/NOTES.md). Sequences of like length are
+padded to one batch (at most twofold), the forward is torch's fused kernel, the backward recomputes the probabilities.
+
+Legend: T tokens of the flat row, A heads, D head size, B sequences of a batch, L its longest, P = B * L.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of like length as one padded batch. tokens_P: flat token of each place (pads repeat the last one);
+    flat: the real tokens, places: where each of them lies in the batch."""
+
+    tokens_P: Tensor
+    flat: Tensor
+    places: Tensor
+    longest: int
+
+    def pad(self, x_ATD: Tensor) -> Tensor:
+        """(A, T, D) -> (A, B, L, D)."""
+        heads, _, size = x_ATD.shape
+        return x_ATD[:, self.tokens_P].view(heads, -1, self.longest, size)
+
+
+def buckets(lengths: list[int]) -> list[Bucket]:
+    """Batches of sequences, each at least half as long as its batch's longest."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or lengths[i] * 2 < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(i)
+    return [_bucket([(starts[i], lengths[i]) for i in group]) for group in groups]
+
+
+def _bucket(spans: list[tuple[int, int]]) -> Bucket:
+    longest = spans[0][1]
+    places_BL = torch.arange(len(spans) * longest).view(len(spans), longest)
+    starts_B1, lengths_B1 = torch.tensor(spans).T[..., None]
+    offsets_L = torch.arange(longest)
+    real_BL = offsets_L < lengths_B1
+    tokens_BL = starts_B1 + torch.minimum(offsets_L, lengths_B1 - 1)
+    return Bucket(tokens_BL.flatten(), tokens_BL[real_BL], places_BL[real_BL], longest)
+
+
+class _Causal(torch.autograd.Function):
+    """q, k, v (A, T, D) -> (A, T, D), each sequence attending to itself; the backward recomputes probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, parts: list[Bucket]) -> Tensor:
+        out_ATD = torch.empty_like(q_ATD, memory_format=torch.contiguous_format)
+        for part in parts:
+            q, k, v = part.pad(q_ATD), part.pad(k_ATD), part.pad(v_ATD)
+            out_ABLD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            out_ATD[:, part.flat] = out_ABLD.flatten(1, 2)[:, part.places]
+        ctx.save_for_backward(q_ATD, k_ATD, v_ATD, out_ATD)
+        ctx.scale, ctx.parts = scale, parts
+        return out_ATD
+
+    @staticmethod
+    def backward(ctx: Any, dout_ATD: Tensor) -> tuple[Tensor | None, ...]:
+        q_ATD, k_ATD, v_ATD, out_ATD = ctx.saved_tensors
+        grads = [torch.empty_like(q_ATD, memory_format=torch.contiguous_format) for _ in range(3)]
+        for part in ctx.parts:
+            dout_ABLD = torch.zeros_like(part.pad(dout_ATD))  # a pad has no gradient
+            dout_ABLD.flatten(1, 2)[:, part.places] = dout_ATD[:, part.flat]
+            q, k, v, out = (part.pad(x) for x in (q_ATD, k_ATD, v_ATD, out_ATD))
+            for grad_ATD, grad_ABLD in zip(grads, _backward(q, k, v, out, dout_ABLD, ctx.scale), strict=True):
+                grad_ATD[:, part.flat] = grad_ABLD.flatten(1, 2)[:, part.places]
+        return *grads, None, None
+
+
+def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, (A, B, L, D) each. Scores and probabilities in at least fp32, products in q's dtype."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    length = q.shape[2]
+    mask_LL = torch.full((length, length), float("-inf"), dtype=wide).triu(1)
+    scores_ABLL = torch.matmul((q * scale).to(wide), k.to(wide).transpose(2, 3)).add_(mask_LL)
+    probs_ABLL = scores_ABLL.softmax(-1)
+    narrow_ABLL = probs_ABLL.to(q.dtype)
+    dv = torch.matmul(narrow_ABLL.transpose(2, 3), dout)
+    dprobs_ABLL = torch.matmul(dout, v.transpose(2, 3)).to(wide)
+    delta_ABL1 = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    dscores_ABLL = dprobs_ABLL.sub_(delta_ABL1).mul_(probs_ABLL).mul_(scale).to(q.dtype)
+    return torch.matmul(dscores_ABLL, k), torch.matmul(dscores_ABLL.transpose(2, 3), q), dv
+
+
+def causal_attention(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, parts: list[Bucket]) -> Tensor:
+    """Attention of each sequence of the flat row to itself, (A, T, D) in q's dtype. parts: from `buckets`."""
+    return _Causal.apply(q_ATD, k_ATD, v_ATD, scale, parts)

@@ -1,0 +1,77 @@
+"""What a config would run, and what a checkpoint is worth: the commands that train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mgrpo.engine.config import AgentConfig, Config
+from mgrpo.engine.launch import accuracy, evaluate_tasks, load_tasks, make_sampler, restore
+from mgrpo.engine.model import load_tokenizer, pick_device
+from mgrpo.engine.policy import Policy
+from mgrpo.engine.process import keep_memory
+from mgrpo.engine.rollout import Episodes, load_environment
+from mgrpo.engine.run import RunDirectory
+
+GIB = 2**30
+
+
+def describe(config: Config) -> str:
+    """Processes, devices, work and memory of a run, in plain lines. Raises ValueError for what could not run."""
+    environment = load_environment(config.environment)
+    train, held_out = (len(load_tasks(environment, split)) for split in ("train", "held_out"))
+    lines = [
+        f"topology   {config.topology}: one process, {pick_device(config.compute)}, {torch.get_num_threads()} threads",
+        f"tasks      {train} to train on, {held_out} held out, {min(held_out, config.eval.questions)} per evaluation",
+        f"stages     {config.warmup.steps} warm-up steps of {config.warmup.episodes} episodes, "
+        f"{config.steps} rl steps of {config.queries_per_step} queries x {config.algorithm.rollouts} rollouts",
+    ]
+    total = 0.0
+    for name, agent in config.agents.items():
+        load_tokenizer(name, agent)
+        weights, optimizer, cache = memory(agent, config)
+        total += weights + optimizer + cache
+        role = "trained" if agent.train else "frozen in the rl stage"
+        lines.append(
+            f"{name:10} {role}: {agent.model}\n           {weights:.2f} GiB weights, {optimizer:.2f} GiB masters, "
+            f"gradients and moments, at most {cache:.2f} GiB key-value cache"
+        )
+    lines.append(
+        f"memory     about {total:.1f} GiB and activations of micro-batches of {config.compute.max_tokens} tokens"
+    )
+    return "\n".join(lines)
+
+
+def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
+    """GiB of an agent's model, of its fp32 master weights, gradients and moments, and of a full key-value cache."""
+    model_config = AutoConfig.from_pretrained(agent.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    parameters = sum(param.numel() for param in model.parameters())
+    width = getattr(torch, config.compute.dtype).itemsize
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    per_token = 2 * model_config.num_hidden_layers * model_config.num_key_value_heads * head_dim * width
+    masters = 16 if width < 4 else 12
+    cache = config.compute.concurrency * agent.max_context * per_token
+    return parameters * width / GIB, parameters * masters / GIB, cache / GIB
+
+
+def evaluate(config: Config, checkpoint: Path) -> str:
+    """Held-out accuracy of a checkpoint, in a sentence."""
+    keep_memory()
+    if not checkpoint.is_dir():
+        raise ValueError(f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/")
+    environment = load_environment(config.environment)
+    policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
+    stage, step = restore(policies, RunDirectory.open_checkpoint(checkpoint))
+    samplers = {name: make_sampler(policy, config) for name, policy in policies.items()}
+    row = accuracy(
+        evaluate_tasks(Episodes(config, environment, dict(samplers)), load_tasks(environment, "held_out"), config)
+    )
+    return (
+        f"{checkpoint}: {stage} step {step}: held-out accuracy {row['eval/held_out_accuracy']:.1%} "
+        f"(95 % interval {row['eval/low']:.1%} to {row['eval/high']:.1%}) on {row['eval/questions']} questions, "
+        f"{row['eval/failed']} of them failed or unscored"
+    )

@@ -1,0 +1,258 @@
+"""A run's configuration: one TOML file, read strictly.
+
+Every key has its type, bounds and default here. An unknown key, a wrong type or a value out of bounds is a `ValueError`
+that names the key, the value and what was expected. Relative paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from mgrpo.engine.types import MAIN
+
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+
+
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: immutable, and no key passes unnoticed."""
+
+
+Section = TypeVar("Section", bound=Frozen)
+
+
+class EnvironmentConfig(Frozen):
+    """The user's Environment class and what it is constructed with."""
+
+    use: str  # "file.py:Class", or "package.module:Class"
+    options: dict[str, Any] = {}
+
+
+class AgentConfig(Frozen):
+    """One agent: its weights, how it samples, how it is optimised."""
+
+    model: str  # a directory with a transformers causal LM and its tokenizer
+    train: bool = True  # false: frozen in the rl stage
+    # sampling
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    stop: list[str] = []  # an action also ends at the tokenizer's end-of-sequence token
+    max_new_tokens: Count = 64  # per turn
+    max_turns: Count = 8
+    max_context: Annotated[int, Meta(ge=2)] = 1024  # tokens of one call, prompt included
+    # optimisation
+    lr: Positive = 1e-6
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    grad_clip: Positive = 1.0  # largest norm of the gradient
+    lr_warmup_steps: Whole = 0  # steps of linear rise
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the rise, to zero at the last step
+
+
+class AlgorithmConfig(Frozen):
+    """M-GRPO (arXiv 2511.13288): groups, alignment, advantages and the objective."""
+
+    rollouts: Annotated[int, Meta(ge=2)] = 8  # K, per query
+    aligned_calls: Count = 4  # D, per rollout and sub-agent
+    alignment: Literal["sampled", "expected"] = "sampled"
+    baseline: Literal["mean", "leave_one_out", "median"] = "mean"
+    scale: Literal["std", "none"] = "std"
+    std_eps: Positive = 1e-6
+    length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
+    length_constant: Positive = 64.0  # action tokens; the divisor of length_norm = "constant"
+    importance: Literal["token", "sequence", "trajectory"] = "token"
+    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.28
+    dual_clip: Annotated[float, Meta(gt=1)] | None = None
+    kl_coef: NonNegative = 0.0  # against the weights the rl stage began with
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: NonNegative = 0.0
+    sampler_cap: Positive | None = None  # truncated importance weight; null: sampler and trainer are taken as equal
+    epochs: Count = 1  # optimizer steps on each batch
+
+
+class RewardConfig(Frozen):
+    """Weights of the reward's parts; an invalid format earns 0 (Eqs. 4-5 of the paper)."""
+
+    main_format: float = 0.1
+    main_correct: float = 0.9
+    sub_format: float = 0.1
+    sub_correct: float = 0.4
+    sub_expert: float = 0.5
+    timeout: Positive = 60.0  # seconds a judge may take before the rollout stays unscored
+
+
+class WarmupConfig(Frozen):
+    """Supervised stage on scripted episodes, before rl."""
+
+    steps: Whole = 0
+    episodes: Count = 16  # per step
+    lr: Positive = 1e-4
+
+
+class EvalConfig(Frozen):
+    """Evaluation on held-out tasks, with greedy decoding."""
+
+    every: Whole = 0  # rl steps; 0: at the start and the end of the rl stage only
+    questions: Count = 200
+
+
+class CheckpointConfig(Frozen):
+    """How often to save, and how many to keep."""
+
+    every: Count = 10  # steps of a stage; each stage's last step is always saved
+    keep: Count = 2
+
+
+class ComputeConfig(Frozen):
+    """Numbers and memory."""
+
+    device: str = "auto"  # "auto": cuda where there is one, else cpu
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward and backward; master weights are float32
+    max_tokens: Count = 4096  # of one micro-batch
+    activation_checkpointing: bool = False
+    concurrency: Count = 96  # calls of one agent that the in-process sampler advances together
+
+
+class Config(Frozen):
+    """The whole file."""
+
+    run_dir: str
+    environment: EnvironmentConfig
+    agents: dict[str, AgentConfig]
+    topology: Literal["colocated"] = "colocated"
+    seed: Whole = 0
+    deterministic: bool = False  # slower kernels where needed; the same run twice gives the same bits
+    steps: Whole = 20  # of the rl stage
+    queries_per_step: Count = 8
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @property
+    def subs(self) -> list[str]:
+        """Names of the sub-agents, in the file's order."""
+        return [name for name in self.agents if name != MAIN]
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the agents that the rl stage trains, in the file's order."""
+        return [name for name, agent in self.agents.items() if agent.train]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `key.path=value` overrides, whose values are TOML (a bare word is a string).
+
+    Raises ValueError naming the key, the value and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config: {path} is no file, expected a TOML file")
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(raw, override)
+    return _absolute(parse_config(raw))
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Check a dictionary against the schema above."""
+    agents = raw.get("agents")
+    if isinstance(agents, dict):
+        for name, agent in agents.items():  # one by one: the library does not name the key of a dictionary's value
+            _convert(agent, AgentConfig, f"agents.{name}")
+    config = _convert(raw, Config, "")
+    if MAIN not in config.agents:
+        raise ValueError(f"config: agents: {sorted(config.agents)} given: expected one named {MAIN!r}")
+    for name in config.agents:
+        if not name.isidentifier():
+            raise ValueError(f"config: agents: {name!r} given: expected a name of letters, digits and underscores")
+    if not config.trained and config.steps:
+        raise ValueError("config: agents: train = false for all given: expected at least one to train, or steps = 0")
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as JSON, every default written out."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
+
+
+def read_dump(text: str) -> Config:
+    """What `dump_config` wrote."""
+    return msgspec.json.decode(text, type=Config)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set: {override!r} given, expected KEY=VALUE as in agents.main.lr=1e-6")
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"--set: {key}: {parent!r} is a value, expected a section")
+    raw[last] = _value(value)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _convert(raw: Any, schema: type[Section], prefix: str) -> Section:
+    try:
+        return msgspec.convert(raw, schema)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"config: {_explain(str(error), raw, schema, prefix)}") from error
+
+
+def _explain(message: str, raw: Any, schema: type[Frozen], prefix: str) -> str:
+    """msgspec says where and what was expected; add the value that was given, or the keys there are."""
+    expected, _, where = message.partition(" - at `$")
+    path = re.findall(r"\w+", where)
+    value = raw
+    for part in path:
+        value = value[int(part)] if isinstance(value, (list, tuple)) else value[part]
+    unknown = re.search(r"contains unknown field `(.*)`", expected)
+    if unknown:
+        path.append(unknown[1])
+        value = value[unknown[1]]
+        expected = f"no such key, expected one of {', '.join(_keys(schema, path[:-1]))}"
+    key = ".".join([prefix, *path] if prefix else path) or "the file"
+    return f"{key}: {expected}" if "missing required" in expected else f"{key}: {value!r} given: {expected}"
+
+
+def _keys(schema: type[Frozen], path: list[str]) -> list[str]:
+    for part in path:
+        schema = next(field.type for field in msgspec.structs.fields(schema) if field.name == part)
+    return [field.name for field in msgspec.structs.fields(schema)]
+
+
+def _absolute(config: Config) -> Config:
+    """Paths as given are relative to the working directory; the run must not depend on it later."""
+    agents = {
+        name: msgspec.structs.replace(agent, model=str(Path(agent.model).resolve()))
+        for name, agent in config.agents.items()
+    }
+    module, _, name = config.environment.use.rpartition(":")
+    use = f"{Path(module).resolve()}:{name}" if module.endswith(".py") else config.environment.use
+    environment = msgspec.structs.replace(config.environment, use=use)
+    run_dir = str(Path(config.run_dir).resolve())
+    return msgspec.structs.replace(config, run_dir=run_dir, agents=agents, environment=environment)

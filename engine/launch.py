@@ -1,0 +1,300 @@
+"""Topology `colocated`: one process runs the rollouts and trains every agent, step by step.
+
+A run is warm-up (supervised, on scripted episodes), then rl. A checkpoint named <stage>-<step> stands for everything
+before that step. On resume the metrics and the store are taken back to the latest checkpoint: groups it has trained on
+are acked, all others are sampled again, because the weights that sampled them are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from mgrpo.engine.batch import Weighed
+from mgrpo.engine.config import Config, dump_config, read_dump
+from mgrpo.engine.display import Display
+from mgrpo.engine.environment import Environment, Split
+from mgrpo.engine.policy import Policy
+from mgrpo.engine.process import ctrl_c, keep_memory, log_file, make_deterministic
+from mgrpo.engine.records import agents_of, call_record, rollout_counts, rollout_record
+from mgrpo.engine.report import draw
+from mgrpo.engine.rollout import Demonstrations, Episodes, Job, Rollout, load_environment
+from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.sampler import InProcessSampler
+from mgrpo.engine.statistics import wilson
+from mgrpo.engine.store import CallRecord, Store
+from mgrpo.engine.trainer import AgentTrainer, Row, optimise
+from mgrpo.engine.trajectories import TrajectoryWriter
+from mgrpo.engine.types import Task
+from mgrpo.kernels import Objective
+
+RESUME_MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute")
+WARMUP_QUERIES = 1 << 32  # warm-up and evaluation draw from other random numbers than rl queries
+EVAL_QUERIES = 1 << 33
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the step was finished and a checkpoint saved."""
+
+
+def train(config: Config, resume: bool, display: Display) -> None:
+    """Run or go on with a training run. Raises ValueError for bad input, Interrupted after Ctrl-C."""
+    run = RunDirectory(config.run_dir, resume)
+    try:
+        checkpoint = run.latest_checkpoint()
+        if run.config.exists():
+            _check_unchanged(read_dump(run.config.read_text()), config)
+        run.write_config(dump_config(config))
+        with log_file(run.log), ctrl_c() as interrupted:
+            Colocated(config, run, display, interrupted).run(checkpoint)
+    finally:
+        run.close()
+
+
+class Colocated:
+    """All agents of a run in this process."""
+
+    def __init__(self, config: Config, run: RunDirectory, display: Display, interrupted: Callable[[], bool]):
+        self.config, self.rundir, self.display, self.interrupted = config, run, display, interrupted
+        keep_memory()
+        make_deterministic(config.seed, config.deterministic)
+        self.environment = load_environment(config.environment)
+        self.tasks = {split: load_tasks(self.environment, split) for split in ("train", "held_out")}
+        self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
+        self.samplers = {name: make_sampler(policy, config) for name, policy in self.policies.items()}
+        self.episodes = Episodes(config, self.environment, dict(self.samplers))
+        self.demonstrations = Demonstrations(config, self.environment, dict(self.samplers))
+        self.store = Store(run.store_url, run=config.topology)
+        root = str(run.trajectories)
+        self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
+        self.trainers = [AgentTrainer(config, policy, self.store, root) for policy in self.policies.values()]
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Both stages, from a checkpoint or from the start."""
+        stage, step = self._restore(checkpoint)
+        if stage == "warmup":
+            self._warmup(step)
+            for policy in self.policies.values():
+                policy.reset_optimizer()
+                if self.config.algorithm.kl_coef:
+                    policy.keep_reference()
+            self._update_samplers()
+            step = 0
+            self._save("rl", 0)
+        self._rl(step)
+        self.store.close()
+
+    def _warmup(self, first: int) -> None:
+        """Supervised steps on scripted episodes: on-policy with advantage 1, the gradient is the log-likelihood's."""
+        likelihood = Objective(sampler_cap=None)
+        steps = self.config.warmup.steps
+        self.display.stage("warmup", first, steps)
+        for step in range(first, steps):
+            started = time.monotonic()
+            rollouts = self.demonstrations.run(self._warmup_jobs(step))
+            row = rollout_counts(rollouts)
+            for name, policy in self.policies.items():
+                weighed = demonstrated(name, rollouts)
+                if weighed:
+                    row |= prefix(name, optimise(policy, weighed, likelihood, self.config.warmup.lr, self.config))
+            self._log("warmup", step, row, started)
+            self._after_step("warmup", step + 1, steps)
+
+    def _rl(self, first: int) -> None:
+        """The main loop: evaluate when due, sample the step's queries, train each agent on them, save when due."""
+        steps = self.config.steps
+        self.display.stage("rl", first, steps)
+        for step in range(first, steps + 1):
+            if self._eval_due(step):
+                self._evaluate(step)
+            if step == steps:
+                break
+            started = time.monotonic()
+            row = self._sample(step)
+            row["time/rollout"] = time.monotonic() - started
+            for trainer in self.trainers:
+                row |= prefix(trainer.name, trainer.step(step))
+            self._update_samplers()
+            self._log("rl", step, row, started)
+            self._after_step("rl", step + 1, steps)
+
+    def _sample(self, step: int) -> Row:
+        """K rollouts of each of the step's queries, into the trajectory files and the store."""
+        config = self.config
+        queries = {
+            query: pick(self.tasks["train"], config.seed, query)
+            for query in range(step * config.queries_per_step, (step + 1) * config.queries_per_step)
+        }
+        agents = list(config.agents)
+        self.store.open_queries([(q, t.id) for q, t in queries.items()], agents, config.algorithm.rollouts, step)
+        jobs = [Job(q, k, task) for q, task in queries.items() for k in range(config.algorithm.rollouts)]
+        rollouts = self.episodes.run(jobs)
+        self._record(rollouts)
+        for sampler in self.samplers.values():
+            sampler.release_cache()
+        row = rollout_counts(rollouts)
+        if not row["rollouts/scored"]:
+            reason = next(rollout.error for rollout in rollouts if rollout.error)
+            raise ValueError(f"step {step}: none of {len(rollouts)} rollouts was scored; the first error: {reason}")
+        return row
+
+    def _record(self, rollouts: Sequence[Rollout]) -> None:
+        """Trajectories first, durably; then, in one transaction, what refers to them."""
+        calls: list[CallRecord] = []
+        for name, writer in self.writers.items():
+            made = [(r, i) for r in rollouts for i, agent in enumerate(agents_of(r)) if agent == name]
+            positions = writer.append([trajectory for r, i in made if (trajectory := r.trajectories[i]) is not None])
+            writer.sync()
+            made = [(r, i) for r, i in made if r.trajectories[i] is not None]
+            calls += [call_record(r, i, position) for (r, i), position in zip(made, positions, strict=True)]
+        self.store.record([rollout_record(rollout) for rollout in rollouts], calls)
+
+    def _evaluate(self, step: int) -> None:
+        """Greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
+        started = time.monotonic()
+        rollouts = evaluate_tasks(self.episodes, self.tasks["held_out"], self.config)
+        for sampler in self.samplers.values():
+            sampler.release_cache()
+        row = {"stage": "rl", "step": step, **accuracy(rollouts), "time/eval": time.monotonic() - started}
+        self.rundir.log_metrics(row)
+        self.display.row(row)
+        draw(self.rundir.path)
+
+    def _eval_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step in (0, self.config.steps) or bool(every and step % every == 0)
+
+    def _update_samplers(self) -> None:
+        """The in-process samplers read the trainers' own weights: only the version is news."""
+        for name, policy in self.policies.items():
+            self.samplers[name].version = policy.version
+
+    def _log(self, stage: str, step: int, row: Row, started: float) -> None:
+        row["time/step"] = time.monotonic() - started
+        row["perf/peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.rundir.log_metrics({"stage": stage, "step": step, **row})
+        self.display.row({"stage": stage, "step": step, **row})
+
+    def _after_step(self, stage: str, done: int, steps: int) -> None:
+        stopping = self.interrupted()
+        if stopping or done == steps or done % self.config.checkpoint.every == 0:
+            self._save(stage, done)
+        if stopping:
+            raise Interrupted(f"stopped after {stage} step {done} of {steps}; --resume goes on from here")
+
+    def _save(self, stage: str, step: int) -> None:
+        """Everything before (stage, step), atomically; then the store may know."""
+
+        def write(folder: Path) -> None:
+            agents = {name: policy.save(folder / name) for name, policy in self.policies.items()}
+            (folder / "state.json").write_text(json.dumps({"stage": stage, "step": step, "agents": agents}))
+
+        self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
+        for trainer in self.trainers:
+            trainer.ack()
+
+    def _restore(self, checkpoint: Path | None) -> tuple[str, int]:
+        stage, step = "warmup", 0
+        if checkpoint is not None:
+            stage, step = restore(self.policies, self.rundir.open_checkpoint(checkpoint))
+            self._update_samplers()
+        lost = self.store.reclaim(step if stage == "rl" else 0)
+        self.rundir.rewind_metrics(step, stage)
+        if checkpoint is not None:
+            again = f"; {lost} queries sampled since then are sampled again" if lost else ""
+            self.display.say(f"resumed from {checkpoint.name}{again}")
+        return stage, step
+
+    def _warmup_jobs(self, step: int) -> list[Job]:
+        first = WARMUP_QUERIES + step * self.config.warmup.episodes
+        queries = range(first, first + self.config.warmup.episodes)
+        return [Job(query, 0, pick(self.tasks["train"], self.config.seed, query)) for query in queries]
+
+
+def evaluate_tasks(episodes: Episodes, tasks: Sequence[Task], config: Config) -> list[Rollout]:
+    """Greedy episodes on the first eval.questions tasks of a seeded shuffle."""
+    order = np.random.default_rng([config.seed, EVAL_QUERIES]).permutation(len(tasks))[: config.eval.questions]
+    return episodes.run([Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True) for i, index in enumerate(order)])
+
+
+def accuracy(rollouts: Sequence[Rollout]) -> Row:
+    """Share of right answers among all rollouts, with its 95 % Wilson interval."""
+    correct = sum(rollout.score.correct for rollout in rollouts if rollout.score is not None)
+    low, high = wilson(correct, len(rollouts))
+    return {
+        "eval/held_out_accuracy": correct / len(rollouts),
+        "eval/low": low,
+        "eval/high": high,
+        "eval/questions": len(rollouts),
+        "eval/failed": sum(rollout.status != "scored" for rollout in rollouts),
+        "eval/calls_mean": float(np.mean([len(rollout.episode.calls) for rollout in rollouts])),
+    }
+
+
+def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
+    """Load a verified checkpoint into the policies; returns its stage and step."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    if sorted(state["agents"]) != sorted(policies):
+        raise ValueError(f"{checkpoint}: agents {sorted(state['agents'])} found, expected {sorted(policies)}")
+    for name, policy in policies.items():
+        policy.load(checkpoint / name, state["agents"][name])
+    return state["stage"], state["step"]
+
+
+def make_sampler(policy: Policy, config: Config) -> InProcessSampler:
+    return InProcessSampler(policy.model, policy.tokenizer, policy.agent, config.compute.concurrency, policy.version)
+
+
+def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
+    """The environment's tasks. Raises ValueError if there are none."""
+    tasks = environment.tasks(split)
+    if not tasks:
+        raise ValueError(f"environment: {type(environment).__name__}.tasks({split!r}) is empty, expected tasks")
+    return tasks
+
+
+def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:
+    """The task of a query: tasks are gone through in an order shuffled anew each time round."""
+    around, place = divmod(query, len(tasks))
+    return tasks[np.random.default_rng([seed, around]).permutation(len(tasks))[place]]
+
+
+def demonstrated(name: str, rollouts: Sequence[Rollout]) -> list[Weighed]:
+    """An agent's trajectories in scripted episodes; the loss is the mean over all of their action tokens."""
+    made = [
+        trajectory
+        for rollout in rollouts
+        for agent, trajectory in zip(agents_of(rollout), rollout.trajectories, strict=True)
+        if agent == name and trajectory is not None and rollout.status != "failed"
+    ]
+    actions = sum(int(trajectory.sampled.sum()) for trajectory in made)
+    return [Weighed(trajectory, 1.0, 1.0 / actions) for trajectory in made]
+
+
+def prefix(agent: str, row: Row) -> Row:
+    return {f"{agent}/{key}": value for key, value in row.items()}
+
+
+def _check_unchanged(before: Config, now: Config) -> None:
+    """A run goes on as it began, but for how long and where."""
+    old, new = (_flat(msgspec.to_builtins(config)) for config in (before, now))
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] not in RESUME_MAY_CHANGE and old.get(key) != new.get(key):
+            raise ValueError(
+                f"resume: {key}: {new.get(key)!r} given: expected {old.get(key)!r}, as the run was begun with "
+                f"(only {', '.join(RESUME_MAY_CHANGE)} may change)"
+            )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    parts = (_flat(inner, f"{key}.{name}" if key else name) for name, inner in value.items())
+    return {name: inner for part in parts for name, inner in part.items()}

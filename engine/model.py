@@ -1,0 +1,179 @@
+"""Causal LMs of `transformers`, run over packed tokens.
+
+One attention function is registered for all of them. It asks a *layout*, handed down through the model's forward, how
+the tokens of the flat row (1, T) attend to each other: `Packed` for training (sequences side by side, no padding), the
+sampler's own layout for decoding (tokens of many calls against a key-value cache).
+
+Legend: T tokens of the flat row, A query heads, G key-value heads, D head size, H hidden size, B sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import AttentionInterface
+
+from mgrpo.engine.attention import buckets, causal_attention
+from mgrpo.engine.config import AgentConfig, ComputeConfig
+
+
+class Layout(Protocol):
+    """How the tokens of one flat row attend. q (A, T, D), k and v (G, T, D) -> (T, A, D)."""
+
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
+
+
+class Packed:
+    """B sequences side by side, each causal in itself. cu_seqlens (B+1,) int32, from 0 to T."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.buckets = [] if cu_seqlens.is_cuda else buckets(cu_seqlens.diff().tolist())
+
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        if q_ATD.is_cuda:
+            return self._attend_cuda(q_ATD, k_GTD, v_GTD, scale)
+        repeat = q_ATD.shape[0] // k_GTD.shape[0]
+        k_ATD, v_ATD = k_GTD.repeat_interleave(repeat, 0), v_GTD.repeat_interleave(repeat, 0)
+        return causal_attention(q_ATD, k_ATD, v_ATD, scale, self.buckets).transpose(0, 1)
+
+    def _attend_cuda(self, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        out_TAD = varlen_attn(
+            q_ATD.transpose(0, 1).contiguous(),
+            k_GTD.transpose(0, 1).contiguous(),
+            v_GTD.transpose(0, 1).contiguous(),
+            self.cu_seqlens,
+            self.cu_seqlens,
+            self.max_seqlen,
+            self.max_seqlen,
+            scale=scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=True,
+        )
+        assert isinstance(out_TAD, Tensor)
+        return out_TAD
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    out_TAD = layout.attend(layer, query[0], key[0], value[0], scaling)
+    return out_TAD.unsqueeze(0), None
+
+
+AttentionInterface.register("mgrpo", _attention)
+
+
+def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
+    """Last hidden states (T, H) of the flat row, before the head."""
+    out = model.base_model(input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
+    return out.last_hidden_state[0]
+
+
+def pick_device(compute: ComputeConfig) -> torch.device:
+    """The device of a run. Raises ValueError if it is not there."""
+    name = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
+    return torch.device(name)
+
+
+def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of an agent, checked against its model's config (nothing big is loaded)."""
+    config = read_model_config(name, agent)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(agent.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"agents.{name}.model: {agent.model} has no readable tokenizer: {error}") from error
+    if len(tokenizer) > config["vocab_size"]:
+        raise ValueError(
+            f"agents.{name}.model: the tokenizer of {agent.model} has {len(tokenizer)} tokens, "
+            f"its model a vocabulary of {config['vocab_size']}: expected a tokenizer that fits the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"agents.{name}.model: the tokenizer of {agent.model} has no end-of-sequence token")
+    return tokenizer
+
+
+def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
+    """config.json of an agent's model directory, with the checks that need no weights."""
+    path = Path(agent.model) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"agents.{name}.model: {path} is no JSON: {error}") from error
+    if "vocab_size" not in config:
+        raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
+    context = config.get("max_position_embeddings")
+    if context is not None and agent.max_context > context:
+        raise ValueError(
+            f"agents.{name}.max_context: {agent.max_context} given: expected at most the model's {context}"
+        )
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and agent.max_context > window:
+        raise ValueError(
+            f"agents.{name}.max_context: {agent.max_context} given: expected at most {window}, "
+            f"the model's sliding window, beyond which its attention is not supported"
+        )
+    return config
+
+
+def load_model(name: str, agent: AgentConfig, compute: ComputeConfig) -> PreTrainedModel:
+    """The causal LM of an agent on its device, in the compute dtype, attention replaced by ours."""
+    read_model_config(name, agent)
+    try:
+        config = AutoConfig.from_pretrained(agent.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            agent.model, config=config, dtype=getattr(torch, compute.dtype), attn_implementation="mgrpo"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"agents.{name}.model: {agent.model} has no readable weights: {error}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the trainer must see the distribution that the sampler saw
+    nn.Module.to(model, pick_device(compute))
+    model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
+    if compute.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _probe(name, model)
+    return model
+
+
+@torch.no_grad()
+def _probe(name: str, model: PreTrainedModel) -> None:
+    """Some models scale or cap their logits after the head; ours reads hidden states and head only, so compare."""
+    ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
+    positions_T = torch.arange(4, device=model.device)
+    layout = Packed(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
+    theirs_TV = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout).logits[0]
+    head = model.get_output_embeddings()
+    ours_TV = F.linear(hidden_states(model, ids_T, positions_T, layout), head.weight, head.bias)
+    if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"agents.{name}.model: {type(model).__name__} changes its logits after the head (scaling or soft-capping), "
+            "expected a model whose logits are head(hidden states)"
+        )

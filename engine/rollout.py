@@ -1,0 +1,324 @@
+"""Episodes: the main agent acts, calls its sub-agents, reads what comes back, and answers; the environment judges.
+
+Every episode is a coroutine written the way it reads; all episodes of a batch run side by side, and the samplers
+advance whatever turns are waiting together. Tokens stay ids: only what the environment writes is tokenised, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgrpo.engine.config import Config, EnvironmentConfig
+from mgrpo.engine.environment import Environment, ToolError
+from mgrpo.engine.sampler import Completion, Sampler, Session
+from mgrpo.engine.types import (
+    MAIN,
+    Action,
+    Answer,
+    Call,
+    Delegate,
+    Episode,
+    Malformed,
+    Score,
+    Task,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rollout to make: the rollout-th episode of a query, which asks a task."""
+
+    query: int
+    rollout: int
+    task: Task
+    greedy: bool = False
+
+
+@dataclass
+class Rollout:
+    """What became of a job. trajectories[0] is the main agent's, [1 + i] that of episode.calls[i].
+
+    status: "scored"; "unscored" (the judge failed: out of its group); "failed" (the user's code raised).
+    """
+
+    job: Job
+    episode: Episode
+    status: str = "failed"
+    score: Score | None = None
+    trajectories: list[Trajectory | None] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str = ""
+
+
+class UserCodeError(Exception):
+    """The environment's code raised, timed out, or returned what it must not."""
+
+
+class Episodes:
+    """Runs batches of episodes of one environment with one sampler per agent."""
+
+    def __init__(self, config: Config, environment: Environment, samplers: dict[str, Sampler]):
+        self.config, self.environment, self.samplers = config, environment, samplers
+        self.agent_index = {name: i for i, name in enumerate(config.agents)}
+        self.logged: set[str] = set()  # tracebacks already in the log
+
+    def run(self, jobs: Sequence[Job]) -> list[Rollout]:
+        """Run all jobs side by side and return their rollouts in the jobs' order."""
+        return asyncio.run(self._run(jobs))
+
+    async def _run(self, jobs: Sequence[Job]) -> list[Rollout]:
+        tasks = [asyncio.create_task(self._rollout(job)) for job in jobs]
+        try:
+            await self._drive(set(tasks))
+            return [task.result() for task in tasks]
+        finally:  # Ctrl-C, or an error of one: end the others before their samplers are used again
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _drive(self, running: set[asyncio.Task[Rollout]]) -> None:
+        """Let every coroutine go as far as it can; then advance the sampler with the most calls waiting."""
+        while running:
+            for _ in range(4):  # a sub-agent's result reaches the main agent's next turn through as many callbacks
+                await asyncio.sleep(0)
+            finished = {task for task in running if task.done()}
+            for task in finished:
+                task.result()  # raises what ends the whole batch: an error that is not one episode's
+            running -= finished
+            busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
+            if busiest.pending:
+                busiest.step()
+            elif running:
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _rollout(self, job: Job) -> Rollout:
+        started = time.monotonic()
+        rollout = Rollout(job, Episode(Call(MAIN, job.task)))
+        rollout.trajectories.append(None)
+        try:
+            await self._call(rollout, 0, rollout.episode.main)
+            rollout.status = "unscored"
+            rollout.score = await self._score(rollout.episode)
+            rollout.status = "scored"
+        except UserCodeError as error:
+            rollout.error = str(error)
+            self._log_once(job, error)
+        rollout.seconds = time.monotonic() - started
+        return rollout
+
+    async def _call(self, rollout: Rollout, index: int, call: Call) -> None:
+        """One agent's run from its prompt to its end. index: 0 for main, 1 + i for the i-th sub-agent call."""
+        job, sampler, agent = rollout.job, self.samplers[call.agent], self.config.agents[call.agent]
+        seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
+        session = Session(seed, job.greedy, sampler.version)
+        session.append(self._encode(sampler, await self._text(self.environment.prompt, call)))
+        if len(session.tokens) >= agent.max_context and call.agent == MAIN:
+            raise ValueError(
+                f"agents.{MAIN}.max_context: {agent.max_context} given: the prompt of task {job.task.id!r} "
+                f"has {len(session.tokens)} tokens already, expected room for an answer"
+            )
+        try:
+            call.ended = await self._turns(rollout, call, sampler, session)
+        finally:
+            sampler.close(session)
+            rollout.trajectories[index] = session.trajectory()
+
+    async def _turns(self, rollout: Rollout, call: Call, sampler: Sampler, session: Session) -> str:
+        for _ in range(self.config.agents[call.agent].max_turns):
+            completion = await self._act(call, sampler, session)
+            if completion.tokens == 0:
+                return "context"
+            action = _checked_action(await self._user(self.environment.parse, call, completion.text))
+            turn = Turn(completion.text, action, truncated=completion.truncated)
+            call.turns.append(turn)
+            if isinstance(action, Answer):
+                call.answer = action.text
+                return "answer"
+            if isinstance(action, Malformed):
+                return "malformed"
+            results = await self._use_all(rollout, call, action)
+            turn.observation = await self._text(
+                self.environment.observation, call, list(zip(action, results, strict=True))
+            )
+            session.append(self._encode(sampler, turn.observation))
+        return "turns"
+
+    async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
+        return await sampler.act(session)
+
+    async def _use_all(self, rollout: Rollout, call: Call, uses: tuple[ToolCall | Delegate, ...]) -> list[str]:
+        """Tools and delegations of one turn, side by side. A sibling of one that raises still runs to its end."""
+        started = [self._use(rollout, call, use) for use in uses]
+        results = await asyncio.gather(*started, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if isinstance(result, str)]
+
+    def _use(self, rollout: Rollout, call: Call, use: ToolCall | Delegate) -> Awaitable[str]:
+        """Begin one; a sub-agent's call is entered in the episode at once: calls are numbered in the order made."""
+        if isinstance(use, ToolCall):
+            return self._tool(call, use)
+        if call.agent != MAIN or use.agent not in self.config.subs:
+            return self._refuse(call, use)
+        sub = Call(use.agent, rollout.episode.task, use.request)
+        rollout.episode.calls.append(sub)
+        rollout.trajectories.append(None)
+        return self._report(rollout, len(rollout.episode.calls), sub)
+
+    async def _refuse(self, call: Call, use: Delegate) -> str:
+        return f"error: {call.agent} cannot ask {use.agent!r}"
+
+    async def _report(self, rollout: Rollout, index: int, call: Call) -> str:
+        await self._call(rollout, index, call)
+        return call.answer if call.answer is not None else f"error: {call.agent} gave no answer"
+
+    async def _tool(self, call: Call, use: ToolCall) -> str:
+        try:
+            return await self._text(self.environment.tool, call, use)
+        except UserCodeError as error:
+            if isinstance(error.__cause__, ToolError):
+                return f"error: {error.__cause__}"
+            raise
+
+    def _encode(self, sampler: Sampler, text: str) -> list[int]:
+        return list(sampler.tokenizer.encode(text, add_special_tokens=False))
+
+    async def _user(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the user's code, plain or async. This is the one place that catches whatever it raises."""
+        try:
+            result = function(*args)
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            raise UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}") from error
+
+    async def _text(self, function: Callable[..., Any], *args: Any) -> str:
+        text = await self._user(function, *args)
+        if not isinstance(text, str):
+            raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned, expected str")
+        return text
+
+    async def _score(self, episode: Episode) -> Score:
+        """The judge's score, in a thread of its own so that one that hangs cannot stop the run."""
+        seconds = self.config.reward.timeout
+        try:
+            score = await asyncio.wait_for(self._user(_in_thread, self.environment.score, episode), seconds)
+        except TimeoutError as error:
+            raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
+        _check_score(episode, score)
+        return score
+
+    def _log_once(self, job: Job, error: UserCodeError) -> None:
+        trace = "".join(traceback.format_exception(error.__cause__ or error))
+        if trace not in self.logged:
+            self.logged.add(trace)
+            log.error("task %s, rollout %d: %s\n%s", job.task.id, job.rollout, error, trace)
+
+
+class Demonstrations(Episodes):
+    """Episodes in which the environment's script takes every agent's actions; nothing is sampled."""
+
+    async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
+        text = await self._text(self.environment.script, call)
+        tokens = self._encode(sampler, text)
+        session.append(tokens, [0.0] * len(tokens))
+        return Completion(text, len(tokens), truncated=False)
+
+
+def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
+    """Run a plain function in a daemon thread: unlike an executor's, a hanging one does not hold up the exit."""
+    if inspect.iscoroutinefunction(function):
+        return function(episode)
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Score] = loop.create_future()
+
+    def settle(score: Score | None, error: Exception | None) -> None:
+        if future.done():  # timed out
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif score is not None:
+            future.set_result(score)
+
+    def work() -> None:
+        score, raised = None, None
+        try:
+            score = function(episode)
+        except Exception as error:  # handed to the caller, `_user`
+            raised = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, score, raised)
+
+    threading.Thread(target=work, daemon=True, name="score").start()
+    return future
+
+
+def _checked_action(action: Action) -> Action:
+    uses = isinstance(action, tuple) and action and all(isinstance(use, ToolCall | Delegate) for use in action)
+    if not (isinstance(action, Answer | Malformed) or uses):
+        raise UserCodeError(
+            f"parse: {action!r} returned, expected Answer, Malformed, or a tuple of ToolCall and Delegate"
+        )
+    return action
+
+
+def _check_score(episode: Episode, score: Score) -> None:
+    if not isinstance(score, Score):
+        raise UserCodeError(f"score: {type(score).__name__} returned, expected a Score")
+    if len(score.calls) != len(episode.calls):
+        raise UserCodeError(
+            f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
+        )
+    if not math.isfinite(score.correct):
+        raise UserCodeError(f"score: correct is {score.correct}, expected a finite number")
+    for i, call in enumerate(score.calls):
+        if not math.isfinite(call.expert):
+            raise UserCodeError(f"score: calls[{i}].expert is {call.expert}, expected a finite number")
+
+
+def load_environment(config: EnvironmentConfig) -> Environment:
+    """Construct the user's environment. Raises ValueError if it cannot be found or made."""
+    module_name, _, name = config.use.rpartition(":")
+    if not module_name:
+        raise ValueError(f"environment.use: {config.use!r} given: expected file.py:Class or package.module:Class")
+    cls = getattr(_load_module(module_name), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Environment)):
+        raise ValueError(f"environment.use: {name!r} in {module_name} is {cls!r}: expected a subclass of Environment")
+    try:
+        return cls(**config.options)
+    except TypeError as error:
+        raise ValueError(f"environment.options: {config.options} given: {error}") from error
+
+
+def _load_module(name: str) -> Any:
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"environment.use: {name!r} given: {error}") from error
+    if not Path(name).is_file():
+        raise ValueError(f"environment.use: {name} is no file, expected a Python file")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the file look themselves up here
+    spec.loader.exec_module(module)
+    return module

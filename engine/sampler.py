@@ -1,0 +1,343 @@
+"""Sampling: the protocol every sampler meets, and the one that runs inside the process.
+
+The in-process sampler advances all waiting calls together, one token a step, over a flat row of exactly the tokens that
+are new (prompts, observations and single tokens side by side: no padding enters a matmul). Keys and values stay in the
+cache across the turns of a call, and a prompt that a live call already holds is copied, not computed again: the K
+rollouts of a query cost one prefill.
+
+Legend: T new tokens of a step, R calls in it, S slots of the cache, C its capacity in tokens, V vocabulary,
+A query heads, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mgrpo.engine.config import AgentConfig
+from mgrpo.engine.model import hidden_states
+from mgrpo.engine.types import Trajectory
+
+UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
+
+
+@dataclass
+class Session:
+    """One call's tokens as they grow, and its own random numbers (independent of who else is sampled beside it)."""
+
+    seed: tuple[int, ...]
+    greedy: bool = False
+    version: int = 0  # of the weights that sampled it
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
+
+    def append(self, tokens: list[int], logprobs: list[float] | None = None) -> None:
+        """Add what the agent was shown, or, with log-probs, what it sampled."""
+        self.tokens += tokens
+        self.sampled += [logprobs is not None] * len(tokens)
+        self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory(
+            np.array(self.tokens, np.int32),
+            np.array(self.sampled, bool),
+            np.array(self.logprobs, np.float32),
+            self.version,
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a turn added to a session. truncated: cut by max_new_tokens or max_context before a stop string."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Sampler(Protocol):
+    """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process."""
+
+    tokenizer: PreTrainedTokenizerBase
+    version: int
+
+    @property
+    def pending(self) -> int: ...
+
+    async def act(self, session: Session) -> Completion: ...
+
+    def step(self) -> None: ...
+
+    def close(self, session: Session) -> None: ...
+
+
+class KVCache:
+    """Keys and values of up to S calls, (layers, S, G, C, D) each; grows as needed."""
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        parameter = next(model.parameters())
+        self.k = torch.empty(
+            config.num_hidden_layers, 0, groups, 0, head_dim, dtype=parameter.dtype, device=parameter.device
+        )
+        self.v = self.k.clone()
+
+    def reserve(self, slots: int, tokens: int) -> None:
+        layers, have_slots, groups, have_tokens, head_dim = self.k.shape
+        if slots <= have_slots and tokens <= have_tokens:
+            return
+        slots = max(slots, have_slots)
+        tokens = max(have_tokens, -(-tokens // 128) * 128)
+        for name in "kv":
+            old = getattr(self, name)
+            # zeros: masked positions are read too, and 0 * NaN is NaN
+            new = old.new_zeros(layers, slots, groups, tokens, head_dim)
+            new[:, :have_slots, :, :have_tokens] = old
+            setattr(self, name, new)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.k[:, target, :, :tokens] = self.k[:, source, :, :tokens]
+        self.v[:, target, :, :tokens] = self.v[:, source, :, :tokens]
+
+
+class CachedLayout:
+    """The attention layout of one step: call r adds counts[r] tokens to the starts[r] that its slot holds."""
+
+    def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int]):
+        self.cache, self.counts = cache, counts
+        device = cache.k.device
+        self.slots_T = torch.tensor(slots, device=device).repeat_interleave(torch.tensor(counts, device=device))
+        self.positions_T = torch.cat(
+            [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
+        )
+        # calls with one new token are attended together; others one by one
+        self.single_R = torch.tensor([n == 1 for n in counts], device=device)
+        ends = np.cumsum(counts)
+        self.chunks = [
+            (slot, start, int(end) - n, int(end))
+            for slot, start, n, end in zip(slots, starts, counts, ends, strict=True)
+            if n > 1
+        ]
+        self.single_T = self.single_R.repeat_interleave(torch.tensor(counts, device=device)).nonzero()[:, 0]
+        self._plan_singles()
+
+    def _plan_singles(self) -> None:
+        slots, positions = self.slots_T[self.single_T], self.positions_T[self.single_T]
+        if not len(slots):
+            return
+        self.length = int(positions.max()) + 1
+        low, high = int(slots.min()), int(slots.max()) + 1
+        # read the slots in place when most of the range is in use; gather them otherwise
+        self.span = slice(low, high) if high - low < 2 * len(slots) else None
+        rows = high - low if self.span else len(slots)
+        self.row_S = slots - low if self.span else torch.arange(len(slots), device=slots.device)
+        lengths = torch.ones(rows, dtype=torch.long, device=slots.device)
+        lengths[self.row_S] = positions + 1
+        self.mask_S11C = (torch.arange(self.length, device=slots.device) < lengths[:, None])[:, None, None]
+
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        k_SGCD, v_SGCD = self.cache.k[layer], self.cache.v[layer]
+        k_SGCD[self.slots_T, :, self.positions_T] = k_GTD.transpose(0, 1)
+        v_SGCD[self.slots_T, :, self.positions_T] = v_GTD.transpose(0, 1)
+        out_TAD = torch.empty_like(q_ATD.transpose(0, 1), memory_format=torch.contiguous_format)
+        if len(self.single_T):
+            out_TAD[self.single_T] = self._attend_singles(q_ATD.transpose(0, 1)[self.single_T], k_SGCD, v_SGCD, scale)
+        groups = k_GTD.shape[0]
+        for slot, start, a, b in self.chunks:
+            q_GMD, count = q_ATD[:, a:b].reshape(groups, -1, q_ATD.shape[2]), b - a
+            k_GCD, v_GCD = k_SGCD[slot, :, : start + count], v_SGCD[slot, :, : start + count]
+            mask_NC = torch.ones(count, start + count, dtype=torch.bool, device=q_ATD.device).tril(start)
+            mask_MC = mask_NC.repeat(q_ATD.shape[0] // groups, 1)
+            out = F.scaled_dot_product_attention(q_GMD[None], k_GCD[None], v_GCD[None], mask_MC, scale=scale)
+            out_TAD[a:b] = out.view(q_ATD.shape[0], count, -1).transpose(0, 1)
+        return out_TAD
+
+    def _attend_singles(self, q_RAD: Tensor, k_SGCD: Tensor, v_SGCD: Tensor, scale: float) -> Tensor:
+        """One query per call: the heads that share a key-value head become the rows of one small attention."""
+        (rows, heads, head_dim), groups = q_RAD.shape, k_SGCD.shape[1]
+        index = self.span if self.span is not None else self.slots_T[self.single_T]
+        k, v = k_SGCD[index, :, : self.length], v_SGCD[index, :, : self.length]
+        q = q_RAD.new_zeros(len(k), groups, heads // groups, head_dim)
+        q[self.row_S] = q_RAD.view(rows, groups, heads // groups, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, self.mask_S11C, scale=scale)
+        return out[self.row_S].view(rows, heads, head_dim)
+
+
+@dataclass
+class _Row:
+    """A session that waits for its next token, and where it stands in the cache."""
+
+    session: Session
+    result: asyncio.Future[Completion]
+    begin: int  # where in session.tokens this turn began
+    allowed: int  # tokens it may still sample
+
+
+class InProcessSampler:
+    """Samples from a transformers model that lives in this process (and is, perhaps, being trained in it)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        agent: AgentConfig,
+        concurrency: int,
+        version: int = 0,
+    ):
+        self.model, self.tokenizer, self.agent, self.concurrency = model, tokenizer, agent, concurrency
+        self.version = version
+        self.waiting: deque[_Row] = deque()
+        self.active: list[_Row] = []
+        self.slots: dict[int, int] = {}  # id of a session -> its slot
+        self.cached: dict[int, int] = {}  # slot -> tokens it holds
+        self.prompts: dict[bytes, int] = {}  # prompt -> a slot that holds it
+        self.stop_bytes = max((len(stop.encode()) for stop in agent.stop), default=0)
+        self.cache = KVCache(model)
+
+    @property
+    def pending(self) -> int:
+        """Calls that `step` would advance: those with a slot, and as many new ones as there are slots free."""
+        fresh = sum(id(row.session) not in self.slots for row in self.waiting)
+        free = self.concurrency - len(self.slots)
+        return len(self.active) + len(self.waiting) - fresh + min(fresh, free)
+
+    async def act(self, session: Session) -> Completion:
+        """Sample until a stop string, the end-of-sequence token or a limit; the tokens are appended to the session."""
+        begin = len(session.tokens)
+        allowed = min(self.agent.max_new_tokens, self.agent.max_context - begin)
+        if allowed < 1:
+            return Completion("", 0, truncated=True)
+        row = _Row(session, asyncio.get_running_loop().create_future(), begin, allowed)
+        self.waiting.append(row)
+        return await row.result
+
+    def close(self, session: Session) -> None:
+        """The session is over, perhaps in the middle of a turn: its slot is free."""
+        self.active = [row for row in self.active if row.session is not session]
+        self.waiting = deque(row for row in self.waiting if row.session is not session)
+        slot = self.slots.pop(id(session), None)
+        if slot is not None:
+            del self.cached[slot]
+            self.prompts = {prompt: holder for prompt, holder in self.prompts.items() if holder != slot}
+
+    def release_cache(self) -> None:
+        """Give the cache's memory back between rollouts, and forget what was computed with weights that will move."""
+        assert not self.pending and not self.slots
+        self.cache = KVCache(self.model)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token for every call that can be advanced."""
+        self._admit()
+        rows = self.active
+        assert rows, "step without pending calls"
+        slots = [self.slots[id(row.session)] for row in rows]
+        starts = [self.cached[slot] for slot in slots]
+        new = [row.session.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+        self.cache.reserve(max(slots) + 1, max(len(row.session.tokens) for row in rows))
+        layout = CachedLayout(self.cache, slots, starts, [len(ids) for ids in new])
+        ids_T = torch.tensor([token for ids in new for token in ids], device=self.model.device)
+        hidden_TH = hidden_states(self.model, ids_T, layout.positions_T, layout)
+        last_R = torch.tensor([len(ids) for ids in new], device=ids_T.device).cumsum(0) - 1
+        head = self.model.get_output_embeddings()
+        logits_RV = F.linear(hidden_TH[last_R], head.weight, head.bias).float()
+        for slot, row in zip(slots, rows, strict=True):
+            self.cached[slot] = len(row.session.tokens)
+        uniforms_R = [0.0 if row.session.greedy else row.session.random.random() for row in rows]
+        tokens, logprobs = draw(
+            logits_RV, self.agent.temperature, self.agent.top_p, uniforms_R, [row.session.greedy for row in rows]
+        )
+        self.active = [
+            row for row, token, logp in zip(rows, tokens, logprobs, strict=True) if not self._take(row, token, logp)
+        ]
+
+    def _admit(self) -> None:
+        """Give waiting calls a slot. One whose prompt is being computed in this very step waits for the next."""
+        computing: set[bytes] = set()
+        kept: deque[_Row] = deque()
+        while self.waiting:
+            row = self.waiting.popleft()
+            fresh = id(row.session) not in self.slots
+            if fresh and not self._place(row.session, computing):
+                kept.append(row)
+            else:
+                self.active.append(row)
+        self.waiting = kept
+
+    def _place(self, session: Session, computing: set[bytes]) -> bool:
+        if len(self.slots) >= self.concurrency:
+            return False
+        prompt = np.array(session.tokens, np.int32).tobytes()
+        if prompt in computing:
+            return False
+        slot = next(slot for slot in range(self.concurrency) if slot not in self.cached)
+        holder = self.prompts.get(prompt)
+        if holder is None:
+            computing.add(prompt)
+            self.prompts[prompt] = slot
+            self.cached[slot] = 0
+        else:  # all but the last token, whose logits are needed
+            self.cache.reserve(slot + 1, len(session.tokens))
+            self.cache.copy(holder, slot, len(session.tokens) - 1)
+            self.cached[slot] = len(session.tokens) - 1
+        self.slots[id(session)] = slot
+        return True
+
+    def _take(self, row: _Row, token: int, logprob: float) -> bool:
+        """Append a sampled token; true if the turn ended with it."""
+        session = row.session
+        session.append([token], [logprob])
+        turn = session.tokens[row.begin :]
+        stopped = token == self.tokenizer.eos_token_id or self._hit_stop(turn)
+        if not stopped and len(turn) < row.allowed:
+            return False
+        text = str(self.tokenizer.decode(turn[:-1] if token == self.tokenizer.eos_token_id else turn))
+        row.result.set_result(Completion(text, len(turn), truncated=not stopped))
+        return True
+
+    def _hit_stop(self, turn: list[int]) -> bool:
+        tail = self.tokenizer.decode(turn[-self.stop_bytes :]) if self.stop_bytes else ""
+        return any(stop in tail for stop in self.agent.stop)
+
+
+def draw(
+    logits_RV: Tensor, temperature: float, top_p: float, uniforms_R: list[float], greedy_R: list[bool]
+) -> tuple[list[int], list[float]]:
+    """Draw one token per row by inverting the cumulated probabilities of softmax(logits / temperature) cut to top_p.
+
+    logits float32; uniforms in [0, 1). Returns the tokens and their log-probs under the very distribution drawn from:
+    after temperature and top-p; 0 for greedy rows, which have no choice.
+    """
+    greedy = torch.tensor(greedy_R, device=logits_RV.device)
+    best_R = logits_RV.argmax(-1)
+    logps_RV = (logits_RV / temperature).log_softmax(-1)
+    if top_p < 1:
+        logps_RV = _cut(logps_RV, top_p)
+    cumulated_RV = logps_RV.exp().cumsum(-1)
+    uniforms = torch.tensor(uniforms_R, dtype=torch.float32, device=logits_RV.device).clamp(max=UNIFORM_MAX)
+    threshold_R1 = uniforms[:, None] * cumulated_RV[:, -1:]
+    tokens_R = torch.where(greedy, best_R, torch.searchsorted(cumulated_RV, threshold_R1, right=True)[:, 0])
+    logps_R = logps_RV.gather(-1, tokens_R[:, None])[:, 0].masked_fill(greedy, 0.0)
+    return tokens_R.tolist(), logps_R.tolist()
+
+
+def _cut(logps_RV: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest likeliest tokens whose probability reaches top_p, and renormalise."""
+    ordered_RV, order_RV = logps_RV.sort(-1, descending=True)
+    before_RV = ordered_RV.exp().cumsum(-1) - ordered_RV.exp()
+    kept_RV = ordered_RV.masked_fill(before_RV >= top_p, float("-inf")).log_softmax(-1)
+    return torch.empty_like(logps_RV).scatter_(-1, order_RV, kept_RV)

@@ -1,0 +1,211 @@
+"""Trajectory files: what the samplers write and the trainers read, token by token, beside the store.
+
+An Arrow IPC stream of one record batch per `append`, a row per call. One writer a file; a file that an earlier process
+left is never appended to. Readers need no footer and no end mark: a `Position` names the bytes at which a record
+batch's message begins, so a file is readable while it is written, and a torn tail, which no position names, is ignored.
+
+Departs from pyarrow's stream writer: we write the schema's and the batches' messages ourselves, because we must know
+where each begins, and because a failed write must not stay in a buffer to be tried again when the file is closed.
+An object store (any fsspec URL that is not a local path) cannot append: there every record batch is a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from mgrpo.engine.types import Trajectory
+
+SCHEMA = pa.schema(
+    [
+        pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("sampled", pa.list_(pa.bool_()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+    ]
+)
+DTYPES = {"tokens": np.dtype(np.int32), "sampled": np.dtype(np.bool_), "logprobs": np.dtype(np.float32)}
+HEADER: bytes = SCHEMA.serialize().to_pybytes()
+TORN = (pa.ArrowInvalid, OSError, EOFError)  # what pyarrow raises for bytes that are no whole record batch
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one trajectory lies. file: relative to the root; offset: of its record batch's message, in bytes; row."""
+
+    file: str
+    offset: int
+    row: int
+
+
+class TrajectoryWriter:
+    """Appends the trajectories of one agent to `<root>/<agent>-<n>.arrow`, n the next free number.
+
+    root: local path or fsspec URL. roll_bytes: a file that has reached this size is closed and the next one opened.
+    Not for several threads at once. Raises ValueError when the agent's name cannot be part of a file name.
+    """
+
+    def __init__(self, root: str, agent: str, roll_bytes: int = 256 << 20) -> None:
+        if not re.fullmatch(r"[\w.-]+", agent):
+            raise ValueError(f"agent: expected a name of letters, digits, '_', '-' and '.', got {agent!r}")
+        self.fs, self.root = fsspec.url_to_fs(os.fspath(root))
+        self.agent, self.roll_bytes = agent, roll_bytes
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.fs.makedirs(self.root, exist_ok=True)
+        self._number = _first_free(self.fs, self.root, agent)
+        self._file: io.FileIO | None = None
+
+    def append(self, trajectories: Sequence[Trajectory]) -> list[Position]:
+        """Writes one record batch and hands it to the operating system; positions in the order given.
+
+        Raises OSError that names the file when the disk is full. Then nothing of this batch is referenced, what was
+        appended before stays good, and the next append opens a new file.
+        """
+        if not trajectories:
+            return []
+        message = _record_batch(trajectories).serialize()
+        name, offset = self._write_local(message) if self.local else self._write_object(message)
+        return [Position(name, offset, row) for row in range(len(trajectories))]
+
+    def sync(self) -> None:
+        """Forces all that was appended to the disk (local files; an object store has it already)."""
+        if self._file is not None:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                os.fsync(file)  # a later sync no longer sees this file
+
+    def _write_local(self, message: pa.Buffer) -> tuple[str, int]:
+        if self._file is not None and self._file.tell() >= self.roll_bytes:
+            self.close()
+        try:
+            file = self._file or self._open()
+            offset = file.tell()
+            _write_all(file, memoryview(message))
+        except OSError as error:
+            path = error.filename if self._file is None else self._file.name
+            self.close()
+            raise OSError(error.errno, f"cannot append trajectories: {error.strerror}", path) from error
+        return os.path.basename(file.name), offset
+
+    def _write_object(self, message: pa.Buffer) -> tuple[str, int]:
+        name, path = self._name(), self._path()
+        self._number += 1
+        self.fs.pipe_file(path, HEADER + message.to_pybytes(), mode="create")
+        return name, len(HEADER)
+
+    def _open(self) -> io.FileIO:
+        """Unbuffered, so that a write either reached the operating system or raised; exclusive, so never shared."""
+        while self._file is None:
+            path = self._path()
+            self._number += 1
+            with contextlib.suppress(FileExistsError):  # another writer of this agent came first
+                self._file = io.FileIO(path, "x")
+        _write_all(self._file, memoryview(HEADER))
+        fsync(self.root)
+        return self._file
+
+    def _name(self) -> str:
+        return f"{self.agent}-{self._number:05d}.arrow"
+
+    def _path(self) -> str:
+        return f"{self.root}/{self._name()}"
+
+
+def read(root: str, positions: Sequence[Position]) -> list[Trajectory]:
+    """The trajectories at the positions, in that order; each record batch is read once.
+
+    tokens and logprobs are read-only views into the mapped file where it is local, not copies.
+    Raises ValueError when a position points outside the root, into torn or missing bytes or past its batch's rows;
+    FileNotFoundError when there is no such file.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    sources = {name: _source(fs, directory, name) for name in dict.fromkeys(p.file for p in positions)}
+    batches = {key: _Batch(sources[key[0]], *key) for key in dict.fromkeys((p.file, p.offset) for p in positions)}
+    return [batches[p.file, p.offset].trajectory(p.row) for p in positions]
+
+
+class _Batch:
+    """One record batch, its columns as flat arrays: of T tokens in B rows."""
+
+    def __init__(self, source: Any, file: str, offset: int) -> None:
+        self.where = f"{file} at byte {offset}"
+        batch = self._read(source, offset)
+        self.version_B = batch.column("version").to_numpy()
+        self.offsets = {name: batch.column(name).offsets.to_numpy() for name in DTYPES}
+        self.flat_T = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in DTYPES}
+
+    def _read(self, source: Any, offset: int) -> pa.RecordBatch:
+        try:
+            source.seek(0)
+            if not pa.ipc.read_schema(source).equals(SCHEMA):
+                raise ValueError(f"{self.where}: not a trajectory file")
+            source.seek(offset)
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), SCHEMA)
+            batch.validate(full=True)
+        except TORN as error:
+            raise ValueError(f"{self.where}: no whole record batch (torn or truncated file): {error}") from error
+        return batch
+
+    def trajectory(self, row: int) -> Trajectory:
+        if not 0 <= row < len(self.version_B):
+            raise ValueError(f"{self.where}: expected a row below {len(self.version_B)}, got {row}")
+        columns = {name: self.flat_T[name][o[row] : o[row + 1]] for name, o in self.offsets.items()}
+        return Trajectory(**columns, version=int(self.version_B[row]))
+
+
+def _record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
+    lengths_B = np.array([len(t) for t in trajectories], np.int64)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_B)]), pa.int32())
+    columns = [_ragged([getattr(t, name) for t in trajectories], name, offsets) for name in DTYPES]
+    version_B = pa.array([t.version for t in trajectories], pa.int64())
+    return pa.RecordBatch.from_arrays([*columns, version_B], schema=SCHEMA)
+
+
+def _ragged(rows: list[np.ndarray], name: str, offsets: pa.Array) -> pa.ListArray:
+    assert all(row.dtype == DTYPES[name] for row in rows), f"{name}: expected {DTYPES[name]} throughout"
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(rows)))
+
+
+def _source(fs: Any, directory: str, name: str) -> Any:
+    """A seekable Arrow input over one file below the directory: mapped where it is local, else fetched whole."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"position.file: expected a path below the trajectories' root, got {name!r}")
+    full = f"{directory}/{name}"
+    return pa.memory_map(full) if isinstance(fs, LocalFileSystem) else pa.BufferReader(fs.cat_file(full))
+
+
+def _first_free(fs: Any, root: str, agent: str) -> int:
+    pattern = re.compile(rf"{re.escape(agent)}-(\d+)\.arrow")
+    matches = (pattern.fullmatch(os.path.basename(path)) for path in fs.ls(root, detail=False, refresh=True))
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _write_all(file: io.FileIO, data: memoryview) -> None:
+    """A raw write may take only a part, as it does just before the disk is full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def fsync(path: str | Path) -> None:
+    """Forces a file's bytes, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

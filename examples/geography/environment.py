@@ -1,0 +1,299 @@
+"""Geography: multi-hop questions about countries, answered by a main agent and a sub-agent that can search.
+
+Every action is one line, ended by a newline. The main agent writes `ask: <request>` (several requests, separated by
+" ; ", run side by side) and at last `answer: <text>`; the sub-agent writes `search: <query>` and at last
+`report: <text>`. A search returns a card of three records of the gazetteer, one right and two distractors with similar
+names, in alphabetical order: the sub-agent has to pick the record and the field.
+
+    main   Question: What currency is used in the country whose capital is Nairobi?
+           ask: country of Nairobi
+           reply: Kenya
+           ask: currency of Kenya
+           reply: Shilling
+           answer: Shilling
+
+In the arm "single" the main agent searches by itself and there is no sub-agent.
+
+A training question searches the training half of the gazetteer only: nothing of a held-out country is shown in
+training, not even as a distractor. A held-out question searches it all. `prepare.py` writes what is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from mgrpo.engine.environment import Environment, Split, ToolError
+from mgrpo.engine.types import (
+    MAIN,
+    Action,
+    Answer,
+    Call,
+    CallScore,
+    Delegate,
+    Episode,
+    Malformed,
+    Score,
+    Task,
+    ToolCall,
+)
+
+SUB = "sub"
+CARD = 3  # records a search returns
+MAX_REQUESTS = 4  # in one line
+SEPARATOR = " ; "
+UNKNOWN = "unknown"  # what a demonstration says when it found nothing
+RELATIONS = ("capital", "currency", "continent", "largest neighbour", "country")
+KEYWORDS = {relation.split()[-1]: relation for relation in RELATIONS} | {"neighbor": "largest neighbour"}
+
+Facts = Mapping[str, str]  # relation -> value
+
+
+def fold(text: str) -> str:
+    """The words of a text without case, accents, punctuation and a leading "the": texts equal in this are the same."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
+    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] == "the" else words)
+
+
+def card_line(name: str, facts: Facts) -> str:
+    """One record as the agents see it: `Kenya: capital Nairobi, currency Shilling, …`."""
+    return f"{name}: " + ", ".join(f"{relation} {value}" for relation, value in facts.items())
+
+
+def read_card(text: str) -> dict[str, dict[str, str]]:
+    """The inverse of `card_line` over all lines of a text: {name: {relation: value}}. Other lines are skipped."""
+    card = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition(": ")
+        pairs = ((r, part[len(r) + 1 :]) for part in rest.split(", ") for r in RELATIONS if part.startswith(r + " "))
+        if facts := dict(pairs):
+            card[name] = facts
+    return card
+
+
+def chained(hops: Sequence[Facts], i: int) -> bool:
+    """Whether hop i starts from what hop i - 1 found; else its entity is named in the question."""
+    return i > 0 and hops[i]["entity"] == hops[i - 1]["value"]
+
+
+def conclude(hops: Sequence[Facts], values: Sequence[str]) -> str:
+    """The answer, from the values found: the last of a chain, or all those of hops that stand side by side."""
+    return " and ".join(v for i, v in enumerate(values) if i + 1 >= len(hops) or not chained(hops, i + 1))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A country or a city of the gazetteer."""
+
+    name: str
+    kind: str
+    facts: Facts
+
+
+@dataclass
+class Book:
+    """Records with an index of their names by trigrams, so that a misspelt name still finds its neighbourhood."""
+
+    records: Sequence[Record]  # in alphabetical order
+    by_name: dict[str, Record] = field(init=False)  # folded name -> record
+    postings: dict[str, list[int]] = field(init=False)  # trigram -> positions in records
+    sizes: list[int] = field(init=False)  # trigrams of each record's name
+
+    def __post_init__(self) -> None:
+        self.by_name = {fold(record.name): record for record in self.records}
+        assert len(self.by_name) == len(self.records), "names are unique"
+        grams = [trigrams(name) for name in self.by_name]
+        self.sizes = [len(each) for each in grams]
+        self.postings = defaultdict(list)
+        for i, each in enumerate(grams):
+            for gram in each:
+                self.postings[gram].append(i)
+
+    def search(self, query: str) -> str:
+        """The card of the record nearest to a query by Dice's coefficient of trigrams, or "" when none is near."""
+        wanted = trigrams(fold(query[:80]))
+        shared = Counter(chain.from_iterable(self.postings.get(gram, ()) for gram in wanted))
+        if not shared:
+            return ""
+        ranked = sorted(shared, key=lambda i: (-shared[i] / (len(wanted) + self.sizes[i]), i))
+        kind = self.records[ranked[0]].kind
+        near = [i for i in ranked if self.records[i].kind == kind][:CARD]
+        if len(near) < CARD:  # a name like no other: distractors from around it in the alphabet
+            others = (i for i, r in enumerate(self.records) if r.kind == kind and i not in near)
+            near += sorted(others, key=lambda i: abs(i - near[0]))[: CARD - len(near)]
+        return "\n".join(card_line(self.records[i].name, self.records[i].facts) for i in sorted(near))
+
+    def understand(self, request: str) -> tuple[Record | None, str | None]:
+        """The relation a request names first, and the longest name in it of a record that has that relation.
+
+        Nothing hangs on the word "of", which occurs in names too.
+        """
+        words = fold(request).split()[:40]
+        relation = next((KEYWORDS[word] for word in words if word in KEYWORDS), None)
+        spans = ((i, i + n) for n in range(min(8, len(words)), 0, -1) for i in range(len(words) - n + 1))
+        named = (self.by_name.get(" ".join(words[i:j])) for i, j in spans)
+        return next((r for r in named if r and (relation is None or relation in r.facts)), None), relation
+
+
+def trigrams(name: str) -> set[str]:
+    """The trigrams of a folded name, with its ends marked; none of an empty name."""
+    padded = f"  {name} "
+    return {padded[i : i + 3] for i in range(len(padded) - 2)} if name else set()
+
+
+class Geography(Environment):
+    """The environment of the geography example.
+
+    data: the folder that `prepare.py` wrote. arm: "co-train" and "main-only" are the same environment (what is trained
+    differs), in "single" the main agent owns the search. carelessness: the share of *calls* in which `script` makes one
+    plausible mistake (main: answers one hop early; sub: reports another record's value), drawn by a hash of the task
+    and the request: warm-up on such demonstrations leaves reinforcement learning something to unlearn. An episode of d
+    calls to the sub-agent is spoilt more often, about 1 - (1 - carelessness)^(1 + d).
+    ValueError for an unknown arm, a share outside [0, 1] and a folder without the data.
+    """
+
+    def __init__(
+        self, data: str, arm: Literal["co-train", "main-only", "single"] = "co-train", carelessness: float = 0.0
+    ) -> None:
+        if arm not in ("co-train", "main-only", "single"):
+            raise ValueError(f"arm: {arm!r}, expected 'co-train', 'main-only' or 'single'")
+        if not 0 <= carelessness <= 1:
+            raise ValueError(f"carelessness: {carelessness}, expected a share in [0, 1]")
+        folder = Path(data)
+        if not (folder / "gazetteer.json").exists():
+            raise ValueError(f"data: {data!r} holds no gazetteer.json; run prepare.py --out {data}")
+        self.arm, self.carelessness = arm, carelessness
+        self._tasks = {split: _read_tasks(folder / f"{split}.jsonl") for split in ("train", "held_out")}
+        rows = json.loads((folder / "gazetteer.json").read_text(encoding="utf-8"))
+        self._books = {"train": _book(row for row in rows if row["split"] == "train"), "held_out": _book(rows)}
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return self._tasks[split]
+
+    def prompt(self, call: Call) -> str:
+        return f"Question: {call.task.data['question']}\n" if call.agent == MAIN else f"Request: {call.request}\n"
+
+    def parse(self, call: Call, text: str) -> Action:
+        verb, colon, rest = text.strip().partition(":")
+        verb, rest = verb.strip().lower(), rest.strip()
+        if not colon or verb not in self._verbs(call):
+            return Malformed(f"expected a line that starts with one of {', '.join(self._verbs(call))}")
+        if not rest or len(rest.splitlines()) > 1:
+            return Malformed(f"expected one line of text after {verb}:")
+        if verb in ("answer", "report"):
+            return Answer(rest)
+        parts = [part.strip() for part in rest.split(SEPARATOR.strip())]
+        if not all(parts) or len(parts) > MAX_REQUESTS:
+            return Malformed(f"expected 1 to {MAX_REQUESTS} texts, separated by {SEPARATOR.strip()!r}")
+        return tuple(Delegate(SUB, part) if verb == "ask" else ToolCall("search", part) for part in parts)
+
+    def tool(self, call: Call, use: ToolCall) -> str:
+        if use.name != "search":
+            return super().tool(call, use)
+        card = self._book(call.task).search(use.argument)
+        if not card:  # the query is not repeated: what an agent wrote itself must never pass for a finding
+            raise ToolError("nothing found")
+        return card
+
+    def observation(self, call: Call, results: Sequence[tuple[ToolCall | Delegate, str]]) -> str:
+        return "".join(
+            f"{text}\n" if isinstance(action, ToolCall) else f"reply: {' '.join(text.split()) or UNKNOWN}\n"
+            for action, text in results
+        )
+
+    def score(self, episode: Episode) -> Score:
+        """correct: the folded answer equals the folded truth. A call's expert score: see `expert`."""
+        answer, truth = episode.main.answer or "", episode.task.data["answer"]
+        calls = tuple(CallScore(_well_formed(call), self.expert(call)) for call in episode.calls)
+        return Score(_well_formed(episode.main), float(fold(answer) == fold(truth)), calls)
+
+    def expert(self, call: Call) -> float:
+        """A rule for a judge, of one sub-agent call: 0 unless the report is supported; else 0.5, and 1 if it is right.
+
+        Supported: it equals (folded) a name or a value on a card the search returned in this call. Right: it equals the
+        fact the request asks for; a request that names no known fact has no right report, and support is all there is
+        to judge. Equality, not containment: else a report of the whole card would score full marks.
+        """
+        report = fold(call.answer or "")
+        card = read_card("".join(turn.observation for turn in call.turns))
+        if not report or report not in {fold(text) for name in card for text in (name, *card[name].values())}:
+            return 0.0
+        record, relation = self._book(call.task).understand(call.request)
+        return 1.0 if record and relation and report == fold(record.facts[relation]) else 0.5
+
+    def script(self, call: Call) -> str:
+        """The next line of a demonstration: hop by hop with the values seen, then the answer; careless, a hop short."""
+        if call.agent != MAIN:
+            return self._script_sub(call)
+        hops = call.task.data["hops"]
+        plan = hops[:-1] if self._careless(call) else hops
+        seen = self._seen(call, hops)
+        if len(seen) >= len(plan) or UNKNOWN in seen:
+            known = conclude(plan, seen) if plan else hops[0]["entity"]
+            return f"answer: {UNKNOWN if UNKNOWN in seen else known}\n"
+        end = next((i for i in range(len(seen) + 1, len(plan)) if chained(plan, i)), len(plan))
+        steps = [(h["relation"], h["entity"]) for h in plan[len(seen) : end]]
+        if chained(plan, len(seen)):
+            steps[0] = (steps[0][0], seen[-1])
+        if self.arm == "single":
+            return f"search: {SEPARATOR.join(entity for _, entity in steps)}\n"
+        return f"ask: {SEPARATOR.join(f'{relation} of {entity}' for relation, entity in steps)}\n"
+
+    def _script_sub(self, call: Call) -> str:
+        """Search for the record the request names, then report its fact; careless: that of another on the card."""
+        record, relation = self._book(call.task).understand(call.request)
+        name = record.name if record else call.request
+        if not call.turns:
+            return f"search: {' '.join(name.replace(';', ' ').split()) or UNKNOWN}\n"
+        card = read_card(call.turns[-1].observation)
+        values = {entity: facts[relation] for entity, facts in card.items() if relation in facts}
+        truth = values.pop(name, UNKNOWN)
+        others = sorted(set(values.values()) - {truth})
+        return f"report: {others[0] if others and self._careless(call) else truth}\n"
+
+    def _seen(self, call: Call, hops: Sequence[Facts]) -> list[str]:
+        """The values a main agent's call was shown so far, one for each hop it took."""
+        text = "".join(turn.observation for turn in call.turns)
+        if self.arm != "single":
+            return [line.removeprefix("reply: ") for line in text.splitlines()]
+        card, by_name = read_card(text), self._book(call.task).by_name
+        uses = [use for turn in call.turns if isinstance(turn.action, tuple) for use in turn.action]
+        found = [by_name.get(fold(use.argument)) for use in uses if isinstance(use, ToolCall)]
+        facts = [card.get(record.name, {}) if record else {} for record in found]
+        return [each.get(h["relation"], UNKNOWN) for each, h in zip(facts, hops, strict=False)]
+
+    def _careless(self, call: Call) -> bool:
+        digest = blake2b(json.dumps([call.task.id, call.request]).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.carelessness * 2**64
+
+    def _book(self, task: Task) -> Book:
+        return self._books[task.data["split"]]
+
+    def _verbs(self, call: Call) -> tuple[str, str]:
+        if call.agent != MAIN:
+            return ("search", "report")
+        return ("search", "answer") if self.arm == "single" else ("ask", "answer")
+
+
+def _well_formed(call: Call) -> bool:
+    """Every turn was an action and the last one the answer."""
+    actions = [turn.action for turn in call.turns]
+    return bool(actions) and isinstance(actions[-1], Answer) and not any(isinstance(a, Malformed) for a in actions)
+
+
+def _read_tasks(path: Path) -> list[Task]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Task(row["id"], row) for row in rows]
+
+
+def _book(rows: Iterable[Mapping[str, Any]]) -> Book:
+    records = [Record(row["name"], row["kind"], row["facts"]) for row in rows]
+    return Book(sorted(records, key=lambda record: fold(record.name)))

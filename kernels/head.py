@@ -1,0 +1,230 @@
+"""The LM head and its softmax, a chunk of rows at a time: log-prob, entropy and the gradient in one sweep.
+
+Departs from the standard method in two ways. The gradient with respect to the logits is formed as soon as a row's
+log-prob is known, so that one sweep costs three matmuls and keeps no logits. And the softmax walks a chunk in blocks
+small enough for the cache: only the matmul's own (chunk x V) buffer, in the matmul's dtype, ever lies in memory; it
+holds the logits first and their gradient afterwards.
+
+Legend: N all rows, L live rows, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Long enough for the matmuls to run at speed (650 bf16 rows of a vocabulary of 49152), short against (N x V).
+CHUNK_BYTES = 1 << 26
+# Two blocks of this size stay in a CPU's last-level cache. Smaller ones are no faster and cost more thread barriers,
+# each of which waits a time slice where cores are shared; on a GPU, more launches.
+BLOCK_BYTES = {"cpu": 3 << 21}
+BLOCK_BYTES_ELSEWHERE = 1 << 26
+# Vocabulary rows of dW formed at a time, so that the partial product is small and is added while in the cache.
+DWEIGHT_ROWS = 8192
+# exp() of this is 0 in any dtype, so raising lower (shifted) logits to it is exact, and -inf * 0 never happens.
+LOWEST = -1e4
+
+Coefficients = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+"""From the log-probs of a slice of the rows to dloss/dlogprob and dloss/dentropy (None: zero) of each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows to sweep and how.  index_L None: all of them.  temperature: a number, or a tensor (L,)."""
+
+    targets_L: Tensor
+    index_L: Tensor | None
+    temperature: float | Tensor
+    matmul_dtype: torch.dtype
+    chunk_rows: int | None = None
+
+    def take(self, source: Tensor, rows: slice) -> Tensor:
+        """Those rows of an (N, ...) tensor."""
+        return source[rows] if self.index_L is None else source.index_select(0, self.index_L[rows])
+
+    def put(self, source_LX: Tensor, count: int) -> Tensor:
+        """An (N, ...) tensor with these live rows, and zeros elsewhere."""
+        if self.index_L is None:
+            return source_LX
+        return source_LX.new_zeros(count, *source_LX.shape[1:]).index_copy_(0, self.index_L, source_LX)
+
+    def chunks(self, vocabulary: int) -> Iterator[slice]:
+        """Equal chunks of at most `chunk_rows` rows, or as many as CHUNK_BYTES hold."""
+        fitting = CHUNK_BYTES // (vocabulary * self.matmul_dtype.itemsize)
+        return slices(len(self.targets_L), self.chunk_rows or max(1, fitting), even=True)
+
+
+class Sweep(NamedTuple):
+    """Log-prob and entropy of each row, and the gradients asked for (of hidden: live rows only)."""
+
+    logprobs_L: Tensor
+    entropy_L: Tensor
+    dhidden_LH: Tensor | None
+    dweight_VH: Tensor | None
+    dbias_V: Tensor | None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything but the matmuls."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slices(total: int, size: int, *, even: bool = False) -> Iterator[slice]:
+    """range(total) in slices of at most `size`; `even`: all about as long."""
+    if even and total:
+        size = math.ceil(total / math.ceil(total / size))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def sweep(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: Plan,
+    coefficients: Coefficients | None = None,
+    needs: tuple[bool, ...] = (False, False, False),
+) -> Sweep:
+    """Log-prob and entropy of the plan's rows; with `coefficients`, also the gradients that `needs` asks for."""
+    with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
+        return _sweep(hidden_NH, weight_VH, bias_V, plan, coefficients if any(needs) else None, needs)
+
+
+def _sweep(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: Plan,
+    coefficients: Coefficients | None,
+    needs: tuple[bool, ...],
+) -> Sweep:
+    matmul_VH = weight_VH.to(plan.matmul_dtype)
+    (vocabulary, width), count, dtype = weight_VH.shape, len(plan.targets_L), wide(plan.matmul_dtype)
+    new = hidden_NH.new_empty
+    out = Sweep(
+        new(count, dtype=dtype),
+        new(count, dtype=dtype),
+        new(count, width) if needs[0] else None,
+        torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        hidden_NH.new_zeros(vocabulary, dtype=dtype) if needs[2] else None,
+    )
+    chunks = list(plan.chunks(vocabulary))
+    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+    buffer_CV = new(longest, vocabulary, dtype=plan.matmul_dtype)
+    softmax = Softmax(vocabulary, dtype, hidden_NH.device, longest)
+    for rows in chunks:
+        hidden_CH = plan.take(hidden_NH, rows).to(plan.matmul_dtype)
+        logits_CV = torch.mm(hidden_CH, matmul_VH.t(), out=buffer_CV[: rows.stop - rows.start])
+        for block in softmax.blocks(rows):
+            inside = slice(block.start - rows.start, block.stop - rows.start)
+            gradient_BV = softmax.block(logits_CV[inside], bias_V, plan, block, out, coefficients)
+            if gradient_BV is not None:
+                logits_CV[inside].copy_(gradient_BV)
+                if out.dbias_V is not None:
+                    out.dbias_V.add_(gradient_BV.sum(0))
+        if out.dhidden_LH is not None:
+            out.dhidden_LH[rows] = torch.mm(logits_CV, matmul_VH)
+        if out.dweight_VH is not None:
+            _add_dweight(out.dweight_VH, logits_CV, hidden_CH)
+    del buffer_CV, softmax
+    return out._replace(
+        dweight_VH=None if out.dweight_VH is None else out.dweight_VH.to(weight_VH.dtype),
+        dbias_V=None if out.dbias_V is None or bias_V is None else out.dbias_V.to(bias_V.dtype),
+    )
+
+
+def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+    """dW += dlogits^T hidden, summed in dW's wide dtype whatever the matmul's: bf16 sums stall over many chunks."""
+    for part in slices(len(dweight_VH), DWEIGHT_ROWS):
+        dweight_VH[part].add_(torch.mm(dlogits_CV[:, part].t(), hidden_CH))
+
+
+class Softmax:
+    """Log-softmax, entropy and gradient of a block of rows at a time, in two reused buffers.
+
+    With z the shifted, tempered logits, e = exp z, Z = sum e:  logp = z_y - log Z,  H = log Z - sum(e z)/Z,
+    dlogp/dz_j = [j = y] - p_j,  dH/dz_j = -p_j (z_j - log Z + H).
+    """
+
+    def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+        size = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // (vocabulary * dtype.itemsize)
+        self.rows = max(1, min(size, longest))
+        self.work_2BV = torch.empty(2, self.rows, vocabulary, dtype=dtype, device=device)
+
+    def blocks(self, rows: slice) -> Iterator[slice]:
+        """The slice in blocks that fit the buffers."""
+        return (slice(rows.start + s.start, rows.start + s.stop) for s in slices(rows.stop - rows.start, self.rows))
+
+    def forward(
+        self, logits_BV: Tensor, bias_V: Tensor | None, targets_B1: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of each row.  The buffers then hold e and e z for `gradient`."""
+        self.targets_B1, self.temperature = targets_B1, temperature
+        z_BV, self.e_BV = self.work_2BV[:, : len(logits_BV)]
+        z_BV.copy_(logits_BV)
+        if bias_V is not None:
+            z_BV.add_(bias_V)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            z_BV.div_(temperature)
+        z_BV.sub_(z_BV.amax(1, keepdim=True))
+        target_B1 = z_BV.gather(1, targets_B1)
+        torch.exp(z_BV.clamp_(min=LOWEST), out=self.e_BV)
+        self.ez_BV = z_BV.mul_(self.e_BV)
+        self.sum_B1 = self.e_BV.sum(1, keepdim=True)
+        self.log_sum_B1 = self.sum_B1.log()
+        self.entropy_B1 = self.log_sum_B1 - self.ez_BV.sum(1, keepdim=True) / self.sum_B1
+        return (target_B1 - self.log_sum_B1)[:, 0], self.entropy_B1[:, 0]
+
+    def gradient(self, by_logprob_B: Tensor, by_entropy_B: Tensor | None) -> Tensor:
+        """Gradient with respect to the logits of the block just done, valid until the next one."""
+        c_B1 = by_logprob_B[:, None] / self.temperature
+        if by_entropy_B is None:
+            self.e_BV.mul_(-c_B1 / self.sum_B1)
+        else:
+            g_B1 = by_entropy_B[:, None] / self.temperature
+            self.e_BV.mul_(-(c_B1 + g_B1 * (self.entropy_B1 - self.log_sum_B1)) / self.sum_B1)
+            self.e_BV.addcmul_(self.ez_BV, -g_B1 / self.sum_B1)
+        return self.e_BV.scatter_add_(1, self.targets_B1, c_B1)
+
+    def block(
+        self,
+        logits_BV: Tensor,
+        bias_V: Tensor | None,
+        plan: Plan,
+        rows: slice,
+        out: "Sweep | TokenSweep",
+        coefficients: Coefficients | None,
+    ) -> Tensor | None:
+        """Write the rows' log-prob and entropy to `out`; the gradient w.r.t. their logits if there are coefficients."""
+        temperature = plan.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows, None].to(self.work_2BV.dtype)
+        stats = self.forward(logits_BV, bias_V, plan.targets_L[rows, None], temperature)
+        out.logprobs_L[rows], out.entropy_L[rows] = stats
+        return None if coefficients is None else self.gradient(*coefficients(stats[0], rows))
+
+
+class TokenSweep(NamedTuple):
+    """Log-prob and entropy of each row, and the gradient with respect to all logits if asked for."""
+
+    logprobs_L: Tensor
+    entropy_L: Tensor
+    dlogits_NV: Tensor | None
+
+
+@torch.no_grad()
+def token_sweep(logits_NV: Tensor, plan: Plan, coefficients: Coefficients | None = None) -> TokenSweep:
+    """The same for logits that exist already; they are read block by block and left as they are."""
+    count, dtype = len(plan.targets_L), wide(logits_NV.dtype)
+    new = logits_NV.new_empty
+    dlogits_NV = torch.zeros_like(logits_NV) if coefficients else None
+    out = TokenSweep(new(count, dtype=dtype), new(count, dtype=dtype), dlogits_NV)
+    softmax = Softmax(logits_NV.shape[1], dtype, logits_NV.device, count)
+    for rows in softmax.blocks(slice(0, count)):
+        gradient_BV = softmax.block(plan.take(logits_NV, rows), None, plan, rows, out, coefficients)
+        if dlogits_NV is not None and gradient_BV is not None:
+            where = rows if plan.index_L is None else plan.index_L[rows]
+            dlogits_NV[where] = gradient_BV.to(dlogits_NV.dtype)
+    return out

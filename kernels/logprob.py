@@ -1,0 +1,94 @@
+"""Log-prob and entropy of each row's target, from logits or from the LM head's input, differentiable.
+
+The forward keeps no logits (the linear form) and no softmax (either form); the backward forms them again by chunks.
+
+Legend: N rows, H hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import check_head, check_logits, check_targets, check_temperature, require
+from .head import Coefficients, Plan, sweep, token_sweep
+
+
+def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the target, and the entropy of that softmax, in nats.
+
+    logits (N, V) any float, targets (N,) int64, temperature a number or (N,) -> two (N,) float32, or float64 for
+    float64 logits. Differentiable in the logits. ValueError for a wrong shape, dtype, target or temperature.
+    """
+    check_logits(logits_NV)
+    check_targets(targets_N, *logits_NV.shape)
+    temperature = check_temperature(temperature, len(logits_NV))
+    return TokenLogprob.apply(logits_NV, Plan(targets_N, None, temperature, logits_NV.dtype))
+
+
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprob` of the logits hidden @ weight^T + bias, which are formed `chunk_rows` rows at a time.
+
+    hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
+    Differentiable in hidden, weight and bias (four matmuls). ValueError for a wrong shape, dtype, target, temperature.
+    """
+    dtype = check_head(hidden_NH, weight_VH, bias_V)
+    check_targets(targets_N, len(hidden_NH), len(weight_VH))
+    require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
+    temperature = check_temperature(temperature, len(hidden_NH))
+    return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, Plan(targets_N, None, temperature, dtype, chunk_rows))
+
+
+def _given_coefficients(by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> Coefficients:
+    """Coefficients from the upstream gradients of log-prob and entropy, either of which may be missing."""
+
+    def coefficients(logprobs_B: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        by_logprob_B = torch.zeros_like(logprobs_B) if by_logprob_L is None else by_logprob_L[rows]
+        return by_logprob_B, None if by_entropy_L is None else by_entropy_L[rows]
+
+    return coefficients
+
+
+class TokenLogprob(torch.autograd.Function):
+    """Log-prob and entropy of the plan's rows of some logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits_NV)
+        return token_sweep(logits_NV, plan)[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple[Tensor | None, None]:
+        (logits_NV,) = ctx.saved_tensors
+        return token_sweep(logits_NV, ctx.plan, _given_coefficients(by_logprob_L, by_entropy_L)).dlogits_NV, None
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
+        return sweep(hidden_NH, weight_VH, bias_V, plan)[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_logprob_N: Tensor | None, by_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        coefficients = _given_coefficients(by_logprob_N, by_entropy_N)
+        hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        out = sweep(hidden_NH, weight_VH, bias_V, ctx.plan, coefficients, ctx.needs_input_grad[:3])
+        return out.dhidden_LH, out.dweight_VH, out.dbias_V, None

@@ -1,0 +1,62 @@
+"""What a loss reports besides its value: sums over live rows, so that micro-batches and ranks simply add.
+
+Every entry is a 0-dim tensor. All add up, except those that end in `_max`, which take the maximum:
+* `rows`: live rows. Rows left out before the head (see `rows.py`) are in no entry;
+* `clip_low`, `clip_high`: rows held by the lower (A < 0) or upper (A > 0) clip;
+* `ratio_sum`, `ratio_max`, `entropy_sum`, `logprob_sum` (nats);
+* `kl_sum`, where reference log-probs are given; `gap_sum`, `gap_max` of |old - sampler|, where the sampler's are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+from .rows import Rows, kl_terms, policy_terms
+
+
+@torch.no_grad()
+def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> dict[str, Tensor]:
+    """The metrics of one micro-batch."""
+    log_ratio_L = policy_terms(logprobs_L, rows, objective).log_ratio_L
+    ratio_L = log_ratio_L.exp()
+    metrics = {
+        "rows": torch.full_like(ratio_L.sum(), len(ratio_L)),
+        "clip_low": ((log_ratio_L < objective.log_low) & (rows.advantages_L < 0)).sum(dtype=ratio_L.dtype),
+        "clip_high": ((log_ratio_L > objective.log_high) & (rows.advantages_L > 0)).sum(dtype=ratio_L.dtype),
+        "ratio_sum": ratio_L.sum(),
+        "ratio_max": _max(ratio_L),
+        "entropy_sum": entropy_L.sum(),
+        "logprob_sum": logprobs_L.sum(),
+    }
+    if rows.ref_L is not None:
+        metrics["kl_sum"] = kl_terms(logprobs_L, rows, objective)[0].sum()
+    if rows.sampler_L is not None:
+        gap_L = ((logprobs_L if rows.old_L is None else rows.old_L) - rows.sampler_L).abs()
+        metrics |= {"gap_sum": gap_L.sum(), "gap_max": _max(gap_L)}
+    return metrics
+
+
+def _max(values_L: Tensor) -> Tensor:
+    return values_L.max() if len(values_L) else values_L.new_zeros(())
+
+
+def merge_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Means and maxima over the rows of several micro-batches.
+
+    `rows` is their total, `*_max` the maximum; `clip_low`, `clip_high` become fractions, and `x_sum` becomes `x_mean`.
+    An entry that some parts lack is averaged over the rows of the parts that have it; a mean over no rows is 0.
+    """
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        having = [part for part in parts if name in part]
+        values = [float(part[name]) for part in having]
+        if name.endswith("_max"):
+            merged[name] = max(values)
+        elif name == "rows":
+            merged[name] = sum(values)
+        else:
+            rows = sum(float(part["rows"]) for part in having)
+            merged[name.replace("_sum", "_mean")] = sum(values) / rows if rows else 0.0
+    return merged

@@ -1,0 +1,111 @@
+"""The rows of a loss: which of them count, what each carries, and its loss and slope under an objective.
+
+A row that adds nothing to the loss's gradient is left out before the head is touched (`live_rows`): weight 0, or
+advantage 0 with neither KL nor entropy term, unless it shares the ratio of a sequence that has some advantage.
+
+Legend: N all rows, L live rows, S sequences.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objective import KL_TERMS, Objective, policy_gain
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per-row inputs of the objective, all of one float dtype; `segment_L` is the sequence of each row."""
+
+    advantages_L: Tensor
+    weights_L: Tensor
+    old_L: Tensor | None
+    sampler_L: Tensor | None
+    ref_L: Tensor | None
+    segment_L: Tensor | None
+    sequences: int
+
+    def select(self, which: Tensor | slice) -> "Rows":
+        """The same for some of the rows."""
+        taken: dict[str, Any] = {name: t[which] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **taken)
+
+    def share(self, values_L: Tensor, objective: Objective) -> Tensor:
+        """Sum or mean over the rows of each sequence, given back to its rows.  Linear and its own adjoint."""
+        if objective.importance == "token":
+            return values_L
+        assert self.segment_L is not None
+        total_S = values_L.new_zeros(self.sequences).index_add_(0, self.segment_L, values_L)
+        if objective.importance == "sequence":
+            total_S /= torch.bincount(self.segment_L, minlength=self.sequences).clamp(min=1)
+        return total_S[self.segment_L]
+
+
+def live_rows(rows: Rows, objective: Objective) -> Tensor:
+    """Indices of the rows that can add to the gradient, or that share the ratio of one that can.  (L,) int64."""
+    counted_N = rows.weights_L != 0
+    if objective.kl_coef != 0 or objective.entropy_coef != 0:
+        return counted_N.nonzero()[:, 0]
+    useful_N = counted_N & (rows.advantages_L != 0)
+    if objective.importance != "token":
+        assert rows.segment_L is not None
+        useful_S = useful_N.new_zeros(rows.sequences)
+        useful_S[rows.segment_L[useful_N]] = True
+        useful_N = counted_N & useful_S[rows.segment_L]
+    return useful_N.nonzero()[:, 0]
+
+
+class Policy(NamedTuple):
+    """Weighted policy loss of each row, its derivative with respect to each log-prob, and the log of the ratio."""
+
+    loss_L: Tensor
+    slope_L: Tensor
+    log_ratio_L: Tensor
+
+
+def policy_terms(logprobs_L: Tensor, rows: Rows, objective: Objective) -> Policy:
+    """The policy part of the loss.  With shared ratios `rows` must hold whole sequences."""
+    old_L = logprobs_L if rows.old_L is None else rows.old_L
+    log_ratio_L = rows.share(logprobs_L - old_L, objective)
+    gain_L, slope_L = policy_gain(log_ratio_L, rows.advantages_L, objective)
+    weight_L = -rows.weights_L
+    if uses_sampler_weight(rows, objective):
+        assert rows.sampler_L is not None and objective.sampler_cap is not None
+        weight_L = weight_L * (old_L - rows.sampler_L).exp().clamp(max=objective.sampler_cap)
+    return Policy(weight_L * gain_L, rows.share(weight_L * slope_L, objective), log_ratio_L)
+
+
+def uses_sampler_weight(rows: Rows, objective: Objective) -> bool:
+    return rows.sampler_L is not None and objective.sampler_cap is not None
+
+
+def slopes(
+    logprobs_L: Tensor, rows: Rows, objective: Objective, policy_slope_L: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Derivatives of the loss with respect to each row's log-prob and entropy (None: entropy adds nothing)."""
+    if policy_slope_L is None:
+        policy_slope_L = policy_terms(logprobs_L, rows, objective).slope_L
+    if objective.kl_coef != 0:
+        _, kl_slope_L = kl_terms(logprobs_L, rows, objective)
+        policy_slope_L = policy_slope_L + objective.kl_coef * rows.weights_L * kl_slope_L
+    if objective.entropy_coef == 0:
+        return policy_slope_L, None
+    return policy_slope_L, -objective.entropy_coef * rows.weights_L
+
+
+def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> Tensor:
+    """sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i).  0-dim."""
+    loss_L = policy_terms(logprobs_L, rows, objective).loss_L
+    if objective.kl_coef != 0:
+        loss_L = loss_L + objective.kl_coef * rows.weights_L * kl_terms(logprobs_L, rows, objective)[0]
+    if objective.entropy_coef != 0:
+        loss_L = loss_L - objective.entropy_coef * rows.weights_L * entropy_L
+    return loss_L.sum()
+
+
+def kl_terms(logprobs_L: Tensor, rows: Rows, objective: Objective) -> tuple[Tensor, Tensor]:
+    """KL estimate of each row and its derivative, unweighted."""
+    assert rows.ref_L is not None
+    return KL_TERMS[objective.kl](logprobs_L - rows.ref_L)

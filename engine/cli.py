@@ -15,16 +15,17 @@ from mgrpo.engine.config import load_config
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-agent LLM systems by M-GRPO.")
 
 File = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
 
 
 @app.command()
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
     """Train the agents of FILE. With --resume, go on where the run in its run_dir was stopped."""
+    config = load_config(file, overrides)  # before the imports below, which take seconds
     from mgrpo.engine import launch, report
     from mgrpo.engine.display import make_display
 
-    config = load_config(file, overrides)
     display = make_display(list(config.agents))
     try:
         launch.train(config, resume, display)
@@ -37,11 +38,12 @@ def train(file: File, overrides: Overrides = [], resume: bool = False) -> None: 
 
 
 @app.command("eval")
-def evaluate(file: File, checkpoint: Path, overrides: Overrides = []) -> None:  # noqa: B006
+def evaluate(file: File, checkpoint: Checkpoint, overrides: Overrides = []) -> None:  # noqa: B006
     """Measure the held-out accuracy of a checkpoint of FILE's agents."""
+    config = load_config(file, overrides)
     from mgrpo.engine import check
 
-    print(check.evaluate(load_config(file, overrides), checkpoint))
+    print(check.evaluate(config, checkpoint))
 
 
 @app.command()
@@ -58,9 +60,10 @@ def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
 @app.command()
 def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate FILE and say what would run: processes, devices, memory. Loads nothing big."""
+    config = load_config(file, overrides)
     from mgrpo.engine import check
 
-    print(check.describe(load_config(file, overrides)))
+    print(check.describe(config))
 
 
 def main() -> None:

@@ -6,11 +6,12 @@ that names the key, the value and what was expected. Relative paths are relative
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +20,7 @@ from mgrpo.engine.types import MAIN
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Beta = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 
@@ -46,17 +47,17 @@ class AgentConfig(Frozen):
     # sampling
     temperature: Positive = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    stop: list[str] = []  # an action also ends at the tokenizer's end-of-sequence token
+    stop: list[Annotated[str, Meta(min_length=1)]] = []  # an action also ends at the tokenizer's end-of-sequence token
     max_new_tokens: Count = 64  # per turn
     max_turns: Count = 8
     max_context: Annotated[int, Meta(ge=2)] = 1024  # tokens of one call, prompt included
     # optimisation
     lr: Positive = 1e-6
     weight_decay: NonNegative = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     grad_clip: Positive = 1.0  # largest norm of the gradient
     lr_warmup_steps: Whole = 0  # steps of linear rise
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the rise, to zero at the last step
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the rise, to zero when all steps are done
 
 
 class AlgorithmConfig(Frozen):
@@ -131,7 +132,7 @@ class Config(Frozen):
     environment: EnvironmentConfig
     agents: dict[str, AgentConfig]
     topology: Literal["colocated"] = "colocated"
-    seed: Whole = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     deterministic: bool = False  # slower kernels where needed; the same run twice gives the same bits
     steps: Whole = 20  # of the rl stage
     queries_per_step: Count = 8
@@ -177,6 +178,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
         for name, agent in agents.items():  # one by one: the library does not name the key of a dictionary's value
             _convert(agent, AgentConfig, f"agents.{name}")
     config = _convert(raw, Config, "")
+    _check_plain(raw, "")
     if MAIN not in config.agents:
         raise ValueError(f"config: agents: {sorted(config.agents)} given: expected one named {MAIN!r}")
     for name in config.agents:
@@ -234,15 +236,29 @@ def _explain(message: str, raw: Any, schema: type[Frozen], prefix: str) -> str:
     if unknown:
         path.append(unknown[1])
         value = value[unknown[1]]
-        expected = f"no such key, expected one of {', '.join(_keys(schema, path[:-1]))}"
+        expected = f"no such key, expected one of {', '.join(_type(schema, path[:-1]).__struct_fields__)}"
+    if expected.startswith("Invalid enum value"):
+        expected = f"expected one of {', '.join(map(repr, get_args(_type(schema, path))))}"
     key = ".".join([prefix, *path] if prefix else path) or "the file"
     return f"{key}: {expected}" if "missing required" in expected else f"{key}: {value!r} given: {expected}"
 
 
-def _keys(schema: type[Frozen], path: list[str]) -> list[str]:
+def _check_plain(value: Any, key: str) -> None:
+    """TOML has infinities, NaN and dates; the run's own copy of its config, JSON, has not."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, part in inner:
+        _check_plain(part, f"{key}.{name}" if key else str(name))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config: {key}: {value} given: expected a finite number")
+    if not isinstance(value, dict | list | tuple | str | bool | int | float | None):
+        raise ValueError(f"config: {key}: {value!r} given: expected text, a number, a truth value, a list or a section")
+
+
+def _type(schema: Any, path: list[str]) -> Any:
+    """The type of a key of a section."""
     for part in path:
         schema = next(field.type for field in msgspec.structs.fields(schema) if field.name == part)
-    return [field.name for field in msgspec.structs.fields(schema)]
+    return schema
 
 
 def _absolute(config: Config) -> Config:

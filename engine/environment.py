@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from mgrpo.engine.types import Action, Call, Delegate, Episode, Score, Task, ToolCall
 
 Split = Literal["train", "held_out"]
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """Tasks from a JSON-lines file: one object a line, whose "id" names the task and which is its data.
+
+    Raises ValueError that names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"tasks: {path} is no file, expected one JSON object a line")
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tasks: {path}, line {number}: {line[:80]!r} given: expected JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+            raise ValueError(
+                f"tasks: {path}, line {number}: {line[:80]!r} given: expected an object with a string 'id'"
+            )
+        if row["id"] in tasks:
+            raise ValueError(f"tasks: {path}, line {number}: id {row['id']!r} given again: expected each id once")
+        tasks[row["id"]] = Task(row["id"], row)
+    if not tasks:
+        raise ValueError(f"tasks: {path} is empty, expected one JSON object a line")
+    return list(tasks.values())
 
 
 class ToolError(Exception):

@@ -38,6 +38,17 @@ from mgrpo.kernels import Objective
 RESUME_MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute")
 WARMUP_QUERIES = 1 << 32  # warm-up and evaluation draw from other random numbers than rl queries
 EVAL_QUERIES = 1 << 33
+WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak of
+    "logprob_mean",
+    "entropy_mean",
+    "grad_norm",
+    "lr",
+    "trajectories",
+    "tokens_trained",
+    "perf/tokens_per_second",
+    "perf/mfu",
+    "time/forward_backward",
+)
 
 
 class Interrupted(Exception):
@@ -49,11 +60,12 @@ def train(config: Config, resume: bool, display: Display) -> None:
     run = RunDirectory(config.run_dir, resume)
     try:
         checkpoint = run.latest_checkpoint()
-        if run.config.exists():
+        if checkpoint is not None:  # before the first, everything begins anew, with whatever config
             _check_unchanged(read_dump(run.config.read_text()), config)
-        run.write_config(dump_config(config))
         with log_file(run.log), ctrl_c() as interrupted:
-            Colocated(config, run, display, interrupted).run(checkpoint)
+            system = Colocated(config, run, display, interrupted)
+            run.write_config(dump_config(config))  # all that it names was there
+            system.run(checkpoint)
     finally:
         run.close()
 
@@ -101,9 +113,10 @@ class Colocated:
             rollouts = self.demonstrations.run(self._warmup_jobs(step))
             row = rollout_counts(rollouts)
             for name, policy in self.policies.items():
-                weighed = demonstrated(name, rollouts)
-                if weighed:
-                    row |= prefix(name, optimise(policy, weighed, likelihood, self.config.warmup.lr, self.config))
+                if weighed := demonstrated(name, rollouts):
+                    lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
+                    learnt = optimise(policy, weighed, likelihood, lr, max_tokens)
+                    row |= prefix(name, {key: value for key, value in learnt.items() if key in WARMUP_METRICS})
             self._log("warmup", step, row, started)
             self._after_step("warmup", step + 1, steps)
 
@@ -291,6 +304,8 @@ def _check_unchanged(before: Config, now: Config) -> None:
                 f"resume: {key}: {new.get(key)!r} given: expected {old.get(key)!r}, as the run was begun with "
                 f"(only {', '.join(RESUME_MAY_CHANGE)} may change)"
             )
+    if list(before.agents) != list(now.agents):  # their places seed what they draw
+        raise ValueError(f"resume: agents: {list(now.agents)} given: expected the order {list(before.agents)}")
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

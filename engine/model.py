@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.attention import buckets, causal_attention
 from mgrpo.engine.config import AgentConfig, ComputeConfig
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for broken files
 
 
 class Layout(Protocol):
@@ -62,6 +65,10 @@ class Packed:
         return out_TAD
 
 
+class UnsupportedAttention(Exception):
+    """A model asks for more than plain causal attention."""
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -71,10 +78,13 @@ def _attention(
     *,
     layout: Layout,
     scaling: float,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out."""
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedAttention("has attention with soft-capping or sinks")
     layer = module.layer_idx
     assert isinstance(layer, int)
     out_TAD = layout.attend(layer, query[0], key[0], value[0], scaling)
@@ -95,6 +105,10 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     name = compute.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"config: compute.device: {name!r} given: expected a device of torch or 'auto'") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
     return torch.device(name)
@@ -105,7 +119,7 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
     config = read_model_config(name, agent)
     try:
         tokenizer = AutoTokenizer.from_pretrained(agent.model)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"agents.{name}.model: {agent.model} has no readable tokenizer: {error}") from error
     if len(tokenizer) > config["vocab_size"]:
         raise ValueError(
@@ -126,9 +140,9 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"agents.{name}.model: {path} is no JSON: {error}") from error
-    if "vocab_size" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
-    context = config.get("max_position_embeddings")
+    context = config.get("max_position_embeddings", config.get("n_positions"))
     if context is not None and agent.max_context > context:
         raise ValueError(
             f"agents.{name}.max_context: {agent.max_context} given: expected at most the model's {context}"
@@ -147,11 +161,19 @@ def load_model(name: str, agent: AgentConfig, compute: ComputeConfig) -> PreTrai
     read_model_config(name, agent)
     try:
         config = AutoConfig.from_pretrained(agent.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            agent.model, config=config, dtype=getattr(torch, compute.dtype), attn_implementation="mgrpo"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            agent.model,
+            config=config,
+            dtype=getattr(torch, compute.dtype),
+            attn_implementation="mgrpo",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
         raise ValueError(f"agents.{name}.model: {agent.model} has no readable weights: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    if loading["missing_keys"]:  # else they would be drawn at random
+        raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the trainer must see the distribution that the sampler saw
@@ -163,17 +185,33 @@ def load_model(name: str, agent: AgentConfig, compute: ComputeConfig) -> PreTrai
     return model
 
 
+class _Watched(Packed):
+    """Counts the layers that attend through us."""
+
+    layers = 0
+
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        self.layers += 1
+        return super().attend(layer, q_ATD, k_GTD, v_GTD, scale)
+
+
 @torch.no_grad()
 def _probe(name: str, model: PreTrainedModel) -> None:
-    """Some models scale or cap their logits after the head; ours reads hidden states and head only, so compare."""
+    """Some models scale or cap their logits, or attend in other ways: compare four tokens' logits, and refuse those."""
     ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
     positions_T = torch.arange(4, device=model.device)
-    layout = Packed(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
-    theirs_TV = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout).logits[0]
+    layout = _Watched(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
+    what = f"agents.{name}.model: {type(model).__name__}"
+    try:
+        out = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
+        if layout.layers < model.config.num_hidden_layers:
+            raise UnsupportedAttention("has layers without plain attention")
+    except (UnsupportedAttention, TypeError) as error:
+        raise ValueError(f"{what} {error}: expected plain causal attention in every layer") from error
     head = model.get_output_embeddings()
     ours_TV = F.linear(hidden_states(model, ids_T, positions_T, layout), head.weight, head.bias)
-    if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2):
+    if not torch.allclose(ours_TV, out.logits[0], rtol=1e-2, atol=1e-2):
         raise ValueError(
-            f"agents.{name}.model: {type(model).__name__} changes its logits after the head (scaling or soft-capping), "
+            f"{what} changes its logits after the head (scaling or soft-capping), "
             "expected a model whose logits are head(hidden states)"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Policy:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, agent)
         self.model: PreTrainedModel = load_model(name, agent, compute)
         self.version = 0
+        self.sync_seconds = 0.0  # of the last publish
         self.reference: PreTrainedModel | None = None
         self.masters = Masters(self.model)
         self.parameters = sum(param.numel() for param in self.masters.params.values())
@@ -140,12 +142,16 @@ class Policy:
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        norm = nn.utils.clip_grad_norm_(weights, self.agent.grad_clip, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(weights, self.agent.grad_clip)
+        if not math.isfinite(norm):
+            raise RuntimeError(f"agents.{self.name}: the gradient of version {self.version} is non-finite: {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        started = time.monotonic()
         self.masters.publish()
+        self.sync_seconds = time.monotonic() - started
         self.version += 1
         return float(norm)
 
@@ -191,10 +197,12 @@ class Policy:
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         assert self.reference is not None
         head = self.reference.get_output_embeddings()
-        hidden_PH = self._hidden(self.reference, batch)
-        return linear_logprob(
-            hidden_PH, head.weight, batch.targets_P, bias_V=head.bias, temperature=self.agent.temperature
-        )[0]
+        live_L = batch.weights_P.nonzero()[:, 0]  # the head on the rows that count
+        hidden_LH = self._hidden(self.reference, batch)[live_L]
+        logprobs_L, _ = linear_logprob(
+            hidden_LH, head.weight, batch.targets_P[live_L], bias_V=head.bias, temperature=self.agent.temperature
+        )
+        return logprobs_L.new_zeros(len(batch)).index_copy_(0, live_L, logprobs_L)
 
 
 def _copy_into(target: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> None:

@@ -6,8 +6,10 @@ import ctypes
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +29,21 @@ def keep_memory() -> None:
 def make_deterministic(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@cache
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Flop/s of the largest matmuls, the best of five: what the model's flop/s are a share of (MFU)."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return max(_rate(a, b) for _ in range(5))
+
+
+def _rate(a: torch.Tensor, b: torch.Tensor) -> float:
+    started = time.perf_counter()
+    product = a @ b
+    product[0, 0].item()  # waits for the device
+    return float(2 * len(a) ** 3 / (time.perf_counter() - started))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mgrpo.engine.config import Config, EnvironmentConfig
 from mgrpo.engine.environment import Environment, ToolError
 from mgrpo.engine.sampler import Completion, Sampler, Session
@@ -29,6 +31,7 @@ from mgrpo.engine.types import (
     Action,
     Answer,
     Call,
+    CallScore,
     Delegate,
     Episode,
     Malformed,
@@ -85,6 +88,7 @@ class Episodes:
         return asyncio.run(self._run(jobs))
 
     async def _run(self, jobs: Sequence[Job]) -> list[Rollout]:
+        self.asked = asyncio.Event()  # a turn waits for its sampler
         tasks = [asyncio.create_task(self._rollout(job)) for job in jobs]
         try:
             await self._drive(set(tasks))
@@ -106,8 +110,11 @@ class Episodes:
             busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
             if busiest.pending:
                 busiest.step()
-            elif running:
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            elif running:  # they wait for the user's async code, or for servers
+                self.asked.clear()
+                asked = asyncio.create_task(self.asked.wait())
+                await asyncio.wait({asked, *running}, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
 
     async def _rollout(self, job: Job) -> Rollout:
         started = time.monotonic()
@@ -130,6 +137,8 @@ class Episodes:
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
         session = Session(seed, job.greedy, sampler.version)
         session.append(self._encode(sampler, await self._text(self.environment.prompt, call)))
+        if not session.tokens:
+            raise UserCodeError("prompt: '' returned, expected some text to begin with")
         if len(session.tokens) >= agent.max_context and call.agent == MAIN:
             raise ValueError(
                 f"agents.{MAIN}.max_context: {agent.max_context} given: the prompt of task {job.task.id!r} "
@@ -162,6 +171,7 @@ class Episodes:
         return "turns"
 
     async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
+        self.asked.set()
         return await sampler.act(session)
 
     async def _use_all(self, rollout: Rollout, call: Call, uses: tuple[ToolCall | Delegate, ...]) -> list[str]:
@@ -208,7 +218,7 @@ class Episodes:
             result = function(*args)
             return await result if inspect.isawaitable(result) else result
         except Exception as error:
-            raise UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}") from error
+            raise _failure(function, error) from error
 
     async def _text(self, function: Callable[..., Any], *args: Any) -> str:
         text = await self._user(function, *args)
@@ -217,10 +227,11 @@ class Episodes:
         return text
 
     async def _score(self, episode: Episode) -> Score:
-        """The judge's score, in a thread of its own so that one that hangs cannot stop the run."""
-        seconds = self.config.reward.timeout
+        """The judge's score: an async judge as it is, a plain one in a thread, so that one that hangs stops nothing."""
+        judge, seconds = self.environment.score, self.config.reward.timeout
+        asked = self._user(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
         try:
-            score = await asyncio.wait_for(self._user(_in_thread, self.environment.score, episode), seconds)
+            score = await asyncio.wait_for(asked, seconds)
         except TimeoutError as error:
             raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
         _check_score(episode, score)
@@ -243,29 +254,28 @@ class Demonstrations(Episodes):
         return Completion(text, len(tokens), truncated=False)
 
 
+def _failure(function: Callable[..., Any], error: Exception) -> UserCodeError:
+    failure = UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
     """Run a plain function in a daemon thread: unlike an executor's, a hanging one does not hold up the exit."""
-    if inspect.iscoroutinefunction(function):
-        return function(episode)
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Score] = loop.create_future()
 
-    def settle(score: Score | None, error: Exception | None) -> None:
-        if future.done():  # timed out
-            return
-        if error is not None:
-            future.set_exception(error)
-        elif score is not None:
-            future.set_result(score)
+    def settle(set_it: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():  # else it timed out
+            set_it(outcome)
 
     def work() -> None:
-        score, raised = None, None
         try:
-            score = function(episode)
-        except Exception as error:  # handed to the caller, `_user`
-            raised = error
+            set_it, outcome = future.set_result, function(episode)
+        except Exception as error:  # whatever the judge raises, as `_user` would
+            set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, score, raised)
+            loop.call_soon_threadsafe(settle, set_it, outcome)
 
     threading.Thread(target=work, daemon=True, name="score").start()
     return future
@@ -273,7 +283,8 @@ def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaita
 
 def _checked_action(action: Action) -> Action:
     uses = isinstance(action, tuple) and action and all(isinstance(use, ToolCall | Delegate) for use in action)
-    if not (isinstance(action, Answer | Malformed) or uses):
+    answered = isinstance(action, Answer) and isinstance(action.text, str)
+    if not (answered or isinstance(action, Malformed) or uses):
         raise UserCodeError(
             f"parse: {action!r} returned, expected Answer, Malformed, or a tuple of ToolCall and Delegate"
         )
@@ -283,15 +294,16 @@ def _checked_action(action: Action) -> Action:
 def _check_score(episode: Episode, score: Score) -> None:
     if not isinstance(score, Score):
         raise UserCodeError(f"score: {type(score).__name__} returned, expected a Score")
+    if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
+        raise UserCodeError(f"score: calls is {score.calls!r}, expected a tuple of CallScore")
     if len(score.calls) != len(episode.calls):
         raise UserCodeError(
             f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
         )
-    if not math.isfinite(score.correct):
-        raise UserCodeError(f"score: correct is {score.correct}, expected a finite number")
-    for i, call in enumerate(score.calls):
-        if not math.isfinite(call.expert):
-            raise UserCodeError(f"score: calls[{i}].expert is {call.expert}, expected a finite number")
+    numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
+    for name, number in numbers.items():
+        if not isinstance(number, int | float | np.number) or not math.isfinite(number):
+            raise UserCodeError(f"score: {name} is {number!r}, expected a finite number")
 
 
 def load_environment(config: EnvironmentConfig) -> Environment:
@@ -312,11 +324,11 @@ def _load_module(name: str) -> Any:
     if not name.endswith(".py"):
         try:
             return importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
             raise ValueError(f"environment.use: {name!r} given: {error}") from error
     if not Path(name).is_file():
         raise ValueError(f"environment.use: {name} is no file, expected a Python file")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    spec = importlib.util.spec_from_file_location(f"mgrpo_environment_{Path(name).stem}", name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses of the file look themselves up here

@@ -88,7 +88,8 @@ class KVCache:
 
     def __init__(self, model: PreTrainedModel):
         config = model.config
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         parameter = next(model.parameters())
         self.k = torch.empty(
@@ -204,7 +205,7 @@ class InProcessSampler:
         self.active: list[_Row] = []
         self.slots: dict[int, int] = {}  # id of a session -> its slot
         self.cached: dict[int, int] = {}  # slot -> tokens it holds
-        self.prompts: dict[bytes, int] = {}  # prompt -> a slot that holds it
+        self.prompts: dict[int, bytes] = {}  # slot -> the prompt it begins with
         self.stop_bytes = max((len(stop.encode()) for stop in agent.stop), default=0)
         self.cache = KVCache(model)
 
@@ -232,7 +233,7 @@ class InProcessSampler:
         slot = self.slots.pop(id(session), None)
         if slot is not None:
             del self.cached[slot]
-            self.prompts = {prompt: holder for prompt, holder in self.prompts.items() if holder != slot}
+            del self.prompts[slot]
 
     def release_cache(self) -> None:
         """Give the cache's memory back between rollouts, and forget what was computed with weights that will move."""
@@ -285,10 +286,10 @@ class InProcessSampler:
         if prompt in computing:
             return False
         slot = next(slot for slot in range(self.concurrency) if slot not in self.cached)
-        holder = self.prompts.get(prompt)
+        holder = next((held for held, begins in self.prompts.items() if begins == prompt), None)
+        self.prompts[slot] = prompt
         if holder is None:
             computing.add(prompt)
-            self.prompts[prompt] = slot
             self.cached[slot] = 0
         else:  # all but the last token, whose logits are needed
             self.cache.reserve(slot + 1, len(session.tokens))

@@ -11,9 +11,11 @@ that PostgreSQL can take SQLite's place (its rows are then locked by the FOR UPD
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,7 @@ class Store:
         rest = {"run": self.run, "step": step, "rollouts": rollouts, "state": "open", "holder": ""}
         rows = [{**rest, "query": query, "task": task, "agent": agent} for query, task in queries for agent in agents]
         if rows:
-            with self._engine.begin() as db:
+            with self._transaction() as db:
                 db.execute(sqlite.insert(_groups).on_conflict_do_nothing(), rows)
 
     def record(self, rollouts: Sequence[RolloutRecord], calls: Sequence[CallRecord]) -> None:
@@ -154,7 +156,7 @@ class Store:
             return
         insert = sqlite.insert(_rollouts).on_conflict_do_nothing()
         keys = insert.returning(_rollouts.c.query, _rollouts.c.rollout)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             self._check_opened(db, rollouts, calls)
             new = {(query, rollout) for query, rollout in db.execute(keys, [self._rollout_row(r) for r in rollouts])}
             rows = [self._call_row(c) for c in calls if (c.query, c.rollout) in new]
@@ -166,7 +168,7 @@ class Store:
         """Leases to `holder` at most `limit` sealed groups of the agent, the lowest query numbers first."""
         mine = self._of(_groups, _groups.c.agent == agent)
         sealed = sa.select(_groups).where(mine, _groups.c.state == "sealed").order_by(_groups.c.query).limit(limit)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             rows = db.execute(sealed.with_for_update(skip_locked=True)).all()
             queries = [row.query for row in rows]
             leased = sa.update(_groups).where(mine, _groups.c.query.in_(queries))
@@ -182,7 +184,7 @@ class Store:
         """
         wanted = sorted(set(queries))
         mine = self._of(_groups, _groups.c.agent == agent, _groups.c.query.in_(wanted))
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             found = db.execute(sa.select(_groups.c.query, _groups.c.state).where(mine).with_for_update())
             states = {query: state for query, state in found}
             for query in wanted:
@@ -201,7 +203,7 @@ class Store:
         trained = _groups.c.query.in_(sa.select(_groups.c.query).where(claimed))
         lost = self._of(_groups, sa.or_(_groups.c.step >= step, _groups.c.state != "acked"))
         queries = sa.select(_groups.c.query).where(lost).distinct()
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             db.execute(sa.update(_groups).where(self._of(_groups, trained)).values(state="acked"))
             count = db.scalar(sa.select(sa.func.count()).select_from(queries.subquery()))
             for table in (_calls, _rollouts, _groups):  # the groups last: they say which are lost
@@ -212,22 +214,32 @@ class Store:
         """Of each agent the number of groups in each of STATES."""
         counts = sa.select(_groups.c.agent, _groups.c.state, sa.func.count()).where(self._of(_groups))
         by_agent: dict[str, dict[str, int]] = {}
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             for agent, state, count in db.execute(counts.group_by(_groups.c.agent, _groups.c.state)):
                 by_agent.setdefault(agent, dict.fromkeys(STATES, 0))[state] = count
         return by_agent
 
     def rollouts_of(self, query: int) -> list[RolloutRecord]:
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return self._rollouts(db, [query])
 
     def calls_of(self, query: int) -> list[CallRecord]:
         """Of all agents, by agent, rollout and call."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return self._calls(db, [query])
 
     def close(self) -> None:
         self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """All of it or nothing. Raises OSError when the store cannot be read or written, as when the disk is full."""
+        try:
+            with self._engine.begin() as db:
+                yield db
+        except sa.exc.OperationalError as error:
+            url = self._engine.url.render_as_string(hide_password=True)
+            raise OSError(errno.EIO, f"store {url}: {error.orig}") from error
 
     def _of(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         return sa.and_(table.c.run == self.run, *conditions)

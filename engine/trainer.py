@@ -11,6 +11,7 @@ from mgrpo.engine.batch import Weighed, drop, merge, pack
 from mgrpo.engine.config import Config
 from mgrpo.engine.objective import objective, token_weights
 from mgrpo.engine.policy import Policy, learning_rate
+from mgrpo.engine.process import matmul_ceiling
 from mgrpo.engine.store import Group, Store
 from mgrpo.engine.trajectories import read
 from mgrpo.engine.types import MAIN, Trajectory
@@ -37,9 +38,11 @@ class AgentTrainer:
         weighted = weigh(self.name, self.index, groups, self.config.algorithm, self.config.reward, self.config.seed)
         trajectories = read(self.trajectories, [call.position for call in weighted.calls])
         row = group_metrics(self.name, groups, weighted)
+        version = self.policy.version
         if self.policy.agent.train and weighted.calls:
             row |= self._optimise(step, weighted, trajectories)
-        row["staleness_mean"] = _mean([self.policy.version - 1 - call.version for call in weighted.calls])
+        staleness = [version - call.version for call in weighted.calls]
+        row |= {"staleness_mean": _mean(staleness), "staleness_worst": max(staleness, default=0)}
         return row | {"time/train": time.monotonic() - started}
 
     def ack(self) -> None:
@@ -55,27 +58,32 @@ class AgentTrainer:
             Weighed(*row) for row in zip(trajectories, weighted.advantages.tolist(), weights_N.tolist(), strict=True)
         ]
         lr = learning_rate(self.policy.agent, step, config.steps)
-        return optimise(self.policy, weighed, self.objective, lr, config)
+        return optimise(
+            self.policy, weighed, self.objective, lr, config.compute.max_tokens, epochs=config.algorithm.epochs
+        )
 
 
-def optimise(policy: Policy, weighed: list[Weighed], objective: Objective, lr: float, config: Config) -> Row:
-    """One optimizer step (algorithm.epochs of them) on weighed trajectories, and what it cost."""
+def optimise(
+    policy: Policy, weighed: list[Weighed], objective: Objective, lr: float, max_tokens: int, *, epochs: int = 1
+) -> Row:
+    """`epochs` optimizer steps on weighed trajectories in micro-batches of at most `max_tokens`, and what they cost."""
     everything = objective.kl_coef != 0 or objective.entropy_coef != 0
     live = drop(weighed, keep_zero_advantage=everything)
     unique = merge(live, by_sampler_logprobs=objective.sampler_cap is not None)
-    batches = pack(unique, config.compute.max_tokens)
+    batches = pack(unique, max_tokens)
     started = time.monotonic()
-    row = policy.step(batches, objective, lr, config.algorithm.epochs)
+    row = policy.step(batches, objective, lr, epochs)
     seconds = time.monotonic() - started
-    rows = sum(map(len, batches)) * config.algorithm.epochs
+    rows = sum(map(len, batches)) * epochs
     return row | {
         "trajectories": len(weighed),
         "trajectories_trained": len(unique),
         "micro_batches": len(batches),
         "tokens_trained": rows,
         "perf/tokens_per_second": rows / seconds,
-        "perf/tflops": 6e-12 * rows * policy.parameters / seconds,
+        "perf/mfu": 6 * rows * policy.parameters / seconds / matmul_ceiling(policy.model.device, policy.model.dtype),
         "time/forward_backward": seconds,
+        "time/weight_sync": policy.sync_seconds,
     }
 
 

@@ -30,7 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from mgrpo.engine.environment import Environment, Split, ToolError
+from mgrpo.engine.environment import Environment, Split, ToolError, read_tasks
 from mgrpo.engine.types import (
     MAIN,
     Action,
@@ -171,7 +171,7 @@ class Geography(Environment):
         if not (folder / "gazetteer.json").exists():
             raise ValueError(f"data: {data!r} holds no gazetteer.json; run prepare.py --out {data}")
         self.arm, self.carelessness = arm, carelessness
-        self._tasks = {split: _read_tasks(folder / f"{split}.jsonl") for split in ("train", "held_out")}
+        self._tasks = {split: read_tasks(folder / f"{split}.jsonl") for split in ("train", "held_out")}
         rows = json.loads((folder / "gazetteer.json").read_text(encoding="utf-8"))
         self._books = {"train": _book(row for row in rows if row["split"] == "train"), "held_out": _book(rows)}
 
@@ -287,11 +287,6 @@ def _well_formed(call: Call) -> bool:
     """Every turn was an action and the last one the answer."""
     actions = [turn.action for turn in call.turns]
     return bool(actions) and isinstance(actions[-1], Answer) and not any(isinstance(a, Malformed) for a in actions)
-
-
-def _read_tasks(path: Path) -> list[Task]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Task(row["id"], row) for row in rows]
 
 
 def _book(rows: Iterable[Mapping[str, Any]]) -> Book:

@@ -84,30 +84,30 @@ class Sampler(Protocol):
 
 
 class KVCache:
-    """Keys and values of up to S calls, (layers, S, G, C, D) each; grows as needed."""
+    """Keys and values of S calls, (layers, S, G, C, D) each. C doubles as needed, S is fixed: few and like sizes are
+    asked of the allocator, which then finds the last step's place free again."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, slots: int, most_tokens: int):
+        self.most_tokens = most_tokens
         config = model.config
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         parameter = next(model.parameters())
-        self.k = torch.empty(
-            config.num_hidden_layers, 0, groups, 0, head_dim, dtype=parameter.dtype, device=parameter.device
-        )
+        self.k = parameter.new_empty(config.num_hidden_layers, slots, groups, 0, head_dim)
         self.v = self.k.clone()
 
-    def reserve(self, slots: int, tokens: int) -> None:
-        layers, have_slots, groups, have_tokens, head_dim = self.k.shape
-        if slots <= have_slots and tokens <= have_tokens:
+    def reserve(self, tokens: int) -> None:
+        """Make room for calls of that many tokens."""
+        layers, slots, groups, have, head_dim = self.k.shape
+        if tokens <= have:
             return
-        slots = max(slots, have_slots)
-        tokens = max(have_tokens, -(-tokens // 128) * 128)
+        assert tokens <= self.most_tokens
+        room = min(max(128, 2 * have, tokens), self.most_tokens)
         for name in "kv":
-            old = getattr(self, name)
             # zeros: masked positions are read too, and 0 * NaN is NaN
-            new = old.new_zeros(layers, slots, groups, tokens, head_dim)
-            new[:, :have_slots, :, :have_tokens] = old
+            new = self.k.new_zeros(layers, slots, groups, room, head_dim)
+            new[:, :, :, :have] = getattr(self, name)
             setattr(self, name, new)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -207,7 +207,7 @@ class InProcessSampler:
         self.cached: dict[int, int] = {}  # slot -> tokens it holds
         self.prompts: dict[int, bytes] = {}  # slot -> the prompt it begins with
         self.stop_bytes = max((len(stop.encode()) for stop in agent.stop), default=0)
-        self.cache = KVCache(model)
+        self.cache = KVCache(model, concurrency, agent.max_context)
 
     @property
     def pending(self) -> int:
@@ -238,7 +238,7 @@ class InProcessSampler:
     def release_cache(self) -> None:
         """Give the cache's memory back between rollouts, and forget what was computed with weights that will move."""
         assert not self.pending and not self.slots
-        self.cache = KVCache(self.model)
+        self.cache = KVCache(self.model, self.concurrency, self.agent.max_context)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -249,7 +249,7 @@ class InProcessSampler:
         slots = [self.slots[id(row.session)] for row in rows]
         starts = [self.cached[slot] for slot in slots]
         new = [row.session.tokens[start:] for row, start in zip(rows, starts, strict=True)]
-        self.cache.reserve(max(slots) + 1, max(len(row.session.tokens) for row in rows))
+        self.cache.reserve(max(len(row.session.tokens) for row in rows))
         layout = CachedLayout(self.cache, slots, starts, [len(ids) for ids in new])
         ids_T = torch.tensor([token for ids in new for token in ids], device=self.model.device)
         hidden_TH = hidden_states(self.model, ids_T, layout.positions_T, layout)
@@ -292,7 +292,7 @@ class InProcessSampler:
             computing.add(prompt)
             self.cached[slot] = 0
         else:  # all but the last token, whose logits are needed
-            self.cache.reserve(slot + 1, len(session.tokens))
+            self.cache.reserve(len(session.tokens))
             self.cache.copy(holder, slot, len(session.tokens) - 1)
             self.cached[slot] = len(session.tokens) - 1
         self.slots[id(session)] = slot

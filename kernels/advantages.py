@@ -1,7 +1,8 @@
 """Group-relative advantages over ragged, weighted groups.
 
 An estimator is a baseline and a scale, each a pure function in a table: adding one adds one entry.
-All of it runs in float64, on rewards shifted by their group's least, so that equal rewards of any size have std 0.
+All of it runs in float64, on rewards shifted by their group's least, so that equal rewards of any size have std 0;
+on a GPU, but for the median and for float64 rewards, `groups.py` does it in float32 and one launch.
 
 Legend: R rows (trajectories), G groups; row r of group g lies in offsets[g] <= r < offsets[g + 1].
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite, check_offsets, check_row_vector, require
+from .device import takes_kernels, triton_module
 
 
 class Advantages(NamedTuple):
@@ -115,6 +117,21 @@ def group_advantages(
     require(eps > 0, "eps", eps, "a number > 0")
     require(rewards_R.ndim == 1, "rewards_R", tuple(rewards_R.shape), "shape (R,)")
     check_row_vector("rewards_R", rewards_R, len(rewards_R))
+    if weights_R is not None:
+        shape = tuple(rewards_R.shape)
+        require(weights_R.shape == shape, "weights_R", tuple(weights_R.shape), f"shape {shape}")
+    if (
+        baseline != "median"
+        and takes_kernels(rewards_R, rewards_R.dtype)
+        and _can_be_offsets(offsets_G1, rewards_R.device)
+    ):
+        leave_one_out, scaled = baseline == "leave_one_out", scale == "std"
+        found = triton_module("groups").group_statistics(
+            rewards_R.detach(), offsets_G1, weights_R, leave_one_out=leave_one_out, scaled=scaled, eps=eps
+        )
+        if found is not None:
+            return Advantages(*found)
+        # else something is bad, and the checks below name it
     check_finite("rewards_R", rewards_R)
     check_offsets("offsets_G1", offsets_G1, len(rewards_R))
     weights_R = _checked_weights(weights_R, rewards_R)
@@ -127,10 +144,15 @@ def group_advantages(
     return Advantages(values_R.to(dtype), (groups.mean_G + least_G).to(dtype), groups.std_G.to(dtype), zero_std_G)
 
 
+def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
+    """Bounds of at least one group, on the rewards' device; their values the kernel itself looks at."""
+    whole = not offsets_G1.is_floating_point() and offsets_G1.dtype != torch.bool
+    return whole and offsets_G1.ndim == 1 and len(offsets_G1) > 1 and offsets_G1.device == device
+
+
 def _checked_weights(weights_R: Tensor | None, rewards_R: Tensor) -> Tensor:
     if weights_R is None:
         return torch.ones_like(rewards_R, dtype=torch.float64)
-    require(weights_R.shape == rewards_R.shape, "weights_R", tuple(weights_R.shape), f"shape {tuple(rewards_R.shape)}")
     check_finite("weights_R", weights_R)
     require(bool((weights_R >= 0).all()), "weights_R", f"a least of {weights_R.min() if len(weights_R) else 0}", ">= 0")
     return weights_R.detach().double()

@@ -3,18 +3,21 @@
 Departs from the standard method in two ways. The gradient with respect to the logits is formed as soon as a row's
 log-prob is known, so that one sweep costs three matmuls and keeps no logits. And the softmax walks a chunk in blocks
 small enough for the cache: only the matmul's own (chunk x V) buffer, in the matmul's dtype, ever lies in memory; it
-holds the logits first and their gradient afterwards.
+holds the logits first and their gradient afterwards. On a GPU `fused.py` does the same with Triton.
 
 Legend: N all rows, L live rows, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .device import takes_kernels, triton_module
+from .rows import Coefficients
 
 # Long enough for the matmuls to run at speed (650 bf16 rows of a vocabulary of 49152), short against (N x V).
 CHUNK_BYTES = 1 << 26
@@ -26,9 +29,6 @@ BLOCK_BYTES_ELSEWHERE = 1 << 26
 DWEIGHT_ROWS = 8192
 # exp() of this is 0 in any dtype, so raising lower (shifted) logits to it is exact, and -inf * 0 never happens.
 LOWEST = -1e4
-
-Coefficients = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
-"""From the log-probs of a slice of the rows to dloss/dlogprob and dloss/dentropy (None: zero) of each."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def sweep(
     needs: tuple[bool, ...] = (False, False, False),
 ) -> Sweep:
     """Log-prob and entropy of the plan's rows; with `coefficients`, also the gradients that `needs` asks for."""
+    method = triton_module("fused").linear_sweep if takes_kernels(hidden_NH, plan.matmul_dtype) else _sweep
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
-        return _sweep(hidden_NH, weight_VH, bias_V, plan, coefficients if any(needs) else None, needs)
+        return method(hidden_NH, weight_VH, bias_V, plan, coefficients if any(needs) else None, needs)
 
 
 def _sweep(
@@ -203,7 +204,7 @@ class Softmax:
             temperature = temperature[rows, None].to(self.work_2BV.dtype)
         stats = self.forward(logits_BV, bias_V, plan.targets_L[rows, None], temperature)
         out.logprobs_L[rows], out.entropy_L[rows] = stats
-        return None if coefficients is None else self.gradient(*coefficients(stats[0], rows))
+        return None if coefficients is None else self.gradient(*coefficients.of(stats[0], rows))
 
 
 class TokenSweep(NamedTuple):

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_head, check_logits, check_targets, check_temperature, require
-from .head import Coefficients, Plan, sweep, token_sweep
+from .device import takes_kernels, triton_module
+from .head import Plan, sweep, token_sweep
+from .rows import Coefficients
 
 
 def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -48,16 +50,6 @@ def linear_logprob(
     return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, Plan(targets_N, None, temperature, dtype, chunk_rows))
 
 
-def _given_coefficients(by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> Coefficients:
-    """Coefficients from the upstream gradients of log-prob and entropy, either of which may be missing."""
-
-    def coefficients(logprobs_B: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        by_logprob_B = torch.zeros_like(logprobs_B) if by_logprob_L is None else by_logprob_L[rows]
-        return by_logprob_B, None if by_entropy_L is None else by_entropy_L[rows]
-
-    return coefficients
-
-
 class TokenLogprob(torch.autograd.Function):
     """Log-prob and entropy of the plan's rows of some logits."""
 
@@ -65,14 +57,21 @@ class TokenLogprob(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
+        if takes_kernels(logits_NV, logits_NV.dtype):
+            kept = triton_module("fused").token_forward(logits_NV, plan)
+            ctx.save_for_backward(logits_NV, *kept)
+            return kept[:2]
         ctx.save_for_backward(logits_NV)
         return token_sweep(logits_NV, plan)[:2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple[Tensor | None, None]:
-        (logits_NV,) = ctx.saved_tensors
-        return token_sweep(logits_NV, ctx.plan, _given_coefficients(by_logprob_L, by_entropy_L)).dlogits_NV, None
+        logits_NV, *kept = ctx.saved_tensors
+        coefficients = Coefficients(by_logprob_L, by_entropy_L)
+        if kept:
+            return triton_module("fused").token_backward(logits_NV, ctx.plan, kept, coefficients), None
+        return token_sweep(logits_NV, ctx.plan, coefficients).dlogits_NV, None
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -88,7 +87,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_logprob_N: Tensor | None, by_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        coefficients = _given_coefficients(by_logprob_N, by_entropy_N)
+        coefficients = Coefficients(by_logprob_N, by_entropy_N)
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         out = sweep(hidden_NH, weight_VH, bias_V, ctx.plan, coefficients, ctx.needs_input_grad[:3])
         return out.dhidden_LH, out.dweight_VH, out.dbias_V, None

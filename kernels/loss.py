@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks
-from .head import Coefficients, Plan, sweep, wide
+from .head import Plan, sweep, wide
 from .logprob import TokenLogprob
 from .metrics import row_metrics
 from .objective import Objective
-from .rows import Rows, live_rows, policy_terms, slopes, total_loss, uses_sampler_weight
+from .rows import Coefficients, Rows, live_rows, policy_terms, slopes, total_loss, uses_sampler_weight
 
 
 class Loss(NamedTuple):
@@ -218,7 +218,7 @@ class _LinearGrpo(torch.autograd.Function):
 def _coefficients(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: Plan, live: Rows, objective: Objective
 ) -> Coefficients:
-    """Slopes of a block of rows: a token's from its own log-prob, shared ones from a sweep over all rows before."""
+    """Slopes of the rows: a token's from its own log-prob, shared ones from a sweep over all rows before."""
     policy_slope_L: Tensor | None = None
     if objective.importance != "token":
         if live.old_L is None and not uses_sampler_weight(live, objective):
@@ -226,9 +226,4 @@ def _coefficients(
         else:
             logprobs_L = sweep(hidden_NH, weight_VH, bias_V, plan).logprobs_L
         policy_slope_L = policy_terms(logprobs_L, live, objective).slope_L
-
-    def coefficients(logprobs_B: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        fixed_B = None if policy_slope_L is None else policy_slope_L[rows]
-        return slopes(logprobs_B, live.select(rows), objective, fixed_B)
-
-    return coefficients
+    return Coefficients(policy_slope_L, rows=live, objective=objective)

@@ -95,6 +95,26 @@ def slopes(
     return policy_slope_L, -objective.entropy_coef * rows.weights_L
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """dloss/dlogprob and dloss/dentropy (None: zero) of each row: given ones, or an objective's over some rows.
+
+    With an objective `by_logprob_L` is the policy's part of the slope; None: each row's own, known with its log-prob.
+    """
+
+    by_logprob_L: Tensor | None
+    by_entropy_L: Tensor | None = None
+    rows: Rows | None = None
+    objective: Objective | None = None
+
+    def of(self, logprobs_B: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Those of a slice of the rows, whose log-probs are known by now."""
+        by_logprob_B, by_entropy_B = (t if t is None else t[rows] for t in (self.by_logprob_L, self.by_entropy_L))
+        if self.rows is not None and self.objective is not None:
+            return slopes(logprobs_B, self.rows.select(rows), self.objective, by_logprob_B)
+        return torch.zeros_like(logprobs_B) if by_logprob_B is None else by_logprob_B, by_entropy_B
+
+
 def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> Tensor:
     """sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i).  0-dim."""
     loss_L = policy_terms(logprobs_L, rows, objective).loss_L

@@ -410,7 +410,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_module, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left.*config\.toml"):
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
         run.write_config("new")
     assert run.config.read_text() == "old" and not list(run.path.glob(".tmp-*"))
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PreTra
 from mgrpo.engine import sampler as sampler_module
 from mgrpo.engine.config import AgentConfig, ComputeConfig
 from mgrpo.engine.model import load_model, load_tokenizer
-from mgrpo.engine.sampler import Completion, InProcessSampler, Session, draw
+from mgrpo.engine.sampler import Completion, InProcessSampler, KVCache, Session, draw
 from toy import EOS, make_model
 
 LAST = 1 - 2.0**-53  # the largest number that numpy's generator returns
@@ -434,3 +434,19 @@ def test_greedy_and_sampled_rows_may_lie_side_by_side():
     tokens, logps = draw(logits_RV, 5.0, 0.99, [0.0, 0.0], [True, False])
     assert tokens == [1, 0] and logps[0] == 0.0
     assert logps[1] == pytest.approx(float((logits_RV[0] / 5).log_softmax(-1)[0]), abs=1e-6)
+
+
+def test_the_cache_keeps_what_it_holds_when_it_grows_and_never_beyond_the_context(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
+    cache = KVCache(model, slots=3, most_tokens=300)
+    cache.reserve(5)
+    held = [torch.randn_like(x) for x in (cache.k, cache.v)]
+    cache.k.copy_(held[0])
+    cache.v.copy_(held[1])
+    cache.reserve(129)
+    for grown, before in zip((cache.k, cache.v), held, strict=True):
+        assert grown.shape[:3] == before.shape[:3] and 129 <= grown.shape[3] <= 300
+        assert torch.equal(grown[:, :, :, : before.shape[3]], before)
+        assert not grown[:, :, :, before.shape[3] :].any()
+    cache.reserve(300)
+    assert cache.k.shape[3] == 300

@@ -24,9 +24,15 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     require(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}")
 
 
-def check_logits(logits_NV: Tensor) -> None:
+def check_logits(logits_NV: Tensor, *, inplace: bool) -> None:
+    """inplace: and that their storage may take their gradient."""
     require(logits_NV.ndim == 2 and logits_NV.shape[1] > 0, "logits_NV", tuple(logits_NV.shape), "shape (N, V), V > 0")
     require(logits_NV.is_floating_point(), "logits_NV", logits_NV.dtype, "a float dtype")
+    if inplace:
+        leaf = logits_NV.is_leaf and logits_NV.requires_grad
+        require(not leaf, "logits_NV", "a leaf that needs a gradient", "an operation's output, with inplace=True")
+        repeated = any(step == 0 and size > 1 for step, size in zip(logits_NV.stride(), logits_NV.shape, strict=True))
+        require(not repeated, "logits_NV", f"strides {logits_NV.stride()}", "no number twice, with inplace=True")
 
 
 def check_head(

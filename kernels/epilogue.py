@@ -43,11 +43,12 @@ def run_rows(
 ) -> None:
     """Statistics of the live rows `rows`, and the gradient with respect to their logits if there is a buffer for it.
 
-    Live row rows.start + i is row i of both buffers, or row index_L[rows.start + i].  known: the statistics are read.
+    Live row rows.start + i is row i of both buffers, or row index_L[rows.start + i].
+    known: the statistics are read, and the two buffers may be one (see `row_kernel.py`).
     """
     if rows.stop <= rows.start:
         return
-    assert gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
+    assert known or gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
     temperature_L = temperature if isinstance(temperature, Tensor) else None
     block, warps = launch_settings(logits_CV.shape[1])
     with torch.cuda.device_of(logits_CV):

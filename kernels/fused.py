@@ -133,10 +133,10 @@ def token_forward(logits_NV: Tensor, plan: Plan) -> Statistics:
     return statistics
 
 
-def token_backward(logits_NV: Tensor, plan: Plan, kept: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
-    """Gradient with respect to all logits: one read of the live rows and one write (and zeros, if some are not)."""
-    new = torch.empty_like if plan.index_L is None else torch.zeros_like
-    gradient_NV = new(logits_NV)
+def token_backward(
+    logits_NV: Tensor, plan: Plan, kept: Sequence[Tensor], coefficients: Coefficients, gradient_NV: Tensor
+) -> None:
+    """Write the gradient with respect to the live rows of the logits, over these if told: one read and one write."""
     run_rows(
         logits_NV,
         None,
@@ -149,4 +149,3 @@ def token_backward(logits_NV: Tensor, plan: Plan, kept: Sequence[Tensor], coeffi
         index_L=plan.index_L,
         known=True,
     )
-    return gradient_NV

@@ -241,24 +241,27 @@ class Softmax:
 
 
 class TokenSweep(NamedTuple):
-    """Log-prob and entropy of each row, and the gradient with respect to all logits if asked for."""
+    """Log-prob and entropy of each row."""
 
     logprobs_L: Tensor
     entropy_L: Tensor
-    dlogits_NV: Tensor | None
 
 
 @torch.no_grad()
-def token_sweep(logits_NV: Tensor, plan: Plan, coefficients: Coefficients | None = None) -> TokenSweep:
-    """The same for logits that exist already; they are read block by block and left as they are."""
+def token_sweep(
+    logits_NV: Tensor, plan: Plan, coefficients: Coefficients | None = None, gradient_NV: Tensor | None = None
+) -> TokenSweep:
+    """The same for logits that exist already; with `coefficients` the live rows of `gradient_NV` are written.
+
+    That may be the logits themselves: a block of rows is copied before its gradient is.
+    """
     count, dtype = len(plan.targets_L), wide(logits_NV.dtype)
     new = logits_NV.new_empty
-    dlogits_NV = torch.zeros_like(logits_NV) if coefficients else None
-    out = TokenSweep(new(count, dtype=dtype), new(count, dtype=dtype), dlogits_NV)
+    out = TokenSweep(new(count, dtype=dtype), new(count, dtype=dtype))
     softmax = Softmax(logits_NV.shape[1], dtype, logits_NV.device, count, plan)
     for rows in softmax.blocks(slice(0, count)):
         gradient_BV = softmax.block(plan.take(logits_NV, rows), None, rows, out, coefficients)
-        if dlogits_NV is not None and gradient_BV is not None:
+        if gradient_NV is not None and gradient_BV is not None:
             where = rows if plan.index_L is None else plan.index_L[rows]
-            dlogits_NV[where] = gradient_BV.to(dlogits_NV.dtype)
+            gradient_NV[where] = gradient_BV.to(gradient_NV.dtype)
     return out

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
 from .checks import ValueChecks, check_logits
@@ -19,16 +20,27 @@ from .narrow import scale_in_place
 from .rows import Coefficients
 from .shard import check_sharded_head
 
+SPENT = (
+    "inplace=True: got a second backward, expected one: the first has overwritten the logits with their gradient. "
+    "Ask for all gradients at once, or form the logits again."
+)
 
-def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+
+def token_logprob(
+    logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the target, and the entropy of that softmax, in nats.
 
     logits (N, V) any float, targets (N,) int64, temperature a number or (N,) -> two (N,) float32, or float64 for
-    float64 logits. Differentiable in the logits. ValueError for a wrong shape, dtype, target or temperature.
+    float64 logits. Differentiable in the logits.
+    inplace: the backward writes the gradient over the logits, which saves memory of their size. Nothing else may need
+    them: an operation that kept them for its own backward raises there, by torch's count of a tensor's versions.
+    ValueError for a wrong shape, dtype, target or temperature, and in place for logits that are a leaf; RuntimeError in
+    a second backward in place.
     """
-    check_logits(logits_NV)
+    check_logits(logits_NV, inplace=inplace)
     temperature = _checked(targets_N, temperature, logits_NV, logits_NV.shape[1])
-    return TokenLogprob.apply(logits_NV, Plan(targets_N, None, temperature, logits_NV.dtype))
+    return TokenLogprob.apply(logits_NV, Plan(targets_N, None, temperature, logits_NV.dtype), inplace)
 
 
 def linear_logprob(
@@ -64,11 +76,11 @@ def _checked(targets_N: Tensor, temperature: float | Tensor, rows_NX: Tensor, vo
 
 
 class TokenLogprob(torch.autograd.Function):
-    """Log-prob and entropy of the plan's rows of some logits."""
+    """Log-prob and entropy of the plan's rows of some logits; inplace: whose gradient takes their storage."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        ctx.plan = plan
+    def forward(ctx: Any, logits_NV: Tensor, plan: Plan, inplace: bool) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.inplace, ctx.spent = plan, inplace, False
         ctx.set_materialize_grads(False)
         if takes_kernels(logits_NV, logits_NV.dtype):
             kept = triton_module("fused").token_forward(logits_NV, plan)
@@ -79,12 +91,24 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple[Tensor | None, None]:
-        logits_NV, *kept = ctx.saved_tensors
+    def backward(
+        ctx: Any, by_logprob_L: Tensor | None, by_entropy_L: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if ctx.spent:
+            raise RuntimeError(SPENT)
+        ctx.spent = ctx.inplace
+        logits_NV, *kept = (t.detach() for t in ctx.saved_tensors)
         coefficients = Coefficients(by_logprob_L, by_entropy_L)
+        gradient_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
         if kept:
-            return triton_module("fused").token_backward(logits_NV, ctx.plan, kept, coefficients), None
-        return token_sweep(logits_NV, ctx.plan, coefficients).dlogits_NV, None
+            triton_module("fused").token_backward(logits_NV, ctx.plan, kept, coefficients, gradient_NV)
+        else:
+            token_sweep(logits_NV, ctx.plan, coefficients, gradient_NV)
+        if ctx.plan.rest_D is not None:
+            gradient_NV.index_fill_(0, ctx.plan.rest_D, 0)
+        if ctx.inplace:
+            increment_version(logits_NV)  # a kernel's writes are not counted
+        return gradient_NV, None, None
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -51,15 +51,19 @@ def grpo_loss(
     ref_logprobs_N: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace: bool = False,
 ) -> Loss:
-    """`linear_grpo_loss` for logits (N, V) of any float dtype that exist already; differentiable in them."""
-    checks.check_logits(logits_NV)
+    """`linear_grpo_loss` for logits (N, V) of any float dtype that exist already; differentiable in them.
+
+    inplace: the backward writes the gradient over the logits, as in `token_logprob`.
+    """
+    checks.check_logits(logits_NV, inplace=inplace)
     values = checks.ValueChecks(logits_NV.device)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     rows = _rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
     plan = _plan(values, targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
-    logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan)
+    logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
     loss = _RowLoss.apply(logprobs_L, entropy_L, live, objective)
     return _result(loss, logprobs_L.detach(), entropy_L.detach(), plan, live, objective, len(logits_NV))
 

@@ -7,8 +7,9 @@ distance, one exponential per element. And distances are tempered after they are
 nothing to the temperature.
 
 Bytes moved per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back, so
-that what is still in the L2 cache is met first, and one write. Logits and gradient lie in different buffers: no warp
-can overwrite what another has yet to read.
+that what is still in the L2 cache is met first, and one write. Logits and gradient lie in different buffers, since a
+warp that has finished the first read may not overwrite what another has yet to read. With KNOWN statistics they may be
+one: a row is read once, each element by the very thread that then writes it, and no program looks at another's row.
 
 Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py", "test_triton_shards.py"]
+BEHAVIOUR = [f"test_triton_{name}.py" for name in ("rows", "loss", "groups", "inplace", "shards")]
 THREADS, REGISTERS = 512, 65_536  # of a program of ours; of an SM
 
 pytest.importorskip("triton")

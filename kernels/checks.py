@@ -12,6 +12,7 @@ from .objective import Objective
 
 GoodRows = Callable[[Tensor], Tensor]
 FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int32, torch.int64)
 
 
 def require(holds: bool, name: str, given: object, expected: str) -> None:

@@ -70,17 +70,17 @@ def row_source(logits, bias, gradient, optional, switches, block):
     return source(row_kernel, types, constants, even & types.keys())
 
 
-def group_source(weighted, leave_one_out, tile):
+def group_source(weighted, leave_one_out, to_tokens, tile):
     """The group kernel of float32 rewards."""
     from mgrpo.kernels.groups import group_kernel
 
     outputs = {"values_R": "*fp32", "mean_G": "*fp32", "std_G": "*fp32", "zero_std_G": "*u8", "problems": "*i32"}
     types = {"rewards_R": "*fp32", "offsets_G1": "*i64", **outputs, "groups": "i32", "rows": "i32", "eps": "fp32"}
+    types |= {"tokens": "i32"}
     constants = {"LEAVE_ONE_OUT": leave_one_out, "SCALED": True, "GROUPS": tile[0], "WIDTH": tile[1]}
-    if weighted:
-        types["weights_R"] = "*fp32"
-    else:
-        constants["weights_R"] = None
+    optional = {"weights_R": ("*fp32", weighted), "bounds_R1": ("*i64", to_tokens), "tokens_T": ("*fp32", to_tokens)}
+    for name, (kind, given) in optional.items():
+        (types if given else constants)[name] = kind if given else None
     return source(group_kernel, types, constants, {name for name in types if types[name].startswith("*")})
 
 
@@ -132,10 +132,10 @@ def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability)
 def test_the_group_kernel_spills_nothing(capability):
     from mgrpo.kernels.groups import FEW_ROWS_TILE, MANY_ROWS_TILE
 
-    for tile, weighted, leave_one_out in itertools.product((FEW_ROWS_TILE, MANY_ROWS_TILE), (0, 1), (0, 1)):
-        source = group_source(weighted, bool(leave_one_out), tile)
-        _, registers, spilled, shared = compiled(source, capability, tile[2])
-        print(f"sm_{capability} {tile}: {registers} registers, {spilled} B spilled, {shared} B shared")
+    options = ([FEW_ROWS_TILE, MANY_ROWS_TILE], [False, True], [False, True], [False, True])
+    for tile, *switches in itertools.product(*options):
+        _, registers, spilled, shared = compiled(group_source(*switches, tile), capability, tile[-1])
+        print(f"sm_{capability} {tile} {switches}: {registers} registers, {spilled} B spilled, {shared} B shared")
         assert spilled == 0 and registers <= 128
 
 

@@ -3,6 +3,7 @@
 Values are looked at only in rows that count (weight not 0): a masked row's label, advantage or log-prob is never read.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -25,8 +26,16 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     require(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}")
 
 
+def require_whole(name: str, tensor: Tensor) -> None:
+    """Not a DTensor, whose rows may lie on other ranks: a head that FSDP still holds sharded would be read in part."""
+    module = sys.modules.get("torch.distributed.tensor")  # without which there are none; importing it takes long
+    sharded = module is not None and isinstance(tensor, module.DTensor)
+    require(not sharded, name, "a DTensor", "the full tensor: call unshard() on its module, or full_tensor()")
+
+
 def check_logits(logits_NV: Tensor, *, inplace: bool) -> None:
     """inplace: and that their storage may take their gradient."""
+    require_whole("logits_NV", logits_NV)
     require(logits_NV.ndim == 2 and logits_NV.shape[1] > 0, "logits_NV", tuple(logits_NV.shape), "shape (N, V), V > 0")
     require(logits_NV.is_floating_point(), "logits_NV", logits_NV.dtype, "a float dtype")
     if inplace:
@@ -40,6 +49,9 @@ def check_head(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, may_be_empty: bool = False
 ) -> torch.dtype:
     """Check shapes and dtypes of the head; the dtype its matmuls run in (autocast's, where that is on)."""
+    for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
+        if tensor is not None:
+            require_whole(name, tensor)
     require(hidden_NH.ndim == 2, "hidden_NH", tuple(hidden_NH.shape), "shape (N, H)")
     expected = f"shape (V, {hidden_NH.shape[1]}), V {'>=' if may_be_empty else '>'} 0"
     fits = weight_VH.ndim == 2 and weight_VH.shape[1] == hidden_NH.shape[1]

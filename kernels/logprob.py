@@ -57,6 +57,9 @@ def linear_logprob(
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
     Differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
+    A row's results depend on its neighbours and on chunk_rows only as far as the matmul's order of summation does. On a
+    CPU (257 rows of width 576, V 49152) no bit changed in bfloat16, nor in float32 but for chunks of one or two rows,
+    which took log-probs at most 2e-6 nats off; on a GPU it has not been measured.
     ValueError for a wrong shape, dtype, target, temperature.
     """
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)

@@ -51,8 +51,17 @@ def close(got: Tensor, truth: Tensor, tolerance: float = 1e-10) -> bool:
 
 
 def within_rule(got: Tensor, plain: Tensor, truth: Tensor) -> bool:
-    """Error at most twice that of the plain version in the same dtype, plus the dtype's floor."""
-    return error(got, truth) <= 2 * error(plain, truth) + FLOOR[plain.dtype]
+    """Error at most twice that of the plain version in the same dtype, plus the dtype's floor; else tells the worst."""
+    good = error(got, truth) <= 2 * error(plain, truth) + FLOOR[plain.dtype]
+    return good or tell_worst(got, plain, truth)
+
+
+def tell_worst(got: Tensor, plain: Tensor, truth: Tensor) -> bool:
+    """Print the element that is furthest off, for pytest to show.  False, so that it can end a condition."""
+    got, plain, truth = (t.detach().double().flatten() for t in (got, plain, truth))
+    at = int((got - truth).abs().nan_to_num(torch.inf).argmax())
+    print(f"worst element {at}: {got[at]}, where plain torch gives {plain[at]} and the truth is {truth[at]}")
+    return False
 
 
 def ragged(count: int, generator: torch.Generator) -> Tensor:

@@ -129,6 +129,22 @@ def test_nothing_to_learn_gives_a_zero_gradient_that_flows(count, importance):
     assert logits.grad is not None and not logits.grad.any()
 
 
+@pytest.mark.parametrize("importance", ["token", "sequence", "trajectory"])
+def test_advantages_of_zero_leave_nothing_but_the_other_terms(importance):
+    heads, (targets, advantages, weights), keywords = small_case()
+    leaves = leaves_of(heads, keywords)
+    zero = torch.zeros_like(advantages)
+    got = linear_grpo_loss(*heads, targets, zero, weights, Objective(importance=importance), **keywords)
+    assert got.loss.item() == 0 and got.metrics["rows"] == 0
+    assert not any(grad.any() for grad in gradients(lambda: got.loss, leaves))
+    objective = Objective(importance=importance, kl_coef=0.1, entropy_coef=0.1)
+    got = linear_grpo_loss(*heads, targets, zero, weights, objective, **keywords)
+    truth = linear_grpo_loss_ref(*heads, targets, zero, weights, objective, **keywords)[0]
+    assert got.metrics["rows"] == (weights != 0).sum() and close(got.loss, truth)
+    pairs = zip(gradients(lambda: got.loss, leaves), gradients(lambda: truth, leaves), strict=True)
+    assert all(close(a, b) and b.any() for a, b in pairs)
+
+
 @pytest.mark.parametrize("importance", ["token", "trajectory"])
 def test_chunks_do_not_matter(importance):
     heads, others, keywords = loss_case(5, 50, 31, off_policy=True, bias=True, row_temperature=True)

@@ -19,12 +19,12 @@ compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", re
 
 
 @compiled_only
-def test_kernels_behave_under_the_interpreter():
+def test_kernels_behave_under_the_interpreter(record_property):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *BEHAVIOUR]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    print(done.stdout.splitlines()[-1])
+    record_property("measured", f"under the interpreter: {done.stdout.splitlines()[-1]}")
 
 
 # Of each variant of the row kernel: dtypes of logits, bias and gradient, its optional vectors, and its switches.
@@ -112,16 +112,20 @@ def compiled(source, capability, warps):
     return kernel, registers, stack + local, kernel.metadata.shared
 
 
+def cost(name, capability, registers, spilled, shared):
+    return f"sm_{capability} {name}: {registers} registers a thread, {spilled} B spilled, {shared} B shared"
+
+
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability):
+def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability, record_property):
     from mgrpo.kernels.epilogue import launch_settings
 
     block, warps = launch_settings(151_936)
     assert warps * 32 == THREADS
     for name, variant in ROW_VARIANTS.items():
         _, registers, spilled, shared = compiled(row_source(*variant, block), capability, warps)
-        print(f"sm_{capability} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
+        record_property("measured", cost(f"row kernel, {name}", capability, registers, spilled, shared))
         assert spilled == 0
         assert registers * THREADS * 2 <= REGISTERS
         assert shared < 1024
@@ -129,13 +133,15 @@ def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability)
 
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_the_group_kernel_spills_nothing(capability):
+def test_the_group_kernel_spills_nothing(capability, record_property):
     from mgrpo.kernels.groups import FEW_ROWS_TILE, MANY_ROWS_TILE
 
     options = ([FEW_ROWS_TILE, MANY_ROWS_TILE], [False, True], [False, True], [False, True])
     for tile, *switches in itertools.product(*options):
         _, registers, spilled, shared = compiled(group_source(*switches, tile), capability, tile[-1])
-        print(f"sm_{capability} {tile} {switches}: {registers} registers, {spilled} B spilled, {shared} B shared")
+        given = [name for name, on in zip(("weights", "leave one out", "tokens"), switches, strict=True) if on]
+        name = ", ".join(["group kernel", f"tile {tile}", *given])
+        record_property("measured", cost(name, capability, registers, spilled, shared))
         assert spilled == 0 and registers <= 128
 
 
@@ -150,6 +156,23 @@ def test_logits_move_128_bits_at_a_time_and_cost_one_exponential_each():
     assert len(re.findall(r"ex2\.approx", ptx)) == 2 * per_thread  # of the loop, and of the lanes put together
     ptx = compiled(row_source(*ROW_VARIANTS["token loss"], block), 90, warps)[0].asm["ptx"]
     assert ptx.count("ld.global.v4.b32") == 2 * per_thread // 4 and ptx.count("st.global.v4.b32") == per_thread // 8
+
+
+@compiled_only
+def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
+    """Lengths and temperatures as constants would mean a compilation a batch; what is autotuned runs several times, and
+    so may not write in place."""
+    from triton.runtime import JITFunction
+
+    from mgrpo.kernels.groups import group_kernel
+    from mgrpo.kernels.row_kernel import row_kernel
+
+    switches = {"KNOWN", "KL", "ENTROPY", "BLOCK"}, {"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}
+    by_length = {"start"}, {"groups", "rows", "tokens"}
+    for kernel, constants, lengths in zip((row_kernel, group_kernel), switches, by_length, strict=True):
+        assert isinstance(kernel, JITFunction)
+        assert {p.name for p in kernel.params if p.is_constexpr} == constants
+        assert {p.name for p in kernel.params if p.do_not_specialize} == lengths
 
 
 @compiled_only

@@ -22,11 +22,14 @@ def check_logits(logits_NV: Tensor) -> None:
     require(logits_NV.is_floating_point(), "logits_NV", logits_NV.dtype, "a float dtype")
 
 
-def check_head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> torch.dtype:
+def check_head(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, may_be_empty: bool = False
+) -> torch.dtype:
     """Check shapes and dtypes of the head; the dtype its matmuls run in (autocast's, where that is on)."""
     require(hidden_NH.ndim == 2, "hidden_NH", tuple(hidden_NH.shape), "shape (N, H)")
-    expected = f"shape (V, {hidden_NH.shape[1]}), V > 0"
-    fits = weight_VH.ndim == 2 and weight_VH.shape[1] == hidden_NH.shape[1] and weight_VH.shape[0] > 0
+    expected = f"shape (V, {hidden_NH.shape[1]}), V {'>=' if may_be_empty else '>'} 0"
+    fits = weight_VH.ndim == 2 and weight_VH.shape[1] == hidden_NH.shape[1]
+    fits = fits and (may_be_empty or weight_VH.shape[0] > 0)
     require(fits, "weight_VH", tuple(weight_VH.shape), expected)
     if bias_V is not None:
         require(bias_V.shape == weight_VH.shape[:1], "bias_V", tuple(bias_V.shape), f"shape ({len(weight_VH)},)")

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from .checks import check_head, check_logits, check_targets, check_temperature, require
+from .checks import check_logits, check_targets, check_temperature
 from .device import takes_kernels, triton_module
 from .head import Plan, sweep, token_sweep
 from .rows import Coefficients
+from .shard import check_sharded_head
 
 
 def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -37,17 +39,20 @@ def linear_logprob(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob` of the logits hidden @ weight^T + bias, which are formed `chunk_rows` rows at a time.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
-    Differentiable in hidden, weight and bias (four matmuls). ValueError for a wrong shape, dtype, target, temperature.
+    Differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
+    ValueError for a wrong shape, dtype, target, temperature.
     """
-    dtype = check_head(hidden_NH, weight_VH, bias_V)
-    check_targets(targets_N, len(hidden_NH), len(weight_VH))
-    require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
+    check_targets(targets_N, len(hidden_NH), shard.total if shard else len(weight_VH))
     temperature = check_temperature(temperature, len(hidden_NH))
-    return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, Plan(targets_N, None, temperature, dtype, chunk_rows))
+    local_N = targets_N - shard.first if shard else targets_N
+    plan = Plan(local_N, None, temperature, dtype, chunk_rows, shard)
+    return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, plan)
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -90,4 +95,5 @@ class _LinearLogprob(torch.autograd.Function):
         coefficients = Coefficients(by_logprob_N, by_entropy_N)
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         out = sweep(hidden_NH, weight_VH, bias_V, ctx.plan, coefficients, ctx.needs_input_grad[:3])
-        return out.dhidden_LH, out.dweight_VH, out.dbias_V, None
+        dhidden_NH = None if out.dhidden_LH is None else out.dhidden_LH.to(hidden_NH.dtype)
+        return dhidden_NH, out.dweight_VH, out.dbias_V, None

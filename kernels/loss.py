@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from . import checks
 from .head import Plan, sweep, wide
@@ -20,6 +21,7 @@ from .logprob import TokenLogprob
 from .metrics import row_metrics
 from .objective import Objective
 from .rows import Coefficients, Rows, live_rows, policy_terms, slopes, total_loss, uses_sampler_weight
+from .shard import Shard, check_sharded_head
 
 
 class Loss(NamedTuple):
@@ -48,7 +50,7 @@ def grpo_loss(
     checks.check_logits(logits_NV)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     rows = _rows(vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
-    plan = _plan(targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype, None)
+    plan = _plan(targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
     logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan)
     loss = _RowLoss.apply(logprobs_L, entropy_L, live, objective)
@@ -70,6 +72,7 @@ def linear_grpo_loss(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Loss:
     """loss = sum_i loss_weights[i] * l_i,  l_i = -clipped term * sampler weight + kl_coef * kl_i - entropy_coef * H_i.
 
@@ -81,15 +84,19 @@ def linear_grpo_loss(
     targets (N,) int64; advantages, loss weights, the log-probs, all constants, (N,) float; temperature a number or
     (N,).
     old_logprobs_N None: on-policy. cu_seqlens (S + 1,) integer: bounds of the sequences, for shared ratios.
-    chunk_rows: rows of logits in memory at a time; None: 64 MiB of them. Loss and log-probs are float32, or float64 for
+    chunk_rows: rows of logits in memory at a time; None: 64 MiB of them.
+    group: the ranks that share the vocabulary. weight and bias then are this rank's consecutive rows, as many as it
+    likes or none, in rank order; all else is the same on every rank, targets in [0, sum of V) too. So are the results
+    and hidden's gradient, which is summed over the ranks; weight and bias get that of their own rows.
+    Loss and log-probs are float32, or float64 for
     float64 inputs. Differentiable, once, in hidden, weight and bias.
     Raises ValueError for a wrong shape or dtype, a target outside [0, V), NaN (naming the row), or a missing input.
     """
-    dtype = checks.check_head(hidden_NH, weight_VH, bias_V)
-    checks.require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     rows = _rows(vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
-    plan = _plan(targets_N, temperature, rows, objective, len(weight_VH), dtype, chunk_rows)
+    vocabulary = shard.total if shard else len(weight_VH)
+    plan = _plan(targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
     differentiate = torch.is_grad_enabled()
     loss, logprobs_L, entropy_L = _LinearGrpo.apply(hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate)
@@ -144,18 +151,20 @@ def _plan(
     objective: Objective,
     vocabulary: int,
     dtype: torch.dtype,
-    chunk_rows: int | None,
+    chunk_rows: int | None = None,
+    shard: Shard | None = None,
 ) -> Plan:
     """Check the targets and the temperature, and leave out the rows that add nothing."""
     count = len(rows.weights_L)
     checks.check_targets(targets_N, count, vocabulary, rows.weights_L != 0)
     temperature = checks.check_temperature(temperature, count, rows.weights_L != 0)
+    local_N = targets_N - shard.first if shard else targets_N
     index_L = live_rows(rows, objective)
     if len(index_L) == count:
-        return Plan(targets_N, None, temperature, dtype, chunk_rows)
+        return Plan(local_N, None, temperature, dtype, chunk_rows, shard)
     if isinstance(temperature, Tensor):
         temperature = temperature[index_L]
-    return Plan(targets_N[index_L], index_L, temperature, dtype, chunk_rows)
+    return Plan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard)
 
 
 def _result(
@@ -199,7 +208,7 @@ class _LinearGrpo(torch.autograd.Function):
         if any(needs):
             coefficients = _coefficients(hidden_NH, weight_VH, bias_V, plan, live, objective)
         out = sweep(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
-        ctx.plan, ctx.count = plan, len(hidden_NH)
+        ctx.plan, ctx.count, ctx.dtype = plan, len(hidden_NH), hidden_NH.dtype
         ctx.save_for_backward(out.dhidden_LH, out.dweight_VH, out.dbias_V)
         ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L)
         loss = total_loss(out.logprobs_L, out.entropy_L, live, objective)
@@ -211,7 +220,7 @@ class _LinearGrpo(torch.autograd.Function):
         # A Python number, because a 0-dim tensor would be rounded to bf16 first; 1.0, the usual one, costs no pass.
         scale = float(upstream)
         dhidden_LH, dweight_VH, dbias_V = (t if t is None or scale == 1.0 else t * scale for t in ctx.saved_tensors)
-        dhidden_NH = None if dhidden_LH is None else ctx.plan.put(dhidden_LH, ctx.count)
+        dhidden_NH = None if dhidden_LH is None else ctx.plan.put(dhidden_LH.to(ctx.dtype), ctx.count)
         return dhidden_NH, dweight_VH, dbias_V, None, None, None, None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py"]
+BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py", "test_triton_shards.py"]
 THREADS, REGISTERS = 512, 65_536  # of a program of ours; of an SM
 
 pytest.importorskip("triton")
@@ -40,6 +40,12 @@ ROW_VARIANTS = {
         *("bf16", None, "bf16"),
         "index_L top_L log_sum_L by_logprob_L by_entropy_L",
         {"KNOWN": True, "ENTROPY": True},
+    ),
+    "log-prob over a shard": ("fp32", "bf16", None, "temperature_L top_L log_sum_L", {}),
+    "token loss over a shard": (
+        *("fp32", "bf16", "bf16"),
+        f"temperature_L top_L log_sum_L {OBJECTIVE}",
+        {"KNOWN": True, "KL": 3, "ENTROPY": True},
     ),
 }
 SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_coef", "entropy_coef")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -137,13 +138,13 @@ def _status_bytes(field: str) -> int:
 
 
 def commit() -> str:
-    """The commit these sources are at, "+" if they differ from it; "unknown" outside a checkout."""
+    """The commit these sources are at, "+" if they differ from it; outside a checkout what $COMMIT says, or unknown."""
     asked = ("describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*")
     here = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(["git", "-C", str(here), *asked], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return answer.stdout.strip()
 
 

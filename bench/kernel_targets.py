@@ -5,6 +5,7 @@ Legend: N rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,13 +29,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.  logits: N and V.  skipped: candidates not to try, and why."""
+    """What to measure.  logits: N and V.  skipped: candidates not to try, and why.  seconds: to begin shapes in."""
 
     shapes: tuple[Shape, ...]
     logits: tuple[tuple[int, int], ...]
     copy_bytes: int
     trajectories: int
     rounds: int
+    seconds: float = math.inf
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -57,6 +59,7 @@ _GPU = Plan(
     copy_bytes=1 << 30,
     trajectories=TRAJECTORIES,
     rounds=7,
+    seconds=170,  # and a while for the last shape and the logits: four minutes in all
 )
 _GPU_QUICK = Plan((GPU_SHAPE,), (GPU_LOGITS,), copy_bytes=1 << 30, trajectories=TRAJECTORIES, rounds=3)
 _CPU = Plan((CPU_SHAPE,), ((512, 49152),), copy_bytes=1 << 28, trajectories=TRAJECTORIES, rounds=5)

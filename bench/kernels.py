@@ -8,6 +8,7 @@ Legend: N rows, L live rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +41,14 @@ def main(quick: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(FLOORS)
     session = Session(plan_for(device, quick), device)
+    started = time.monotonic()
     for shape in session.plan.shapes:
-        session.linear(shape)
-        release(device)
+        if time.monotonic() - started < session.plan.seconds:
+            session.linear(shape)
+            release(device)
+        else:
+            why = f"not begun: {session.plan.seconds:g} s were over"
+            session.results.append(Result(f"linear_grpo_loss bf16 {shape}", None, "ms", why=why))
     for rows, vocabulary in session.plan.logits:
         session.logits(rows, vocabulary)
         release(device)
@@ -112,8 +118,8 @@ class Session:
         timings = interleave(runs, rounds=10 * self.plan.rounds, device=self.device)
         microseconds = {name: timing.seconds * 1e6 for name, timing in timings.items()}
         case = f"group_advantages, {count} trajectories in groups of {GROUP}"
-        show(f"\n{case}", ("", "us", ""), [(name, f"{time:.4g}", "") for name, time in microseconds.items()])
-        self.results += [Result(f"{case}, {name}: time", time, "us") for name, time in microseconds.items()]
+        show(f"\n{case}", ("", "us", ""), [(name, f"{value:.4g}", "") for name, value in microseconds.items()])
+        self.results += [Result(f"{case}, {name}: time", value, "us") for name, value in microseconds.items()]
         self.found[targets.ADVANTAGES] = microseconds["ours"]
 
 

@@ -31,3 +31,25 @@ def fill(
     sampler_logprobs_T: NDArray[np.float32] | None = None,
     ref_logprobs_T: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]: ...
+def tree_plan(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    cap: int,
+    groups_N: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def tree_fill(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    sampled_T: NDArray[Any],
+    ids_B: NDArray[np.int64],
+    shared_B: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    advantages_N: NDArray[np.float64],
+    weights_N: NDArray[np.float64],
+    *,
+    old_logprobs_T: NDArray[np.float32] | None = None,
+    sampler_logprobs_T: NDArray[np.float32] | None = None,
+    ref_logprobs_T: NDArray[np.float32] | None = None,
+    merge: bool = True,
+) -> dict[str, NDArray[Any]]: ...

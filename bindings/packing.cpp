@@ -258,6 +258,8 @@ trajectory's length, advantage or weight not finite, 2^31 rows or more.)";
 
 }  // namespace
 
+void bind_tree(py::module_& module);
+
 PYBIND11_MODULE(_packing, module) {
   py::options options;
   options.disable_function_signatures();
@@ -271,4 +273,5 @@ PYBIND11_MODULE(_packing, module) {
              py::arg("rows_N"), py::arg("advantages_N"), py::arg("weights_N"), py::kw_only(),
              py::arg("old_logprobs_T") = py::none(), py::arg("sampler_logprobs_T") = py::none(),
              py::arg("ref_logprobs_T") = py::none(), kFill);
+  bind_tree(module);
 }

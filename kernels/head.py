@@ -5,7 +5,7 @@ log-prob is known, so that one sweep costs three matmuls and keeps no logits. An
 small enough for the cache: only the matmul's own (chunk x V) buffer, in the matmul's dtype, ever lies in memory; it
 holds the logits first and their gradient afterwards. On a GPU `fused.py` does the same with Triton.
 
-Legend: N all rows, L live rows, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
+Legend: N all rows, L live rows, D left out, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
 """
 
 import math
@@ -33,7 +33,7 @@ DWEIGHT_ROWS = 8192
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows to sweep and how.  index_L None: all of them.  temperature: a number, or a tensor (L,).
+    """Which rows to sweep and how.  index_L None: all, else rest_D are the others.  temperature: a number or (L,).
 
     With a shard the targets count from the first row of this rank's weight, and may lie outside it.
     """
@@ -44,6 +44,7 @@ class Plan:
     matmul_dtype: torch.dtype
     chunk_rows: int | None = None
     shard: Shard | None = None
+    rest_D: Tensor | None = None
 
     def take(self, source: Tensor, rows: slice) -> Tensor:
         """Those rows of an (N, ...) tensor."""
@@ -66,7 +67,10 @@ class Plan:
 
 
 class Sweep(NamedTuple):
-    """Log-prob and entropy of each row, and the gradients asked for (of hidden: live rows only)."""
+    """Log-prob and entropy of each row, and the gradients asked for.
+
+    Of hidden: live rows only, in its dtype; of weight and bias, and of hidden with a shard: in float32 or float64.
+    """
 
     logprobs_L: Tensor
     entropy_L: Tensor
@@ -157,11 +161,7 @@ def _sweep(
             out.dhidden_LH[rows] = torch.mm(logits_CV, matmul_VH)
         if out.dweight_VH is not None:
             _add_dweight(out.dweight_VH, logits_CV, hidden_CH)
-    del buffer_CV, softmax
-    return out._replace(
-        dweight_VH=None if out.dweight_VH is None else out.dweight_VH.to(weight_VH.dtype),
-        dbias_V=None if out.dbias_V is None or bias_V is None else out.dbias_V.to(bias_V.dtype),
-    )
+    return out
 
 
 def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:

@@ -182,6 +182,17 @@ def test_chunks_are_whole_tiles_of_a_matmul(total, size, lengths):
     assert [row for s in slices for row in range(s.start, s.stop)] == list(range(total))
 
 
+def test_the_largest_shape_stays_below_three_gigabytes():
+    """bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
+    from mgrpo.kernels.fused import GRADIENT_BYTES, LOGITS_BYTES, tiled_slices, whole_tiles
+
+    rows, width, vocabulary = 8192, 4096, 151_936
+    chunk = max(s.stop - s.start for s in tiled_slices(rows, GRADIENT_BYTES // (2 * vocabulary)))
+    block = whole_tiles(min(chunk, LOGITS_BYTES // (4 * vocabulary)))
+    assert (chunk, block) == (768, 256)
+    assert 4 * vocabulary * width + 2 * rows * width + 4 * block * vocabulary + 2 * chunk * vocabulary < 2.96e9
+
+
 @compiled_only
 def test_importing_the_kernels_does_not_import_triton():
     code = "import sys, torch, mgrpo.kernels; sys.exit('triton' in sys.modules)"

@@ -33,17 +33,18 @@ std::string describe(py::handle given) {
 
 template <class T>
 std::span<const T> column(const char* name, const char* expected, py::handle given) {
-  require(is_column<T>(given), name, " must be a one-dimensional contiguous array of ", expected, ", got ",
-          is_column<T>(given) ? "" : describe(given));
+  if (!is_column<T>(given)) {
+    require(false, name, " must be a one-dimensional contiguous array of ", expected, ", got ", describe(given));
+  }
   const auto array = py::reinterpret_borrow<py::array>(given);
   return {static_cast<const T*>(array.data()), static_cast<size_t>(array.size())};
 }
 
 std::span<const int64_t> integers(const char* name, py::handle given) { return column<int64_t>(name, "int64", given); }
 
-std::span<const uint8_t> flags(py::handle given) {
-  if (!is_column<bool>(given)) return column<uint8_t>("sampled", "bool or uint8", given);
-  const auto bools = column<bool>("sampled", "bool", given);
+std::span<const uint8_t> flags(const char* name, py::handle given) {
+  if (!is_column<bool>(given)) return column<uint8_t>(name, "bool or uint8", given);
+  const auto bools = column<bool>(name, "bool", given);
   return {reinterpret_cast<const uint8_t*>(bools.data()), bools.size()};
 }
 
@@ -89,9 +90,24 @@ std::span<T> fresh(py::dict& into, const char* key, int64_t size) {
   return {array.mutable_data(), static_cast<size_t>(size)};
 }
 
-constexpr const char* kLogprobs[] = {"old_logprobs", "sampler_logprobs", "ref_logprobs"};
+using Logprobs = std::vector<std::pair<const char*, std::span<const float>>>;
 
-mgrpo::TreeBuffers fresh_buffers(py::dict& into, const mgrpo::TreeLayout& layout, py::dict logprobs) {
+/// The columns of log-probs that were given.
+Logprobs logprob_columns(const py::object& old, const py::object& sampler, const py::object& ref, size_t tokens) {
+  Logprobs columns;
+  const std::pair<const char*, py::object> given[] = {
+      {"old_logprobs", old}, {"sampler_logprobs", sampler}, {"ref_logprobs", ref}};
+  for (const auto& [key, values] : given) {
+    if (values.is_none()) continue;
+    const auto values_T = column<float>(key, "float32", values);
+    require(values_T.size() == tokens, key, " has ", values_T.size(), " entries, expected one for each of the ", tokens,
+            " tokens");
+    columns.emplace_back(key, values_T);
+  }
+  return columns;
+}
+
+mgrpo::TreeBuffers fresh_buffers(py::dict& into, const mgrpo::TreeLayout& layout, const Logprobs& logprobs) {
   const int64_t tokens = layout.tokens(), rows = layout.most_predictions;
   mgrpo::TreeBuffers buffers{fresh<int64_t>(into, "input_ids", tokens),
                              fresh<int64_t>(into, "positions", tokens),
@@ -102,21 +118,19 @@ mgrpo::TreeBuffers fresh_buffers(py::dict& into, const mgrpo::TreeLayout& layout
                              fresh<float>(into, "weights", rows),
                              fresh<float>(into, "advantages", rows),
                              {}};
-  for (const auto& [key, _] : logprobs) {
-    buffers.logprobs_M.push_back(fresh<float>(into, std::string(py::str(key)).c_str(), rows));
-  }
+  for (const auto& [key, _] : logprobs) buffers.logprobs_M.push_back(fresh<float>(into, key, rows));
   return buffers;
 }
 
 /// Gives back what the prediction rows' arrays have beyond `rows`: merging leaves fewer than were counted.
-void shorten(py::dict& filled, int64_t rows, const py::dict& logprobs) {
-  const auto cut = [&](py::handle key) { filled[key].attr("resize")(rows, py::arg("refcheck") = false); };
-  for (const char* key : {"token_index", "targets", "segment_id", "weights", "advantages"}) cut(py::str(key));
+void shorten(py::dict& filled, int64_t rows, const Logprobs& logprobs) {
+  const auto cut = [&](const char* key) { filled[key].attr("resize")(rows, py::arg("refcheck") = false); };
+  for (const char* key : {"token_index", "targets", "segment_id", "weights", "advantages"}) cut(key);
   for (const auto& [key, _] : logprobs) cut(key);
 }
 
 template <class Token>
-py::dict fill_one(const mgrpo::TreeInput<Token>& given, const py::dict& logprobs) {
+py::dict fill_one(const mgrpo::TreeInput<Token>& given, const Logprobs& logprobs) {
   mgrpo::TreeLayout layout;
   {
     const py::gil_scoped_release released;
@@ -141,24 +155,16 @@ py::dict tree_fill(const py::object& tokens, const py::object& offsets, const py
                    const py::object& ids, const py::object& shared, const py::object& rows,
                    const py::object& advantages, const py::object& weights, const py::object& old_logprobs,
                    const py::object& sampler_logprobs, const py::object& ref_logprobs, bool merge) {
-  const auto sampled_T = flags(sampled);
+  const auto sampled_T = flags("sampled", sampled);
   const auto advantages_N = column<double>("advantages", "float64", advantages);
   const auto weights_N = column<double>("weights", "float64", weights);
   const auto ids_B = integers("ids", ids), shared_B = integers("shared", shared);
-  py::dict logprobs;
+  const auto logprobs = logprob_columns(old_logprobs, sampler_logprobs, ref_logprobs, sampled_T.size());
   std::vector<std::span<const float>> logprobs_T;
-  for (const auto& [key, values] :
-       {std::pair(kLogprobs[0], old_logprobs), {kLogprobs[1], sampler_logprobs}, {kLogprobs[2], ref_logprobs}}) {
-    if (values.is_none()) continue;
-    logprobs[key] = values;
-    logprobs_T.push_back(column<float>(key, "float32", values));
-    require(logprobs_T.back().size() == sampled_T.size(), key, " has ", logprobs_T.back().size(),
-            " entries, expected one for each of the ", sampled_T.size(), " tokens");
-  }
+  for (const auto& [_, values_T] : logprobs) logprobs_T.push_back(values_T);
   return with_tokens(tokens, offsets, rows, [&]<class Token>(const mgrpo::Sequences<Token>& sequences) {
-    return fill_one(
-        mgrpo::TreeInput<Token>{sequences, sampled_T, advantages_N, weights_N, ids_B, shared_B, logprobs_T, merge},
-        logprobs);
+    return fill_one<Token>({sequences, sampled_T, advantages_N, weights_N, ids_B, shared_B, logprobs_T, merge},
+                           logprobs);
   });
 }
 

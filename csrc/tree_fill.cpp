@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <utility>
@@ -84,15 +85,14 @@ class Path {
     return run.start + depth - run.depth;
   }
 
-  /// Writes the packed positions of the first `depth` tokens.
-  int64_t* write(int64_t depth, int64_t* to) const {
-    for (size_t r = 0; r < runs_.size(); ++r) {
-      const int64_t stop = r + 1 < runs_.size() ? runs_[r + 1].depth : depth;
-      int64_t* const end = to + (stop - runs_[r].depth);
-      std::iota(to, end, runs_[r].start);
-      to = end;
+  /// Calls visit(from, to, start) for the runs of the first `depth` tokens: depths `from` to `to` lie at `start` and
+  /// on.
+  template <class Visit>
+  void each_run(int64_t depth, Visit visit) const {
+    for (size_t r = 0; r < runs_.size() && runs_[r].depth < depth; ++r) {
+      const int64_t next = r + 1 < runs_.size() ? runs_[r + 1].depth : depth;
+      visit(runs_[r].depth, std::min(next, depth), runs_[r].start);
     }
-    return to;
   }
 
  private:
@@ -159,19 +159,23 @@ class Predictions {
     before_M_.resize(out.weights_M.size());
   }
 
-  /// The prediction of token t of all, by trajectory b from packed token p, which no earlier trajectory has.
-  void add(size_t b, int64_t p, int64_t t) {
-    const int64_t id = given_.ids_B[b], m = count_++;
-    out_.token_index_M[m] = p;
-    out_.targets_M[m] = given_.sequences.tokens_T[t];
-    out_.segment_id_M[m] = static_cast<int64_t>(b);
-    weight_M_[m] = given_.weights_N[id];
-    advantage_M_[m] = given_.advantages_N[id];
-    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) out_.logprobs_M[c][m] = given_.logprobs_T[c][t];
-    if (given_.merge) before_M_[m] = std::exchange(latest_P_[p], static_cast<int32_t>(m));
+  /// Trajectory b's predictions of `count` tokens from t on, from packed tokens p and on that no earlier one has.
+  void append(size_t b, int64_t p, int64_t t, int64_t count) {
+    const int64_t id = given_.ids_B[b], m = count_;
+    const Token* targets = given_.sequences.tokens_T.data() + t;
+    std::iota(&out_.token_index_M[m], &out_.token_index_M[m] + count, p);
+    std::copy(targets, targets + count, &out_.targets_M[m]);
+    std::fill_n(&out_.segment_id_M[m], count, static_cast<int64_t>(b));
+    std::fill_n(&weight_M_[m], count, given_.weights_N[id]);
+    std::fill_n(&advantage_M_[m], count, given_.advantages_N[id]);
+    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
+      std::copy_n(&given_.logprobs_T[c][t], count, &out_.logprobs_M[c][m]);
+    }
+    if (given_.merge) chain(m, p, count);
+    count_ += count;
   }
 
-  /// The same where earlier trajectories may have predicted alike.
+  /// Trajectory b's prediction of token t from packed token p, which earlier ones may have predicted alike.
   void merge(size_t b, int64_t p, int64_t t) {
     const double weight = given_.weights_N[given_.ids_B[b]], advantage = given_.advantages_N[given_.ids_B[b]];
     for (int32_t m = given_.merge ? latest_P_[p] : -1; m >= 0; m = before_M_[m]) {
@@ -181,7 +185,7 @@ class Predictions {
       weight_M_[m] = total;
       return;
     }
-    add(b, p, t);
+    append(b, p, t, 1);
   }
 
   int64_t finish() {
@@ -193,6 +197,11 @@ class Predictions {
   }
 
  private:
+  void chain(int64_t m, int64_t p, int64_t count) {
+    std::copy_n(&latest_P_[p], count, &before_M_[m]);
+    std::iota(&latest_P_[p], &latest_P_[p] + count, static_cast<int32_t>(m));
+  }
+
   bool alike(int32_t m, int64_t t, double advantage) const {
     if (out_.targets_M[m] != given_.sequences.tokens_T[t] || (advantage_M_[m] < 0) != (advantage < 0)) return false;
     for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
@@ -221,11 +230,18 @@ void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, con
   std::iota(out.positions_P.begin() + start, out.positions_P.begin() + start + rows - shared, shared);
   if (given.weights_N[id] == 0) return;
   const int64_t predicting = std::min(rows, given.sequences.offsets_N1[id + 1] - first - 1);
-  for (int64_t i = 0; i < std::min(shared, predicting); ++i) {
-    if (given.sampled_T[first + i + 1]) predictions.merge(b, path.position(i), first + i + 1);
-  }
+  const uint8_t* sampled = given.sampled_T.data() + first + 1;  // of what row i predicts
+  path.each_run(std::min(shared, predicting), [&](int64_t from, int64_t to, int64_t at) {
+    for (int64_t i = from; i < to; ++i) {
+      if (sampled[i]) predictions.merge(b, at + i - from, first + i + 1);
+    }
+  });
   for (int64_t i = shared; i < predicting; ++i) {
-    if (given.sampled_T[first + i + 1]) predictions.add(b, start + i - shared, first + i + 1);
+    if (!sampled[i]) continue;
+    const void* end = std::memchr(sampled + i, 0, predicting - i);
+    const int64_t count = end ? static_cast<const uint8_t*>(end) - (sampled + i) : predicting - i;
+    predictions.append(b, start + i - shared, first + i + 1, count);
+    i += count;
   }
 }
 
@@ -260,8 +276,12 @@ TreeLayout lay_out_tree(const TreeInput<Token>& given) {
 template <class Token>
 int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const TreeBuffers& out) {
   int64_t* to = out.kv_index_K.data();
-  for_each_segment(given, layout.cu_seqlens_q_S1,
-                   [&](const Path& path, int64_t depth, size_t) { to = path.write(depth, to); });
+  for_each_segment(given, layout.cu_seqlens_q_S1, [&](const Path& path, int64_t depth, size_t) {
+    path.each_run(depth, [&](int64_t from, int64_t stop, int64_t at) {
+      std::iota(to, to + stop - from, at);
+      to += stop - from;
+    });
+  });
   Predictions<Token> predictions(given, out);
   Path path;
   int64_t start = 0;

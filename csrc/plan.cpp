@@ -4,19 +4,23 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <queue>
-#include <set>
 #include <utility>
 
+#include "best_fit.hpp"
 #include "check.hpp"
+#include "sort.hpp"
 
 namespace mgrpo {
 namespace {
 
-using Bin = std::vector<int64_t>;  // the ids of its sequences, longest first
+constexpr int64_t kFew = 64;    // so many bins, the cheapest, are evened out
+constexpr int kTries = 8;       // so many bins are tried for an item before evening out is given up
 
-/// Adds the lengths up, having checked each.
-int64_t checked_total(std::span<const int64_t> lengths_N, int64_t cap) {
+void check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
+  require(cap >= 1, "cap must be at least 1, got ", cap);
+  require(lengths_N.size() < kMostSequences, "lengths has ", lengths_N.size(), " entries, expected fewer than ", kMostSequences);
   int64_t total = 0;
   for (size_t n = 0; n < lengths_N.size(); ++n) {
     require(lengths_N[n] >= 1, "lengths[", n, "] is ", lengths_N[n], ", expected at least 1");
@@ -25,141 +29,182 @@ int64_t checked_total(std::span<const int64_t> lengths_N, int64_t cap) {
             ": the sum passes the largest 64-bit integer");
     total += lengths_N[n];
   }
-  return total;
 }
 
-std::vector<double> checked_costs(std::span<const int64_t> lengths_N, Cost cost) {
+double price(Cost cost, int64_t length) {
+  const auto rows = static_cast<double>(length);
+  return cost.linear * rows + cost.square * rows * rows;
+}
+
+void check_cost(std::span<const int64_t> lengths_N, Cost cost) {
   const bool valid = std::isfinite(cost.linear) && std::isfinite(cost.square) && cost.linear >= 0 && cost.square >= 0;
   require(valid && cost.linear + cost.square > 0,
           "cost must be two finite numbers, none negative and one positive, got (", cost.linear, ", ", cost.square,
           ")");
-  std::vector<double> cost_N;
-  cost_N.reserve(lengths_N.size());
   double total = 0.0;
-  for (const int64_t length : lengths_N) {
-    const auto rows = static_cast<double>(length);
-    cost_N.push_back(cost.linear * rows + cost.square * rows * rows);
-    total += cost_N.back();
-    require(std::isfinite(total), "cost (", cost.linear, ", ", cost.square, ") is too large: that of lengths[",
-            cost_N.size() - 1, "] = ", length, " brings the sum to infinity");
+  for (size_t n = 0; n < lengths_N.size(); ++n) {
+    total += price(cost, lengths_N[n]);
+    require(std::isfinite(total), "cost (", cost.linear, ", ", cost.square, ") is too large: that of lengths[", n,
+            "] = ", lengths_N[n], " brings the sum to infinity");
   }
-  return cost_N;
 }
 
-std::vector<int64_t> longest_first(std::span<const int64_t> lengths_N) {
-  std::vector<int64_t> ids_N(lengths_N.size());
-  std::iota(ids_N.begin(), ids_N.end(), 0);
-  std::ranges::stable_sort(ids_N, [&](int64_t a, int64_t b) { return lengths_N[a] > lengths_N[b]; });
-  return ids_N;
-}
-
-/// Best-fit decreasing: each sequence goes to the bin that it leaves the least room in, the earliest of those.
-std::vector<Bin> best_fit(std::span<const int64_t> lengths_N, std::span<const int64_t> ids_N, int64_t cap) {
-  std::vector<Bin> bins;
-  std::set<std::pair<int64_t, size_t>> room;  // (rows left, bin)
-  for (const int64_t id : ids_N) {
-    std::pair<int64_t, size_t> chosen{cap, bins.size()};
-    if (const auto best = room.lower_bound({lengths_N[id], 0}); best != room.end()) {
-      chosen = *best;
-      room.erase(best);
-    } else {
-      bins.emplace_back();
-    }
-    bins[chosen.second].push_back(id);
-    room.emplace(chosen.first - lengths_N[id], chosen.second);
+Items longest_first(std::span<const int64_t> lengths_N, Cost cost) {
+  Items items;
+  items.ids_K = sorted_by(lengths_N.size(), [&](uint32_t n) { return ~static_cast<uint64_t>(lengths_N[n]); });
+  items.rows_K.reserve(lengths_N.size());
+  items.cost_K.reserve(lengths_N.size());
+  for (const uint32_t n : items.ids_K) {
+    items.rows_K.push_back(lengths_N[n]);
+    items.cost_K.push_back(price(cost, lengths_N[n]));
   }
-  return bins;
+  return items;
 }
 
-/// At most `count` bins, evenly filled instead of full ones and a remainder: best-fit decreasing under the smallest
-/// cap that still needs no more than `count`, to 1/64 (MULTIFIT: Coffman, Garey and Johnson 1978). `bins` are those of
-/// `cap`. Thousands of bins are even already: then no more than a few caps are tried.
-std::vector<Bin> even_out(std::vector<Bin> bins, std::span<const int64_t> lengths_N, std::span<const int64_t> ids_N,
-                          int64_t total, int64_t cap, int64_t count) {
-  int64_t low = std::max(lengths_N[ids_N.front()], total / count);
-  int64_t high = std::min(cap, total);
-  while (high - low > high / 64) {
-    const int64_t middle = low + (high - low) / 2;
-    auto tried = best_fit(lengths_N, ids_N, middle);
-    if (static_cast<int64_t>(tried.size()) <= count) {
-      bins = std::move(tried);
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return bins;
-}
-
-double cost_of(const Bin& bin, std::span<const double> cost_N) {
+/// A bin of those that are evened out.
+struct Few {
   double cost = 0.0;
-  for (const int64_t id : bin) cost += cost_N[id];
-  return cost;
+  int64_t rows = 0;
+  std::vector<uint32_t> ks;  // its items, longest first
+};
+
+void put(Few& bin, uint32_t k, const Items& items) {
+  bin.cost += items.cost_K[k];
+  bin.rows += items.rows_K[k];
+  bin.ks.push_back(k);
 }
 
-/// Halves a bin of several: the dearest sequence first, each to the cheaper half. The second half is returned.
-Bin split(Bin& bin, std::span<const double> cost_N) {
-  Bin halves[2];
-  double cost[2] = {0.0, 0.0};
-  for (const int64_t id : bin) {
-    const int half = cost[1] < cost[0];
-    halves[half].push_back(id);
-    cost[half] += cost_N[id];
-  }
+/// Halves a bin of several: the dearest item first, each to the cheaper half. The second half is returned.
+Few split(Few& bin, const Items& items) {
+  Few halves[2];
+  for (const uint32_t k : bin.ks) put(halves[halves[1].cost < halves[0].cost], k, items);
   bin = std::move(halves[0]);
   return std::move(halves[1]);
 }
 
-/// Brings the bins to `count` by halving the dearest that has several sequences, again and again, as long as one has.
-void open_further(std::vector<Bin>& bins, std::span<const double> cost_N, int64_t count) {
+/// Brings the bins to `count` by halving the dearest that has several items, again and again, as long as one has.
+void open_further(std::vector<Few>& bins, const Items& items, size_t count) {
   std::priority_queue<std::pair<double, size_t>> several;
   const auto offer = [&](size_t m) {
-    if (bins[m].size() > 1) several.emplace(cost_of(bins[m], cost_N), m);
+    if (bins[m].ks.size() > 1) several.emplace(bins[m].cost, m);
   };
   for (size_t m = 0; m < bins.size(); ++m) offer(m);
-  while (static_cast<int64_t>(bins.size()) < count && !several.empty()) {
+  while (bins.size() < count && !several.empty()) {
     const size_t dearest = several.top().second;
     several.pop();
-    bins.push_back(split(bins[dearest], cost_N));
+    bins.push_back(split(bins[dearest], items));
     offer(dearest);
     offer(bins.size() - 1);
   }
+  bins.resize(count);
 }
 
-/// Dearest first, `ranks` at a time, every other time from the last rank to the first.
-Plan deal(const std::vector<Bin>& bins, std::span<const double> cost_N, int64_t ranks) {
-  std::vector<std::pair<double, size_t>> order_M;
-  for (size_t m = 0; m < bins.size(); ++m) order_M.emplace_back(-cost_of(bins[m], cost_N), m);
-  std::ranges::sort(order_M);
-  for (size_t m = ranks; m < order_M.size(); m += 2 * ranks) {
-    std::reverse(order_M.begin() + m, order_M.begin() + m + ranks);
+/// The items in `count` bins of even cost: the dearest item first, each into the cheapest bin with room (Graham 1969).
+/// None if there is no room in the cheapest few.
+std::optional<std::vector<Few>> spread(std::span<const uint32_t> ks, const Items& items, size_t count, int64_t cap) {
+  std::vector<Few> bins(count);
+  using Entry = std::pair<double, size_t>;
+  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> cheapest;
+  for (size_t m = 0; m < count; ++m) cheapest.emplace(0.0, m);
+  std::vector<Entry> full;
+  for (const uint32_t k : ks) {
+    while (!cheapest.empty() && bins[cheapest.top().second].rows > cap - items.rows_K[k]) {
+      full.push_back(cheapest.top());
+      cheapest.pop();
+      if (full.size() == kTries) return std::nullopt;
+    }
+    if (cheapest.empty()) return std::nullopt;
+    const size_t chosen = cheapest.top().second;
+    cheapest.pop();
+    put(bins[chosen], k, items);
+    cheapest.emplace(bins[chosen].cost, chosen);
+    for (const auto& entry : full) cheapest.push(entry);
+    full.clear();
   }
-  Plan plan{{0}, {}};
-  for (const auto& [_, m] : order_M) {
-    plan.ids_N.insert(plan.ids_N.end(), bins[m].begin(), bins[m].end());
-    plan.offsets_M1.push_back(static_cast<int64_t>(plan.ids_N.size()));
+  return bins;
+}
+
+void dearest_first(std::vector<Few>& bins) {
+  std::ranges::stable_sort(bins, [](const Few& a, const Few& b) { return a.cost > b.cost; });
+}
+
+/// The time that the bins take, `ranks` at a time.
+double lockstep(const std::vector<Few>& bins, int64_t ranks) {
+  double time = 0.0;
+  for (size_t m = 0; m < bins.size(); m += ranks) time += bins[m].cost;
+  return time;
+}
+
+std::vector<Few> even_out(std::vector<Few> bins, const Items& items, int64_t count, int64_t ranks, int64_t cap) {
+  std::vector<uint32_t> ks;
+  double dearest = 0.0;
+  for (const auto& bin : bins) {
+    ks.insert(ks.end(), bin.ks.begin(), bin.ks.end());
+    dearest = std::max(dearest, bin.cost);
   }
-  return plan;
+  std::ranges::sort(ks);
+  auto dealt = spread(ks, items, count, cap);
+  open_further(bins, items, count);
+  dearest_first(bins);
+  if (!dealt) return bins;
+  dearest_first(*dealt);
+  const bool better = dealt->front().cost <= dearest && lockstep(*dealt, ranks) < lockstep(bins, ranks);
+  return better ? std::move(*dealt) : std::move(bins);
+}
+
+/// The place of the m-th dearest bin: `ranks` side by side, every other time from the last rank to the first.
+int64_t snake(int64_t m, int64_t ranks) {
+  const int64_t turn = m / ranks, rank = m % ranks;
+  return turn * ranks + (turn % 2 ? ranks - 1 - rank : rank);
 }
 
 }  // namespace
 
 Plan plan(std::span<const int64_t> lengths_N, int64_t cap, int64_t ranks, Cost cost, bool allow_empty) {
-  require(cap >= 1, "cap must be at least 1, got ", cap);
+  check_lengths(lengths_N, cap);
   require(ranks >= 1 && ranks <= kMostRanks, "ranks must be from 1 to ", kMostRanks, ", got ", ranks);
-  const int64_t total = checked_total(lengths_N, cap);
-  const auto cost_N = checked_costs(lengths_N, cost);
-  const auto ids_N = longest_first(lengths_N);
-  auto bins = best_fit(lengths_N, ids_N, cap);
-  const auto fewest = std::max<int64_t>(bins.size(), allow_empty ? 1 : 0);
+  check_cost(lengths_N, cost);
+  const Items items = longest_first(lengths_N, cost);
+  const Fit fit = best_fit(items, cap);
+  const auto fewest = std::max<int64_t>(fit.bins_M.size(), allow_empty ? 1 : 0);
   const int64_t count = (fewest + ranks - 1) / ranks * ranks;
   require(allow_empty || static_cast<int64_t>(lengths_N.size()) >= count, lengths_N.size(),
           " sequences are too few for the ", count, " micro-batches that ranks = ", ranks,
           " needs; pass allow_empty=True to leave some empty");
-  if (!bins.empty()) bins = even_out(std::move(bins), lengths_N, ids_N, total, cap, count);
-  open_further(bins, cost_N, count);
-  bins.resize(count);
-  return deal(bins, cost_N, ranks);
+  Plan plan{std::vector<int64_t>(count + 1), std::vector<int64_t>(lengths_N.size())};
+  if (lengths_N.empty()) return plan;
+
+  const auto order_M = sorted_by(fit.bins_M.size(), [&](uint32_t m) { return ~std::bit_cast<uint64_t>(fit.bins_M[m].cost); });
+  int64_t tail = 0, within = 0;
+  const int64_t fresh = count - static_cast<int64_t>(order_M.size());
+  while (tail < count && (tail < kFew || within < tail)) {
+    tail += ranks;
+    for (int64_t m = std::max<int64_t>(count - tail, 0); m < count - tail + ranks && m < (int64_t)order_M.size(); ++m) within += fit.bins_M[order_M[m]].items;
+  }
+  (void)fresh;
+  const int64_t head = count - tail;
+  std::vector<int64_t> at_M(order_M.size());
+  std::vector<uint32_t> place_M(order_M.size());
+  for (int64_t m = 0; m < (int64_t)order_M.size(); ++m) place_M[order_M[m]] = m < head ? snake(m, ranks) : m;
+  for (size_t m = 0; m < order_M.size(); ++m) plan.offsets_M1[place_M[m] + 1] = fit.bins_M[m].items;
+  std::partial_sum(plan.offsets_M1.begin(), plan.offsets_M1.end(), plan.offsets_M1.begin());
+  for (size_t m = 0; m < order_M.size(); ++m) at_M[m] = plan.offsets_M1[place_M[m]];
+  for (size_t k = 0; k < fit.bin_K.size(); ++k) {
+    const uint32_t bin = fit.bin_K[k];
+    plan.ids_N[at_M[bin]++] = place_M[bin] < head ? items.ids_K[k] : k;
+  }
+  std::vector<Few> few;
+  for (int64_t m = head; m < (int64_t)order_M.size(); ++m) {
+    few.emplace_back();
+    for (int64_t i = plan.offsets_M1[m]; i < plan.offsets_M1[m + 1]; ++i) put(few.back(), plan.ids_N[i], items);
+  }
+  few = even_out(std::move(few), items, tail, ranks, cap);
+  int64_t at = plan.offsets_M1[head];
+  for (int64_t m = head; m < count; ++m) {
+    for (const uint32_t k : few[snake(m, ranks) - head].ks) plan.ids_N[at++] = items.ids_K[k];
+    plan.offsets_M1[m + 1] = at;
+  }
+  return plan;
 }
 
 }  // namespace mgrpo

@@ -1,5 +1,5 @@
 // Which sequences share a micro-batch, and which micro-batches run side by side.
-// Legend: N sequences, M micro-batches ("bins").
+// Legend: N sequences, M micro-batches ("bins"), B mini-batches.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 namespace mgrpo {
 
 inline constexpr int64_t kMostRanks = int64_t{1} << 20;
+inline constexpr size_t kMostSequences = size_t{1} << 31;
 
 /// What a sequence of L rows costs: linear * L + square * L^2. Neither may be negative, and one must be positive.
 struct Cost {

@@ -1,8 +1,10 @@
 #include "best_fit.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <map>
 #include <memory>
+#include <utility>
 
 namespace mgrpo {
 namespace {
@@ -14,69 +16,74 @@ constexpr int64_t kLargestTable = int64_t{1} << 24;
 class Bitmap {
  public:
   explicit Bitmap(int64_t most) {
+    size_t words = 0;
     do {
       most >>= 6;
-      levels_.emplace_back(most + 2);  // one to spare: at_least may look at what follows the last
+      levels_.push_back(words);
+      words += most + 2;  // one to spare: at_least may look at what follows the last
     } while (most > 0);
+    words_.resize(words);
   }
 
-  bool has(int64_t value) const { return levels_[0][value >> 6] >> (value & 63) & 1; }
+  bool has(int64_t value) const { return words_[value >> 6] >> (value & 63) & 1; }
 
   void insert(int64_t value) {
-    for (auto& level : levels_) {
-      const bool known = level[value >> 6] != 0;
-      level[value >> 6] |= uint64_t{1} << (value & 63);
+    for (const size_t level : levels_) {
+      uint64_t& word = words_[level + (value >> 6)];
+      const bool known = word != 0;
+      word |= uint64_t{1} << (value & 63);
       if (known) return;
       value >>= 6;
     }
   }
 
   void erase(int64_t value) {
-    for (auto& level : levels_) {
-      level[value >> 6] &= ~(uint64_t{1} << (value & 63));
-      if (level[value >> 6] != 0) return;
+    for (const size_t level : levels_) {
+      uint64_t& word = words_[level + (value >> 6)];
+      word &= ~(uint64_t{1} << (value & 63));
+      if (word != 0) return;
       value >>= 6;
     }
   }
 
   /// The smallest of the set that is at least `value`, or -1.
   int64_t at_least(int64_t value) const {
-    for (size_t level = 0; level < levels_.size(); ++level) {
-      const uint64_t rest = levels_[level][value >> 6] >> (value & 63);
-      if (rest != 0) return smallest_under(level, value + std::countr_zero(rest));
+    for (size_t up = 0; up < levels_.size(); ++up) {
+      const uint64_t rest = words_[levels_[up] + (value >> 6)] >> (value & 63);
+      if (rest != 0) return smallest_under(up, value + std::countr_zero(rest));
       value = (value >> 6) + 1;
     }
     return -1;
   }
 
  private:
-  int64_t smallest_under(size_t level, int64_t value) const {
-    while (level-- > 0) value = value << 6 | std::countr_zero(levels_[level][value]);
+  int64_t smallest_under(size_t up, int64_t value) const {
+    while (up-- > 0) value = value << 6 | std::countr_zero(words_[levels_[up] + value]);
     return value;
   }
 
-  std::vector<std::vector<uint64_t>> levels_;
+  std::vector<size_t> levels_;  // where each begins in words_
+  std::vector<uint64_t> words_;
 };
 
-/// The latest bin of each room that some bin has.
+/// The latest bin of each room that some bin has, kNone of others.
 class TableOfRooms {
  public:
   explicit TableOfRooms(int64_t cap) : rooms_(cap), latest_(std::make_unique_for_overwrite<uint32_t[]>(cap + 1)) {}
 
   int64_t at_least(int64_t room) const { return rooms_.at_least(room); }
   uint32_t latest(int64_t room) const { return rooms_.has(room) ? latest_[room] : kNone; }
-  void drop(int64_t room) { rooms_.erase(room); }
   void set(int64_t room, uint32_t bin) {
-    rooms_.insert(room);
+    bin == kNone ? rooms_.erase(room) : rooms_.insert(room);
     latest_[room] = bin;
   }
 
  private:
   Bitmap rooms_;
-  std::unique_ptr<uint32_t[]> latest_;  // of rooms that a bin has
+  std::unique_ptr<uint32_t[]> latest_;  // of the rooms in rooms_
 };
 
-/// The same for caps that a table of all rooms would be too large for.
+/// The same for a cap so large that a table of all rooms would cost more than the items.
 class MapOfRooms {
  public:
   int64_t at_least(int64_t room) const {
@@ -87,43 +94,86 @@ class MapOfRooms {
     const auto found = latest_.find(room);
     return found == latest_.end() ? kNone : found->second;
   }
-  void drop(int64_t room) { latest_.erase(room); }
-  void set(int64_t room, uint32_t bin) { latest_[room] = bin; }
+  void set(int64_t room, uint32_t bin) {
+    if (bin == kNone) {
+      latest_.erase(room);
+    } else {
+      latest_[room] = bin;
+    }
+  }
 
  private:
   std::map<int64_t, uint32_t> latest_;
 };
 
 template <class Rooms>
-Fit best_fit_by(Rooms rooms, const Items& items, int64_t cap) {
-  Fit fit{std::vector<uint32_t>(items.rows_K.size()), {}};
-  for (size_t k = 0; k < items.rows_K.size(); ++k) {
-    int64_t room = rooms.at_least(items.rows_K[k]);
-    uint32_t chosen = fit.bins_M.size();
-    if (room < 0) {
-      room = cap;
-      fit.bins_M.emplace_back();
-    } else {
-      chosen = rooms.latest(room);
-      const uint32_t next = fit.bins_M[chosen].next;
-      next == kNone ? rooms.drop(room) : rooms.set(room, next);
+class Packer {
+ public:
+  Packer(Rooms rooms, int64_t cap, size_t items) : rooms_(std::move(rooms)), cap_(cap) { fit_.bin_K.reserve(items); }
+
+  /// Items of equal rows, until there are `end` items in all.
+  void put(int64_t rows, uint32_t end) {
+    while (fit_.bin_K.size() < end) {
+      const int64_t room = rooms_.at_least(rows);
+      if (room < 0) {
+        next_.push_back(kNone);
+        put_into_chain(fit_.bins++, cap_, rows, end);
+      } else {
+        rooms_.set(room, put_into_chain(rooms_.latest(room), room, rows, end));
+      }
     }
-    Bin& bin = fit.bins_M[chosen];
-    room -= items.rows_K[k];
-    bin.next = rooms.latest(room);
-    rooms.set(room, chosen);
-    bin.cost += items.cost_K[k];
-    ++bin.items;
-    fit.bin_K[k] = chosen;
   }
-  return fit;
+
+  Fit done() { return std::move(fit_); }
+
+ private:
+  /// Fills up bins that have the same `room`, one after another, as far as there are items. Gives the first bin that
+  /// is left of the chain.
+  uint32_t put_into_chain(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
+    const int64_t filled = room - rows < rows ? room - rows : room % rows;
+    uint32_t latest = rooms_.latest(filled);
+    while (bin != kNone && fit_.bin_K.size() < end) {
+      const uint32_t following = next_[bin];
+      const int64_t left = put_into_bin(bin, room, rows, end);
+      if (left != filled) {  // the items ran out; no other bin has that room, or it would have been the best fit
+        next_[bin] = kNone;
+        rooms_.set(left, bin);
+      } else {
+        next_[bin] = std::exchange(latest, bin);
+      }
+      bin = following;
+    }
+    if (latest != kNone) rooms_.set(filled, latest);
+    return bin;
+  }
+
+  int64_t put_into_bin(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
+    do {
+      fit_.bin_K.push_back(bin);
+      room -= rows;
+    } while (room >= rows && fit_.bin_K.size() < end);
+    return room;
+  }
+
+  Rooms rooms_;
+  int64_t cap_;
+  std::vector<uint32_t> next_;  // the bin that had the same room before
+  Fit fit_;
+};
+
+template <class Rooms>
+Fit pack(Rooms rooms, std::span<const Run> runs, int64_t cap) {
+  Packer<Rooms> packer(std::move(rooms), cap, runs.empty() ? 0 : runs.back().end);
+  for (const auto& [rows, end] : runs) packer.put(rows, end);
+  return packer.done();
 }
 
 }  // namespace
 
-Fit best_fit(const Items& items, int64_t cap) {
-  if (cap <= kLargestTable) return best_fit_by(TableOfRooms(cap), items, cap);
-  return best_fit_by(MapOfRooms(), items, cap);
+Fit best_fit(std::span<const Run> runs, int64_t cap) {
+  const int64_t items = runs.empty() ? 0 : runs.back().end;
+  if (cap <= std::min(kLargestTable, 1024 * items)) return pack(TableOfRooms(cap), runs, cap);
+  return pack(MapOfRooms(), runs, cap);
 }
 
 }  // namespace mgrpo

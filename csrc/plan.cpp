@@ -1,26 +1,32 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <queue>
+#include <string_view>
 #include <utility>
 
 #include "best_fit.hpp"
 #include "check.hpp"
+#include "even_out.hpp"
 #include "sort.hpp"
+#include "splitmix.hpp"
 
 namespace mgrpo {
 namespace {
 
-constexpr int64_t kFew = 64;    // so many bins, the cheapest, are evened out
-constexpr int kTries = 8;       // so many bins are tried for an item before evening out is given up
+constexpr int64_t kFew = 64;  // so many bins, the cheapest, are evened out; more are even already
+
+using Ids = std::vector<uint32_t>;
 
 void check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
   require(cap >= 1, "cap must be at least 1, got ", cap);
-  require(lengths_N.size() < kMostSequences, "lengths has ", lengths_N.size(), " entries, expected fewer than ", kMostSequences);
+  require(lengths_N.size() <= kMostSequences, "lengths has ", lengths_N.size(), " entries, expected at most ",
+          kMostSequences);
   int64_t total = 0;
   for (size_t n = 0; n < lengths_N.size(); ++n) {
     require(lengths_N[n] >= 1, "lengths[", n, "] is ", lengths_N[n], ", expected at least 1");
@@ -31,11 +37,6 @@ void check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
   }
 }
 
-double price(Cost cost, int64_t length) {
-  const auto rows = static_cast<double>(length);
-  return cost.linear * rows + cost.square * rows * rows;
-}
-
 void check_cost(std::span<const int64_t> lengths_N, Cost cost) {
   const bool valid = std::isfinite(cost.linear) && std::isfinite(cost.square) && cost.linear >= 0 && cost.square >= 0;
   require(valid && cost.linear + cost.square > 0,
@@ -43,168 +44,237 @@ void check_cost(std::span<const int64_t> lengths_N, Cost cost) {
           ")");
   double total = 0.0;
   for (size_t n = 0; n < lengths_N.size(); ++n) {
-    total += price(cost, lengths_N[n]);
+    total += cost.of(lengths_N[n]);
     require(std::isfinite(total), "cost (", cost.linear, ", ", cost.square, ") is too large: that of lengths[", n,
             "] = ", lengths_N[n], " brings the sum to infinity");
   }
 }
 
-Items longest_first(std::span<const int64_t> lengths_N, Cost cost) {
-  Items items;
-  items.ids_K = sorted_by(lengths_N.size(), [&](uint32_t n) { return ~static_cast<uint64_t>(lengths_N[n]); });
-  items.rows_K.reserve(lengths_N.size());
-  items.cost_K.reserve(lengths_N.size());
-  for (const uint32_t n : items.ids_K) {
-    items.rows_K.push_back(lengths_N[n]);
-    items.cost_K.push_back(price(cost, lengths_N[n]));
-  }
-  return items;
+void check(std::span<const int64_t> lengths_N, const Terms& terms) {
+  check_lengths(lengths_N, terms.cap);
+  require(terms.ranks >= 1 && terms.ranks <= kMostRanks, "ranks must be from 1 to ", kMostRanks, ", got ", terms.ranks);
+  require(terms.mini_batches >= 1 && terms.mini_batches <= kMostRanks / terms.ranks, "mini_batches must be from 1 to ",
+          kMostRanks / terms.ranks, " at ranks = ", terms.ranks, ", got ", terms.mini_batches);
+  check_cost(lengths_N, terms.cost);
 }
 
-/// A bin of those that are evened out.
-struct Few {
-  double cost = 0.0;
-  int64_t rows = 0;
-  std::vector<uint32_t> ks;  // its items, longest first
+/// Groups as items, by rising id. Item i has the sequences members_N[starts_I1[i]] .. members_N[starts_I1[i + 1] - 1].
+struct Groups {
+  Ids members_N, starts_I1;
+  std::vector<int64_t> rows_I;
+  std::vector<double> cost_I;
 };
 
-void put(Few& bin, uint32_t k, const Items& items) {
-  bin.cost += items.cost_K[k];
-  bin.rows += items.rows_K[k];
-  bin.ks.push_back(k);
-}
-
-/// Halves a bin of several: the dearest item first, each to the cheaper half. The second half is returned.
-Few split(Few& bin, const Items& items) {
-  Few halves[2];
-  for (const uint32_t k : bin.ks) put(halves[halves[1].cost < halves[0].cost], k, items);
-  bin = std::move(halves[0]);
-  return std::move(halves[1]);
-}
-
-/// Brings the bins to `count` by halving the dearest that has several items, again and again, as long as one has.
-void open_further(std::vector<Few>& bins, const Items& items, size_t count) {
-  std::priority_queue<std::pair<double, size_t>> several;
-  const auto offer = [&](size_t m) {
-    if (bins[m].ks.size() > 1) several.emplace(bins[m].cost, m);
-  };
-  for (size_t m = 0; m < bins.size(); ++m) offer(m);
-  while (bins.size() < count && !several.empty()) {
-    const size_t dearest = several.top().second;
-    several.pop();
-    bins.push_back(split(bins[dearest], items));
-    offer(dearest);
-    offer(bins.size() - 1);
-  }
-  bins.resize(count);
-}
-
-/// The items in `count` bins of even cost: the dearest item first, each into the cheapest bin with room (Graham 1969).
-/// None if there is no room in the cheapest few.
-std::optional<std::vector<Few>> spread(std::span<const uint32_t> ks, const Items& items, size_t count, int64_t cap) {
-  std::vector<Few> bins(count);
-  using Entry = std::pair<double, size_t>;
-  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> cheapest;
-  for (size_t m = 0; m < count; ++m) cheapest.emplace(0.0, m);
-  std::vector<Entry> full;
-  for (const uint32_t k : ks) {
-    while (!cheapest.empty() && bins[cheapest.top().second].rows > cap - items.rows_K[k]) {
-      full.push_back(cheapest.top());
-      cheapest.pop();
-      if (full.size() == kTries) return std::nullopt;
+Groups gather(std::span<const int64_t> lengths_N, std::span<const int64_t> groups_N, const Terms& terms) {
+  require(groups_N.size() == lengths_N.size(), "groups has ", groups_N.size(),
+          " entries, expected one for each of the ", lengths_N.size(), " lengths");
+  constexpr uint64_t sign = uint64_t{1} << 63;
+  Groups made{
+      sorted_by(groups_N.size(), [&](uint32_t n) { return static_cast<uint64_t>(groups_N[n]) ^ sign; }), {}, {}, {}};
+  for (uint32_t at = 0; at < made.members_N.size(); ++at) {
+    const uint32_t n = made.members_N[at];
+    if (at == 0 || groups_N[n] != groups_N[made.members_N[at - 1]]) {
+      made.starts_I1.push_back(at);
+      made.rows_I.push_back(0);
+      made.cost_I.push_back(0.0);
     }
-    if (cheapest.empty()) return std::nullopt;
-    const size_t chosen = cheapest.top().second;
+    made.rows_I.back() += lengths_N[n];
+    made.cost_I.back() += terms.cost.of(lengths_N[n]);
+  }
+  for (size_t i = 0; i < made.rows_I.size(); ++i) {
+    require(made.rows_I[i] <= terms.cap, "groups: group ", groups_N[made.members_N[made.starts_I1[i]]], " has ",
+            made.rows_I[i], " rows in all, more than cap ", terms.cap);
+  }
+  made.starts_I1.push_back(made.members_N.size());
+  return made;
+}
+
+Ids longest_first(std::span<const int64_t> rows_I) {
+  return sorted_by(rows_I.size(), [&](uint32_t i) { return ~static_cast<uint64_t>(rows_I[i]); });
+}
+
+/// The parts of ids_I, in its order, that the mini-batches get: the dearest item first, each to the cheapest part.
+std::vector<Ids> deal_out(const Items& items, Ids ids_I, int64_t parts, uint64_t seed) {
+  if (parts == 1) return {std::move(ids_I)};
+  std::vector<uint64_t> key_I;  // exponent and 4 bits of the cost, below them what shuffles
+  for (uint32_t i = 0; i < ids_I.size(); ++i) {
+    const uint64_t dear = std::bit_cast<uint64_t>(items.cost(i)) >> 48;
+    key_I.push_back(~dear << 48 | start(seed, i) >> 16);
+  }
+  using Entry = std::pair<double, uint32_t>;
+  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> cheapest;
+  for (uint32_t part = 0; part < parts; ++part) cheapest.emplace(0.0, part);
+  Ids part_I(ids_I.size());
+  for (const uint32_t i : sorted_by(ids_I.size(), [&](uint32_t i) { return key_I[i]; })) {
+    const auto [cost, part] = cheapest.top();
     cheapest.pop();
-    put(bins[chosen], k, items);
-    cheapest.emplace(bins[chosen].cost, chosen);
-    for (const auto& entry : full) cheapest.push(entry);
-    full.clear();
+    cheapest.emplace(cost + items.cost(i), part);
+    part_I[i] = part;
   }
-  return bins;
+  std::vector<Ids> dealt(parts);
+  for (const uint32_t i : ids_I) dealt[part_I[i]].push_back(i);
+  return dealt;
 }
 
-void dearest_first(std::vector<Few>& bins) {
-  std::ranges::stable_sort(bins, [](const Few& a, const Few& b) { return a.cost > b.cost; });
-}
-
-/// The time that the bins take, `ranks` at a time.
-double lockstep(const std::vector<Few>& bins, int64_t ranks) {
-  double time = 0.0;
-  for (size_t m = 0; m < bins.size(); m += ranks) time += bins[m].cost;
-  return time;
-}
-
-std::vector<Few> even_out(std::vector<Few> bins, const Items& items, int64_t count, int64_t ranks, int64_t cap) {
-  std::vector<uint32_t> ks;
-  double dearest = 0.0;
-  for (const auto& bin : bins) {
-    ks.insert(ks.end(), bin.ks.begin(), bin.ks.end());
-    dearest = std::max(dearest, bin.cost);
+/// Where the rows change, found by doubling steps: few of many equal items are looked at.
+std::vector<Run> runs_of(std::span<const int64_t> rows_I, const Ids& ids_K) {
+  std::vector<Run> runs;
+  for (size_t k = 0; k < ids_K.size();) {
+    const int64_t rows = rows_I[ids_K[k]];
+    const auto equal = [&](uint32_t id) { return rows_I[id] == rows; };
+    size_t step = 1;
+    while (k + step < ids_K.size() && equal(ids_K[k + step])) step *= 2;
+    const auto last = ids_K.begin() + std::min(k + step, ids_K.size());
+    k = std::partition_point(ids_K.begin() + k + step / 2, last, equal) - ids_K.begin();
+    runs.push_back({rows, static_cast<uint32_t>(k)});
   }
-  std::ranges::sort(ks);
-  auto dealt = spread(ks, items, count, cap);
-  open_further(bins, items, count);
-  dearest_first(bins);
-  if (!dealt) return bins;
-  dearest_first(*dealt);
-  const bool better = dealt->front().cost <= dearest && lockstep(*dealt, ranks) < lockstep(bins, ranks);
-  return better ? std::move(*dealt) : std::move(bins);
+  return runs;
 }
 
-/// The place of the m-th dearest bin: `ranks` side by side, every other time from the last rank to the first.
-int64_t snake(int64_t m, int64_t ranks) {
-  const int64_t turn = m / ranks, rank = m % ranks;
-  return turn * ranks + (turn % 2 ? ranks - 1 - rank : rank);
+struct Bin {
+  double cost = 0.0;
+  uint32_t items = 0;
+};
+
+std::vector<Bin> sum_up(const Items& items, const Ids& ids_K, std::span<const Run> runs, const Fit& fit) {
+  std::vector<Bin> bins_M(fit.bins);
+  uint32_t k = 0;
+  for (const auto& [rows, end] : runs) {
+    const double each = items.rule.of(rows);
+    for (; k < end; ++k) {
+      Bin& bin = bins_M[fit.bin_K[k]];
+      bin.cost += items.cost_I.empty() ? each : items.cost_I[ids_K[k]];
+      ++bin.items;
+    }
+  }
+  return bins_M;
+}
+
+/// Every other turn of `ranks` bins from the last rank to the first. The bins begin with turn `turn`.
+template <class Each>
+void snake(std::span<Each> bins, int64_t ranks, int64_t turn) {
+  for (; !bins.empty(); bins = bins.subspan(ranks), ++turn) {
+    if (turn % 2) std::ranges::reverse(bins.first(ranks));
+  }
+}
+
+/// How many bins to even out: the cheapest few, in whole turns, and more if those have too few items for each to have
+/// one.
+int64_t few_of(std::span<const Bin> bins_M, const Ids& order_M, int64_t count, int64_t ranks) {
+  int64_t few = 0, within = 0, m = order_M.size();
+  while (few < count && (few < kFew || within < few)) {
+    few += ranks;
+    while (m > count - few) within += bins_M[order_M[--m]].items;
+  }
+  return few;
+}
+
+/// Writes the ids bin after bin, in the order of order_M. Gives how many each has.
+std::vector<int64_t> place(const Ids& ids_K, const Fit& fit, std::span<const Bin> bins_M, const Ids& order_M,
+                           std::span<int64_t> into_K) {
+  std::vector<int64_t> at_M(fit.bins), sizes_M;
+  int64_t at = 0;
+  for (const uint32_t m : order_M) {
+    sizes_M.push_back(bins_M[m].items);
+    at_M[m] = std::exchange(at, at + bins_M[m].items);
+  }
+  for (size_t k = 0; k < ids_K.size(); ++k) into_K[at_M[fit.bin_K[k]]++] = ids_K[k];
+  return sizes_M;
+}
+
+/// Evens the last bins out, those from `head` on, and brings all to `count`.
+void even_out_last(std::vector<int64_t>& sizes_M, std::span<int64_t> ids_K, const Items& items, size_t head,
+                   int64_t count, const Terms& terms) {
+  size_t at = std::reduce(sizes_M.begin(), sizes_M.begin() + head, size_t{0}), end = at;
+  std::vector<FewBin> last(sizes_M.size() - head);
+  for (size_t m = 0; m < last.size(); ++m) {
+    for (const size_t start = end; end < start + sizes_M[head + m]; ++end) last[m].put(ids_K[end], items);
+  }
+  last = even_out(std::move(last), items, terms.cap, count - head, terms.ranks);
+  snake(std::span(last), terms.ranks, head / terms.ranks);
+  sizes_M.resize(head);
+  for (const auto& bin : last) {
+    std::ranges::copy(bin.ids, ids_K.begin() + at);
+    at += bin.ids.size();
+    sizes_M.push_back(bin.ids.size());
+  }
+}
+
+/// One mini-batch, its items longest first in ids_K: writes their ids bin after bin, and gives how many each bin has.
+std::vector<int64_t> pack(const Items& items, const Ids& ids_K, const Terms& terms, std::string_view kind,
+                          std::span<int64_t> into_K) {
+  const auto runs = runs_of(items.rows_I, ids_K);
+  const Fit fit = best_fit(runs, terms.cap);
+  const int64_t fewest = std::max<int64_t>(fit.bins, terms.allow_empty || !items.rows_I.empty());
+  const int64_t count = (fewest + terms.ranks - 1) / terms.ranks * terms.ranks;
+  require(terms.allow_empty || static_cast<int64_t>(ids_K.size()) >= count, ids_K.size(), kind, " are too few for the ",
+          count, " micro-batches that ranks = ", terms.ranks, " needs; pass allow_empty=True to leave some empty");
+  if (ids_K.empty()) return std::vector<int64_t>(count);
+  const auto bins_M = sum_up(items, ids_K, runs, fit);
+  Ids order_M = sorted_by(fit.bins, [&](uint32_t m) { return ~std::bit_cast<uint64_t>(bins_M[m].cost); });
+  const int64_t head = count - few_of(bins_M, order_M, count, terms.ranks);
+  snake(std::span(order_M).first(head), terms.ranks, 0);
+  auto sizes_M = place(ids_K, fit, bins_M, order_M, into_K);
+  even_out_last(sizes_M, into_K, items, head, count, terms);
+  return sizes_M;
+}
+
+/// All mini-batches, in items: `offsets_M1` and `ids_I` are of items.
+Plan plan_items(const Items& items, const Terms& terms, std::string_view kind, std::span<int64_t> ids_I) {
+  Plan plan{{0}, {0}};
+  for (const auto& ids_K : deal_out(items, longest_first(items.rows_I), terms.mini_batches, terms.seed)) {
+    const auto into_K = ids_I.subspan(plan.offsets_M1.back(), ids_K.size());
+    for (const int64_t size : pack(items, ids_K, terms, kind, into_K)) {
+      plan.offsets_M1.push_back(plan.offsets_M1.back() + size);
+    }
+    plan.mini_batches_B1.push_back(plan.offsets_M1.size() - 1);
+  }
+  return plan;
+}
+
+/// From a plan of groups to one of their sequences.
+void ungroup(Plan& plan, const Groups& groups, std::span<const int64_t> ids_I, std::span<int64_t> ids_N) {
+  std::vector<int64_t> ends_I1{0};
+  for (const int64_t i : ids_I) {
+    const auto members =
+        std::span(groups.members_N).subspan(groups.starts_I1[i], groups.starts_I1[i + 1] - groups.starts_I1[i]);
+    std::ranges::copy(members, ids_N.begin() + ends_I1.back());
+    ends_I1.push_back(ends_I1.back() + static_cast<int64_t>(members.size()));
+  }
+  for (auto& offset : plan.offsets_M1) offset = ends_I1[offset];
 }
 
 }  // namespace
 
-Plan plan(std::span<const int64_t> lengths_N, int64_t cap, int64_t ranks, Cost cost, bool allow_empty) {
-  check_lengths(lengths_N, cap);
-  require(ranks >= 1 && ranks <= kMostRanks, "ranks must be from 1 to ", kMostRanks, ", got ", ranks);
-  check_cost(lengths_N, cost);
-  const Items items = longest_first(lengths_N, cost);
-  const Fit fit = best_fit(items, cap);
-  const auto fewest = std::max<int64_t>(fit.bins_M.size(), allow_empty ? 1 : 0);
-  const int64_t count = (fewest + ranks - 1) / ranks * ranks;
-  require(allow_empty || static_cast<int64_t>(lengths_N.size()) >= count, lengths_N.size(),
-          " sequences are too few for the ", count, " micro-batches that ranks = ", ranks,
-          " needs; pass allow_empty=True to leave some empty");
-  Plan plan{std::vector<int64_t>(count + 1), std::vector<int64_t>(lengths_N.size())};
-  if (lengths_N.empty()) return plan;
+Plan plan(std::span<const int64_t> lengths_N, std::optional<std::span<const int64_t>> groups_N, const Terms& terms,
+          std::span<int64_t> ids_N) {
+  check(lengths_N, terms);
+  if (!groups_N) return plan_items({lengths_N, terms.cost}, terms, " sequences", ids_N);
+  const Groups groups = gather(lengths_N, *groups_N, terms);
+  std::vector<int64_t> ids_I(groups.rows_I.size());
+  Plan made = plan_items({groups.rows_I, terms.cost, groups.cost_I}, terms, " groups", ids_I);
+  ungroup(made, groups, ids_I, ids_N);
+  return made;
+}
 
-  const auto order_M = sorted_by(fit.bins_M.size(), [&](uint32_t m) { return ~std::bit_cast<uint64_t>(fit.bins_M[m].cost); });
-  int64_t tail = 0, within = 0;
-  const int64_t fresh = count - static_cast<int64_t>(order_M.size());
-  while (tail < count && (tail < kFew || within < tail)) {
-    tail += ranks;
-    for (int64_t m = std::max<int64_t>(count - tail, 0); m < count - tail + ranks && m < (int64_t)order_M.size(); ++m) within += fit.bins_M[order_M[m]].items;
+int64_t l2_bound(std::span<const int64_t> lengths_N, int64_t cap) {
+  check_lengths(lengths_N, cap);
+  const Ids ids_N = longest_first(lengths_N);
+  const auto half = std::ranges::partition_point(ids_N, [&](uint32_t n) { return lengths_N[n] > cap - lengths_N[n]; });
+  const int64_t large = half - ids_N.begin();
+  // Those above cap - limit leave no room for the small ones of at least `limit` rows; the others large leave `room`.
+  int64_t small = 0, room = 0, bound = large;
+  auto next = half;
+  for (auto id = half; id != ids_N.end(); ++id) {
+    const int64_t limit = lengths_N[*id];
+    small += limit;
+    for (; next != ids_N.begin() && lengths_N[*(next - 1)] <= cap - limit; --next) {
+      const int64_t more = cap - lengths_N[*(next - 1)];
+      room = room > std::numeric_limits<int64_t>::max() - more ? std::numeric_limits<int64_t>::max() : room + more;
+    }
+    if (small > room) bound = std::max(bound, large + (small - room - 1) / cap + 1);
   }
-  (void)fresh;
-  const int64_t head = count - tail;
-  std::vector<int64_t> at_M(order_M.size());
-  std::vector<uint32_t> place_M(order_M.size());
-  for (int64_t m = 0; m < (int64_t)order_M.size(); ++m) place_M[order_M[m]] = m < head ? snake(m, ranks) : m;
-  for (size_t m = 0; m < order_M.size(); ++m) plan.offsets_M1[place_M[m] + 1] = fit.bins_M[m].items;
-  std::partial_sum(plan.offsets_M1.begin(), plan.offsets_M1.end(), plan.offsets_M1.begin());
-  for (size_t m = 0; m < order_M.size(); ++m) at_M[m] = plan.offsets_M1[place_M[m]];
-  for (size_t k = 0; k < fit.bin_K.size(); ++k) {
-    const uint32_t bin = fit.bin_K[k];
-    plan.ids_N[at_M[bin]++] = place_M[bin] < head ? items.ids_K[k] : k;
-  }
-  std::vector<Few> few;
-  for (int64_t m = head; m < (int64_t)order_M.size(); ++m) {
-    few.emplace_back();
-    for (int64_t i = plan.offsets_M1[m]; i < plan.offsets_M1[m + 1]; ++i) put(few.back(), plan.ids_N[i], items);
-  }
-  few = even_out(std::move(few), items, tail, ranks, cap);
-  int64_t at = plan.offsets_M1[head];
-  for (int64_t m = head; m < count; ++m) {
-    for (const uint32_t k : few[snake(m, ranks) - head].ks) plan.ids_N[at++] = items.ids_K[k];
-    plan.offsets_M1[m + 1] = at;
-  }
-  return plan;
+  return bound;
 }
 
 }  // namespace mgrpo

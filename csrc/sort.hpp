@@ -1,12 +1,12 @@
 // A stable radix sort of indices by unsigned keys, linear in their number whatever the keys.
-// Departs from the textbook in the digit: as wide as the indices are many allow, so that short keys take one pass.
+// Departs from the textbook in the digit: the more indices the wider, so that short keys take one pass.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <memory>
 #include <numeric>
-#include <span>
 #include <utility>
 #include <vector>
 
@@ -17,21 +17,24 @@ template <class Key>
 std::vector<uint32_t> sorted_by(size_t count, Key key) {
   uint64_t ones = 0, zeros = 0;  // bits that are set, or not, in some key
   for (uint32_t n = 0; n < count; ++n) ones |= key(n), zeros |= ~key(n);
-  std::vector<uint32_t> order_N(count), sorted_N(count);
-  std::iota(order_N.begin(), order_N.end(), 0);
   const int widest = std::clamp<int>(std::bit_width(count), 8, 16);
   const int low = std::countr_zero(ones & zeros), bits = std::bit_width(ones & zeros) - low;
-  const int passes = bits > 0 ? (bits + widest - 1) / widest : 0;
+  const int passes = std::max(1, (bits + widest - 1) / widest), width = std::max(1, (bits + passes - 1) / passes);
+  std::vector<uint32_t> order_N, sorted_N(count), place(size_t{1} << width);
   for (int pass = 0; pass < passes; ++pass) {
-    const int width = (bits + passes - 1) / passes, shift = low + pass * width;
-    const auto digit = [&](uint32_t n) { return key(n) >> shift & ((uint64_t{1} << width) - 1); };
-    std::vector<uint32_t> place((size_t{1} << width) + 1);
-    for (uint32_t n = 0; n < count; ++n) ++place[digit(n) + 1];
-    std::partial_sum(place.begin(), place.end(), place.begin());
-    for (const uint32_t n : order_N) sorted_N[place[digit(n)]++] = n;
-    std::swap(order_N, sorted_N);
+    const auto digit = [&, shift = low + pass * width](uint32_t n) { return key(n) >> shift & (place.size() - 1); };
+    std::ranges::fill(place, 0);
+    for (uint32_t n = 0; n < count; ++n) ++place[digit(n)];
+    std::exclusive_scan(place.begin(), place.end(), place.begin(), uint32_t{0});
+    if (pass == 0) {
+      for (uint32_t n = 0; n < count; ++n) sorted_N[place[digit(n)]++] = n;
+      order_N.resize(passes > 1 ? count : 0);
+    } else {
+      for (const uint32_t n : order_N) sorted_N[place[digit(n)]++] = n;
+    }
+    if (pass + 1 < passes) std::swap(order_N, sorted_N);
   }
-  return order_N;
+  return sorted_N;
 }
 
 }  // namespace mgrpo

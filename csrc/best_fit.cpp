@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <bit>
 #include <map>
-#include <memory>
 #include <utility>
 
 namespace mgrpo {
 namespace {
+
+using Ids = std::vector<uint32_t>;
 
 constexpr uint32_t kNone = ~uint32_t{0};
 constexpr int64_t kLargestTable = int64_t{1} << 24;
@@ -24,8 +25,6 @@ class Bitmap {
     } while (most > 0);
     words_.resize(words);
   }
-
-  bool has(int64_t value) const { return words_[value >> 6] >> (value & 63) & 1; }
 
   void insert(int64_t value) {
     for (const size_t level : levels_) {
@@ -69,10 +68,10 @@ class Bitmap {
 /// The latest bin of each room that some bin has, kNone of others.
 class TableOfRooms {
  public:
-  explicit TableOfRooms(int64_t cap) : rooms_(cap), latest_(std::make_unique_for_overwrite<uint32_t[]>(cap + 1)) {}
+  explicit TableOfRooms(int64_t cap) : rooms_(cap), latest_(cap + 1, kNone) {}
 
   int64_t at_least(int64_t room) const { return rooms_.at_least(room); }
-  uint32_t latest(int64_t room) const { return rooms_.has(room) ? latest_[room] : kNone; }
+  uint32_t latest(int64_t room) const { return latest_[room]; }
   void set(int64_t room, uint32_t bin) {
     bin == kNone ? rooms_.erase(room) : rooms_.insert(room);
     latest_[room] = bin;
@@ -80,7 +79,7 @@ class TableOfRooms {
 
  private:
   Bitmap rooms_;
-  std::unique_ptr<uint32_t[]> latest_;  // of the rooms in rooms_
+  Ids latest_;
 };
 
 /// The same for a cap so large that a table of all rooms would cost more than the items.
@@ -109,17 +108,17 @@ class MapOfRooms {
 template <class Rooms>
 class Packer {
  public:
-  Packer(Rooms rooms, int64_t cap, size_t items) : rooms_(std::move(rooms)), cap_(cap) { fit_.bin_K.reserve(items); }
+  Packer(Rooms rooms, int64_t cap, size_t items) : rooms_(std::move(rooms)), cap_(cap), fit_{Ids(items), 0} {}
 
   /// Items of equal rows, until there are `end` items in all.
   void put(int64_t rows, uint32_t end) {
-    while (fit_.bin_K.size() < end) {
+    while (k_ < end) {
       const int64_t room = rooms_.at_least(rows);
       if (room < 0) {
         next_.push_back(kNone);
-        put_into_chain(fit_.bins++, cap_, rows, end);
+        fill_chain(fit_.bins++, cap_, rows, end);
       } else {
-        rooms_.set(room, put_into_chain(rooms_.latest(room), room, rows, end));
+        rooms_.set(room, fill_chain(rooms_.latest(room), room, rows, end));
       }
     }
   }
@@ -129,17 +128,17 @@ class Packer {
  private:
   /// Fills up bins that have the same `room`, one after another, as far as there are items. Gives the first bin that
   /// is left of the chain.
-  uint32_t put_into_chain(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
+  uint32_t fill_chain(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
     const int64_t filled = room - rows < rows ? room - rows : room % rows;
     uint32_t latest = rooms_.latest(filled);
-    while (bin != kNone && fit_.bin_K.size() < end) {
+    while (bin != kNone && k_ < end) {
       const uint32_t following = next_[bin];
-      const int64_t left = put_into_bin(bin, room, rows, end);
-      if (left != filled) {  // the items ran out; no other bin has that room, or it would have been the best fit
+      const int64_t left = fill_bin(bin, room, rows, end);
+      if (left == filled) {
+        next_[bin] = std::exchange(latest, bin);
+      } else {  // the items ran out; no other bin has this room, or it would have been the best fit
         next_[bin] = kNone;
         rooms_.set(left, bin);
-      } else {
-        next_[bin] = std::exchange(latest, bin);
       }
       bin = following;
     }
@@ -147,18 +146,19 @@ class Packer {
     return bin;
   }
 
-  int64_t put_into_bin(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
+  int64_t fill_bin(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
     do {
-      fit_.bin_K.push_back(bin);
+      fit_.bin_K[k_++] = bin;
       room -= rows;
-    } while (room >= rows && fit_.bin_K.size() < end);
+    } while (room >= rows && k_ < end);
     return room;
   }
 
   Rooms rooms_;
   int64_t cap_;
-  std::vector<uint32_t> next_;  // the bin that had the same room before
+  Ids next_;  // the bin that had the same room before
   Fit fit_;
+  uint32_t k_ = 0;
 };
 
 template <class Rooms>
@@ -172,7 +172,7 @@ Fit pack(Rooms rooms, std::span<const Run> runs, int64_t cap) {
 
 Fit best_fit(std::span<const Run> runs, int64_t cap) {
   const int64_t items = runs.empty() ? 0 : runs.back().end;
-  if (cap <= std::min(kLargestTable, 1024 * items)) return pack(TableOfRooms(cap), runs, cap);
+  if (cap <= std::min(kLargestTable, 64 * items)) return pack(TableOfRooms(cap), runs, cap);
   return pack(MapOfRooms(), runs, cap);
 }
 

@@ -23,7 +23,8 @@ constexpr int64_t kFew = 64;  // so many bins, the cheapest, are evened out; mor
 
 using Ids = std::vector<uint32_t>;
 
-void check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
+/// Gives the sum of the lengths.
+int64_t check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
   require(cap >= 1, "cap must be at least 1, got ", cap);
   require(lengths_N.size() <= kMostSequences, "lengths has ", lengths_N.size(), " entries, expected at most ",
           kMostSequences);
@@ -35,27 +36,25 @@ void check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
             ": the sum passes the largest 64-bit integer");
     total += lengths_N[n];
   }
+  return total;
 }
 
-void check_cost(std::span<const int64_t> lengths_N, Cost cost) {
+void check_cost(Cost cost, int64_t total) {
   const bool valid = std::isfinite(cost.linear) && std::isfinite(cost.square) && cost.linear >= 0 && cost.square >= 0;
   require(valid && cost.linear + cost.square > 0,
           "cost must be two finite numbers, none negative and one positive, got (", cost.linear, ", ", cost.square,
           ")");
-  double total = 0.0;
-  for (size_t n = 0; n < lengths_N.size(); ++n) {
-    total += cost.of(lengths_N[n]);
-    require(std::isfinite(total), "cost (", cost.linear, ", ", cost.square, ") is too large: that of lengths[", n,
-            "] = ", lengths_N[n], " brings the sum to infinity");
-  }
+  // No sum of costs is above that of one sequence of all rows; half, for what is lost in rounding.
+  require(cost.of(total) <= std::numeric_limits<double>::max() / 2, "cost (", cost.linear, ", ", cost.square,
+          ") is too large: that of the ", total, " rows in all is not finite");
 }
 
 void check(std::span<const int64_t> lengths_N, const Terms& terms) {
-  check_lengths(lengths_N, terms.cap);
+  const int64_t total = check_lengths(lengths_N, terms.cap);
   require(terms.ranks >= 1 && terms.ranks <= kMostRanks, "ranks must be from 1 to ", kMostRanks, ", got ", terms.ranks);
   require(terms.mini_batches >= 1 && terms.mini_batches <= kMostRanks / terms.ranks, "mini_batches must be from 1 to ",
           kMostRanks / terms.ranks, " at ranks = ", terms.ranks, ", got ", terms.mini_batches);
-  check_cost(lengths_N, terms.cost);
+  check_cost(terms.cost, total);
 }
 
 /// Groups as items, by rising id. Item i has the sequences members_N[starts_I1[i]] .. members_N[starts_I1[i + 1] - 1].
@@ -95,7 +94,11 @@ Ids longest_first(std::span<const int64_t> rows_I) {
 
 /// The parts of ids_I, in its order, that the mini-batches get: the dearest item first, each to the cheapest part.
 std::vector<Ids> deal_out(const Items& items, Ids ids_I, int64_t parts, uint64_t seed) {
-  if (parts == 1) return {std::move(ids_I)};
+  std::vector<Ids> dealt(parts);
+  if (parts == 1) {
+    dealt[0] = std::move(ids_I);
+    return dealt;
+  }
   std::vector<uint64_t> key_I;  // exponent and 4 bits of the cost, below them what shuffles
   for (uint32_t i = 0; i < ids_I.size(); ++i) {
     const uint64_t dear = std::bit_cast<uint64_t>(items.cost(i)) >> 48;
@@ -111,7 +114,6 @@ std::vector<Ids> deal_out(const Items& items, Ids ids_I, int64_t parts, uint64_t
     cheapest.emplace(cost + items.cost(i), part);
     part_I[i] = part;
   }
-  std::vector<Ids> dealt(parts);
   for (const uint32_t i : ids_I) dealt[part_I[i]].push_back(i);
   return dealt;
 }

@@ -19,7 +19,7 @@
 namespace mgrpo {
 namespace {
 
-constexpr int64_t kFew = 64;  // so many bins, the cheapest, are evened out; more are even already
+constexpr int64_t kFew = 32;  // so many bins, the cheapest, are evened out; more are even already
 
 using Ids = std::vector<uint32_t>;
 

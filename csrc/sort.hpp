@@ -18,7 +18,8 @@ std::vector<uint32_t> sorted_by(size_t count, Key key) {
   uint64_t ones = 0, zeros = 0;  // bits that are set, or not, in some key
   for (uint32_t n = 0; n < count; ++n) ones |= key(n), zeros |= ~key(n);
   const int widest = std::clamp<int>(std::bit_width(count), 8, 16);
-  const int low = std::countr_zero(ones & zeros), bits = std::bit_width(ones & zeros) - low;
+  const int low = std::countr_zero(ones & zeros) % 64;  // 0 where all keys are the same
+  const int bits = std::bit_width(ones & zeros) - low;
   const int passes = std::max(1, (bits + widest - 1) / widest), width = std::max(1, (bits + passes - 1) / passes);
   std::vector<uint32_t> order_N, sorted_N(count), place(size_t{1} << width);
   for (int pass = 0; pass < passes; ++pass) {

@@ -29,7 +29,7 @@ part() {
   fi
   timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$OUT/gpu-$name.log"
   status=${PIPESTATUS[0]}
-  ((status == 0)) || failed+=("$name: exit status $status (124 or 137: out of time)")
+  ((status == 0)) || failed+=("$name: exit status $status (124 and 137: out of time)")
   return "$status"
 }
 
@@ -68,7 +68,7 @@ quick=("$@")
 export -f wheels layout build
 export PYTHON root
 [[ -z ${WHEELS:-} ]] || part wheels 90 bash -c wheels
-part build 60 bash -c build
+part build 90 bash -c build
 installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("mgrpo.kernels") is None)'
 "$PYTHON" -c "$installed" 2>/dev/null || export PYTHONPATH="$root/build/ns${PYTHONPATH:+:$PYTHONPATH}"
 part versions 30 "$PYTHON" -c '

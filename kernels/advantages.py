@@ -7,6 +7,7 @@ on a GPU, but for the median and for float64 rewards, `groups.py` does it in flo
 Legend: R rows (trajectories), G groups, T tokens; row r of group g lies in offsets[g] <= r < offsets[g + 1].
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -193,10 +194,9 @@ def _group(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor) -> tuple[_G
     """The groups, with rewards and mean shifted by each group's least reward; and that least (0 if none counts)."""
     count = len(offsets_G1) - 1
     group_R = torch.repeat_interleave(torch.arange(count, device=rewards_R.device), offsets_G1.diff())
-    counted_R = weights_R > 0
-    least_G = rewards_R.new_zeros(count).scatter_reduce_(
-        0, group_R[counted_R], rewards_R[counted_R], "amin", include_self=False
-    )
+    counted_R = torch.where(weights_R > 0, rewards_R, math.inf)
+    least_G = rewards_R.new_full((count,), math.inf).scatter_reduce_(0, group_R, counted_R, "amin")
+    least_G = torch.where(least_G < math.inf, least_G, 0)
     shifted_R = rewards_R - least_G[group_R]
     zeros_G = rewards_R.new_zeros(count)
     weight_G = zeros_G.index_add(0, group_R, weights_R)

@@ -8,6 +8,7 @@
 #include "arena.hpp"
 #include "arrays.hpp"
 #include "fill_binding.hpp"
+#include "stream.hpp"
 
 namespace mgrpo::bindings {
 namespace {
@@ -83,14 +84,13 @@ class Columns {
   size_t used() const { return used_; }
 
  private:
-  static constexpr size_t kLine = 64;
   std::byte* memory_;
   size_t used_ = 0;
 };
 
 template <class Id>
 Batch<Id> add_batch(Columns& columns, const Layout& layout, size_t logprobs) {
-  const int64_t rows = layout.rows(), sequences = static_cast<int64_t>(layout.rows_B1.size()) - 1;
+  const auto rows = layout.rows, sequences = static_cast<int64_t>(layout.begins_B.size());
   Batch<Id> batch{
       .input_ids_P = columns.add<Id>(rows),
       .positions_P = columns.add<Id>(rows),
@@ -100,7 +100,7 @@ Batch<Id> add_batch(Columns& columns, const Layout& layout, size_t logprobs) {
       .advantages_P = columns.add<float>(rows),
       .segment_ids_P = columns.add<int32_t>(rows),
       .cu_seqlens = columns.add<int32_t>(sequences + static_cast<int64_t>(layout.bins_M.size())),
-      .live_rows = columns.add<int64_t>(layout.lives()),
+      .live_rows = columns.add<int64_t>(layout.lives),
       .logprobs_P = {},
   };
   for (size_t c = 0; c < logprobs; ++c) batch.logprobs_P.push_back(columns.add<float>(rows));
@@ -183,10 +183,10 @@ bool holds_int32(const py::object& tokens) {
 }
 
 py::object fill(const py::object& given_tokens, const py::object& offsets, const py::object& given_sampled,
-                const py::object& ids, const py::object& rows, const py::object& advantages,
-                const py::object& weights, const py::object& given_old, const py::object& given_sampler,
-                const py::object& given_ref, const py::object& bins, const py::object& live, bool narrow,
-                const py::object& given_arena, const py::object& threads) {
+                const py::object& ids, const py::object& rows, const py::object& advantages, const py::object& weights,
+                const py::object& given_old, const py::object& given_sampler, const py::object& given_ref,
+                const py::object& bins, const py::object& live, bool narrow, const py::object& given_arena,
+                const py::object& threads) {
   const auto tokens = held(given_tokens), sampled = held(given_sampled);
   const auto old = held(given_old), sampler = held(given_sampler), ref = held(given_ref);
   const auto advantages_N = floats("advantages", advantages), weights_N = floats("weights", weights);
@@ -200,9 +200,13 @@ py::object fill(const py::object& given_tokens, const py::object& offsets, const
   const Options options{live_of(live), threads_of(threads), arena};
 
   const auto of = [&]<class Token>(Column<Token> column) {
-    return Trajectories<Token>{std::move(column), integers("offsets", offsets),
-                               ragged<uint8_t>("sampled", sampled, flags), integers("rows", rows),
-                               advantages_N, weights_N, logprobs_of(old, sampler, ref)};
+    return Trajectories<Token>{std::move(column),
+                               integers("offsets", offsets),
+                               ragged<uint8_t>("sampled", sampled, flags),
+                               integers("rows", rows),
+                               advantages_N,
+                               weights_N,
+                               logprobs_of(old, sampler, ref)};
   };
   py::list filled;
   if (holds_int32(tokens)) {

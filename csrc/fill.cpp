@@ -1,10 +1,12 @@
 #include "fill.hpp"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <limits>
 
 #include "check.hpp"
+#include "stream.hpp"
 #include "threads.hpp"
 
 namespace mgrpo {
@@ -12,14 +14,16 @@ namespace {
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostRowsInAll = int64_t{1} << 40;
-constexpr int64_t kPieceRows = int64_t{1} << 16;  // about 2.5 MB of columns: some 0.2 ms, well above a thread's start
+constexpr int64_t kPieceRows = int64_t{1} << 16;  // about 2.5 MB of columns, well above the cost of a thread's start
+constexpr int64_t kBlockRows = 512;               // some 25 KB of columns, within the first-level cache
+static_assert(kPieceRows % kBlockRows == 0 && kBlockRows % kRowAlignment == 0);
 
 void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
   require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
   require(offsets[0] == 0, name, "[0] is ", offsets[0], ", expected 0");
   for (size_t n = 1; n < offsets.size(); ++n) {
-    require(offsets[n] >= offsets[n - 1], name, "[", n, "] is ", offsets[n], ", below ", name, "[", n - 1, "] = ",
-            offsets[n - 1]);
+    require(offsets[n] >= offsets[n - 1], name, "[", n, "] is ", offsets[n], ", below ", name, "[", n - 1,
+            "] = ", offsets[n - 1]);
   }
 }
 
@@ -78,24 +82,26 @@ void check_id(const Trajectories<Token>& given, int64_t b, int64_t id) {
   check_float32("weights", id, given.weights_N[id]);
 }
 
+/// Lays micro-batch m out behind the others.
 template <class Token>
-MicroBatch lay_out(const Trajectories<Token>& given, const Bins& bins, size_t m, std::vector<int64_t>& rows_B1) {
+void add_bin(const Trajectories<Token>& given, const Bins& bins, size_t m, Layout& layout) {
   const int64_t begin = bins.bins_M1[m], end = bins.bins_M1[m + 1];
   require(end - begin < kMostRows, "micro-batch ", m, " has ", end - begin, " sequences, more than int32 counts");
-  MicroBatch made{.row = rows_B1.back()};
+  MicroBatch made{.row = layout.rows};
   for (int64_t b = begin; b < end; ++b) {
     const int64_t id = bins.ids_B[b];
     check_id(given, b, id);
     const int64_t rows = given.rows_N[id];
     require(rows <= kMostRows - made.rows, "ids[", b, "] = ", id, " brings the batch to ", made.rows, " + ", rows,
             " rows, more than int32 counts");
+    layout.begins_B.push_back(made.row + made.rows);
     made.rows += rows;
     made.longest = std::max(made.longest, rows);
-    rows_B1.push_back(made.row + made.rows);
   }
-  require(rows_B1.back() < kMostRowsInAll, "micro-batch ", m, " brings all of them to ", rows_B1.back(),
+  layout.bins_M.push_back(made);
+  layout.rows = (made.row + made.rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  require(layout.rows < kMostRowsInAll, "micro-batch ", m, " brings all of them to ", layout.rows,
           " rows, expected below ", kMostRowsInAll);
-  return made;
 }
 
 void add_pieces(std::vector<Piece>& pieces, int64_t bin, const MicroBatch& of) {
@@ -104,23 +110,39 @@ void add_pieces(std::vector<Piece>& pieces, int64_t bin, const MicroBatch& of) {
   }
 }
 
-/// Rows of one sequence: `count` from its `first` on, which lie in the buffers from `row` on.
+/// Rows of one sequence: `count` from its `first` on, which lie in the columns from `row` on.
 struct Run {
   int64_t place, id, first, row, count;
 };
 
-/// The runs that a piece consists of, in order.
-template <class Use>
-void each_run(const Layout& layout, const Bins& bins, const Piece& piece, const Use& use) {
-  const auto& rows_B1 = layout.rows_B1;
-  int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece.begin) - rows_B1.begin() - 1;
-  for (int64_t row = piece.begin; row < piece.end; ++b) {
-    const int64_t end = std::min(rows_B1[b + 1], piece.end);
-    use(Run{b, bins.ids_B[b], row - rows_B1[b], row, end - row});
-    row = end;
+/// Goes through the rows of a micro-batch, run by run.
+template <class Token>
+class Runs {
+ public:
+  Runs(const Trajectories<Token>& given, const Bins& bins, const Layout& layout, int64_t begin)
+      : given_(given), bins_(bins), begins_B_(layout.begins_B), row_(begin) {
+    b_ = std::upper_bound(begins_B_.begin(), begins_B_.end(), begin) - begins_B_.begin() - 1;
   }
-}
 
+  /// Calls use(run) for the runs up to row `end`, in order.
+  template <class Use>
+  void until(int64_t end, const Use& use) {
+    while (row_ < end) {
+      const int64_t id = bins_.ids_B[b_], begin = begins_B_[b_], stop = std::min(begin + given_.rows_N[id], end);
+      if (stop > row_) use(Run{b_, id, row_ - begin, row_, stop - row_});
+      row_ = stop;
+      if (row_ < end) ++b_;
+    }
+  }
+
+ private:
+  const Trajectories<Token>& given_;
+  const Bins& bins_;
+  const std::vector<int64_t>& begins_B_;
+  int64_t row_, b_;
+};
+
+/// What the rows of a run predict.
 template <class Token, class T>
 const T* next_of(const Trajectories<Token>& given, const Column<T>& column, const Run& run) {
   return column.of(run.id, given.offsets_N1[run.id]) + run.first + 1;
@@ -145,7 +167,7 @@ bool is_live(const Trajectories<Token>& given, Live live, int64_t id) {
 
 template <class Token>
 void count(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, Piece& piece) {
-  each_run(layout, bins, piece, [&](const Run& run) {
+  Runs<Token>(given, bins, layout, piece.begin).until(piece.end, [&](const Run& run) {
     const int64_t actions = count_nonzero(next_of(given, given.sampled, run), run.count);
     piece.actions += actions;
     piece.weight_sum += static_cast<double>(static_cast<float>(given.weights_N[run.id])) * actions;
@@ -155,7 +177,7 @@ void count(const Trajectories<Token>& given, const Bins& bins, Live live, const 
 
 /// Adds the pieces' counts up, in order, so that the sums do not depend on who counted.
 void add_up(Layout& layout) {
-  int64_t live = 0;
+  int64_t& live = layout.lives;
   size_t p = 0;
   for (size_t m = 0; m < layout.bins_M.size(); ++m) {
     auto& bin = layout.bins_M[m];
@@ -171,37 +193,60 @@ void add_up(Layout& layout) {
   }
 }
 
-template <class Token, class Id>
-void fill_ids(const Trajectories<Token>& given, const Run& run, const Batch<Id>& batch) {
-  const Token* next = next_of(given, given.tokens, run);
-  std::copy_n(next - 1, run.count, batch.input_ids_P + run.row);
-  std::copy_n(next, run.count, batch.targets_P + run.row);
-  Id* positions = batch.positions_P + run.row;
-  for (int64_t i = 0; i < run.count; ++i) positions[i] = static_cast<Id>(run.first + i);
-}
+/// The columns of a few rows, made in the cache.
+template <class Id>
+struct Block {
+  alignas(kLine) Id input_ids[kBlockRows], positions[kBlockRows], targets[kBlockRows];
+  alignas(kLine) bool action_mask[kBlockRows];
+  alignas(kLine) float weights[kBlockRows], advantages[kBlockRows];
+  alignas(kLine) int32_t segment_ids[kBlockRows];
+  alignas(kLine) float logprobs[kMostLogprobs][kBlockRows];
+};
 
-template <class Token, class Id>
-void fill_constants(const Trajectories<Token>& given, const Run& run, const Batch<Id>& batch, int64_t first_place) {
-  std::fill_n(batch.advantages_P + run.row, run.count, static_cast<float>(given.advantages_N[run.id]));
-  std::fill_n(batch.segment_ids_P + run.row, run.count, static_cast<int32_t>(run.place - first_place));
-}
-
-template <class Token, class Id>
-void fill_actions(const Trajectories<Token>& given, const Run& run, const Batch<Id>& batch) {
-  const uint8_t* sampled = next_of(given, given.sampled, run);
-  const auto weight = static_cast<float>(given.weights_N[run.id]);
-  bool* mask = batch.action_mask_P + run.row;
-  float* weights = batch.weights_P + run.row;
-  for (int64_t i = 0; i < run.count; ++i) mask[i] = sampled[i] != 0;
-  for (int64_t i = 0; i < run.count; ++i) weights[i] = sampled[i] ? weight : 0.0F;
-  for (size_t c = 0; c < given.logprobs.size(); ++c) {
-    const float* next = next_of(given, given.logprobs[c], run);
-    float* logprobs = batch.logprobs_P[c] + run.row;
-    for (int64_t i = 0; i < run.count; ++i) logprobs[i] = sampled[i] ? next[i] : 0.0F;
+/// to[i] = flags[i] ? value(i) : 0. The value is read either way: a read on condition would go one by one.
+template <class Value>
+void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to, const Value& value) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float taken = value(i);
+    to[i] = flags[i] ? taken : 0.0F;
   }
 }
 
-/// Writes the numbers of the run's actions, counted from the micro-batch's `first_row`; returns where the next go.
+/// Fills the rows of `run` from the block's row `at` on.
+template <class Token, class Id>
+void fill_run(const Trajectories<Token>& given, const Run& run, int64_t first_place, Block<Id>& block, int64_t at) {
+  const Token* tokens = next_of(given, given.tokens, run);
+  const uint8_t* sampled = next_of(given, given.sampled, run);
+  const auto weight = static_cast<float>(given.weights_N[run.id]);
+  std::copy_n(tokens - 1, run.count, block.input_ids + at);
+  std::copy_n(tokens, run.count, block.targets + at);
+  for (int64_t i = 0; i < run.count; ++i) block.positions[at + i] = static_cast<Id>(run.first + i);
+  for (int64_t i = 0; i < run.count; ++i) block.action_mask[at + i] = sampled[i] != 0;
+  where(sampled, run.count, block.weights + at, [&](int64_t) { return weight; });
+  std::fill_n(block.advantages + at, run.count, static_cast<float>(given.advantages_N[run.id]));
+  std::fill_n(block.segment_ids + at, run.count, static_cast<int32_t>(run.place - first_place));
+  for (size_t c = 0; c < given.logprobs.size(); ++c) {
+    const float* logprobs = next_of(given, given.logprobs[c], run);
+    where(sampled, run.count, block.logprobs[c] + at, [&](int64_t i) { return logprobs[i]; });
+  }
+}
+
+/// Writes the block to the columns from `row` on: whole lines, so up to the next multiple of kRowAlignment rows.
+template <class Id>
+void write(const Block<Id>& block, int64_t rows, const Batch<Id>& batch, int64_t row) {
+  const int64_t count = (rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  const auto column = [&]<class T>(T* to, const T* from) { stream(to + row, from, count * sizeof(T)); };
+  column(batch.input_ids_P, block.input_ids);
+  column(batch.positions_P, block.positions);
+  column(batch.targets_P, block.targets);
+  column(batch.action_mask_P, block.action_mask);
+  column(batch.weights_P, block.weights);
+  column(batch.advantages_P, block.advantages);
+  column(batch.segment_ids_P, block.segment_ids);
+  for (size_t c = 0; c < batch.logprobs_P.size(); ++c) column(batch.logprobs_P[c], block.logprobs[c]);
+}
+
+/// Writes the rows of the run's actions, counted from the micro-batch's `first_row`; returns where the next ones go.
 template <class Token>
 int64_t* fill_live(const Trajectories<Token>& given, const Run& run, int64_t first_row, int64_t* live) {
   const uint8_t* sampled = next_of(given, given.sampled, run);
@@ -211,11 +256,30 @@ int64_t* fill_live(const Trajectories<Token>& given, const Run& run, int64_t fir
   return live;
 }
 
+template <class Token, class Id>
+void fill_piece(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, const Piece& piece,
+                const Batch<Id>& batch) {
+  const int64_t first_place = bins.bins_M1[piece.bin], first_row = layout.bins_M[piece.bin].row;
+  int64_t* lives = batch.live_rows + piece.live;
+  Runs<Token> runs(given, bins, layout, piece.begin);
+  Block<Id> block{};
+  for (int64_t row = piece.begin; row < piece.end; row += kBlockRows) {
+    const int64_t end = std::min(row + kBlockRows, piece.end);
+    runs.until(end, [&](const Run& run) {
+      fill_run(given, run, first_place, block, run.row - row);
+      if (is_live(given, live, run.id)) lives = fill_live(given, run, first_row, lives);
+    });
+    write(block, end - row, batch, row);
+  }
+  stream_end();
+}
+
 void fill_cu_seqlens(const Bins& bins, const Layout& layout, int32_t* cu_seqlens) {
   for (size_t m = 0; m < layout.bins_M.size(); ++m) {
-    for (int64_t b = bins.bins_M1[m]; b <= bins.bins_M1[m + 1]; ++b) {
-      *cu_seqlens++ = static_cast<int32_t>(layout.rows_B1[b] - layout.bins_M[m].row);
+    for (int64_t b = bins.bins_M1[m]; b < bins.bins_M1[m + 1]; ++b) {
+      *cu_seqlens++ = static_cast<int32_t>(layout.begins_B[b] - layout.bins_M[m].row);
     }
+    *cu_seqlens++ = static_cast<int32_t>(layout.bins_M[m].rows);
   }
 }
 
@@ -237,13 +301,13 @@ std::vector<int64_t> trainable_rows(std::span<const int64_t> offsets_N1, const C
 
 template <class Token>
 Layout measure(const Trajectories<Token>& given, const Bins& bins, Live live, int64_t threads) {
+  assert(given.logprobs.size() <= kMostLogprobs);
   check_columns(given);
   check_bins(bins);
   Layout layout;
-  layout.rows_B1.reserve(bins.ids_B.size() + 1);
-  layout.rows_B1.push_back(0);
+  layout.begins_B.reserve(bins.ids_B.size());
   for (size_t m = 0; m + 1 < bins.bins_M1.size(); ++m) {
-    layout.bins_M.push_back(lay_out(given, bins, m, layout.rows_B1));
+    add_bin(given, bins, m, layout);
     add_pieces(layout.pieces, static_cast<int64_t>(m), layout.bins_M.back());
   }
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
@@ -256,17 +320,8 @@ template <class Token, class Id>
 void fill(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, const Batch<Id>& batch,
           int64_t threads) {
   fill_cu_seqlens(bins, layout, batch.cu_seqlens);
-  const auto fill_piece = [&](int64_t p) {
-    const Piece& piece = layout.pieces[p];
-    int64_t* lives = batch.live_rows + piece.live;
-    each_run(layout, bins, piece, [&](const Run& run) {
-      fill_ids(given, run, batch);
-      fill_constants(given, run, batch, bins.bins_M1[piece.bin]);
-      fill_actions(given, run, batch);
-      if (is_live(given, live, run.id)) lives = fill_live(given, run, layout.bins_M[piece.bin].row, lives);
-    });
-  };
-  parallel_for(static_cast<int64_t>(layout.pieces.size()), threads_or_all(threads), fill_piece);
+  parallel_for(static_cast<int64_t>(layout.pieces.size()), threads_or_all(threads),
+               [&](int64_t p) { fill_piece(given, bins, live, layout, layout.pieces[p], batch); });
 }
 
 template Layout measure(const Trajectories<int32_t>&, const Bins&, Live, int64_t);

@@ -1,6 +1,7 @@
-// The flat buffers of micro-batches, filled in one parallel pass, and how many rows of a trajectory are worth computing.
-// Departs from the usual collator, which concatenates column after column: rows are cut into pieces of equal size,
-// which end neither with sequences nor with columns, and threads take piece after piece.
+// The flat buffers of micro-batches, filled in one parallel pass, and how many rows of a trajectory are worth
+// computing. Departs from the usual collator, which concatenates column after column: rows are cut into pieces of equal
+// size, whatever the sequences, threads take piece after piece, and a few rows of all columns at a time are made in the
+// cache and streamed past it.
 // Legend: N trajectories of T tokens in all; M micro-batches of B sequences and P rows in all, one after another.
 // Trajectory n owns the tokens offsets_N1[n] .. offsets_N1[n + 1] - 1. Row i of a sequence reads its token i and
 // predicts token i + 1.
@@ -38,8 +39,8 @@ struct Trajectories {
   Column<uint8_t> sampled;
   std::span<const int64_t> rows_N;  // how many leading tokens are inputs: below the trajectory's length
   std::span<const double> advantages_N;
-  std::span<const double> weights_N;  // of each sampled token: multiplicity and normalisation are in it
-  std::vector<Column<float>> logprobs;
+  std::span<const double> weights_N;    // of each sampled token: multiplicity and normalisation are in it
+  std::vector<Column<float>> logprobs;  // at most kMostLogprobs
 };
 
 /// Which trajectories make up which micro-batch: m has ids_B[bins_M1[m]] .. ids_B[bins_M1[m + 1] - 1].
@@ -67,26 +68,28 @@ struct Piece {
   double weight_sum = 0.0;
 };
 
-/// What `measure` finds and `fill` needs.
+/// What `measure` finds and `fill` needs. Each micro-batch begins at a multiple of kRowAlignment.
 struct Layout {
-  std::vector<int64_t> rows_B1;  // the first row of each sequence, among the rows of all micro-batches
+  std::vector<int64_t> begins_B;  // the first row of each sequence, among those of all micro-batches
   std::vector<MicroBatch> bins_M;
   std::vector<Piece> pieces;
-
-  int64_t rows() const { return rows_B1.back(); }
-  int64_t lives() const { return bins_M.empty() ? 0 : bins_M.back().live + bins_M.back().lives; }
+  int64_t rows = 0;  // that the columns must hold: all of them, and what lies between micro-batches
+  int64_t lives = 0;
 };
 
-/// The buffers to fill. Id is int64_t, or int32_t where Token is.
+inline constexpr int64_t kRowAlignment = 64;  // so that every column of a micro-batch begins at a cache line
+inline constexpr size_t kMostLogprobs = 3;    // old, the sampler's, the reference's
+
+/// The buffers to fill, each from a cache line on. Id is int64_t, or int32_t where Token is. _P: Layout::rows entries.
 template <class Id>
 struct Batch {
   Id *input_ids_P, *positions_P, *targets_P;
   bool* action_mask_P;
   float *weights_P, *advantages_P;
-  int32_t* segment_ids_P;               // the sequence's place in its micro-batch
-  int32_t* cu_seqlens;                  // B + M entries: each micro-batch's own, that of m from bins_M1[m] + m on
-  int64_t* live_rows;                   // Layout::lives() entries, counted from the micro-batch's first row
-  std::vector<float*> logprobs_P;       // as many as were given
+  int32_t* segment_ids_P;          // the sequence's place in its micro-batch
+  int32_t* cu_seqlens;             // B + M entries: each micro-batch's own, that of m from bins_M1[m] + m on
+  int64_t* live_rows;              // Layout::lives entries, counted from the micro-batch's first row
+  std::vector<float*> logprobs_P;  // as many as were given
 };
 
 /// Checks all of the input, lays the micro-batches out and counts. The result is the same for any number of threads.

@@ -8,7 +8,6 @@
 #include "arena.hpp"
 #include "arrays.hpp"
 #include "fill_binding.hpp"
-#include "stream.hpp"
 
 namespace mgrpo::bindings {
 namespace {
@@ -84,13 +83,14 @@ class Columns {
   size_t used() const { return used_; }
 
  private:
+  static constexpr size_t kLine = 64;
   std::byte* memory_;
   size_t used_ = 0;
 };
 
 template <class Id>
 Batch<Id> add_batch(Columns& columns, const Layout& layout, size_t logprobs) {
-  const auto rows = layout.rows, sequences = static_cast<int64_t>(layout.begins_B.size());
+  const int64_t rows = layout.rows(), sequences = static_cast<int64_t>(layout.rows_B1.size()) - 1;
   Batch<Id> batch{
       .input_ids_P = columns.add<Id>(rows),
       .positions_P = columns.add<Id>(rows),

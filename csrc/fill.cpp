@@ -1,12 +1,10 @@
 #include "fill.hpp"
 
 #include <algorithm>
-#include <cassert>
 #include <cmath>
 #include <limits>
 
 #include "check.hpp"
-#include "stream.hpp"
 #include "threads.hpp"
 
 namespace mgrpo {
@@ -14,9 +12,7 @@ namespace {
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostRowsInAll = int64_t{1} << 40;
-constexpr int64_t kPieceRows = int64_t{1} << 16;  // about 2.5 MB of columns, well above the cost of a thread's start
-constexpr int64_t kBlockRows = 512;               // some 25 KB of columns, within the first-level cache
-static_assert(kPieceRows % kBlockRows == 0 && kBlockRows % kRowAlignment == 0);
+constexpr int64_t kPieceRows = int64_t{1} << 16;  // half a megabyte of an int64 column, 2.5 of all
 
 void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
   require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
@@ -87,21 +83,20 @@ template <class Token>
 void add_bin(const Trajectories<Token>& given, const Bins& bins, size_t m, Layout& layout) {
   const int64_t begin = bins.bins_M1[m], end = bins.bins_M1[m + 1];
   require(end - begin < kMostRows, "micro-batch ", m, " has ", end - begin, " sequences, more than int32 counts");
-  MicroBatch made{.row = layout.rows};
+  MicroBatch made{.row = layout.rows()};
   for (int64_t b = begin; b < end; ++b) {
     const int64_t id = bins.ids_B[b];
     check_id(given, b, id);
     const int64_t rows = given.rows_N[id];
     require(rows <= kMostRows - made.rows, "ids[", b, "] = ", id, " brings the batch to ", made.rows, " + ", rows,
             " rows, more than int32 counts");
-    layout.begins_B.push_back(made.row + made.rows);
     made.rows += rows;
     made.longest = std::max(made.longest, rows);
+    layout.rows_B1.push_back(made.row + made.rows);
   }
-  layout.bins_M.push_back(made);
-  layout.rows = (made.row + made.rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-  require(layout.rows < kMostRowsInAll, "micro-batch ", m, " brings all of them to ", layout.rows,
+  require(layout.rows() < kMostRowsInAll, "micro-batch ", m, " brings all of them to ", layout.rows(),
           " rows, expected below ", kMostRowsInAll);
+  layout.bins_M.push_back(made);
 }
 
 void add_pieces(std::vector<Piece>& pieces, int64_t bin, const MicroBatch& of) {
@@ -115,32 +110,18 @@ struct Run {
   int64_t place, id, first, row, count;
 };
 
-/// Goes through the rows of a micro-batch, run by run.
-template <class Token>
-class Runs {
- public:
-  Runs(const Trajectories<Token>& given, const Bins& bins, const Layout& layout, int64_t begin)
-      : given_(given), bins_(bins), begins_B_(layout.begins_B), row_(begin) {
-    b_ = std::upper_bound(begins_B_.begin(), begins_B_.end(), begin) - begins_B_.begin() - 1;
+/// The runs that a piece consists of, in order.
+std::vector<Run> runs_of(const Bins& bins, const Layout& layout, const Piece& piece) {
+  const auto& rows_B1 = layout.rows_B1;
+  int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece.begin) - rows_B1.begin() - 1;
+  std::vector<Run> runs;
+  for (int64_t row = piece.begin; row < piece.end; ++b) {
+    const int64_t end = std::min(rows_B1[b + 1], piece.end);
+    if (end > row) runs.push_back({b, bins.ids_B[b], row - rows_B1[b], row, end - row});
+    row = end;
   }
-
-  /// Calls use(run) for the runs up to row `end`, in order.
-  template <class Use>
-  void until(int64_t end, const Use& use) {
-    while (row_ < end) {
-      const int64_t id = bins_.ids_B[b_], begin = begins_B_[b_], stop = std::min(begin + given_.rows_N[id], end);
-      if (stop > row_) use(Run{b_, id, row_ - begin, row_, stop - row_});
-      row_ = stop;
-      if (row_ < end) ++b_;
-    }
-  }
-
- private:
-  const Trajectories<Token>& given_;
-  const Bins& bins_;
-  const std::vector<int64_t>& begins_B_;
-  int64_t row_, b_;
-};
+  return runs;
+}
 
 /// What the rows of a run predict.
 template <class Token, class T>
@@ -167,12 +148,12 @@ bool is_live(const Trajectories<Token>& given, Live live, int64_t id) {
 
 template <class Token>
 void count(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, Piece& piece) {
-  Runs<Token>(given, bins, layout, piece.begin).until(piece.end, [&](const Run& run) {
+  for (const Run& run : runs_of(bins, layout, piece)) {
     const int64_t actions = count_nonzero(next_of(given, given.sampled, run), run.count);
     piece.actions += actions;
     piece.weight_sum += static_cast<double>(static_cast<float>(given.weights_N[run.id])) * actions;
     piece.lives += is_live(given, live, run.id) ? actions : 0;
-  });
+  }
 }
 
 /// Adds the pieces' counts up, in order, so that the sums do not depend on who counted.
@@ -193,16 +174,6 @@ void add_up(Layout& layout) {
   }
 }
 
-/// The columns of a few rows, made in the cache.
-template <class Id>
-struct Block {
-  alignas(kLine) Id input_ids[kBlockRows], positions[kBlockRows], targets[kBlockRows];
-  alignas(kLine) bool action_mask[kBlockRows];
-  alignas(kLine) float weights[kBlockRows], advantages[kBlockRows];
-  alignas(kLine) int32_t segment_ids[kBlockRows];
-  alignas(kLine) float logprobs[kMostLogprobs][kBlockRows];
-};
-
 /// to[i] = flags[i] ? value(i) : 0. The value is read either way: a read on condition would go one by one.
 template <class Value>
 void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to, const Value& value) {
@@ -212,74 +183,65 @@ void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to,
   }
 }
 
-/// Fills the rows of `run` from the block's row `at` on.
 template <class Token, class Id>
-void fill_run(const Trajectories<Token>& given, const Run& run, int64_t first_place, Block<Id>& block, int64_t at) {
-  const Token* tokens = next_of(given, given.tokens, run);
-  const uint8_t* sampled = next_of(given, given.sampled, run);
-  const auto weight = static_cast<float>(given.weights_N[run.id]);
-  std::copy_n(tokens - 1, run.count, block.input_ids + at);
-  std::copy_n(tokens, run.count, block.targets + at);
-  for (int64_t i = 0; i < run.count; ++i) block.positions[at + i] = static_cast<Id>(run.first + i);
-  for (int64_t i = 0; i < run.count; ++i) block.action_mask[at + i] = sampled[i] != 0;
-  where(sampled, run.count, block.weights + at, [&](int64_t) { return weight; });
-  std::fill_n(block.advantages + at, run.count, static_cast<float>(given.advantages_N[run.id]));
-  std::fill_n(block.segment_ids + at, run.count, static_cast<int32_t>(run.place - first_place));
+void fill_ids(const Trajectories<Token>& given, std::span<const Run> runs, const Batch<Id>& batch) {
+  for (const Run& run : runs)
+    std::copy_n(next_of(given, given.tokens, run) - 1, run.count, batch.input_ids_P + run.row);
+  for (const Run& run : runs) std::copy_n(next_of(given, given.tokens, run), run.count, batch.targets_P + run.row);
+  for (const Run& run : runs) {
+    Id* positions = batch.positions_P + run.row;
+    for (int64_t i = 0; i < run.count; ++i) positions[i] = static_cast<Id>(run.first + i);
+  }
+}
+
+template <class Token, class Id>
+void fill_constants(const Trajectories<Token>& given, std::span<const Run> runs, int64_t first_place,
+                    const Batch<Id>& batch) {
+  for (const Run& run : runs) {
+    const auto advantage = static_cast<float>(given.advantages_N[run.id]);
+    std::fill_n(batch.advantages_P + run.row, run.count, advantage);
+  }
+  for (const Run& run : runs) {
+    std::fill_n(batch.segment_ids_P + run.row, run.count, static_cast<int32_t>(run.place - first_place));
+  }
+}
+
+template <class Token, class Id>
+void fill_actions(const Trajectories<Token>& given, std::span<const Run> runs, const Batch<Id>& batch) {
+  for (const Run& run : runs) {
+    const uint8_t* sampled = next_of(given, given.sampled, run);
+    std::transform(sampled, sampled + run.count, batch.action_mask_P + run.row, [](uint8_t flag) { return flag != 0; });
+  }
+  for (const Run& run : runs) {
+    const auto weight = static_cast<float>(given.weights_N[run.id]);
+    where(next_of(given, given.sampled, run), run.count, batch.weights_P + run.row, [&](int64_t) { return weight; });
+  }
   for (size_t c = 0; c < given.logprobs.size(); ++c) {
-    const float* logprobs = next_of(given, given.logprobs[c], run);
-    where(sampled, run.count, block.logprobs[c] + at, [&](int64_t i) { return logprobs[i]; });
+    for (const Run& run : runs) {
+      const float* next = next_of(given, given.logprobs[c], run);
+      where(next_of(given, given.sampled, run), run.count, batch.logprobs_P[c] + run.row,
+            [&](int64_t i) { return next[i]; });
+    }
   }
 }
 
-/// Writes the block to the columns from `row` on: whole lines, so up to the next multiple of kRowAlignment rows.
-template <class Id>
-void write(const Block<Id>& block, int64_t rows, const Batch<Id>& batch, int64_t row) {
-  const int64_t count = (rows + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-  const auto column = [&]<class T>(T* to, const T* from) { stream(to + row, from, count * sizeof(T)); };
-  column(batch.input_ids_P, block.input_ids);
-  column(batch.positions_P, block.positions);
-  column(batch.targets_P, block.targets);
-  column(batch.action_mask_P, block.action_mask);
-  column(batch.weights_P, block.weights);
-  column(batch.advantages_P, block.advantages);
-  column(batch.segment_ids_P, block.segment_ids);
-  for (size_t c = 0; c < batch.logprobs_P.size(); ++c) column(batch.logprobs_P[c], block.logprobs[c]);
-}
-
-/// Writes the rows of the run's actions, counted from the micro-batch's `first_row`; returns where the next ones go.
+/// Writes the rows of the actions of live runs, counted from the micro-batch's `first_row`.
 template <class Token>
-int64_t* fill_live(const Trajectories<Token>& given, const Run& run, int64_t first_row, int64_t* live) {
-  const uint8_t* sampled = next_of(given, given.sampled, run);
-  for (int64_t i = 0; i < run.count; ++i) {
-    if (sampled[i]) *live++ = run.row - first_row + i;
+void fill_live(const Trajectories<Token>& given, std::span<const Run> runs, Live live, int64_t first_row, int64_t* to) {
+  for (const Run& run : runs) {
+    if (!is_live(given, live, run.id)) continue;
+    const uint8_t* sampled = next_of(given, given.sampled, run);
+    for (int64_t i = 0; i < run.count; ++i) {
+      if (sampled[i]) *to++ = run.row - first_row + i;
+    }
   }
-  return live;
-}
-
-template <class Token, class Id>
-void fill_piece(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, const Piece& piece,
-                const Batch<Id>& batch) {
-  const int64_t first_place = bins.bins_M1[piece.bin], first_row = layout.bins_M[piece.bin].row;
-  int64_t* lives = batch.live_rows + piece.live;
-  Runs<Token> runs(given, bins, layout, piece.begin);
-  Block<Id> block{};
-  for (int64_t row = piece.begin; row < piece.end; row += kBlockRows) {
-    const int64_t end = std::min(row + kBlockRows, piece.end);
-    runs.until(end, [&](const Run& run) {
-      fill_run(given, run, first_place, block, run.row - row);
-      if (is_live(given, live, run.id)) lives = fill_live(given, run, first_row, lives);
-    });
-    write(block, end - row, batch, row);
-  }
-  stream_end();
 }
 
 void fill_cu_seqlens(const Bins& bins, const Layout& layout, int32_t* cu_seqlens) {
   for (size_t m = 0; m < layout.bins_M.size(); ++m) {
-    for (int64_t b = bins.bins_M1[m]; b < bins.bins_M1[m + 1]; ++b) {
-      *cu_seqlens++ = static_cast<int32_t>(layout.begins_B[b] - layout.bins_M[m].row);
+    for (int64_t b = bins.bins_M1[m]; b <= bins.bins_M1[m + 1]; ++b) {
+      *cu_seqlens++ = static_cast<int32_t>(layout.rows_B1[b] - layout.bins_M[m].row);
     }
-    *cu_seqlens++ = static_cast<int32_t>(layout.bins_M[m].rows);
   }
 }
 
@@ -301,11 +263,11 @@ std::vector<int64_t> trainable_rows(std::span<const int64_t> offsets_N1, const C
 
 template <class Token>
 Layout measure(const Trajectories<Token>& given, const Bins& bins, Live live, int64_t threads) {
-  assert(given.logprobs.size() <= kMostLogprobs);
   check_columns(given);
   check_bins(bins);
   Layout layout;
-  layout.begins_B.reserve(bins.ids_B.size());
+  layout.rows_B1.reserve(bins.ids_B.size() + 1);
+  layout.rows_B1.push_back(0);
   for (size_t m = 0; m + 1 < bins.bins_M1.size(); ++m) {
     add_bin(given, bins, m, layout);
     add_pieces(layout.pieces, static_cast<int64_t>(m), layout.bins_M.back());
@@ -320,8 +282,15 @@ template <class Token, class Id>
 void fill(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, const Batch<Id>& batch,
           int64_t threads) {
   fill_cu_seqlens(bins, layout, batch.cu_seqlens);
-  parallel_for(static_cast<int64_t>(layout.pieces.size()), threads_or_all(threads),
-               [&](int64_t p) { fill_piece(given, bins, live, layout, layout.pieces[p], batch); });
+  const auto fill_piece = [&](int64_t p) {
+    const Piece& piece = layout.pieces[p];
+    const auto runs = runs_of(bins, layout, piece);
+    fill_ids<Token>(given, runs, batch);
+    fill_constants<Token>(given, runs, bins.bins_M1[piece.bin], batch);
+    fill_actions<Token>(given, runs, batch);
+    fill_live<Token>(given, runs, live, layout.bins_M[piece.bin].row, batch.live_rows + piece.live);
+  };
+  parallel_for(static_cast<int64_t>(layout.pieces.size()), threads_or_all(threads), fill_piece);
 }
 
 template Layout measure(const Trajectories<int32_t>&, const Bins&, Live, int64_t);

@@ -1,7 +1,10 @@
-// The flat buffers of micro-batches, filled in one parallel pass, and how many rows of a trajectory are worth
-// computing. Departs from the usual collator, which concatenates column after column: rows are cut into pieces of equal
-// size, whatever the sequences, threads take piece after piece, and a few rows of all columns at a time are made in the
-// cache and streamed past it.
+// The flat buffers of micro-batches in one parallel pass, and how many rows of a trajectory are worth computing.
+//
+// Departs from the usual collator, which makes column after column of all rows: rows are cut into pieces, whatever the
+// sequences, threads take piece after piece, and of a piece make column after column. What they read again is then
+// still in the cache, and they write long stretches, which costs less than many short ones, most of all into fresh
+// memory.
+//
 // Legend: N trajectories of T tokens in all; M micro-batches of B sequences and P rows in all, one after another.
 // Trajectory n owns the tokens offsets_N1[n] .. offsets_N1[n + 1] - 1. Row i of a sequence reads its token i and
 // predicts token i + 1.
@@ -39,8 +42,8 @@ struct Trajectories {
   Column<uint8_t> sampled;
   std::span<const int64_t> rows_N;  // how many leading tokens are inputs: below the trajectory's length
   std::span<const double> advantages_N;
-  std::span<const double> weights_N;    // of each sampled token: multiplicity and normalisation are in it
-  std::vector<Column<float>> logprobs;  // at most kMostLogprobs
+  std::span<const double> weights_N;  // of each sampled token: multiplicity and normalisation are in it
+  std::vector<Column<float>> logprobs;
 };
 
 /// Which trajectories make up which micro-batch: m has ids_B[bins_M1[m]] .. ids_B[bins_M1[m + 1] - 1].
@@ -68,19 +71,17 @@ struct Piece {
   double weight_sum = 0.0;
 };
 
-/// What `measure` finds and `fill` needs. Each micro-batch begins at a multiple of kRowAlignment.
+/// What `measure` finds and `fill` needs.
 struct Layout {
-  std::vector<int64_t> begins_B;  // the first row of each sequence, among those of all micro-batches
+  std::vector<int64_t> rows_B1;  // the first row of each sequence among those of all micro-batches
   std::vector<MicroBatch> bins_M;
   std::vector<Piece> pieces;
-  int64_t rows = 0;  // that the columns must hold: all of them, and what lies between micro-batches
   int64_t lives = 0;
+
+  int64_t rows() const { return rows_B1.back(); }
 };
 
-inline constexpr int64_t kRowAlignment = 64;  // so that every column of a micro-batch begins at a cache line
-inline constexpr size_t kMostLogprobs = 3;    // old, the sampler's, the reference's
-
-/// The buffers to fill, each from a cache line on. Id is int64_t, or int32_t where Token is. _P: Layout::rows entries.
+/// The buffers to fill. Id is int64_t, or int32_t where Token is.
 template <class Id>
 struct Batch {
   Id *input_ids_P, *positions_P, *targets_P;

@@ -27,7 +27,7 @@ Column<T> ragged(const char* name, const py::object& given, const Read& read) {
   }
   column.is_flat = false;
   for (const auto each : given) {
-    column.each_N.push_back(read(column.name + "[" + std::to_string(column.each_N.size()) + "]", each));
+    column.each_N.push_back(read(std::string(name) + "[" + std::to_string(column.each_N.size()) + "]", each));
   }
   return column;
 }
@@ -132,7 +132,7 @@ py::dict to_dict(const Trajectories<Token>& given, const Bins& bins, Live live, 
   made["weights"] = rows(batch.weights_P);
   made["advantages"] = rows(batch.advantages_P);
   made["segment_ids"] = rows(batch.segment_ids_P);
-  for (size_t c = 0; c < given.logprobs.size(); ++c) made[given.logprobs[c].name.c_str()] = rows(batch.logprobs_P[c]);
+  for (size_t c = 0; c < given.logprobs.size(); ++c) made[given.logprobs[c].name] = rows(batch.logprobs_P[c]);
   made["cu_seqlens"] = part(batch.cu_seqlens, begin + static_cast<int64_t>(m), sequences + 1, slab);
   if (live != Live::none) made["live_rows"] = part(batch.live_rows, bin.live, bin.lives, slab);
   made["max_seqlen"] = bin.longest;

@@ -29,7 +29,7 @@ void check_size(const char* name, size_t size, size_t expected, const char* of) 
 
 template <class T>
 void check_column(const Column<T>& column, std::span<const int64_t> offsets_N1) {
-  const char* name = column.name.c_str();
+  const char* name = column.name;
   if (column.is_flat) {
     const auto tokens = static_cast<size_t>(offsets_N1.back());
     require(column.flat_T.size() == tokens, name, " has ", column.flat_T.size(), " entries, expected ", tokens,
@@ -188,7 +188,7 @@ void fill_ids(const Trajectories<Token>& given, std::span<const Run> runs, const
   for (const Run& run : runs)
     std::copy_n(next_of(given, given.tokens, run) - 1, run.count, batch.input_ids_P + run.row);
   for (const Run& run : runs) std::copy_n(next_of(given, given.tokens, run), run.count, batch.targets_P + run.row);
-  for (const Run& run : runs) {
+  for (const Run run : runs) {  // a copy, which no position written can be a part of: the loop is then vectorised
     Id* positions = batch.positions_P + run.row;
     for (int64_t i = 0; i < run.count; ++i) positions[i] = static_cast<Id>(run.first + i);
   }
@@ -228,7 +228,7 @@ void fill_actions(const Trajectories<Token>& given, std::span<const Run> runs, c
 /// Writes the rows of the actions of live runs, counted from the micro-batch's `first_row`.
 template <class Token>
 void fill_live(const Trajectories<Token>& given, std::span<const Run> runs, Live live, int64_t first_row, int64_t* to) {
-  for (const Run& run : runs) {
+  for (const Run run : runs) {
     if (!is_live(given, live, run.id)) continue;
     const uint8_t* sampled = next_of(given, given.sampled, run);
     for (int64_t i = 0; i < run.count; ++i) {

@@ -12,7 +12,6 @@
 
 #include <cstdint>
 #include <span>
-#include <string>
 #include <vector>
 
 namespace mgrpo {
@@ -20,7 +19,7 @@ namespace mgrpo {
 /// One value for each token of all trajectories: in one flat buffer, or in a buffer for each trajectory.
 template <class T>
 struct Column {
-  std::string name;
+  const char* name;
   std::span<const T> flat_T;
   std::vector<std::span<const T>> each_N;
   bool is_flat = true;

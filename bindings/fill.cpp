@@ -252,7 +252,7 @@ live_rows int64, where asked for: the rows of weight other than 0, and with 'adv
 Denominators: sequences, actions (rows of the mask) int, weight_sum float. The arrays of a call share their memory.
 ValueError: offsets that do not rise from 0 to T, sizes that differ, an id out of range, rows_N[id] not below the
 trajectory's length, advantage or weight not finite, bins that do not rise from 0 to B, 2^31 rows or more in one
-micro-batch or 2^40 in all, an option out of range.)";
+micro-batch or 2^36 in all, an option out of range.)";
 
 }  // namespace
 

@@ -11,7 +11,7 @@ namespace mgrpo {
 namespace {
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
-constexpr int64_t kMostRowsInAll = int64_t{1} << 40;
+constexpr int64_t kMostRowsInAll = int64_t{1} << 36;
 constexpr int64_t kPieceRows = int64_t{1} << 16;  // half a megabyte of an int64 column, 2.5 of all
 
 void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {

@@ -95,7 +95,7 @@ struct Batch {
 /// Checks all of the input, lays the micro-batches out and counts. The result is the same for any number of threads.
 /// Throws std::invalid_argument, naming the trajectory, on offsets that do not rise from 0 to T, columns that they do
 /// not fit, bins that do not rise from 0 to B, an id out of range, rows that reach the trajectory's length, an
-/// advantage or weight that is not finite as float32, a micro-batch of more rows than int32 counts, or 2^40 rows.
+/// advantage or weight that is not finite as float32, a micro-batch of more rows than int32 counts, or 2^36 rows.
 template <class Token>
 Layout measure(const Trajectories<Token>& given, const Bins& bins, Live live, int64_t threads);
 

@@ -63,7 +63,7 @@ def _pair(values: tuple[Any, ...], name: str) -> Flat:
 
 
 def _list(values: list[Any], name: str) -> tuple[Values, Offsets]:
-    if not values or not isinstance(values[0], np.ndarray):
+    if values and not isinstance(values[0], np.ndarray):
         return _lists(values, name)
     for n, each in enumerate(values):
         if not isinstance(each, np.ndarray) or each.ndim != 1:
@@ -108,7 +108,7 @@ def _first_null(values: Any) -> int:
     return int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
 
 
-def _torch(values: torch.Tensor, name: str) -> Flat:
+def _torch(values: Any, name: str) -> Flat:
     if values.layout != torch.jagged or values.dim() != 2 or values.device.type != "cpu":
         raise ValueError(
             f"{name}: {_kind(values)} given: expected a nested one of layout torch.jagged and (N, *) on a CPU"
@@ -131,8 +131,8 @@ def _awkward(values: Any, name: str) -> Flat:
     kind = " of ".join(type(layer).__name__ for layer in layers)
     if kind != "ListOffsetArray of NumpyArray":
         raise ValueError(
-            f"{name}: awkward's {kind} given: expected a ListOffsetArray of NumpyArray; ak.to_packed copies a rearranged "
-            "array into one, and ak.drop_none leaves out what is missing"
+            f"{name}: awkward's {kind} given: expected a ListOffsetArray of NumpyArray; ak.to_packed copies a "
+            "rearranged array into one, and ak.drop_none leaves out what is missing"
         )
     return _pair((layers[1].data, outer.offsets.data), name)
 

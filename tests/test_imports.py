@@ -22,7 +22,7 @@ LAYERS = (
     ("policy", "sampler"),
     ("batch", "objective", "advantage"),
     ("model", "store", "run", "packing"),
-    ("trajectories", "ragged", "attention", "display", "statistics", "process"),
+    ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process"),
     ("config", "environment"),
     ("types",),
     ("__init__",),

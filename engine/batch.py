@@ -2,16 +2,15 @@
 
 Before packing, exactly: trajectories of weight zero, without an action or (where neither KL nor entropy asks for them)
 of advantage zero are left out, their share of every denominator kept; identical trajectories become one; the tokens
-after a trajectory's last action are cut off. What is left is planned into micro-batches and filled into flat buffers.
+after a trajectory's last action are cut off. What is left is packed (packing.py) and copied to the device ahead of use.
 
 Legend: N trajectories, P rows of a micro-batch, B its sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mgrpo import _packing
+from mgrpo.engine import packing
 from mgrpo.engine.types import Trajectory
 
 
@@ -82,38 +82,29 @@ def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool) -> list[Weig
     return list(merged.values())
 
 
-def pack(weighed: Sequence[Weighed], max_tokens: int) -> list[Batch]:
-    """Plan and fill micro-batches of at most `max_tokens` rows. Raises ValueError if one trajectory has more."""
-    if not weighed:
-        return []
+def pack(
+    weighed: Sequence[Weighed], max_tokens: int, *, ranks: int = 1, rank: int = 0, arena: _packing.Arena | None = None
+) -> list[Batch]:
+    """The micro-batches of one rank, of at most `max_tokens` rows, in the arena's memory if one is given.
+
+    The trajectories' own arrays are read where they lie. As many for every rank: one that has none left to run beside
+    others gets the shortest trajectory without weight. Raises ValueError if one trajectory has more rows.
+    """
     trajectories = [w.trajectory for w in weighed]
-    tokens_T = np.concatenate([t.tokens for t in trajectories])
-    sampled_T = np.concatenate([t.sampled for t in trajectories])
-    logprobs_T = np.concatenate([t.logprobs for t in trajectories])
-    offsets_N1 = np.cumsum([0, *map(len, trajectories)])
-    rows_N = _packing.trainable_rows(offsets_N1, sampled_T)
-    if rows_N.max() > max_tokens:
+    given = packing.columns(
+        [t.tokens for t in trajectories],
+        [t.sampled for t in trajectories],
+        [w.advantage for w in weighed],
+        [w.weight for w in weighed],
+        {"sampler_logprobs": [t.logprobs for t in trajectories]},
+    )
+    if (longest := given.rows_N.max(initial=0)) > max_tokens:
         raise ValueError(
-            f"compute.max_tokens: {max_tokens} given: expected at least {rows_N.max()}, the longest trajectory's tokens"
+            f"compute.max_tokens: {max_tokens} given: expected at least {longest}, the longest trajectory's tokens"
         )
-    bins_M1, ids_N, _ = _packing.plan(rows_N, max_tokens)
-    advantages_N = np.array([w.advantage for w in weighed])
-    weights_N = np.array([w.weight for w in weighed])
-    return [
-        _batch(
-            _packing.fill(
-                tokens_T,
-                offsets_N1,
-                sampled_T,
-                ids_N[start:stop],
-                rows_N,
-                advantages_N,
-                weights_N,
-                sampler_logprobs_T=logprobs_T,
-            )
-        )
-        for start, stop in pairwise(bins_M1.tolist())
-    ]
+    share = packing.plan_batches(given.rows_N, max_tokens, ranks=ranks, rank=rank)
+    (filled,) = packing.fill_batches(share, given, arena)
+    return [_batch(flat) for flat in filled]
 
 
 def _batch(flat: dict[str, np.ndarray]) -> Batch:
@@ -129,7 +120,54 @@ def _batch(flat: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on a device."""
-    moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(batch).items()}
-    return Batch(**moved)
+def make_arena(device: torch.device) -> _packing.Arena:
+    """Memory for `pack`, used again by a later step: pinned where batches go to a GPU from."""
+    if device.type != "cuda":
+        return _packing.Arena()
+    return _packing.Arena(lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+
+
+def to_device(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
+    """The same batch on a device. non_blocking: as of `Tensor.to`."""
+    moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors(batch)}
+    return replace(batch, **moved)
+
+
+def tensors(batch: Batch) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in vars(batch).items() if isinstance(value, Tensor)]
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a device. To a GPU each is copied, from pinned memory, while the one before is worked on."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    side, ahead = torch.cuda.Stream(device), None
+    try:
+        for batch in batches:
+            now, ahead = ahead, _Copy(batch, device, side)
+            if now is not None:
+                yield now.arrived()
+                now.event.synchronize()  # before what it reads may go
+        if ahead is not None:
+            yield ahead.arrived()
+    finally:
+        side.synchronize()  # a consumer that stops early leaves copies under way
+
+
+class _Copy:
+    """A batch on its way to a GPU, on a stream of its own. Holds the host's memory, which the copy reads."""
+
+    def __init__(self, batch: Batch, device: torch.device, stream: torch.cuda.Stream):
+        self.batch, self.device = batch, device
+        with torch.cuda.stream(stream):
+            self.moved = to_device(batch, device, non_blocking=True)
+            self.event = stream.record_event()
+
+    def arrived(self) -> Batch:
+        """For what the present stream does from here on, and until that is done."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.event)
+        for _, value in tensors(self.moved):
+            value.record_stream(stream)
+        return self.moved

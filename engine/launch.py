@@ -112,11 +112,11 @@ class Colocated:
             started = time.monotonic()
             rollouts = self.demonstrations.run(self._warmup_jobs(step))
             row = rollout_counts(rollouts)
-            for name, policy in self.policies.items():
-                if weighed := demonstrated(name, rollouts):
-                    lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
-                    learnt = optimise(policy, weighed, likelihood, lr, max_tokens)
-                    row |= prefix(name, {key: value for key, value in learnt.items() if key in WARMUP_METRICS})
+            lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
+            for trainer in self.trainers:
+                if weighed := demonstrated(trainer.name, rollouts):
+                    learnt = optimise(trainer.policy, weighed, likelihood, lr, max_tokens, arena=trainer.arena)
+                    row |= prefix(trainer.name, {key: learnt[key] for key in learnt if key in WARMUP_METRICS})
             self._log("warmup", step, row, started)
             self._after_step("warmup", step + 1, steps)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mgrpo.engine.batch import Batch, to_device
+from mgrpo.engine.batch import Batch, prefetch
 from mgrpo.engine.config import AgentConfig, ComputeConfig
 from mgrpo.engine.model import Packed, hidden_states, load_model, load_tokenizer
 from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, merge_metrics
@@ -102,7 +102,8 @@ class Policy:
         """
         old: list[Tensor | None] = [None] * len(batches)
         for _ in range(epochs):
-            losses = [self.forward_backward(batch, objective, old[i]) for i, batch in enumerate(batches)]
+            moved = prefetch(batches, self.model.device)
+            losses = [self.forward_backward(batch, objective, old[i]) for i, batch in enumerate(moved)]
             if epochs > 1:
                 old = [
                     before if before is not None else loss.logprobs_N for before, loss in zip(old, losses, strict=True)
@@ -112,8 +113,7 @@ class Policy:
         return merged | {"loss": sum(float(loss.loss.detach()) for loss in losses), "grad_norm": norm, "lr": lr}
 
     def forward_backward(self, batch: Batch, objective: Objective, old_logprobs_P: Tensor | None = None) -> Loss:
-        """Loss of one micro-batch; its gradient is added to what the masters hold."""
-        batch = to_device(batch, self.model.device)
+        """Loss of one micro-batch on the model's device; its gradient is added to what the masters hold."""
         head = self.model.get_output_embeddings()
         loss = linear_grpo_loss(
             self._hidden(self.model, batch),

@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 
+from mgrpo import _packing
 from mgrpo.engine.advantage import Weighted, weigh
-from mgrpo.engine.batch import Weighed, drop, merge, pack
+from mgrpo.engine.batch import Weighed, drop, make_arena, merge, pack
 from mgrpo.engine.config import Config
 from mgrpo.engine.objective import objective, token_weights
 from mgrpo.engine.policy import Policy, learning_rate
@@ -26,6 +27,7 @@ class AgentTrainer:
     def __init__(self, config: Config, policy: Policy, store: Store, trajectories: str):
         self.config, self.policy, self.store, self.trajectories = config, policy, store, trajectories
         self.name = policy.name
+        self.arena = make_arena(policy.model.device)
         self.index = list(config.agents).index(self.name)
         self.objective = objective(config.algorithm)
         self.unacked: list[int] = []
@@ -58,19 +60,28 @@ class AgentTrainer:
             Weighed(*row) for row in zip(trajectories, weighted.advantages.tolist(), weights_N.tolist(), strict=True)
         ]
         lr = learning_rate(self.policy.agent, step, config.steps)
-        return optimise(
-            self.policy, weighed, self.objective, lr, config.compute.max_tokens, epochs=config.algorithm.epochs
-        )
+        max_tokens, epochs = config.compute.max_tokens, config.algorithm.epochs
+        return optimise(self.policy, weighed, self.objective, lr, max_tokens, epochs=epochs, arena=self.arena)
 
 
 def optimise(
-    policy: Policy, weighed: list[Weighed], objective: Objective, lr: float, max_tokens: int, *, epochs: int = 1
+    policy: Policy,
+    weighed: list[Weighed],
+    objective: Objective,
+    lr: float,
+    max_tokens: int,
+    *,
+    epochs: int = 1,
+    arena: _packing.Arena | None = None,
 ) -> Row:
-    """`epochs` optimizer steps on weighed trajectories in micro-batches of at most `max_tokens`, and what they cost."""
+    """`epochs` optimizer steps on weighed trajectories in micro-batches of at most `max_tokens`, and what they cost.
+
+    arena: memory for the micro-batches, used again by the next call.
+    """
     everything = objective.kl_coef != 0 or objective.entropy_coef != 0
     live = drop(weighed, keep_zero_advantage=everything)
     unique = merge(live, by_sampler_logprobs=objective.sampler_cap is not None)
-    batches = pack(unique, max_tokens)
+    batches = pack(unique, max_tokens, arena=arena)
     started = time.monotonic()
     row = policy.step(batches, objective, lr, epochs)
     seconds = time.monotonic() - started

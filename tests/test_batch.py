@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.engine.batch import Batch, Weighed, drop, merge, pack, to_device
+from mgrpo import _packing
+from mgrpo.engine import batch as batch_module
+from mgrpo.engine.batch import Batch, Weighed, drop, make_arena, merge, pack, prefetch, to_device
+from mgrpo.engine.config import AgentConfig
+from mgrpo.engine.policy import Policy
 from mgrpo.engine.types import Trajectory
+from mgrpo.kernels import Objective, merge_metrics
+from toy import make_model, toy_config
 
 # few values, so that trajectories repeat; all sums of the numbers are exact in float64, and the numbers in float32
 tokens = st.integers(0, 1)
@@ -203,3 +212,186 @@ def test_to_device_moves_every_tensor_and_changes_nothing_else():
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7 and all(value.is_meta for value in tensors)
     assert moved.max_seqlen == batch.max_seqlen and not batch.weights_P.is_meta
+
+
+# ---- memory that is used again
+
+
+@given(st.lists(weighed_of(weights), min_size=2, max_size=5), st.integers(4, 20), st.data())
+@settings(deadline=None)
+def test_batches_of_an_earlier_step_stay_as_they_are_while_they_are_held(steps, max_tokens, data):
+    arena, held = _packing.Arena(), []
+    for weighed in steps:
+        made = pack(drop(weighed, keep_zero_advantage=True), max_tokens, arena=arena)
+        held.append((made, sequences(made)))
+        if data.draw(st.booleans()):
+            held.pop(data.draw(st.integers(0, len(held) - 1)))
+        assert all(sequences(batches) == before for batches, before in held)
+
+
+def test_memory_of_a_step_that_is_let_go_is_used_by_the_next():
+    arena = make_arena(torch.device("cpu"))
+    address = pack([Weighed(plain(*range(9)), 1.0, 1.0)], 8, arena=arena)[0].input_ids_P.data_ptr()
+    again = pack([Weighed(plain(*range(5)), 1.0, 1.0)], 8, arena=arena)
+    assert again[0].input_ids_P.data_ptr() == address and again[0].input_ids_P.tolist() == [0, 1, 2, 3]
+
+
+# ---- many ranks
+
+
+@given(weighed_of(weights), st.integers(2, 5), st.integers(4, 20))
+@settings(deadline=None)
+def test_ranks_share_the_live_tokens_and_run_as_many_micro_batches(weighed, ranks, max_tokens):
+    live = drop(weighed, keep_zero_advantage=True)
+    shares = [pack(live, max_tokens, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert len(set(map(len, shares))) == 1
+    real = [batch for share in shares for batch in share if batch.weights_P.any()]
+    assert Counter(map(repr, sequences(real))) == Counter(map(repr, map(expected_sequence, live)))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """In float64: gradients add up in any order, nearly."""
+    folder = make_model(tmp_path_factory.mktemp("model"), hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    made = Policy("main", AgentConfig(model=str(folder), max_context=64), toy_config(folder).compute)
+    made.model.double()
+    made.keep_reference()
+    return made
+
+
+OBJECTIVES = [
+    Objective(),
+    Objective(importance="sequence"),
+    Objective(importance="trajectory", sampler_cap=None),
+    Objective(kl_coef=0.1, entropy_coef=0.1),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ranks_together_have_the_gradient_of_one_and_dummies_none(policy, objective):
+    """Three trajectories on four ranks: the last runs a dummy, forward and backward."""
+    weighed = [Weighed(plain(*range(1, n)), (-1) ** n * 1.5, 0.5) for n in (5, 9, 7)]
+    parameters = list(policy.masters.params.values())
+
+    def run(batches: list[Batch]) -> tuple[torch.Tensor, dict[str, float]]:
+        losses = [policy.forward_backward(batch, objective) for batch in batches]
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        policy.optimizer.zero_grad()
+        return gradient, merge_metrics([loss.metrics for loss in losses])
+
+    whole, metrics = run(pack(weighed, 16))
+    parts = [run(pack(weighed, 16, ranks=4, rank=rank)) for rank in range(4)]
+    torch.testing.assert_close(sum(gradient for gradient, _ in parts), whole, rtol=1e-9, atol=1e-12)
+    assert [metrics["rows"] for _, metrics in parts] == [7, 5, 3, 0] and metrics["rows"] == 15
+    assert whole.abs().max() > 0 and (parts[3][0] == 0).all()
+
+
+# ---- ahead of use
+
+
+def numbered(count: int) -> list[Batch]:
+    return [pack([Weighed(plain(n, n, n), 1.0, 1.0)], 8)[0] for n in range(count)]
+
+
+def test_prefetch_on_a_cpu_is_the_batches_in_order_and_reads_no_further_than_asked():
+    read = []
+
+    def source() -> Iterator[Batch]:
+        for batch in numbered(4):
+            read.append(batch)
+            yield batch
+
+    ahead = prefetch(source(), torch.device("cpu"))
+    assert next(ahead).input_ids_P.tolist() == [0, 0] and len(read) == 1
+    assert [batch.input_ids_P[0].item() for batch in ahead] == [1, 2, 3]
+    assert list(prefetch([], torch.device("cpu"))) == []
+
+
+class Streams:
+    """A GPU's streams as far as `prefetch` uses them: a copy happens no sooner than somebody waits for it.
+
+    The source of a copy is held weakly, as a GPU holds it: not at all.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.queue: list[Callable[[], None]] = []
+        self.done, self.waited, self.recorded = 0, 0, 0
+        for name in ("Stream", "stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext(self) if _ == (self,) else self)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: self.record())
+        monkeypatch.setattr(batch_module, "to_device", self.copy)
+
+    def copy(self, batch: Batch, device: torch.device, *, non_blocking: bool) -> Batch:
+        moved = replace(batch, input_ids_P=torch.full_like(batch.input_ids_P, -1))
+        source = weakref.ref(batch)
+
+        def arrive() -> None:
+            given = source()
+            assert given is not None, "the host's memory is gone before it was copied"
+            moved.input_ids_P.copy_(given.input_ids_P)
+
+        self.queue.append(arrive)
+        return moved
+
+    def record(self) -> None:
+        self.recorded += 1
+
+    def record_event(self) -> Event:
+        return Event(self, len(self.queue))
+
+    def wait_event(self, event: Event) -> None:
+        self.waited = event.place
+
+    def read(self, moved: Batch) -> list[int]:
+        """By a kernel on the consumer's stream."""
+        Event(self, self.waited).synchronize()
+        return moved.input_ids_P.tolist()
+
+    def synchronize(self) -> None:
+        Event(self, len(self.queue)).synchronize()
+
+
+@dataclass
+class Event:
+    streams: Streams
+    place: int
+
+    def synchronize(self) -> None:
+        while self.streams.done < self.place:
+            self.streams.queue[self.streams.done]()
+            self.streams.done += 1
+
+
+@pytest.mark.parametrize("lags", [False, True])
+@pytest.mark.parametrize("taken", [0, 1, 2, 4])
+def test_prefetch_to_a_gpu_waits_for_each_copy_and_holds_its_source_until_then(taken, lags, monkeypatch):
+    """The consumer stops after `taken` of 4, and may read what it got long after. The source lets go at once."""
+    batches = numbered(4)
+    streams, got = Streams(monkeypatch), []
+    ahead = prefetch((batches.pop(0) for _ in range(4)), torch.device("cuda"))
+    for n in range(taken):
+        got.append(next(ahead))
+        assert lags or streams.read(got[n]) == [n, n]
+        assert streams.recorded == 7 * (n + 1)  # every tensor's memory
+        assert len(streams.queue) == min(n + 2, 4)  # the next is under way, and no more
+    ahead.close()
+    assert streams.done == len(streams.queue)
+    assert list(map(streams.read, got)) == [[n, n] for n in range(taken)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_prefetch_to_a_gpu_from_pinned_memory_that_is_used_again():
+    device = torch.device("cuda")
+    arena = make_arena(device)
+
+    def source() -> Iterator[Batch]:
+        for n in range(20):
+            (batch,) = pack([Weighed(plain(*[n] * 100_000), 1.0, 1.0)], 100_000, arena=arena)
+            assert batch.input_ids_P.is_pinned()
+            yield batch
+
+    for n, batch in enumerate(prefetch(source(), device)):
+        torch.cuda._sleep(1_000_000)
+        assert batch.input_ids_P.is_cuda and bool((batch.input_ids_P == n).all())
+    assert n == 19

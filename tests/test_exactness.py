@@ -222,14 +222,14 @@ def weighed_of(case: Case) -> list[Weighed]:
     return [Weighed(*w) for w in zip(trajectories, weighted.advantages.tolist(), weights_N.tolist(), strict=True)]
 
 
-def wide_pack(weighed: Sequence[Weighed], max_tokens: int) -> list[Batch]:
+def wide_pack(weighed: Sequence[Weighed], max_tokens: int, **options: Any) -> list[Batch]:
     """`pack` fills float32 buffers: let it carry labels there, and put each label's float64 numbers in their place."""
     labelled = [replace(w, weight=float(i + 1), advantage=1.0) for i, w in enumerate(weighed)]
     weights = torch.tensor([0.0, *(w.weight for w in weighed)], dtype=torch.float64)
     advantages = torch.tensor([0.0, *(w.advantage for w in weighed)], dtype=torch.float64)
     return [
         replace(b, weights_P=weights[b.weights_P.long()], advantages_P=advantages[b.weights_P.long()])
-        for b in pack(labelled, max_tokens)
+        for b in pack(labelled, max_tokens, **options)
     ]
 
 

@@ -48,12 +48,12 @@ def test_a_subclass_is_read_as_the_list_that_it_is():
 
 
 def test_the_reference_counts_stay_as_they_are():
-    token, inner = 123_456_789, [1, 2]
-    inner.append(token)
+    token = 123_456_789
+    inner: list[Any] = [1, 2, token]
     before = sys.getrefcount(token), sys.getrefcount(inner)
     packing.from_lists([inner, inner])
     with pytest.raises(ValueError, match="must be an int"):
-        packing.from_lists([inner, [token, None]])
+        packing.from_lists([inner, [*inner, None]])
     assert (sys.getrefcount(token), sys.getrefcount(inner)) == before
 
 

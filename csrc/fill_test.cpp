@@ -150,7 +150,7 @@ void check_case(const Case<Token>& c) {
   each.logprobs = {logprobs.column(kLogprobs)};
   for (const Live live : {Live::none, Live::weight, Live::advantage}) {
     const auto truth = expected<Id>(c, live);
-    for (const int64_t threads : {1, 2, 7}) {
+    for (const int64_t threads : {1, 7}) {
       CHECK(filled<Id>(c.flat(), c.bins(), live, threads) == truth);
       CHECK(filled<Id>(each, c.bins(), live, threads) == truth);
     }
@@ -171,7 +171,7 @@ Case<Token> made_of(const Numbers& lengths) {
 
 void every_form_is_what_the_loop_gives() {
   for (const Numbers& lengths : {Numbers{}, Numbers{1}, Numbers{2, 1, 1, 3}, test::numbers(1, 300, 1, 900),
-                                 Numbers{150'000, 65'537, 65'536, 1, 131'073}, test::numbers(2, 70'000, 1, 4)}) {
+                                 Numbers{65'537, 131'074, 1}, test::numbers(2, 30'000, 1, 6)}) {
     check_case<int32_t>(made_of<int32_t>(lengths));
     check_case<int64_t>(made_of<int32_t>(lengths));
     check_case<int64_t>(made_of<int64_t>(lengths));
@@ -188,7 +188,7 @@ void trainable_rows_end_at_the_last_sampled_token() {
 
 void a_loop_does_each_once() {
   for (const int64_t count : {0, 1, 2, 1000}) {
-    for (const int64_t threads : {1, 2, 64, 2000}) {
+    for (const int64_t threads : {1, 2, 64}) {
       std::vector<int> done(count);
       parallel_for(count, threads, [&](int64_t i) { ++done[i]; });
       CHECK(done == std::vector<int>(count, 1));

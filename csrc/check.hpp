@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 
@@ -21,6 +22,16 @@ template <class... Parts>
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (!holds) refuse(parts...);
+}
+
+/// Offsets of runs that lie one after another.
+inline void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
+  require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
+  require(offsets[0] == 0, name, "[0] is ", offsets[0], ", expected 0");
+  for (size_t n = 1; n < offsets.size(); ++n) {
+    require(offsets[n] >= offsets[n - 1], name, "[", n, "] is ", offsets[n], ", below ", name, "[", n - 1,
+            "] = ", offsets[n - 1]);
+  }
 }
 
 inline void check_size(const char* name, size_t size, size_t expected, const char* of) {

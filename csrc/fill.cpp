@@ -14,15 +14,6 @@ constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostRowsInAll = int64_t{1} << 36;
 constexpr int64_t kPieceRows = int64_t{1} << 16;  // half a megabyte of an int64 column, 2.5 of all
 
-void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
-  require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
-  require(offsets[0] == 0, name, "[0] is ", offsets[0], ", expected 0");
-  for (size_t n = 1; n < offsets.size(); ++n) {
-    require(offsets[n] >= offsets[n - 1], name, "[", n, "] is ", offsets[n], ", below ", name, "[", n - 1,
-            "] = ", offsets[n - 1]);
-  }
-}
-
 template <class T>
 void check_column(const Column<T>& column, std::span<const int64_t> offsets_N1) {
   const char* name = column.name;
@@ -101,26 +92,22 @@ struct Run {
   int64_t place, id, first, row, count;
 };
 
-/// The runs that a piece consists of, in order: gives each to `work`.
-class Runs {
- public:
-  Runs(const Bins& bins, const Layout& layout, const Piece& piece) : bins_(bins), layout_(layout), piece_(piece) {}
+/// The runs that a piece consists of, in order.
+struct Runs {
+  const Bins& bins;
+  const Layout& layout;
+  const Piece& piece;
 
   template <class Work>
   void each(const Work& work) const {
-    const auto& rows_B1 = layout_.rows_B1;
-    int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece_.begin) - rows_B1.begin() - 1;
-    for (int64_t row = piece_.begin; row < piece_.end; ++b) {
-      const int64_t end = std::min(rows_B1[b + 1], piece_.end);
-      if (end > row) work(Run{b, bins_.ids_B[b], row - rows_B1[b], row, end - row});
+    const auto& rows_B1 = layout.rows_B1;
+    int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece.begin) - rows_B1.begin() - 1;
+    for (int64_t row = piece.begin; row < piece.end; ++b) {
+      const int64_t end = std::min(rows_B1[b + 1], piece.end);
+      if (end > row) work(Run{b, bins.ids_B[b], row - rows_B1[b], row, end - row});
       row = end;
     }
   }
-
- private:
-  const Bins& bins_;
-  const Layout& layout_;
-  const Piece& piece_;
 };
 
 /// What the rows of a run predict.
@@ -148,7 +135,7 @@ bool is_live(const Trajectories<Token>& given, Live live, int64_t id) {
 
 template <class Token>
 void count(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, Piece& piece) {
-  Runs(bins, layout, piece).each([&](const Run& run) {
+  Runs{bins, layout, piece}.each([&](const Run& run) {
     const int64_t actions = count_nonzero(next_of(given, given.sampled, run), run.count);
     piece.actions += actions;
     piece.weight_sum += static_cast<double>(static_cast<float>(given.weights_N[run.id])) * actions;
@@ -186,10 +173,13 @@ void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to,
 template <class Token, class Id>
 void fill_ids(const Trajectories<Token>& given, const Runs& runs, const Batch<Id>& batch) {
   runs.each([&](const Run& run) {
-    std::copy_n(next_of(given, given.tokens, run) - 1, run.count, batch.input_ids_P + run.row);
+    const Token* next = next_of(given, given.tokens, run);
+    std::copy_n(next - 1, run.count, batch.input_ids_P + run.row);
   });
-  runs.each(
-      [&](const Run& run) { std::copy_n(next_of(given, given.tokens, run), run.count, batch.targets_P + run.row); });
+  runs.each([&](const Run& run) {
+    const Token* next = next_of(given, given.tokens, run);
+    std::copy_n(next, run.count, batch.targets_P + run.row);
+  });
   runs.each([&](const Run& run) {
     std::iota(batch.positions_P + run.row, batch.positions_P + run.row + run.count, static_cast<Id>(run.first));
   });
@@ -287,7 +277,7 @@ void fill(const Trajectories<Token>& given, const Bins& bins, Live live, const L
   fill_cu_seqlens(bins, layout, batch.cu_seqlens);
   const auto fill_piece = [&](int64_t p) {
     const Piece& piece = layout.pieces[p];
-    const Runs runs(bins, layout, piece);
+    const Runs runs{bins, layout, piece};
     fill_ids<Token>(given, runs, batch);
     fill_constants<Token>(given, runs, bins.bins_M1[piece.bin], batch);
     fill_actions<Token>(given, runs, batch);

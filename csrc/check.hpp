@@ -1,6 +1,10 @@
 // What every part of the packer uses to refuse a caller's mistake: one line a check, the message in pieces.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 
@@ -18,6 +22,25 @@ template <class... Parts>
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (!holds) refuse(parts...);
+}
+
+/// Offsets of runs that lie one after another.
+inline void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
+  require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
+  require(offsets[0] == 0, name, "[0] is ", offsets[0], ", expected 0");
+  for (size_t n = 1; n < offsets.size(); ++n) {
+    require(offsets[n] >= offsets[n - 1], name, "[", n, "] is ", offsets[n], ", below ", name, "[", n - 1,
+            "] = ", offsets[n - 1]);
+  }
+}
+
+inline void check_size(const char* name, size_t size, size_t expected, const char* of) {
+  require(size == expected, name, " has ", size, " entries, expected one for each of the ", expected, " ", of);
+}
+
+inline void check_float32(const char* name, int64_t id, double value) {
+  const bool finite = std::abs(value) <= std::numeric_limits<float>::max();  // false for nan
+  require(finite, name, "[", id, "] is ", value, ", expected a finite float32");
 }
 
 }  // namespace mgrpo

@@ -6,12 +6,8 @@ arrays are made before the clock starts. Nothing of a peer is changed, and no an
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

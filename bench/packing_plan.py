@@ -101,7 +101,7 @@ def lower_bound(lengths_N: NDArray[np.int64], cap: int) -> int:
 def bin_sums(
     values_N: NDArray[np.float64], offsets_M1: NDArray[np.int64], ids_N: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    return np.diff(np.concatenate([[0.0], np.cumsum(values_N[ids_N], dtype=np.float64)])[offsets_M1])
+    return np.diff(np.concatenate([[0.0], np.cumsum(values_N[ids_N])])[offsets_M1])
 
 
 def imbalance(cost_M: NDArray[np.float64], ranks: int) -> float:
@@ -144,12 +144,11 @@ def quality(name: str, mix: Mix, lengths_N: NDArray[np.int64]) -> list[Result]:
     cost_M = bin_sums(COST[0] * lengths_N + COST[1] * lengths_N.astype(np.float64) ** 2, offsets_M1, ids_N)
     best_fit = best_fit_decreasing(lengths_N, mix.cap)
     bins = len(_packing.plan(lengths_N, mix.cap, 1, COST)[0]) - 1
+    beyond = len(rows_M) - ceil(best_fit / RANKS) * RANKS
     return [
         figure(f"{name}: bins / best-fit decreasing", bins / best_fit, "", at_most=1),
         figure(f"{name}: bins / lower bound", bins / lower_bound(lengths_N, mix.cap), ""),
-        figure(
-            f"{name}: bins beyond a multiple of {RANKS}", len(rows_M) - ceil(best_fit / RANKS) * RANKS, "", at_most=0
-        ),
+        figure(f"{name}: bins beyond a multiple of {RANKS}", beyond, "", at_most=0),
         figure(f"{name}: fullest bin / cap", float(rows_M.max()) / mix.cap, "", at_most=1),
         figure(f"{name}: lockstep imbalance", imbalance(cost_M, RANKS), "", at_most=1.005),
     ]
@@ -157,4 +156,4 @@ def quality(name: str, mix: Mix, lengths_N: NDArray[np.int64]) -> list[Result]:
 
 def results(quick: bool) -> list[Result]:
     sizes = {10_000: 9, 100_000: 5} if quick else {10_000: 51, 100_000: 21, 1_000_000: 7}
-    return [r for mix in (LOG_NORMAL, AGENTS) for count, rounds in sizes.items() for r in measure(mix, count, rounds)]
+    return [r for mix in MIXES for count, rounds in sizes.items() for r in measure(mix, count, rounds)]

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -67,9 +67,18 @@ class Timing:
     def seconds(self) -> float:
         return median(self.rounds)
 
+    def over(self, other: Timing) -> float:
+        """Median over the rounds of this one's time over the other's."""
+        return median(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True))
+
     def times_faster_than(self, other: Timing) -> float:
         """Median over the rounds of how many times as long the other took."""
-        return median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=True))
+        return other.over(self)
+
+
+def summed(timings: Iterable[Timing]) -> Timing:
+    """One after the other: each round's sum."""
+    return Timing(tuple(map(sum, zip(*(timing.rounds for timing in timings), strict=True))))
 
 
 def interleave(
@@ -146,16 +155,31 @@ def machine(device: torch.device = CPU) -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {software}"
 
 
-def report(bench: str, results: Sequence[Result], device: torch.device = CPU) -> None:
-    """Prints the table for people, then one line of JSON, the last of the output."""
-    table = Table(title=f"{bench} at {commit()} on {machine(device)}")
-    for column, justify in (("name", "left"), ("value", "right"), ("unit", "left"), ("target", "right"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    marks = {True: "met", False: "missed", None: ""}
-    for r in results:
-        value = "-" if r.value is None else f"{r.value:.4g}"
-        table.add_row(r.name, value, r.unit, r.target or "", r.why or marks[r.met])
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table: the first column and the last to the left, what is between them, numbers, to the right."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place in (0, len(columns) - 1) else "right")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+def report(
+    bench: str,
+    results: Sequence[Result],
+    device: torch.device = torch.device("cpu"),
+    *,
+    targets_only: bool = False,
+) -> None:
+    """Prints the table for people, of the targets only if that is asked, then one line of JSON, the last one."""
+    marks = {True: "met", False: "missed", None: ""}
+    rows = (
+        (r.name, "-" if r.value is None else f"{r.value:.4g}", r.unit, r.target or "", r.why or marks[r.met])
+        for r in results
+        if r.target or not targets_only
+    )
+    show(f"{bench} at {commit()} on {machine(device)}", ("name", "value", "unit", "target", ""), rows)
     line = {"bench": bench, "commit": commit(), "machine": machine(device), "results": [asdict(r) for r in results]}
     print(json.dumps(line))
     sys.stdout.flush()

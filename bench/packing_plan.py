@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
@@ -45,8 +46,9 @@ AGENTS = Mix(
     "5; log-normal, median 1500, sigma 0.9), clipped to 200..32768 = cap",
     32768,
 )
-WORDS = f"cost L + L^2/{1 / COST[1]:.0f}, {RANKS} ranks; " + "; ".join(
-    f"{m.name}: {m.words}" for m in (LOG_NORMAL, AGENTS)
+MIXES = (LOG_NORMAL, AGENTS)
+WORDS = f"plan: {RANKS} ranks, a sequence of L rows costs L + L^2 / {1 / COST[1]:.0f}; " + "; ".join(
+    f"{mix.name}: {mix.words}" for mix in MIXES
 )
 
 
@@ -110,16 +112,18 @@ def imbalance(cost_M: NDArray[np.float64], ranks: int) -> float:
     return float((cost_SD.max(1) / cost_SD.mean(1)).mean())
 
 
-def times(name: str, ours: Timing, theirs: Timing | None, why: str, at_least: float | None = None) -> Result:
-    """How many times as long the other takes, or why that is not known."""
-    if theirs is None:
-        return figure(name, None, "x", at_least=at_least, why=why)
-    return figure(name, ours.times_faster_than(theirs), "x", at_least=at_least)
+def times(
+    name: str, ours: Timing | None, theirs: Timing | None, why: str, *, at_least: float | None = None, unit: str = "x"
+) -> Result:
+    """How many times as long the other takes; where one of them is missing, why."""
+    if ours is None or theirs is None:
+        return figure(name, None, unit, at_least=at_least, why=why)
+    return figure(name, ours.times_faster_than(theirs), unit, at_least=at_least)
 
 
-def fastest(timings: list[Timing]) -> Timing | None:
+def fastest(timings: Iterable[Timing]) -> Timing:
     """The fastest of each round."""
-    return Timing(tuple(map(min, zip(*(t.rounds for t in timings), strict=True)))) if timings else None
+    return Timing(tuple(map(min, zip(*(t.rounds for t in timings), strict=True))))
 
 
 def measure(mix: Mix, count: int, rounds: int) -> list[Result]:
@@ -128,7 +132,7 @@ def measure(mix: Mix, count: int, rounds: int) -> list[Result]:
     peers = planners(lengths_N, mix.cap, RANKS)
     here = {peer: run for peer, run in peers.items() if run is not None}
     timings = interleave({"ours": lambda: _packing.plan(lengths_N, mix.cap, RANKS, COST), **here}, rounds=rounds)
-    ours, rival = timings["ours"], fastest([timings[peer] for peer in here])
+    ours, rival = timings["ours"], fastest(timings[peer] for peer in here) if here else None
     return [
         figure(f"{name}: time", ours.seconds * 1e3, "ms"),
         times(f"{name}: times the fastest peer", ours, rival, "no peer is installed", at_least=10),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from mgrpo import _packing
 from mgrpo.bench.harness import Candidate, Result, figure, interleave
 from mgrpo.bench.packing_peers import flattening_collator, numpy_columns, torch_columns
-from mgrpo.bench.packing_plan import fastest, times
+from mgrpo.bench.packing_plan import fastest
 
 LENGTH = 4096
 COLUMNS = ("input_ids", "positions", "targets", "action_mask", "weights", "advantages", "segment_ids")
 BYTES_READ, BYTES_WRITTEN = 8 + 1, 3 * 8 + 1 + 3 * 4  # a row: its token and flag; the columns
-ABSENT = "not in this build of the packer"
 WORDS = (
     f"fill: trajectories of {LENGTH} tokens (int64), 47 % of them sampled, into {', '.join(COLUMNS)}: "
     f"{BYTES_READ} bytes read and {BYTES_WRITTEN} written a row; memcpy: half as many bytes as those two together, by "
@@ -74,10 +73,21 @@ def trajectories(count: int) -> Trajectories:
     )
 
 
-def ours(given: Trajectories) -> Callable[[], dict[str, Any]]:
+def ours(
+    given: Trajectories, arena: _packing.Arena | None = None, threads: int | None = None
+) -> Callable[[], dict[str, Any]]:
+    """`threads`: as many as torch has unless given."""
     ids_B, rows_N, offsets_N1 = np.arange(len(given.weights_N)), given.rows_N, given.offsets_N1
     return lambda: _packing.fill(
-        given.tokens_T, offsets_N1, given.sampled_T, ids_B, rows_N, given.advantages_N, given.weights_N
+        given.tokens_T,
+        offsets_N1,
+        given.sampled_T,
+        ids_B,
+        rows_N,
+        given.advantages_N,
+        given.weights_N,
+        arena=arena,
+        threads=threads or torch.get_num_threads(),
     )
 
 
@@ -126,42 +136,56 @@ def measure(count: int, rounds: int) -> list[Result]:
     moved = rows * (BYTES_READ + BYTES_WRITTEN)
     with ThreadPoolExecutor(threads) as pool:
         copies = memcpy(moved // 2, pool, threads)
-        builders = {"fresh": ours(given), "numpy": numpys(given), "torch": torchs(given)}
+        builders = {
+            "fresh": ours(given),
+            "reused": ours(given, _packing.Arena()),
+            "numpy": numpys(given),
+            "torch": torchs(given),
+        }
         timings = interleave({**builders, **copies}, rounds=rounds)
-    fresh, reused = timings["fresh"], timings.get("reused")
+    fresh, reused = timings["fresh"], timings["reused"]
     rival, copy = fastest(timings[way] for way in ("numpy", "torch")), fastest(timings[way] for way in copies)
     name = f"fill {count} x {LENGTH}"
     return [
         figure(f"{name}: fresh, time", fresh.seconds * 1e3, "ms"),
+        figure(f"{name}: reused, time", reused.seconds * 1e3, "ms"),
         figure(f"{name}: memcpy, read and written", moved / copy.seconds / 1e9, "GB/s"),
-        times(f"{name}: fresh, times numpy or torch", fresh, rival, ABSENT, at_least=3),
-        times(f"{name}: reused, times numpy or torch", reused, rival, ABSENT, at_least=6),
-        times(f"{name}: fresh, share of memcpy", fresh, copy, ABSENT, unit=""),
-        times(f"{name}: reused, share of memcpy", reused, copy, ABSENT, at_least=0.7, unit=""),
+        figure(f"{name}: fresh, times numpy or torch", fresh.times_faster_than(rival), "x", at_least=3),
+        figure(f"{name}: reused, times numpy or torch", reused.times_faster_than(rival), "x", at_least=6),
+        figure(f"{name}: fresh, share of memcpy", fresh.times_faster_than(copy), ""),
+        figure(f"{name}: reused, share of memcpy", reused.times_faster_than(copy), "", at_least=0.7),
     ]
 
 
 def measure_collator(count: int, rounds: int) -> list[Result]:
-    """Fewer trajectories, as many on either side: the collator's lists would take hundreds of bytes a token."""
+    """Fewer trajectories, as many on either side: a list takes 40 bytes a token."""
     given = trajectories(count)
     lists = given.tokens_T.reshape(-1, LENGTH).tolist()
-    timings = interleave({"ours": ours(given), "collator": flattening_collator(lists)}, rounds=rounds)
+
+    def from_lists() -> dict[str, Any]:
+        tokens_T, _ = _packing.from_lists(lists)
+        return ours(replace(given, tokens_T=tokens_T))()
+
+    timings = interleave(
+        {"arrays": ours(given), "lists": from_lists, "collator": flattening_collator(lists)}, rounds=rounds
+    )
     name = f"fill {count} x {LENGTH}: times the flattening collator"
-    return [times(name, timings["ours"], timings["collator"], ABSENT, at_least=80)]
+    return [
+        figure(name, timings["arrays"].times_faster_than(timings["collator"]), "x", at_least=80),
+        figure(f"{name}, both of lists", timings["lists"].times_faster_than(timings["collator"]), "x"),
+    ]
 
 
 def measure_lists(count: int, rounds: int) -> list[Result]:
-    """A flat list of ints for each of the three."""
+    """One list of `count` ints."""
     values = np.random.default_rng(count).integers(0, 150_000, count).tolist()
     ways: dict[str, Candidate] = {
+        "from_lists": lambda: _packing.from_lists([values]),
         "np.array": lambda: np.array(values, np.int64),
         "torch.tensor": lambda: torch.tensor(values),
     }
     timings = interleave(ways, rounds=rounds)
-    return [
-        *(figure(f"lists, {count:_} ints: {way}", timings[way].seconds / count * 1e9, "ns/token") for way in ways),
-        figure(f"lists, {count:_} ints: ours", None, "ns/token", why=ABSENT),
-    ]
+    return [figure(f"{count:_} ints: {way}", timings[way].seconds / count * 1e9, "ns/token") for way in ways]
 
 
 def results(quick: bool) -> list[Result]:

@@ -142,7 +142,7 @@ def measure(mix: Mix, count: int, rounds: int) -> list[Result]:
 
 
 def quality(name: str, mix: Mix, lengths_N: NDArray[np.int64]) -> list[Result]:
-    offsets_M1, ids_N = _packing.plan(lengths_N, mix.cap, RANKS, COST)
+    offsets_M1, ids_N, _ = _packing.plan(lengths_N, mix.cap, RANKS, COST)
     assert np.array_equal(np.sort(ids_N), np.arange(len(lengths_N)))
     rows_M = bin_sums(lengths_N.astype(np.float64), offsets_M1, ids_N)
     cost_M = bin_sums(COST[0] * lengths_N + COST[1] * lengths_N.astype(np.float64) ** 2, offsets_M1, ids_N)

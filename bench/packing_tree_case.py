@@ -64,9 +64,9 @@ def _query(random: np.random.Generator, lengths_R: NDArray[np.int64]) -> list[ND
 
 
 def distinct_prefixes(case: Case) -> int:
-    """The fewest tokens that need computing: sorted, a trajectory adds what it does not share with the one before."""
-    big_endian = case.tokens_T.astype(">i8")  # so that bytes sort as tokens do
-    tokens = sorted(big_endian[begin:end].tobytes() for begin, end in pairwise(case.offsets_N1.tolist()))
+    """The fewest tokens that need computing: sorted, in whatever order of tokens, each adds what it does
+    not share with the one before."""
+    tokens = sorted(case.tokens_T[begin:end].tobytes() for begin, end in pairwise(case.offsets_N1.tolist()))
     return len(case.tokens_T) - sum(_common(a, b) for a, b in pairwise(tokens))
 
 

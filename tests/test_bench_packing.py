@@ -70,6 +70,15 @@ def test_no_packing_beats_the_lower_bound(lengths):
     assert -(-sum(lengths) // 12) <= lower_bound(np.array(lengths), 12) <= fewest(lengths, [])
 
 
+@given(lengths)
+def test_lower_bound_is_the_packer_s_own(lengths):
+    assert lower_bound(np.array(lengths), 40) == _packing.l2_bound(np.array(lengths), 40)
+
+
+def test_lower_bound_gives_no_room_beside_what_nothing_fits_beside():
+    assert lower_bound(np.array([7, 7, 4, 2]), 10) == 3  # 20 in all, but 4 fits beside neither 7
+
+
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.name)
 def test_plan_needs_no_more_bins_than_naive_best_fit_decreasing(mix):
     lengths_N = mix.lengths(500)

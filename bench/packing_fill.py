@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mgrpo import _packing
+from mgrpo.bench import packing_memory
 from mgrpo.bench.harness import Candidate, Result, figure, interleave
 from mgrpo.bench.packing_peers import flattening_collator, numpy_columns, torch_columns
 from mgrpo.bench.packing_plan import fastest
@@ -142,7 +143,7 @@ def measure(count: int, rounds: int) -> list[Result]:
             "numpy": numpys(given),
             "torch": torchs(given),
         }
-        timings = interleave({**builders, **copies}, rounds=rounds)
+        timings = packing_memory.settled({**builders, **copies}, rounds)
     fresh, reused = timings["fresh"], timings["reused"]
     rival, copy = fastest(timings[way] for way in ("numpy", "torch")), fastest(timings[way] for way in copies)
     name = f"fill {count} x {LENGTH}"
@@ -166,8 +167,8 @@ def measure_collator(count: int, rounds: int) -> list[Result]:
         tokens_T, _ = _packing.from_lists(lists)
         return ours(replace(given, tokens_T=tokens_T))()
 
-    timings = interleave(
-        {"arrays": ours(given), "lists": from_lists, "collator": flattening_collator(lists)}, rounds=rounds
+    timings = packing_memory.settled(
+        {"arrays": ours(given), "lists": from_lists, "collator": flattening_collator(lists)}, rounds
     )
     name = f"fill {count} x {LENGTH}: times the flattening collator"
     return [

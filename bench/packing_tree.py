@@ -15,7 +15,7 @@ import numpy as np
 
 from mgrpo import _packing
 from mgrpo.bench import packing_memory
-from mgrpo.bench.harness import Candidate, Result, figure, interleave
+from mgrpo.bench.harness import Candidate, Result, figure
 from mgrpo.bench.packing_plan import times
 from mgrpo.bench.packing_tree_case import ROLLOUTS, Case, distinct_prefixes, make
 from mgrpo.bench.tree_peers import Rows, radix_rows, trl_rows
@@ -49,9 +49,9 @@ def measure(queries: int, rounds: int) -> list[Result]:
     peers = {"TRL TreeRow": trl_rows(case, CAP), "LightBinPack radix_merge": radix_rows(case, CAP)}
     here: dict[str, Candidate] = {name: rows.run for name, rows in peers.items() if rows is not None}
     candidates = {"ours": lambda: ours(case), **here}
-    timings = interleave(candidates, rounds=rounds)
+    timings = packing_memory.settled(candidates, rounds)
     packing_memory.fix("recycled")
-    recycled = interleave(candidates, rounds=rounds)
+    recycled = packing_memory.settled(candidates, rounds)
     packing_memory.fix("fresh")
     made, fewest, name = ours(case), distinct_prefixes(case), f"tree {queries} x {ROLLOUTS}"
     tokens = sum(len(row["input_ids"]) for row in made)
@@ -82,4 +82,4 @@ def compared(name: str, peer: str, rows: Rows | None, count: int, tokens: int) -
 
 
 def results(quick: bool) -> list[Result]:
-    return measure(8, 3) if quick else measure(64, 5)
+    return measure(8, 3) if quick else measure(64, 3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 Candidate = Callable[[], object]
+CPU = torch.device("cpu")
+# Of tables that go to a file or a pipe, where rich would take 80 columns.
+PIPE_WIDTH = 160
 CPU = torch.device("cpu")
 
 
@@ -134,13 +138,13 @@ def _status_bytes(field: str) -> int:
 
 
 def commit() -> str:
-    """The commit these sources are at, "+" if they differ from it; "unknown" outside a checkout."""
+    """The commit these sources are at, "+" if they differ from it; outside a checkout what $COMMIT says, or unknown."""
     asked = ("describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*")
     here = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(["git", "-C", str(here), *asked], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return answer.stdout.strip()
 
 
@@ -157,18 +161,19 @@ def machine(device: torch.device = CPU) -> str:
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table: the first column and the last to the left, what is between them, numbers, to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place in (0, len(columns) - 1) else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    print(title)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def report(
     bench: str,
     results: Sequence[Result],
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     *,
     targets_only: bool = False,
 ) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.bench.kernel_inputs import OBJECTIVE, SEQUENCE, Inputs, Linear, Logits, clipped_loss
-from mgrpo.kernels import grpo_loss, linear_grpo_loss
+from mgrpo.kernels import grpo_loss, linear_grpo_loss, token_logprob
 
 Answer = tuple[Tensor, ...]  # the loss, and its gradient by each tensor of the source
 # Rows of one of Liger's chunks, which it works through in pieces of as many; by default a chunk is one sequence.
@@ -153,6 +153,28 @@ def liger_logits(inputs: Logits) -> Answer:
     return loss.detach(), gradient_1MV[0, :-1]
 
 
+# ---- log-probs of logits
+
+
+def ours_token(inputs: Logits) -> Answer:
+    """`token_logprob`, with an upstream gradient of its own for each row."""
+    return _differentiate(_weighted(token_logprob(inputs.logits_NV, inputs.targets_N)[0], inputs), inputs)
+
+
+def torch_token(inputs: Logits) -> Answer:
+    """Log-softmax in float32 and a gather."""
+    return _differentiate(_weighted(_torch_logprobs(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def compiled_token(inputs: Logits) -> Answer:
+    """The same through torch.compile."""
+    return _differentiate(_weighted(_compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def _weighted(logprobs_N: Tensor, inputs: Logits) -> Tensor:
+    return (logprobs_N * inputs.old_logprobs_N).mean()
+
+
 def _torch_logprobs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     logprobs_NV = torch.log_softmax(logits_NV.float() / TEMPERATURE, dim=-1)
     return logprobs_NV.gather(1, targets_N[:, None])[:, 0]
@@ -181,4 +203,9 @@ LOGITS: dict[str, Callable[[Logits], Answer]] = {
     "plain torch": torch_logits,
     "torch.compile": compiled_logits,
     "Liger Triton GRPO": liger_logits,
+}
+TOKEN: dict[str, Callable[[Logits], Answer]] = {
+    OURS: ours_token,
+    "plain torch": torch_token,
+    "torch.compile": compiled_token,
 }

@@ -16,8 +16,13 @@ def plan(
     cap: int,
     ranks: int = 1,
     cost: tuple[float, float] = (1.0, 0.0),
+    *,
+    groups_N: NDArray[np.int64] | None = None,
+    mini_batches: int = 1,
+    seed: int = 0,
     allow_empty: bool = False,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def l2_bound(lengths_N: NDArray[np.int64], cap: int) -> int: ...
 def fill(
     tokens_T: NDArray[Any],
     offsets_N1: NDArray[np.int64],
@@ -31,3 +36,25 @@ def fill(
     sampler_logprobs_T: NDArray[np.float32] | None = None,
     ref_logprobs_T: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]: ...
+def tree_plan(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    cap: int,
+    groups_N: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def tree_fill(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    sampled_T: NDArray[Any],
+    ids_B: NDArray[np.int64],
+    shared_B: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    advantages_N: NDArray[np.float64],
+    weights_N: NDArray[np.float64],
+    *,
+    old_logprobs_T: NDArray[np.float32] | None = None,
+    sampler_logprobs_T: NDArray[np.float32] | None = None,
+    ref_logprobs_T: NDArray[np.float32] | None = None,
+    merge: bool = True,
+) -> dict[str, NDArray[Any]]: ...

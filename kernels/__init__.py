@@ -1,6 +1,8 @@
 """mgrpo.kernels: advantages, token log-probs and the M-GRPO loss, from logits or straight from the LM head's input.
 
-Plain PyTorch today; the public names and signatures stay when Triton versions take over on a GPU.
+Plain PyTorch is the definition and the path of a CPU and of float64; on a GPU the same functions launch Triton kernels.
+Bottom up: `objective`, `rows` (vectors over rows), `checks`; `shard` (a head split over ranks), `head` (the sweep over
+chunks) and for a GPU `fused`, `epilogue`, `row_kernel`; `logprob`, `loss`. Apart: `advantages` and for a GPU `groups`.
 """
 
 from .advantages import Advantages, group_advantages

@@ -4,9 +4,10 @@ An estimator is a baseline and a scale, each a pure function in a table: adding 
 All of it runs in float64, on rewards shifted by their group's least, so that equal rewards of any size have std 0;
 on a GPU, but for the median and for float64 rewards, `groups.py` does it in float32 and one launch.
 
-Legend: R rows (trajectories), G groups; row r of group g lies in offsets[g] <= r < offsets[g + 1].
+Legend: R rows (trajectories), G groups, T tokens; row r of group g lies in offsets[g] <= r < offsets[g + 1].
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,17 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_offsets, check_row_vector, require
+from .checks import WHOLE, ValueChecks, check_row_vector, require, require_device
 from .device import takes_kernels, triton_module
 
 
 class Advantages(NamedTuple):
-    """Advantage of each row; weighted mean and population std of each group's rewards; whether std < eps."""
+    """Advantage of each row; weighted mean and population std of each group's rewards; whether std < eps.
+
+    tokens_T: the advantage of each token's row, if the rows' tokens were told.
+    """
 
     values_R: Tensor
     mean_G: Tensor
     std_G: Tensor
     zero_std_G: Tensor
+    tokens_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def group_advantages(
     baseline: str = "mean",
     scale: str = "std",
     eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
 ) -> Advantages:
     """(reward - baseline) / scale of each row within its group (M-GRPO, arXiv 2511.13288, Eqs. 6 and 7).
 
@@ -109,6 +115,11 @@ def group_advantages(
     1 each. A row of weight 0 does not count in its group but gets a value. std is the population's, about the mean.
     std < eps: all values of the group are 0 and zero_std is true; so too for groups that are empty or of weight 0, with
     mean and std 0. baseline "leave_one_out" leaves out all copies of a row; a row that is alone gets 0.
+    cu_seqlens (R + 1,) integer: bounds of each row's tokens, from 0 to their number T; tokens_T then has T values.
+
+    A group is any run of rows, so agents need no launch of their own: concatenate the main agent's groups and those of
+    every sub-agent (one per query and agent), and the offsets with them. On a GPU all is one launch, tokens included,
+    but for the median, which is plain PyTorch everywhere; the host waits once, and once more for T.
     Results are float32, or float64 for float64 rewards. ValueError for a reward that is not finite (naming the row), a
     negative weight, bad offsets, or an unknown estimator.
     """
@@ -120,28 +131,43 @@ def group_advantages(
     if weights_R is not None:
         shape = tuple(rewards_R.shape)
         require(weights_R.shape == shape, "weights_R", tuple(weights_R.shape), f"shape {shape}")
+    tokens = 0 if cu_seqlens is None else _tokens(cu_seqlens, rewards_R)
     if (
         baseline != "median"
         and takes_kernels(rewards_R, rewards_R.dtype)
         and _can_be_offsets(offsets_G1, rewards_R.device)
     ):
-        leave_one_out, scaled = baseline == "leave_one_out", scale == "std"
+        settings = {"leave_one_out": baseline == "leave_one_out", "scaled": scale == "std", "eps": eps}
         found = triton_module("groups").group_statistics(
-            rewards_R.detach(), offsets_G1, weights_R, leave_one_out=leave_one_out, scaled=scaled, eps=eps
+            rewards_R.detach(), offsets_G1, weights_R, cu_seqlens, tokens, **settings
         )
         if found is not None:
             return Advantages(*found)
         # else something is bad, and the checks below name it
-    check_finite("rewards_R", rewards_R)
-    check_offsets("offsets_G1", offsets_G1, len(rewards_R))
-    weights_R = _checked_weights(weights_R, rewards_R)
-    groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R)
+    _check_values(rewards_R, offsets_G1, weights_R, cu_seqlens, tokens)
+    weights_R = torch.ones_like(rewards_R) if weights_R is None else weights_R.detach()
+    groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R.double())
     zero_std_G = (groups.std_G < eps) | (groups.weight_G == 0)
     zero_R = zero_std_G[groups.group_R]
     scale_R = torch.where(zero_R, 1, SCALES[scale](groups))
     values_R = torch.where(zero_R, 0, (groups.rewards_R - BASELINES[baseline](groups)) / scale_R)
     dtype = torch.float64 if rewards_R.dtype == torch.float64 else torch.float32
-    return Advantages(values_R.to(dtype), (groups.mean_G + least_G).to(dtype), groups.std_G.to(dtype), zero_std_G)
+    values_R, mean_G, std_G = (t.to(dtype) for t in (values_R, groups.mean_G + least_G, groups.std_G))
+    tokens_T = None
+    if cu_seqlens is not None:
+        tokens_T = values_R.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+    return Advantages(values_R, mean_G, std_G, zero_std_G, tokens_T)
+
+
+def _tokens(cu_seqlens: Tensor, rewards_R: Tensor) -> int:
+    """How many tokens there are, by bounds whose ends are sound."""
+    require(cu_seqlens.dtype in WHOLE, "cu_seqlens", cu_seqlens.dtype, f"one of {WHOLE}")
+    expected = (len(rewards_R) + 1,)
+    require(cu_seqlens.shape == expected, "cu_seqlens", tuple(cu_seqlens.shape), f"shape {expected}")
+    require_device("cu_seqlens", cu_seqlens, rewards_R.device)
+    first, tokens = cu_seqlens[[0, -1]].tolist()
+    require(first == 0 <= tokens, "cu_seqlens", f"first and last {(first, tokens)}", "(0, the number of tokens)")
+    return tokens
 
 
 def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
@@ -150,22 +176,27 @@ def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
     return whole and offsets_G1.ndim == 1 and len(offsets_G1) > 1 and offsets_G1.device == device
 
 
-def _checked_weights(weights_R: Tensor | None, rewards_R: Tensor) -> Tensor:
-    if weights_R is None:
-        return torch.ones_like(rewards_R, dtype=torch.float64)
-    check_finite("weights_R", weights_R)
-    require(bool((weights_R >= 0).all()), "weights_R", f"a least of {weights_R.min() if len(weights_R) else 0}", ">= 0")
-    return weights_R.detach().double()
+def _check_values(
+    rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor | None, cu_seqlens: Tensor | None, tokens: int
+) -> None:
+    values = ValueChecks(rewards_R.device)
+    values.finite("rewards_R", rewards_R)
+    values.offsets("offsets_G1", offsets_G1, len(rewards_R))
+    if weights_R is not None:
+        values.finite("weights_R", weights_R)
+        values.add((weights_R < 0).any(), lambda: f"weights_R: got a least of {weights_R.min()}, expected >= 0")
+    if cu_seqlens is not None:
+        values.offsets("cu_seqlens", cu_seqlens, tokens)
+    values.settle()
 
 
 def _group(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor) -> tuple[_Groups, Tensor]:
     """The groups, with rewards and mean shifted by each group's least reward; and that least (0 if none counts)."""
     count = len(offsets_G1) - 1
     group_R = torch.repeat_interleave(torch.arange(count, device=rewards_R.device), offsets_G1.diff())
-    counted_R = weights_R > 0
-    least_G = rewards_R.new_zeros(count).scatter_reduce_(
-        0, group_R[counted_R], rewards_R[counted_R], "amin", include_self=False
-    )
+    counted_R = torch.where(weights_R > 0, rewards_R, math.inf)
+    least_G = rewards_R.new_full((count,), math.inf).scatter_reduce_(0, group_R, counted_R, "amin")
+    least_G = torch.where(least_G < math.inf, least_G, 0)
     shifted_R = rewards_R - least_G[group_R]
     zeros_G = rewards_R.new_zeros(count)
     weight_G = zeros_G.index_add(0, group_R, weights_R)

@@ -4,7 +4,6 @@ Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from torch import Tensor
 from .objective import Objective
 from .row_kernel import row_kernel
 from .rows import Coefficients, uses_sampler_weight
+from .shard import Statistics
 
 # 8 elements a thread: at most 64 registers, so two programs of 16 warps fit on an SM and one computes while one loads.
 WIDEST_BLOCK = 4096
@@ -20,15 +20,6 @@ ELEMENTS_PER_WARP = 256
 MOST_WARPS = 16
 
 _KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
-
-
-class Statistics(NamedTuple):
-    """Per live row, float32: log-prob, entropy; to form the gradient later also the maximum and log Z."""
-
-    logprobs_L: Tensor
-    entropy_L: Tensor
-    top_L: Tensor | None = None
-    log_sum_L: Tensor | None = None
 
 
 def launch_settings(vocabulary: int) -> tuple[int, int]:
@@ -52,11 +43,12 @@ def run_rows(
 ) -> None:
     """Statistics of the live rows `rows`, and the gradient with respect to their logits if there is a buffer for it.
 
-    Live row rows.start + i is row i of both buffers, or row index_L[rows.start + i].  known: the statistics are read.
+    Live row rows.start + i is row i of both buffers, or row index_L[rows.start + i].
+    known: the statistics are read, and the two buffers may be one (see `row_kernel.py`).
     """
     if rows.stop <= rows.start:
         return
-    assert gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
+    assert known or gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
     temperature_L = temperature if isinstance(temperature, Tensor) else None
     block, warps = launch_settings(logits_CV.shape[1])
     with torch.cuda.device_of(logits_CV):

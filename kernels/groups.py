@@ -1,12 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Group advantages in one Triton launch: checks, statistics and values.
+"""Group advantages in one Triton launch: checks, statistics, values, and these scattered to the rows' tokens.
 
 Departs from `advantages.py`, the definition, in its dtype: float32, on rewards shifted by their group's least, the
 variance in a second pass. A program holds a tile of groups by rows and walks along the rows; it reads them four times,
 all but the first from a cache. Bad input is flagged, not refused, so that the host waits for the GPU once.
 
-Legend: R rows, G groups; J groups of a tile, W rows of each.
+Legend: R rows, G groups, T tokens; J groups of a tile, W rows of each.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +19,8 @@ from torch import Tensor
 MANY = 128
 FEW_ROWS_TILE = (4, 16, 1)
 MANY_ROWS_TILE = (1, 1024, 4)
+# Rows whose tokens are written together, and how many of each at a time: 32 bytes, as memory is written.
+TOKEN_ROWS, TOKENS = tl.constexpr(32), tl.constexpr(8)
 
 
 @triton.jit
@@ -33,11 +37,32 @@ def _rows(rewards_R, weights_R, first_J, length_J, start, WIDTH: tl.constexpr):
     return reward_JW, weight_JW, at_JW, inside_JW
 
 
-@triton.jit(do_not_specialize=["groups", "rows"])
+@triton.jit
+def _write_tokens(tokens_T, bounds_R1, values_R, first, last, tokens):
+    """The values of the rows from first to last to their tokens; whether some row's bounds are bad: it gets none."""
+    bad_W = tl.zeros((TOKEN_ROWS,), tl.int32)
+    for start in range(first, last, TOKEN_ROWS):
+        row_W = start + tl.arange(0, TOKEN_ROWS)
+        value_W = tl.load(values_R + row_W, mask=row_W < last, other=0.0)
+        from_W = tl.load(bounds_R1 + row_W, mask=row_W < last, other=0).to(tl.int64)
+        to_W = tl.load(bounds_R1 + row_W + 1, mask=row_W < last, other=0).to(tl.int64)
+        wrong_W = (from_W > to_W) | (from_W < 0) | (to_W > tokens)
+        to_W = tl.where(wrong_W, from_W, to_W)
+        bad_W |= wrong_W.to(tl.int32)
+        for step in range(0, tl.max(to_W - from_W, 0), TOKENS):
+            token_WT = from_W[:, None] + (step + tl.arange(0, TOKENS))[None, :]
+            value_WT = tl.broadcast_to(value_W[:, None], token_WT.shape)
+            tl.store(tokens_T + token_WT, value_WT, mask=token_WT < to_W[:, None])
+    return tl.max(bad_W, 0)
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "tokens"])
 def group_kernel(
     rewards_R,
     weights_R,
     offsets_G1,
+    bounds_R1,
+    tokens_T,
     values_R,
     mean_G,
     std_G,
@@ -45,13 +70,14 @@ def group_kernel(
     problems,
     groups,
     rows,
+    tokens,
     eps,
     LEAVE_ONE_OUT: tl.constexpr,
     SCALED: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The groups of one tile.  problems, one number, becomes 1 if an offset, a reward or a weight is bad."""
+    """The groups of one tile.  problems, one number, becomes 1 if an offset, a bound, a reward or a weight is bad."""
     group_J = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     real_J = group_J < groups
     first_J = tl.load(offsets_G1 + group_J, mask=real_J, other=0).to(tl.int64)
@@ -107,29 +133,56 @@ def group_kernel(
     tl.store(mean_G + group_J, mean_J + least_J, mask=real_J)
     tl.store(std_G + group_J, std_J, mask=real_J)
     tl.store(zero_std_G + group_J, zero_J.to(tl.uint8), mask=real_J)
-    if tl.maximum(tl.max(bad_J.to(tl.int32), 0), tl.max(tl.max(bad_JW, 1), 0)) > 0:
+    bad = tl.maximum(tl.max(bad_J.to(tl.int32), 0), tl.max(tl.max(bad_JW, 1), 0))
+    if bounds_R1 is not None:
+        tl.debug_barrier()  # the rows' values were written by other threads of this program
+        first = tl.min(tl.where(length_J > 0, first_J, rows), 0)
+        last = tl.max(tl.where(length_J > 0, last_J, 0), 0)
+        bad = tl.maximum(bad, _write_tokens(tokens_T, bounds_R1, values_R, first, last, tokens))
+    if bad > 0:
         tl.store(problems, 1)
 
 
 def tile(rows: int, groups: int) -> tuple[int, int, int]:
-    """(groups, rows, warps) of a tile: one of two, so that at most two kernels are ever compiled."""
+    """(groups, rows, warps) of a tile: one of two, so that few kernels are ever compiled."""
     return MANY_ROWS_TILE if rows >= MANY * groups else FEW_ROWS_TILE
 
 
+class Found(NamedTuple):
+    """The fields of `advantages.Advantages`, in float32."""
+
+    values_R: Tensor
+    mean_G: Tensor
+    std_G: Tensor
+    zero_std_G: Tensor
+    tokens_T: Tensor | None
+
+
 def group_statistics(
-    rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor | None, *, leave_one_out: bool, scaled: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """values_R, mean_G, std_G (float32) and zero_std_G; None if a reward, a weight or an offset is bad."""
+    rewards_R: Tensor,
+    offsets_G1: Tensor,
+    weights_R: Tensor | None,
+    bounds_R1: Tensor | None,
+    tokens: int,
+    *,
+    leave_one_out: bool,
+    scaled: bool,
+    eps: float,
+) -> Found | None:
+    """Statistics, values and, if there are bounds, the tokens' values; None if a number given is bad."""
     rows, groups = len(rewards_R), len(offsets_G1) - 1
     new = rewards_R.new_empty
     values_R, mean_G, std_G = (new(size, dtype=torch.float32) for size in (rows, groups, groups))
     zero_std_G, problems = new(groups, dtype=torch.uint8), rewards_R.new_zeros(1, dtype=torch.int32)
+    tokens_T = None if bounds_R1 is None else new(tokens, dtype=torch.float32)
     tile_groups, width, warps = tile(rows, groups)
     with torch.cuda.device_of(rewards_R):
         group_kernel[(triton.cdiv(groups, tile_groups),)](
             rewards_R.contiguous(),
             None if weights_R is None else weights_R.contiguous(),
             offsets_G1.contiguous(),
+            None if bounds_R1 is None else bounds_R1.contiguous(),
+            tokens_T,
             values_R,
             mean_G,
             std_G,
@@ -137,6 +190,7 @@ def group_statistics(
             problems,
             groups,
             rows,
+            tokens,
             float(eps),
             LEAVE_ONE_OUT=leave_one_out,
             SCALED=scaled,
@@ -145,4 +199,4 @@ def group_statistics(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-    return None if bool(problems) else (values_R, mean_G, std_G, zero_std_G.view(torch.bool))
+    return None if bool(problems) else Found(values_R, mean_G, std_G, zero_std_G.view(torch.bool), tokens_T)

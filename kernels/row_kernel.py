@@ -7,8 +7,9 @@ distance, one exponential per element. And distances are tempered after they are
 nothing to the temperature.
 
 Bytes moved per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back, so
-that what is still in the L2 cache is met first, and one write. Logits and gradient lie in different buffers: no warp
-can overwrite what another has yet to read.
+that what is still in the L2 cache is met first, and one write. Logits and gradient lie in different buffers, since a
+warp that has finished the first read may not overwrite what another has yet to read. With KNOWN statistics they may be
+one: a row is read once, each element by the very thread that then writes it, and no program looks at another's row.
 
 Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """
@@ -176,9 +177,10 @@ def row_kernel(
     else:
         top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, BLOCK)
         log_sum = tl.log(total)
-        chosen = tl.load(row + target * column_stride).to(tl.float32)
+        here = (target >= 0) & (target < vocabulary)  # else in another rank's part of the vocabulary
+        chosen = tl.load(row + target * column_stride, mask=here, other=float("-inf")).to(tl.float32)
         if bias_V is not None:
-            chosen += tl.load(bias_V + target).to(tl.float32)
+            chosen += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
         logprob = (chosen - top) / temperature - log_sum
         entropy = log_sum - weighted / total * _LN_2
         tl.store(logprobs_L + at, logprob)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.kernels import linear_logprob, token_logprob
+from mgrpo.kernels import head, linear_logprob, token_logprob
 from mgrpo.kernels.reference import token_logprob_ref
 from numerics import close, double, gradients, within_rule
 
@@ -57,7 +57,7 @@ def test_linear_logprob_equals_plain(sizes, with_bias, row_temperature, chunk_ro
     assert all(close(a, b, 1e-6 if not row_temperature else 1e-10) for a, b in pairs)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 65, 1000, 32_003])
+@pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 65, 1000, 32_003, 49_152, 129_920, 151_936])
 def test_no_phantom_columns(vocabulary):
     """All logits far below 0 and any vocabulary size: padding columns of 0 would win the softmax."""
     got, entropy = token_logprob(
@@ -122,6 +122,39 @@ def test_offset_and_strided_inputs():
     got = linear_logprob(hidden[:20], weight, targets, chunk_rows=3)
     truth = token_logprob_ref(hidden[:20] @ weight.T, targets)
     assert close(got[0], truth[0])
+
+
+def test_a_row_does_not_depend_on_its_neighbours(monkeypatch):
+    """The same bits, also where blocks of rows end elsewhere."""
+    logits = torch.randn(12, 4099, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(12)
+    together = token_logprob(logits, targets)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 12)):
+        apart = token_logprob(logits[rows], targets[rows])
+        assert all(torch.equal(a, b[rows]) for a, b in zip(apart, together, strict=True))
+    monkeypatch.setitem(head.BLOCK_BYTES, "cpu", 5 * 4099 * 4)
+    for a, b in zip(token_logprob(logits, targets), together, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_log_probs_by_the_matmuls_rounding_at_most(dtype, record_property):
+    g = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 192, generator=g).to(dtype) for n in (65, 4099))
+    hidden, targets = hidden / 8, torch.randint(4099, (65,), generator=g)
+    whole = linear_logprob(hidden, weight, targets)[0]
+    off = {c: float((linear_logprob(hidden, weight, targets, chunk_rows=c)[0] - whole).abs().max()) for c in (1, 7, 64)}
+    record_property("measured", f"log-probs by chunk_rows against one chunk, {dtype}, largest difference: {off}")
+    assert max(off.values()) <= (1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_more_rows_than_a_grid_has_in_y():
+    count, g = 70_000, torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(count, 2, generator=g).double(), torch.randn(5, 2, generator=g).double()
+    targets = torch.randint(5, (count,), generator=g)
+    for got in (linear_logprob(hidden, weight, targets), token_logprob(hidden @ weight.T, targets)):
+        for a, b in zip(got, token_logprob_ref(hidden @ weight.T, targets), strict=True):
+            assert close(a, b)
 
 
 def test_only_one_of_the_two_results_used():

@@ -129,6 +129,22 @@ def test_nothing_to_learn_gives_a_zero_gradient_that_flows(count, importance):
     assert logits.grad is not None and not logits.grad.any()
 
 
+@pytest.mark.parametrize("importance", ["token", "sequence", "trajectory"])
+def test_advantages_of_zero_leave_nothing_but_the_other_terms(importance):
+    heads, (targets, advantages, weights), keywords = small_case()
+    leaves = leaves_of(heads, keywords)
+    zero = torch.zeros_like(advantages)
+    got = linear_grpo_loss(*heads, targets, zero, weights, Objective(importance=importance), **keywords)
+    assert got.loss.item() == 0 and got.metrics["rows"] == 0
+    assert not any(grad.any() for grad in gradients(lambda: got.loss, leaves))
+    objective = Objective(importance=importance, kl_coef=0.1, entropy_coef=0.1)
+    got = linear_grpo_loss(*heads, targets, zero, weights, objective, **keywords)
+    truth = linear_grpo_loss_ref(*heads, targets, zero, weights, objective, **keywords)[0]
+    assert got.metrics["rows"] == (weights != 0).sum() and close(got.loss, truth)
+    pairs = zip(gradients(lambda: got.loss, leaves), gradients(lambda: truth, leaves), strict=True)
+    assert all(close(a, b) and b.any() for a, b in pairs)
+
+
 @pytest.mark.parametrize("importance", ["token", "trajectory"])
 def test_chunks_do_not_matter(importance):
     heads, others, keywords = loss_case(5, 50, 31, off_policy=True, bias=True, row_temperature=True)
@@ -230,17 +246,34 @@ def test_default_chunks_bound_their_buffer_and_share_the_rows_out(dtype, vocabul
     assert max(lengths) - min(lengths) <= len(chunks)
 
 
-def test_upstream_gradients_scale_exactly_and_twice():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_upstream_gradients_scale_exactly(dtype):
     heads, others, keywords = small_case()
-    hidden, weight = (head.bfloat16().requires_grad_() for head in heads)
-    loss = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
-    once = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
-    third = torch.autograd.grad(loss, [hidden, weight], torch.tensor(1 / 3), retain_graph=True)
+    leaves = [head.to(dtype).requires_grad_() for head in heads]
+
+    def loss():
+        return linear_grpo_loss(*leaves, *others, TOKEN, **keywords).loss
+
+    once = torch.autograd.grad(loss(), leaves)
+    third = torch.autograd.grad(loss(), leaves, torch.tensor(1 / 3, dtype=loss().dtype))
     for one, other in zip(once, third, strict=True):
-        torch.testing.assert_close(other.double(), one.double() / 3, rtol=2**-8, atol=0)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert torch.equal(weight.grad, once[1] * 2) and torch.equal(hidden.grad, once[0] * 2)
+        assert one.dtype == other.dtype == dtype
+        torch.testing.assert_close(other.double(), one.double() / 3, rtol=torch.finfo(dtype).eps, atol=0)
+    for _ in range(2):
+        loss().backward()
+    assert all(torch.equal(leaf.grad, one * 2) for leaf, one in zip(leaves, once, strict=True))
+
+
+def test_a_second_backward_is_refused():
+    heads, others, keywords = small_case()
+    hidden, weight = (head.requires_grad_() for head in heads)
+    loss = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
+    torch.autograd.grad(loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    again = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(again, hidden, create_graph=True)[0].sum().backward()
 
 
 def test_tied_embeddings_checkpointed_backbone_and_autocast():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py"]
+BEHAVIOUR = [f"test_triton_{name}.py" for name in ("rows", "loss", "groups", "inplace", "shards")]
 THREADS, REGISTERS = 512, 65_536  # of a program of ours; of an SM
 
 pytest.importorskip("triton")
@@ -19,12 +19,12 @@ compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", re
 
 
 @compiled_only
-def test_kernels_behave_under_the_interpreter():
+def test_kernels_behave_under_the_interpreter(record_property):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *BEHAVIOUR]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    print(done.stdout.splitlines()[-1])
+    record_property("measured", f"under the interpreter: {done.stdout.splitlines()[-1]}")
 
 
 # Of each variant of the row kernel: dtypes of logits, bias and gradient, its optional vectors, and its switches.
@@ -40,6 +40,12 @@ ROW_VARIANTS = {
         *("bf16", None, "bf16"),
         "index_L top_L log_sum_L by_logprob_L by_entropy_L",
         {"KNOWN": True, "ENTROPY": True},
+    ),
+    "log-prob over a shard": ("fp32", "bf16", None, "temperature_L top_L log_sum_L", {}),
+    "token loss over a shard": (
+        *("fp32", "bf16", "bf16"),
+        f"temperature_L top_L log_sum_L {OBJECTIVE}",
+        {"KNOWN": True, "KL": 3, "ENTROPY": True},
     ),
 }
 SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_coef", "entropy_coef")
@@ -64,17 +70,17 @@ def row_source(logits, bias, gradient, optional, switches, block):
     return source(row_kernel, types, constants, even & types.keys())
 
 
-def group_source(weighted, leave_one_out, tile):
+def group_source(weighted, leave_one_out, to_tokens, tile):
     """The group kernel of float32 rewards."""
     from mgrpo.kernels.groups import group_kernel
 
     outputs = {"values_R": "*fp32", "mean_G": "*fp32", "std_G": "*fp32", "zero_std_G": "*u8", "problems": "*i32"}
     types = {"rewards_R": "*fp32", "offsets_G1": "*i64", **outputs, "groups": "i32", "rows": "i32", "eps": "fp32"}
+    types |= {"tokens": "i32"}
     constants = {"LEAVE_ONE_OUT": leave_one_out, "SCALED": True, "GROUPS": tile[0], "WIDTH": tile[1]}
-    if weighted:
-        types["weights_R"] = "*fp32"
-    else:
-        constants["weights_R"] = None
+    optional = {"weights_R": ("*fp32", weighted), "bounds_R1": ("*i64", to_tokens), "tokens_T": ("*fp32", to_tokens)}
+    for name, (kind, given) in optional.items():
+        (types if given else constants)[name] = kind if given else None
     return source(group_kernel, types, constants, {name for name in types if types[name].startswith("*")})
 
 
@@ -106,16 +112,20 @@ def compiled(source, capability, warps):
     return kernel, registers, stack + local, kernel.metadata.shared
 
 
+def cost(name, capability, registers, spilled, shared):
+    return f"sm_{capability} {name}: {registers} registers a thread, {spilled} B spilled, {shared} B shared"
+
+
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability):
+def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability, record_property):
     from mgrpo.kernels.epilogue import launch_settings
 
     block, warps = launch_settings(151_936)
     assert warps * 32 == THREADS
     for name, variant in ROW_VARIANTS.items():
         _, registers, spilled, shared = compiled(row_source(*variant, block), capability, warps)
-        print(f"sm_{capability} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
+        record_property("measured", cost(f"row kernel, {name}", capability, registers, spilled, shared))
         assert spilled == 0
         assert registers * THREADS * 2 <= REGISTERS
         assert shared < 1024
@@ -123,13 +133,15 @@ def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability)
 
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_the_group_kernel_spills_nothing(capability):
+def test_the_group_kernel_spills_nothing(capability, record_property):
     from mgrpo.kernels.groups import FEW_ROWS_TILE, MANY_ROWS_TILE
 
-    for tile, weighted, leave_one_out in itertools.product((FEW_ROWS_TILE, MANY_ROWS_TILE), (0, 1), (0, 1)):
-        source = group_source(weighted, bool(leave_one_out), tile)
-        _, registers, spilled, shared = compiled(source, capability, tile[2])
-        print(f"sm_{capability} {tile}: {registers} registers, {spilled} B spilled, {shared} B shared")
+    options = ([FEW_ROWS_TILE, MANY_ROWS_TILE], [False, True], [False, True], [False, True])
+    for tile, *switches in itertools.product(*options):
+        _, registers, spilled, shared = compiled(group_source(*switches, tile), capability, tile[-1])
+        given = [name for name, on in zip(("weights", "leave one out", "tokens"), switches, strict=True) if on]
+        name = ", ".join(["group kernel", f"tile {tile}", *given])
+        record_property("measured", cost(name, capability, registers, spilled, shared))
         assert spilled == 0 and registers <= 128
 
 
@@ -144,6 +156,23 @@ def test_logits_move_128_bits_at_a_time_and_cost_one_exponential_each():
     assert len(re.findall(r"ex2\.approx", ptx)) == 2 * per_thread  # of the loop, and of the lanes put together
     ptx = compiled(row_source(*ROW_VARIANTS["token loss"], block), 90, warps)[0].asm["ptx"]
     assert ptx.count("ld.global.v4.b32") == 2 * per_thread // 4 and ptx.count("st.global.v4.b32") == per_thread // 8
+
+
+@compiled_only
+def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
+    """Lengths and temperatures as constants would mean a compilation a batch; what is autotuned runs several times, and
+    so may not write in place."""
+    from triton.runtime import JITFunction
+
+    from mgrpo.kernels.groups import group_kernel
+    from mgrpo.kernels.row_kernel import row_kernel
+
+    switches = {"KNOWN", "KL", "ENTROPY", "BLOCK"}, {"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}
+    by_length = {"start"}, {"groups", "rows", "tokens"}
+    for kernel, constants, lengths in zip((row_kernel, group_kernel), switches, by_length, strict=True):
+        assert isinstance(kernel, JITFunction)
+        assert {p.name for p in kernel.params if p.is_constexpr} == constants
+        assert {p.name for p in kernel.params if p.do_not_specialize} == lengths
 
 
 @compiled_only
@@ -174,6 +203,17 @@ def test_chunks_are_whole_tiles_of_a_matmul(total, size, lengths):
     slices = list(tiled_slices(total, size))
     assert [s.stop - s.start for s in slices] == lengths
     assert [row for s in slices for row in range(s.start, s.stop)] == list(range(total))
+
+
+def test_the_largest_shape_stays_below_three_gigabytes():
+    """bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
+    from mgrpo.kernels.fused import GRADIENT_BYTES, LOGITS_BYTES, tiled_slices, whole_tiles
+
+    rows, width, vocabulary = 8192, 4096, 151_936
+    chunk = max(s.stop - s.start for s in tiled_slices(rows, GRADIENT_BYTES // (2 * vocabulary)))
+    block = whole_tiles(min(chunk, LOGITS_BYTES // (4 * vocabulary)))
+    assert (chunk, block) == (768, 256)
+    assert 4 * vocabulary * width + 2 * rows * width + 4 * block * vocabulary + 2 * chunk * vocabulary < 2.96e9
 
 
 @compiled_only

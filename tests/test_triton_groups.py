@@ -33,6 +33,8 @@ def assert_equals_definition(rewards, offsets, weights=None, *, tolerance=2e-6, 
     assert torch.equal(got.zero_std_G, truth.zero_std_G)
     for a, b in zip(got[:3], truth[:3], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    if "cu_seqlens" in settings:
+        assert torch.equal(got.tokens_T, got.values_R.repeat_interleave(settings["cu_seqlens"].diff()))
     return got
 
 
@@ -51,6 +53,25 @@ def test_sizes_at_the_edges_of_a_tile(sizes, baseline):
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     rewards, weights = torch.randn(sum(sizes), generator=g), torch.rand(sum(sizes), generator=g)
     assert_equals_definition(*placed([rewards, offsets, weights]), baseline=baseline, tolerance=2e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=20), min_size=1, max_size=9), st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_tokens_get_their_rows_value_in_the_same_launch(lengths, weighted, narrow):
+    g = torch.Generator().manual_seed(sum(map(len, lengths)))
+    offsets = torch.tensor([0, *map(len, lengths)]).cumsum(0)
+    bounds = torch.tensor([0, *(n for group in lengths for n in group)]).cumsum(0)
+    rewards, weights = torch.randn(2, len(bounds) - 1, generator=g)
+    rewards, offsets, weights, bounds = placed([rewards, offsets, weights.abs(), bounds.int() if narrow else bounds])
+    assert_equals_definition(rewards, offsets, weights if weighted else None, tolerance=2e-5, cu_seqlens=bounds)
+
+
+def test_tokens_of_more_rows_than_a_tile_holds():
+    g = torch.Generator().manual_seed(4)
+    bounds = torch.randint(9, (2051,), generator=g).cumsum(0)
+    bounds[0] = 0
+    rewards, offsets, bounds = placed([torch.randn(2050, generator=g), torch.tensor([0, 2049, 2050]), bounds])
+    assert_equals_definition(rewards, offsets, tolerance=2e-5, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,13 +120,17 @@ def test_each_kind_of_bad_input_is_named():
         ({"offsets_G1": torch.tensor([0, 2, 1, 3])}, "offsets_G1.*fall"),
         ({"offsets_G1": torch.tensor([0, 10**12, 3])}, "offsets_G1.*fall"),
         ({"offsets_G1": torch.tensor([0.0, 3.0])}, "offsets_G1.*integer"),
+        ({"cu_seqlens": torch.tensor([0, 2, 1, 3])}, "cu_seqlens.*fall"),
+        ({"cu_seqlens": torch.tensor([0, 2, 10**12, 3])}, "cu_seqlens.*fall"),
+        ({"cu_seqlens": torch.tensor([0, -(10**12), 2, 3])}, "cu_seqlens.*fall"),
     ):
         with pytest.raises(ValueError, match=message):
             group_advantages(**placed(good | change))
 
 
 def test_no_groups():
-    assert [len(t) for t in group_advantages(*placed([torch.empty(0), torch.tensor([0])]))] == [0, 0, 0, 0]
+    got = group_advantages(*placed([torch.empty(0), torch.tensor([0])]))
+    assert [len(t) for t in got[:4]] == [0, 0, 0, 0] and got.tokens_T is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too large for the interpreter")

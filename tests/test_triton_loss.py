@@ -86,6 +86,20 @@ def test_chunks_of_a_longer_vocabulary(dtype, importance):
     assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, objective, scale=1 / 3, chunk_rows=11)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too large for the interpreter")
+@pytest.mark.parametrize("vocabulary", [49_152, 50_021, 129_920, 151_936])
+def test_chunks_of_real_vocabularies(vocabulary):
+    """Default chunks: several blocks of logits to a chunk, and several chunks."""
+    case = case_of(5, 2000, vocabulary, 128, dtype=torch.bfloat16, row_temperature=True, scale=0.1)
+    assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, Objective(**FULL), scale=1 / 3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too large for the interpreter")
+def test_more_rows_than_a_grid_has_in_y():
+    case = case_of(6, 70_000, 33, 8)
+    assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, Objective(importance="sequence", **FULL))
+
+
 @pytest.mark.parametrize("objective", [TOKEN, Objective(importance="trajectory", **FULL)])
 def test_everything_reported_equals_the_plain_path(objective):
     heads, others, keywords = case_of(9, 30, 97, bias=True, row_temperature=True)

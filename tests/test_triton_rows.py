@@ -186,11 +186,19 @@ def test_more_rows_than_a_grid_has_in_y():
 
 @gpu_only
 def test_more_logits_than_two_to_the_31():
-    logits = torch.randn(2**31 // 151_936 + 3, 151_936, dtype=torch.bfloat16, device=DEVICE)
-    targets = torch.randint(151_936, (len(logits),), device=DEVICE)
-    got = token_logprob(logits, targets)
-    for a, b in zip(got, token_logprob_ref(logits[-9:], targets[-9:]), strict=True):
+    """The gradient too, over the logits: a third buffer of 4 GiB would add nothing."""
+    leaf = torch.randn(2**31 // 151_936 + 3, 151_936, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    targets = torch.randint(151_936, (len(leaf),), device=DEVICE)
+    logits = leaf * 1
+    got = token_logprob(logits, targets, inplace=True)
+    last = leaf.detach()[-9:].requires_grad_()
+    truth = token_logprob_ref(last, targets[-9:])
+    for a, b in zip(got, truth, strict=True):
         torch.testing.assert_close(a[-9:], b, rtol=1e-5, atol=1e-4)
+    (grad,) = torch.autograd.grad(got[0].sum() + got[1].sum(), logits)
+    (expected,) = torch.autograd.grad(truth[0].sum() + truth[1].sum(), last)
+    assert grad.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(grad[-9:], expected, rtol=2**-7, atol=1e-5)
 
 
 @gpu_only

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.kernels import device
-from numerics import FLOOR, error
+from numerics import FLOOR, error, tell_worst
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -52,4 +52,5 @@ def as_good(got: Tensor, plain: Tensor, truth: Tensor, size: float = 0.0) -> boo
     """
     cut = 2**-7 if INTERPRETED and got.dtype == torch.bfloat16 else 0
     cancelled = max(1.0, size / max(1e-30, float(truth.abs().max()))) if truth.numel() else 1.0
-    return error(got, truth) <= 2 * error(plain, truth) + FLOOR[got.dtype] * cancelled + cut
+    good = error(got, truth) <= 2 * error(plain, truth) + FLOOR[got.dtype] * cancelled + cut
+    return good or tell_worst(got, plain, truth)

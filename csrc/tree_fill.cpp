@@ -1,0 +1,301 @@
+#include "tree_fill.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "check.hpp"
+
+namespace mgrpo {
+namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+void check_size(const char* name, size_t size, size_t expected, const char* of) {
+  require(size == expected, name, " has ", size, " entries, expected one for each of the ", expected, " ", of);
+}
+
+void check_float32(const char* name, int64_t id, double value) {
+  const bool finite = std::abs(value) <= std::numeric_limits<float>::max();  // false for nan
+  require(finite, name, "[", id, "] is ", value, ", expected a finite float32");
+}
+
+template <class Token>
+void check_sizes(const TreeInput<Token>& given) {
+  const auto& [tokens_T, offsets_N1, rows_N] = given.sequences;
+  require(!offsets_N1.empty(), "offsets is empty, expected one entry more than there are trajectories");
+  check_size("sampled", given.sampled_T.size(), tokens_T.size(), "tokens");
+  check_size("rows", rows_N.size(), offsets_N1.size() - 1, "trajectories");
+  check_size("advantages", given.advantages_N.size(), offsets_N1.size() - 1, "trajectories");
+  check_size("weights", given.weights_N.size(), offsets_N1.size() - 1, "trajectories");
+  check_size("shared", given.shared_B.size(), given.ids_B.size(), "ids");
+  require(static_cast<int64_t>(given.ids_B.size()) < kMost, "ids has ", given.ids_B.size(),
+          " entries, more than int32 counts");
+}
+
+template <class Token>
+void check_trajectory(const TreeInput<Token>& given, size_t b) {
+  const auto& [tokens_T, offsets_N1, rows_N] = given.sequences;
+  const int64_t id = given.ids_B[b], count = static_cast<int64_t>(rows_N.size());
+  require(id >= 0 && id < count, "ids[", b, "] is ", id, ", expected from 0 to below ", count);
+  const int64_t start = offsets_N1[id], stop = offsets_N1[id + 1], tokens = static_cast<int64_t>(tokens_T.size());
+  require(start >= 0 && start <= stop && stop <= tokens, "offsets[", id, "] and offsets[", id + 1, "] are ", start,
+          " and ", stop, ", expected to rise within the ", tokens, " tokens");
+  require(rows_N[id] >= 1 && rows_N[id] <= stop - start, "rows[", id, "] is ", rows_N[id],
+          ", expected from 1 to the trajectory's ", stop - start, " tokens");
+  check_float32("advantages", id, given.advantages_N[id]);
+  check_float32("weights", id, given.weights_N[id]);
+  require(given.weights_N[id] >= 0, "weights[", id, "] is ", given.weights_N[id], ", expected at least 0");
+}
+
+template <class Token>
+void check_shared(const TreeInput<Token>& given, size_t b) {
+  const auto& sequences = given.sequences;
+  const int64_t shared = given.shared_B[b], id = given.ids_B[b];
+  require(b > 0 || shared == 0, "shared[0] is ", shared, ", expected 0: there is no trajectory before it");
+  if (b == 0) return;
+  const int64_t before = given.ids_B[b - 1], most = std::min(sequences.rows_N[id], sequences.rows_N[before]);
+  require(shared >= 0 && shared <= most, "shared[", b, "] is ", shared, ", expected from 0 to the ", most,
+          " rows of trajectories ", before, " and ", id);
+  const int64_t alike = alike_until(sequences[id], sequences[before], 0, shared);
+  require(alike == shared, "shared[", b, "] is ", shared, ", but trajectories ", before, " and ", id, " part after ",
+          alike, " tokens");
+}
+
+/// A prefix of a trajectory as runs of packed tokens: from depth `depth` on it lies at `start` and on.
+struct Run {
+  int64_t depth, start;
+};
+
+class Path {
+ public:
+  /// Keeps the first `depth` tokens and goes on at packed position `start`.
+  void fork(int64_t depth, int64_t start) {
+    while (!runs_.empty() && runs_.back().depth >= depth) runs_.pop_back();
+    runs_.push_back({depth, start});
+  }
+
+  /// Where the path's token at `depth` is.
+  int64_t position(int64_t depth) const {
+    const Run run = *(std::ranges::upper_bound(runs_, depth, {}, &Run::depth) - 1);
+    return run.start + depth - run.depth;
+  }
+
+  /// Calls visit(from, to, start) for the runs of the first `depth` tokens: depths `from` to `to` lie at `start` and
+  /// on.
+  template <class Visit>
+  void each_run(int64_t depth, Visit visit) const {
+    for (size_t r = 0; r < runs_.size() && runs_[r].depth < depth; ++r) {
+      const int64_t next = r + 1 < runs_.size() ? runs_[r + 1].depth : depth;
+      visit(runs_[r].depth, std::min(next, depth), runs_[r].start);
+    }
+  }
+
+ private:
+  std::vector<Run> runs_;
+};
+
+/// Bounds of the segments, and in leaf_B the packed position of each trajectory's last token.
+template <class Token>
+std::vector<int32_t> segment_bounds(const TreeInput<Token>& given, std::vector<int32_t>& leaf_B) {
+  Path path;
+  int64_t tokens = 0;
+  std::vector<int32_t> bounds{0};
+  for (size_t b = 0; b < given.ids_B.size(); ++b) {
+    const int64_t rows = given.sequences.rows_N[given.ids_B[b]], shared = given.shared_B[b];
+    require(rows - shared <= kMost - tokens, "ids[", b, "] = ", given.ids_B[b], " brings the batch to ", tokens, " + ",
+            rows - shared, " tokens, more than int32 counts");
+    if (shared > 0) bounds.push_back(static_cast<int32_t>(path.position(shared - 1) + 1));
+    path.fork(shared, tokens);
+    tokens += rows - shared;
+    leaf_B.push_back(static_cast<int32_t>(path.position(rows - 1)));
+    bounds.push_back(static_cast<int32_t>(tokens));
+  }
+  std::ranges::sort(bounds);
+  bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+  return bounds;
+}
+
+/// Calls visit(path, depth at the segment's end, segment) for each segment in order.
+template <class Token, class Visit>
+void for_each_segment(const TreeInput<Token>& given, std::span<const int32_t> bounds_S1, Visit visit) {
+  Path path;
+  int64_t start = 0;
+  size_t segment = 0;
+  for (size_t b = 0; b < given.ids_B.size(); ++b) {
+    const int64_t rows = given.sequences.rows_N[given.ids_B[b]], shared = given.shared_B[b];
+    path.fork(shared, start);
+    const int64_t stop = start + rows - shared;
+    for (; bounds_S1[segment] < stop; ++segment) visit(path, shared + bounds_S1[segment + 1] - start, segment);
+    start = stop;
+  }
+}
+
+template <class Token>
+int64_t count_predictions(const TreeInput<Token>& given) {
+  int64_t count = 0;
+  for (const int64_t id : given.ids_B) {
+    if (given.weights_N[id] == 0) continue;
+    const auto [start, stop] = std::pair(given.sequences.offsets_N1[id], given.sequences.offsets_N1[id + 1]);
+    const int64_t last = std::min(start + given.sequences.rows_N[id] + 1, stop);
+    for (int64_t t = start + 1; t < last; ++t) count += given.sampled_T[t] != 0;
+    require(count <= kMost, "trajectory ", id, " brings the batch to ", count, " predictions, more than int32 counts");
+  }
+  return count;
+}
+
+/// The prediction rows, with those of each token chained, so that equal ones are found.
+template <class Token>
+class Predictions {
+ public:
+  Predictions(const TreeInput<Token>& given, const TreeBuffers& out)
+      : given_(given), out_(out), weight_M_(out.weights_M.size()), advantage_M_(out.weights_M.size()) {
+    if (!given.merge) return;
+    latest_P_.assign(out.input_ids_P.size(), -1);
+    before_M_.resize(out.weights_M.size());
+  }
+
+  /// Trajectory b's predictions of `count` tokens from t on, from packed tokens p and on that no earlier one has.
+  void append(size_t b, int64_t p, int64_t t, int64_t count) {
+    const int64_t id = given_.ids_B[b], m = count_;
+    const Token* targets = given_.sequences.tokens_T.data() + t;
+    std::iota(&out_.token_index_M[m], &out_.token_index_M[m] + count, p);
+    std::copy(targets, targets + count, &out_.targets_M[m]);
+    std::fill_n(&out_.segment_id_M[m], count, static_cast<int64_t>(b));
+    std::fill_n(&weight_M_[m], count, given_.weights_N[id]);
+    std::fill_n(&advantage_M_[m], count, given_.advantages_N[id]);
+    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
+      std::copy_n(&given_.logprobs_T[c][t], count, &out_.logprobs_M[c][m]);
+    }
+    if (given_.merge) chain(m, p, count);
+    count_ += count;
+  }
+
+  /// Trajectory b's prediction of token t from packed token p, which earlier ones may have predicted alike.
+  void merge(size_t b, int64_t p, int64_t t) {
+    const double weight = given_.weights_N[given_.ids_B[b]], advantage = given_.advantages_N[given_.ids_B[b]];
+    for (int32_t m = given_.merge ? latest_P_[p] : -1; m >= 0; m = before_M_[m]) {
+      if (!alike(m, t, advantage)) continue;
+      const double total = weight_M_[m] + weight;
+      advantage_M_[m] = (weight_M_[m] * advantage_M_[m] + weight * advantage) / total;
+      weight_M_[m] = total;
+      return;
+    }
+    append(b, p, t, 1);
+  }
+
+  int64_t finish() {
+    for (int64_t m = 0; m < count_; ++m) {
+      out_.weights_M[m] = static_cast<float>(weight_M_[m]);
+      out_.advantages_M[m] = static_cast<float>(advantage_M_[m]);
+    }
+    return count_;
+  }
+
+ private:
+  void chain(int64_t m, int64_t p, int64_t count) {
+    std::copy_n(&latest_P_[p], count, &before_M_[m]);
+    std::iota(&latest_P_[p], &latest_P_[p] + count, static_cast<int32_t>(m));
+  }
+
+  bool alike(int32_t m, int64_t t, double advantage) const {
+    if (out_.targets_M[m] != given_.sequences.tokens_T[t] || (advantage_M_[m] < 0) != (advantage < 0)) return false;
+    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
+      if (std::bit_cast<uint32_t>(out_.logprobs_M[c][m]) != std::bit_cast<uint32_t>(given_.logprobs_T[c][t])) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  const TreeInput<Token>& given_;
+  const TreeBuffers& out_;
+  std::vector<double> weight_M_, advantage_M_;
+  std::vector<int32_t> latest_P_, before_M_;
+  int64_t count_ = 0;
+};
+
+/// Tokens, positions and predictions of trajectory b, whose own tokens begin at packed position `start`.
+template <class Token>
+void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, const Path& path, const TreeBuffers& out,
+                     Predictions<Token>& predictions) {
+  const int64_t id = given.ids_B[b], first = given.sequences.offsets_N1[id];
+  const int64_t rows = given.sequences.rows_N[id], shared = given.shared_B[b];
+  const Token* tokens = given.sequences[id];
+  std::copy(tokens + shared, tokens + rows, out.input_ids_P.begin() + start);
+  std::iota(out.positions_P.begin() + start, out.positions_P.begin() + start + rows - shared, shared);
+  if (given.weights_N[id] == 0) return;
+  const int64_t predicting = std::min(rows, given.sequences.offsets_N1[id + 1] - first - 1);
+  const uint8_t* sampled = given.sampled_T.data() + first + 1;  // of what row i predicts
+  path.each_run(std::min(shared, predicting), [&](int64_t from, int64_t to, int64_t at) {
+    for (int64_t i = from; i < to; ++i) {
+      if (sampled[i]) predictions.merge(b, at + i - from, first + i + 1);
+    }
+  });
+  for (int64_t i = shared; i < predicting; ++i) {
+    if (!sampled[i]) continue;
+    const void* end = std::memchr(sampled + i, 0, predicting - i);
+    const int64_t count = end ? static_cast<const uint8_t*>(end) - (sampled + i) : predicting - i;
+    predictions.append(b, start + i - shared, first + i + 1, count);
+    i += count;
+  }
+}
+
+}  // namespace
+
+template <class Token>
+TreeLayout lay_out_tree(const TreeInput<Token>& given) {
+  check_sizes(given);
+  for (size_t b = 0; b < given.ids_B.size(); ++b) {
+    check_trajectory(given, b);
+    check_shared(given, b);
+  }
+  TreeLayout layout;
+  layout.most_predictions = count_predictions(given);
+  layout.cu_seqlens_q_S1 = segment_bounds(given, layout.leaf_B);
+  const auto& bounds = layout.cu_seqlens_q_S1;
+  for (int32_t& leaf : layout.leaf_B) {
+    leaf = static_cast<int32_t>(std::ranges::upper_bound(bounds, leaf) - bounds.begin() - 1);
+  }
+  int64_t paths = 0;
+  layout.cu_seqlens_k_S1.push_back(0);
+  for_each_segment(given, bounds, [&](const Path&, int64_t depth, size_t segment) {
+    paths += depth;
+    require(paths <= kMost, "segment ", segment, " brings the paths to ", paths, " entries, more than int32 counts");
+    layout.cu_seqlens_k_S1.push_back(static_cast<int32_t>(paths));
+    layout.longest_segment = std::max<int64_t>(layout.longest_segment, bounds[segment + 1] - bounds[segment]);
+    layout.longest_path = std::max(layout.longest_path, depth);
+  });
+  return layout;
+}
+
+template <class Token>
+int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const TreeBuffers& out) {
+  int64_t* to = out.kv_index_K.data();
+  for_each_segment(given, layout.cu_seqlens_q_S1, [&](const Path& path, int64_t depth, size_t) {
+    path.each_run(depth, [&](int64_t from, int64_t stop, int64_t at) {
+      std::iota(to, to + stop - from, at);
+      to += stop - from;
+    });
+  });
+  Predictions<Token> predictions(given, out);
+  Path path;
+  int64_t start = 0;
+  for (size_t b = 0; b < given.ids_B.size(); ++b) {
+    path.fork(given.shared_B[b], start);
+    fill_trajectory(given, b, start, path, out, predictions);
+    start += given.sequences.rows_N[given.ids_B[b]] - given.shared_B[b];
+  }
+  return predictions.finish();
+}
+
+template TreeLayout lay_out_tree(const TreeInput<int32_t>&);
+template TreeLayout lay_out_tree(const TreeInput<int64_t>&);
+template int64_t fill_tree(const TreeInput<int32_t>&, const TreeLayout&, const TreeBuffers&);
+template int64_t fill_tree(const TreeInput<int64_t>&, const TreeLayout&, const TreeBuffers&);
+
+}  // namespace mgrpo

@@ -1,0 +1,74 @@
+// The flat buffers of one micro-batch of a tree plan, under the names of TRL 1.16's TreeRow.
+//
+// Departs from TreeRow, whose trie forks one token before the trajectories do so that each token has one label: here
+// every distinct prefix is one token, and what is predicted has rows of its own. A prediction row is (token whose
+// hidden state predicts, target, weight, advantage, log-probs); a token at a fork has several. Rows of equal token,
+// target and log-probs and of one advantage sign become one, with the weights summed and the advantages averaged by
+// weight.
+//
+// Why that is exact: in a causal model a hidden state depends on the token's path from the root alone, which is the
+// trajectory's own prefix at its own positions. So rows that are merged have one log-prob, one ratio and one sampler
+// weight; each term of the loss is linear in the weight; and the clipped term is positively homogeneous in the
+// advantage among those of one sign (0 goes with either). Hence A+ and A- stay apart, and so do differing log-probs. It
+// does not hold where a trajectory shares one ratio among its rows (importance "sequence" or "trajectory"): do not
+// merge there.
+//
+// Legend: B trajectories, P tokens, S segments, K entries of the paths, M prediction rows; N and T as in tree.hpp.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "trie.hpp"
+
+namespace mgrpo {
+
+template <class Token>
+struct TreeInput {
+  Sequences<Token> sequences;
+  std::span<const uint8_t> sampled_T;
+  std::span<const double> advantages_N;
+  std::span<const double> weights_N;  // of each sampled token, not negative
+  std::span<const int64_t> ids_B;     // a bin of plan_tree, or any trajectories in any order
+  std::span<const int64_t> shared_B;  // leading tokens in common with the one before
+  std::vector<std::span<const float>> logprobs_T;
+  bool merge = true;
+};
+
+/// Where everything goes. A segment is a run of tokens that ends where trajectories part or end.
+struct TreeLayout {
+  std::vector<int32_t> cu_seqlens_q_S1;  // bounds of the segments
+  std::vector<int32_t> cu_seqlens_k_S1;  // bounds of the paths, from the root to the end of each segment
+  std::vector<int32_t> leaf_B;           // the segment that each trajectory ends with
+  int64_t longest_segment = 0, longest_path = 0;
+  int64_t most_predictions = 0;  // before merging
+
+  int64_t tokens() const { return cu_seqlens_q_S1.back(); }
+  int64_t paths() const { return cu_seqlens_k_S1.back(); }
+};
+
+struct TreeBuffers {
+  std::span<int64_t> input_ids_P;
+  std::span<int64_t> positions_P;
+  std::span<int64_t> kv_index_K;
+  std::span<int64_t> token_index_M;  // these of TreeLayout::most_predictions entries
+  std::span<int64_t> targets_M;
+  std::span<int64_t> segment_id_M;  // the first trajectory that the row stands for, as its place in ids_B
+  std::span<float> weights_M;
+  std::span<float> advantages_M;
+  std::vector<std::span<float>> logprobs_M;
+};
+
+/// Checks all of the input that the batch touches. Throws std::invalid_argument, naming the trajectory, on sizes that
+/// differ, ids out of range, bounds outside the tokens, rows outside 1 .. the trajectory's length, shared tokens that
+/// are not the same, an advantage or weight that is not finite as float32, a negative weight, or more than int32
+/// counts.
+template <class Token>
+TreeLayout lay_out_tree(const TreeInput<Token>& given);
+
+/// Fills the buffers and gives M. Everything was checked by `lay_out_tree`.
+template <class Token>
+int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const TreeBuffers& out);
+
+}  // namespace mgrpo

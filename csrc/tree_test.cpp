@@ -1,0 +1,148 @@
+// Prefix trees without Python: a worked example by hand, and random forests whose every token is read back.
+#include "tree.hpp"
+
+#include <algorithm>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "test.hpp"
+#include "tree_fill.hpp"
+
+namespace {
+
+using namespace mgrpo;
+
+struct Forest {
+  std::vector<int32_t> tokens_T;
+  std::vector<int64_t> offsets_N1{0}, rows_N;
+
+  void add(const std::vector<int32_t>& tokens) {
+    tokens_T.insert(tokens_T.end(), tokens.begin(), tokens.end());
+    offsets_N1.push_back(static_cast<int64_t>(tokens_T.size()));
+    rows_N.push_back(static_cast<int64_t>(tokens.size()));
+  }
+
+  Sequences<int32_t> sequences() const { return {tokens_T, offsets_N1, rows_N}; }
+};
+
+struct Filled {
+  TreeLayout layout;
+  std::vector<int64_t> input_ids, positions, kv_index, token_index, targets, segment_id;
+  std::vector<float> weights, advantages;
+};
+
+Filled filled(const TreeInput<int32_t>& given) {
+  Filled f{lay_out_tree(given), {}, {}, {}, {}, {}, {}, {}, {}};
+  f.input_ids.resize(f.layout.tokens());
+  f.positions.resize(f.layout.tokens());
+  f.kv_index.resize(f.layout.paths());
+  for (auto* column : {&f.token_index, &f.targets, &f.segment_id}) column->resize(f.layout.most_predictions);
+  for (auto* column : {&f.weights, &f.advantages}) column->resize(f.layout.most_predictions);
+  const int64_t rows = fill_tree(
+      given, f.layout,
+      {f.input_ids, f.positions, f.kv_index, f.token_index, f.targets, f.segment_id, f.weights, f.advantages, {}});
+  for (auto* column : {&f.token_index, &f.targets, &f.segment_id}) column->resize(rows);
+  for (auto* column : {&f.weights, &f.advantages}) column->resize(rows);
+  return f;
+}
+
+template <class Call>
+std::string refusal(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// a b c, a b d e (twice) and a b: two tokens, then a fork.
+void a_worked_example() {
+  Forest forest;
+  for (const auto& tokens : {std::vector{1, 2, 3}, {1, 2, 4, 5}, {1, 2, 4, 5}, {1, 2}}) forest.add(tokens);
+  const auto plan = plan_tree(forest.sequences(), 5, {});
+  CHECK((plan.offsets_M1 == std::vector<int64_t>{0, 4}));
+  CHECK((plan.ids_N == std::vector<int64_t>{3, 0, 1, 2}));
+  CHECK((plan.shared_N == std::vector<int64_t>{0, 2, 2, 4}));
+
+  const std::vector<uint8_t> sampled_T(forest.tokens_T.size(), 1);
+  const std::vector<double> advantages_N{1, 3, 5, -1}, weights_N{1, 1, 3, 1};
+  const auto f = filled({forest.sequences(), sampled_T, advantages_N, weights_N, plan.ids_N, plan.shared_N, {}, true});
+  CHECK((f.input_ids == std::vector<int64_t>{1, 2, 3, 4, 5}));
+  CHECK((f.positions == std::vector<int64_t>{0, 1, 2, 2, 3}));
+  CHECK((f.layout.cu_seqlens_q_S1 == std::vector<int32_t>{0, 2, 3, 5}));
+  CHECK((f.layout.cu_seqlens_k_S1 == std::vector<int32_t>{0, 2, 5, 9}));
+  CHECK((f.kv_index == std::vector<int64_t>{0, 1, 0, 1, 2, 0, 1, 3, 4}));
+  CHECK((f.layout.leaf_B == std::vector<int32_t>{0, 1, 2, 2}));
+  // Of a -> b, one row for A- and one for A+; b -> c and b -> d from one token; d -> e twice.
+  CHECK((f.token_index == std::vector<int64_t>{0, 0, 1, 1, 3}));
+  CHECK((f.targets == std::vector<int64_t>{2, 2, 3, 4, 5}));
+  CHECK((f.weights == std::vector<float>{1, 5, 1, 4, 4}));
+  CHECK((f.advantages == std::vector<float>{-1, 3.8F, 1, 4.5F, 4.5F}));
+}
+
+Forest random_forest(std::mt19937& random) {
+  const auto below = [&](uint32_t bound) { return random() % bound; };
+  std::vector<std::vector<int32_t>> made;
+  Forest forest;
+  for (uint32_t n = below(40); n > 0; --n) {
+    std::vector<int32_t> tokens;
+    if (!made.empty() && below(3)) {
+      tokens = made[below(static_cast<uint32_t>(made.size()))];
+      tokens.resize(below(static_cast<uint32_t>(tokens.size()) + 1));
+    }
+    for (uint32_t more = below(150) + tokens.empty(); more > 0; --more) tokens.push_back(static_cast<int>(below(3)));
+    made.push_back(tokens);
+    forest.add(tokens);
+  }
+  return forest;
+}
+
+void check_bin(const Forest& forest, std::span<const int64_t> ids_B, std::span<const int64_t> shared_B, int64_t cap) {
+  const std::vector<uint8_t> sampled_T(forest.tokens_T.size(), 1);
+  const std::vector<double> ones_N(forest.rows_N.size(), 1.0);
+  const auto f = filled({forest.sequences(), sampled_T, ones_N, ones_N, ids_B, shared_B, {}, true});
+  CHECK(f.layout.tokens() >= 1 && f.layout.tokens() <= cap);
+  for (size_t b = 0; b < ids_B.size(); ++b) {
+    const int32_t leaf = f.layout.leaf_B[b], start = f.layout.cu_seqlens_k_S1[leaf];
+    CHECK(f.layout.cu_seqlens_k_S1[leaf + 1] - start == forest.rows_N[ids_B[b]]);
+    for (int64_t i = 0; i < forest.rows_N[ids_B[b]]; ++i) {
+      const int64_t at = f.kv_index[start + i];
+      CHECK(f.input_ids[at] == forest.sequences()[ids_B[b]][i] && f.positions[at] == i);
+    }
+  }
+}
+
+void every_trajectory_is_read_back() {
+  std::mt19937 random(0);
+  for (int round = 0; round < 300; ++round) {
+    const Forest forest = random_forest(random);
+    int64_t cap = 1 + random() % 200;
+    for (const int64_t rows : forest.rows_N) cap = std::max(cap, rows);
+    const auto plan = plan_tree(forest.sequences(), cap, {});
+    CHECK(plan.ids_N.size() == forest.rows_N.size());
+    for (size_t m = 0; m + 1 < plan.offsets_M1.size(); ++m) {
+      const size_t start = plan.offsets_M1[m], count = plan.offsets_M1[m + 1] - start;
+      check_bin(forest, std::span(plan.ids_N).subspan(start, count), std::span(plan.shared_N).subspan(start, count),
+                cap);
+    }
+  }
+}
+
+void mistakes_are_named() {
+  Forest forest;
+  forest.add({1, 2, 3});
+  CHECK(refusal([&] { plan_tree(forest.sequences(), 2, {}); }) == "rows[0] is 3, more than cap 2");
+  forest.offsets_N1[1] = -1;
+  CHECK(refusal([&] { plan_tree(forest.sequences(), 9, {}); }) == "offsets[1] is -1, below offsets[0] = 0");
+}
+
+}  // namespace
+
+int main() {
+  a_worked_example();
+  every_trajectory_is_read_back();
+  mistakes_are_named();
+  return mgrpo::test::result();
+}

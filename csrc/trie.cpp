@@ -1,0 +1,89 @@
+#include "trie.hpp"
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+namespace mgrpo {
+namespace {
+
+template <class Token>
+class Builder {
+ public:
+  explicit Builder(const Sequences<Token>& given) : given_(given) {
+    trie_.order_N.resize(given.rows_N.size());
+    std::iota(trie_.order_N.begin(), trie_.order_N.end(), 0);
+    trie_.nodes.push_back({0, 0, 0, static_cast<int32_t>(given.rows_N.size()), 0, 0});
+  }
+
+  Trie build(std::span<const int64_t> groups_N) && {
+    if (groups_N.empty()) {
+      split_by_token(0);
+    } else {
+      split(0, [&](int32_t n) { return groups_N[n]; });
+    }
+    for (size_t node = 1; node < trie_.nodes.size(); ++node) {
+      if (!extend(trie_.nodes[node])) split_by_token(static_cast<int32_t>(node));
+    }
+    return std::move(trie_);
+  }
+
+ private:
+  /// Sets the node's depth. Whether its sequences are identical.
+  bool extend(Node& node) {
+    const int64_t start = trie_.nodes[node.parent].depth;
+    const int32_t first = trie_.order_N[node.begin];
+    int64_t longest = node.depth = given_.rows_N[first];
+    for (int32_t r = node.begin + 1; r < node.end; ++r) {
+      const int32_t n = trie_.order_N[r];
+      longest = std::max(longest, given_.rows_N[n]);
+      node.depth = alike_until(given_[first], given_[n], start, std::min(node.depth, given_.rows_N[n]));
+    }
+    return node.depth == longest;
+  }
+
+  void split_by_token(int32_t node) {
+    const int64_t depth = trie_.nodes[node].depth;
+    split(node, [&](int32_t n) { return depth < given_.rows_N[n] ? static_cast<int64_t>(given_[n][depth]) : 0; });
+  }
+
+  /// Gives the node a child for each key, those sequences first that end with the node.
+  template <class Key>
+  void split(int32_t parent, Key key) {
+    const Node node = trie_.nodes[parent];
+    keyed_.clear();
+    for (int32_t r = node.begin; r < node.end; ++r) {
+      const int32_t n = trie_.order_N[r];
+      keyed_.emplace_back(node.depth < given_.rows_N[n], key(n), n);
+    }
+    std::ranges::sort(keyed_);
+    trie_.nodes[parent].first_child = static_cast<int32_t>(trie_.nodes.size());
+    for (size_t k = 0; k < keyed_.size(); ++k) {
+      const auto r = static_cast<int32_t>(node.begin + k);
+      trie_.order_N[r] = std::get<2>(keyed_[k]);
+      const bool opens = k == 0 || std::get<0>(keyed_[k]) != std::get<0>(keyed_[k - 1]) ||
+                         std::get<1>(keyed_[k]) != std::get<1>(keyed_[k - 1]);
+      if (opens) {
+        ++trie_.nodes[parent].children;
+        trie_.nodes.push_back({node.depth, parent, r, r, 0, 0});
+      }
+      trie_.nodes.back().end = r + 1;
+    }
+  }
+
+  const Sequences<Token>& given_;
+  Trie trie_;
+  std::vector<std::tuple<bool, int64_t, int32_t>> keyed_;  // (goes on beyond the node, key, sequence)
+};
+
+}  // namespace
+
+template <class Token>
+Trie build_trie(const Sequences<Token>& given, std::span<const int64_t> groups_N) {
+  return Builder<Token>(given).build(groups_N);
+}
+
+template Trie build_trie(const Sequences<int32_t>&, std::span<const int64_t>);
+template Trie build_trie(const Sequences<int64_t>&, std::span<const int64_t>);
+
+}  // namespace mgrpo

@@ -1,0 +1,15 @@
+"""What tests measured, printed at the end: `pytest -q` hides what a test that passes prints itself."""
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = (report for kind in terminalreporter.stats.values() for report in kind)
+    lines = [
+        line
+        for report in reports
+        for name, line in getattr(report, "user_properties", [])
+        if name == "measured" and getattr(report, "when", "") == "call"
+    ]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)

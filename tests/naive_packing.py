@@ -215,14 +215,22 @@ def fill(
     advantages: NDArray[Any],
     weights: NDArray[Any],
     logprobs: dict[str, NDArray[Any]],
+    live: str | None = None,
+    narrow: bool = False,
 ) -> dict[str, Any]:
-    """`logprobs`: by output key."""
-    out: dict[str, list[Any]] = {key: [] for key in (*FILLED, *logprobs)}
+    """`logprobs`: by output key. Sums of weights are exact where weights are small multiples of a power of two."""
+    types = {**FILLED, **dict.fromkeys(IDS, np.int32 if narrow else np.int64), **dict.fromkeys(logprobs, np.float32)}
+    out: dict[str, list[Any]] = {key: [] for key in types}
+    lives, actions, weight_sum = [], 0, 0.0
     out["cu_seqlens"].append(0)
     for b, n in enumerate(ids):
         for i in range(rows[n]):
             t = offsets[n] + i
             action = bool(sampled[t + 1])
+            if action and weights[n] != 0 and (live == "weight" or advantages[n] != 0):
+                lives.append(len(out["input_ids"]))
+            actions += action
+            weight_sum += float(weights[n]) if action else 0.0
             out["input_ids"].append(tokens[t])
             out["positions"].append(i)
             out["targets"].append(tokens[t + 1])
@@ -233,15 +241,21 @@ def fill(
             for key, values in logprobs.items():
                 out[key].append(values[t + 1] if action else 0.0)
         out["cu_seqlens"].append(len(out["input_ids"]))
-    arrays: dict[str, Any] = {key: np.array(values, FILLED.get(key, np.float32)) for key, values in out.items()}
-    return arrays | {"max_seqlen": max((rows[n] for n in ids), default=0)}
+    made: dict[str, Any] = {key: np.array(values, types[key]) for key, values in out.items()}
+    if live is not None:
+        made["live_rows"] = np.array(lives, np.int64)
+    longest = max((rows[n] for n in ids), default=0)
+    return made | {"max_seqlen": longest, "sequences": len(ids), "actions": actions, "weight_sum": weight_sum}
 
 
+def from_lists(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    values = [value for each in lists for value in each]
+    return values, [sum(map(len, lists[:n])) for n in range(len(lists) + 1)]
+
+
+IDS = ("input_ids", "positions", "targets")
 FILLED: dict[str, Any] = {
-    "input_ids": np.int64,
-    "positions": np.int64,
     "cu_seqlens": np.int32,
-    "targets": np.int64,
     "action_mask": np.bool_,
     "weights": np.float32,
     "advantages": np.float32,

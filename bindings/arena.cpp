@@ -1,0 +1,90 @@
+#include "arena.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "arrays.hpp"
+#include "parts.hpp"
+
+namespace mgrpo::bindings {
+
+Slab::Slab(const py::object& memory, size_t capacity) : capacity_(capacity) {
+  if (PyObject_GetBuffer(memory.ptr(), &buffer_, PyBUF_WRITABLE) != 0) {
+    PyErr_Clear();
+    refuse("allocate must return a writable contiguous buffer, got ", describe(memory));
+  }
+  const auto size = static_cast<size_t>(buffer_.len);
+  if (size < capacity + kSlack) {
+    PyBuffer_Release(&buffer_);
+    refuse("allocate returned a buffer of ", size, " bytes, expected at least the ", capacity + kSlack, " asked for");
+  }
+  const auto address = reinterpret_cast<uintptr_t>(buffer_.buf);
+  data_ = static_cast<std::byte*>(buffer_.buf) + ((kPage - address % kPage) % kPage);
+}
+
+Slab::~Slab() { PyBuffer_Release(&buffer_); }
+
+bool Slab::overlaps(const Slab& other) const {
+  return data_ < other.data_ + other.capacity_ && other.data_ < data_ + capacity_;
+}
+
+Arena::Arena(py::object allocate) : allocate_(std::move(allocate)) {
+  require(allocate_.is_none() || PyCallable_Check(allocate_.ptr()), "allocate must be callable or None, got ",
+          describe(allocate_));
+}
+
+std::shared_ptr<Slab> Arena::take(size_t bytes) {
+  const auto is_free = [](const auto& slab) { return slab.use_count() == 1; };
+  std::shared_ptr<Slab> best;
+  size_t outgrown = 0;
+  for (const auto& slab : slabs_) {
+    if (!is_free(slab)) continue;
+    outgrown = std::max(outgrown, slab->capacity());
+    if (slab->capacity() >= bytes && (!best || slab->capacity() < best->capacity())) best = slab;
+  }
+  if (best) return best;
+  drop_free();
+  auto fresh = allocate(std::max(bytes, outgrown + outgrown / 2));
+  for (const auto& slab : slabs_) {
+    require(!fresh->overlaps(*slab), "allocate returned memory that an earlier result still refers to");
+  }
+  slabs_.push_back(fresh);
+  return fresh;
+}
+
+size_t Arena::held() const {
+  size_t total = 0;
+  for (const auto& slab : slabs_) total += slab->capacity();
+  return total;
+}
+
+std::shared_ptr<Slab> Arena::allocate(size_t capacity) const {
+  const auto wanted = static_cast<py::ssize_t>(capacity + Slab::kSlack);
+  if (allocate_.is_none()) return std::make_shared<Slab>(py::array_t<uint8_t>(wanted), capacity);
+  return std::make_shared<Slab>(allocate_(wanted), capacity);
+}
+
+/// They leave the list before they end: the end of a Python buffer can run any code, this arena's included.
+void Arena::drop_free() {
+  const auto used = [](const auto& slab) { return slab.use_count() > 1; };
+  const auto free = std::partition(slabs_.begin(), slabs_.end(), used);
+  const std::vector<std::shared_ptr<Slab>> dropped(std::make_move_iterator(free),
+                                                   std::make_move_iterator(slabs_.end()));
+  slabs_.erase(free, slabs_.end());
+}
+
+void bind_arena(py::module_& module) {
+  py::class_<Arena>(module, "Arena", R"(Arena(allocate=None)
+
+Memory for `fill`, taken again by a later fill once no array of an earlier one is left: what is still held is never
+overwritten. It holds as many slabs as were in use at one time, each as large as the largest asked for, and half as much
+again where one was outgrown.
+
+allocate: called with a number of bytes, returns a writable buffer of that size or more, such as pinned memory; None for
+numpy's. What reads an array after the last reference to it is gone, as a copy under way on a GPU does, is not seen.
+ValueError: allocate is not callable, or returns something else, too little or memory still in use.)")
+      .def(py::init<py::object>(), py::arg("allocate") = py::none())
+      .def_property_readonly("held", &Arena::held, "The bytes it holds, in use or not.");
+}
+
+}  // namespace mgrpo::bindings

@@ -1,0 +1,13 @@
+// The parts of mgrpo._packing that stand in files of their own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace mgrpo::bindings {
+
+void bind_arena(pybind11::module_& module);
+void bind_fill(pybind11::module_& module);
+void bind_lists(pybind11::module_& module);
+void bind_tree(pybind11::module_& module);
+
+}  // namespace mgrpo::bindings

@@ -68,8 +68,8 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def bench(name: Literal["kernels"], quick: bool = False) -> None:
-    """Measure the kernels against their peers: tables, then one line of JSON. --quick: in a minute."""
+def bench(name: Literal["kernels", "packing"], quick: bool = False) -> None:
+    """Measure the kernels, or the packer, against their peers: tables, then one line of JSON. --quick: in a minute."""
     import_module(f"mgrpo.bench.{name}").main(quick)
 
 

@@ -175,14 +175,15 @@ class Packer {
   bool bin_is_empty_ = true;
 };
 
-/// The packing of the fewest bins, then the fewest tokens, that was found.
+/// The packing of the fewest bins, then the fewest tokens, that was found; no more are tried once the bins are within
+/// 1/256 of what the distinct tokens alone need.
 Packing best_packing(const Trie& trie, int64_t cap) {
   const auto sizes = subtree_sizes(trie);
   const int64_t fewest = sizes[0] / cap + (sizes[0] % cap != 0);
   const bool branches = std::any_of(trie.nodes.begin() + 1, trie.nodes.end(), [](auto& node) { return node.children; });
   Packing best = Packer(trie, sizes, cap, kNever).pack();
   for (const int64_t worth : {16, 8, 4, 1, 0}) {
-    if (best.bins == fewest || !branches) break;
+    if (best.bins - fewest <= fewest / 256 || !branches) break;
     Packing tried = Packer(trie, sizes, cap, worth).pack();
     if (std::pair(tried.bins, tried.tokens) < std::pair(best.bins, best.tokens)) best = std::move(tried);
   }

@@ -1,5 +1,5 @@
 # make train   trains two real agents on geography (set-up included)
-# make test    lints, type-checks and tests (set-up included)
+# make test    lints, type-checks and tests (set-up included); make sanitize, a part of it: the C++ core under sanitizers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ GEOGRAPHY := runs/geography/data
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: train train-full test lint types unit clean
+.PHONY: train train-full test lint types sanitize unit clean
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
@@ -15,7 +15,7 @@ train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/full.toml --resume
 
-test: lint types unit
+test: lint types sanitize unit
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -24,6 +24,13 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(BIN)/mypy
+
+sanitize: $(VENV)/ready
+	for kind in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMGRPO_TESTS=ON \
+	    -DMGRPO_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null && $(BIN)/cmake --build build/$$kind && \
+	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	done
 
 unit: $(VENV)/ready
 	$(BIN)/pytest -q --durations=10

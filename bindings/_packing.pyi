@@ -16,8 +16,13 @@ def plan(
     cap: int,
     ranks: int = 1,
     cost: tuple[float, float] = (1.0, 0.0),
+    *,
+    groups_N: NDArray[np.int64] | None = None,
+    mini_batches: int = 1,
+    seed: int = 0,
     allow_empty: bool = False,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def l2_bound(lengths_N: NDArray[np.int64], cap: int) -> int: ...
 def fill(
     tokens_T: NDArray[Any],
     offsets_N1: NDArray[np.int64],

@@ -122,16 +122,31 @@ mgrpo::Cost cost_pair(py::handle given) {
 }
 
 py::tuple plan(const py::object& lengths, const py::object& cap, const py::object& ranks, const py::object& cost,
-               bool allow_empty) {
+               const py::object& groups, const py::object& mini_batches, const py::object& seed, bool allow_empty) {
   const auto lengths_N = integers("lengths", lengths);
-  const auto most = integer("cap", cap), side_by_side = integer("ranks", ranks);
-  const auto price = cost_pair(cost);
+  std::optional<std::span<const int64_t>> groups_N;
+  if (!groups.is_none()) groups_N = integers("groups", groups);
+  const mgrpo::Terms terms{integer("cap", cap),
+                           integer("ranks", ranks),
+                           cost_pair(cost),
+                           integer("mini_batches", mini_batches),
+                           number<uint64_t>("seed", "an integer from 0 to 2^64 - 1", seed),
+                           allow_empty};
+  py::array_t<int64_t> ids(static_cast<py::ssize_t>(lengths_N.size()));
+  const std::span<int64_t> ids_N(ids.mutable_data(), lengths_N.size());
   mgrpo::Plan made;
   {
     const py::gil_scoped_release released;
-    made = mgrpo::plan(lengths_N, most, side_by_side, price, allow_empty);
+    made = mgrpo::plan(lengths_N, groups_N, terms, ids_N);
   }
-  return py::make_tuple(to_numpy(made.offsets_M1), to_numpy(made.ids_N));
+  return py::make_tuple(to_numpy(made.offsets_M1), ids, to_numpy(made.mini_batches_B1));
+}
+
+int64_t l2_bound(const py::object& lengths, const py::object& cap) {
+  const auto lengths_N = integers("lengths", lengths);
+  const auto most = integer("cap", cap);
+  const py::gil_scoped_release released;
+  return mgrpo::l2_bound(lengths_N, most);
 }
 
 /// A fresh array of `size` entries in `into[key]`, to be written to.
@@ -228,16 +243,29 @@ offsets_N1: int64 (N + 1,), rising from 0 to T. sampled_T: bool or uint8 (T,), t
 ValueError: offsets that do not rise from 0 to T.)";
 
 constexpr const char* kPlan =
-    R"(plan(lengths_N, cap, ranks=1, cost=(1.0, 0.0), allow_empty=False) -> (offsets_M1, ids_N), both int64
+    R"(plan(lengths_N, cap, ranks=1, cost=(1.0, 0.0), *, groups_N=None, mini_batches=1, seed=0, allow_empty=False)
+     -> (offsets_M1, ids_N, mini_batches_B1), all int64
 
-Puts N sequences into M micro-batches of at most `cap` rows: micro-batch m holds ids_N[offsets_M1[m]:offsets_M1[m + 1]].
-M is what best-fit decreasing needs, rounded up to a multiple of ranks, and the sequences are spread evenly over the M.
-Micro-batches j*ranks to (j + 1)*ranks - 1 run side by side at near-equal cost, the dearest first; rank r runs r,
-r + ranks, .... A pure function of its arguments.
+Puts N sequences into M micro-batches of at most `cap` rows: micro-batch m holds ids_N[offsets_M1[m]:offsets_M1[m + 1]],
+and mini-batch b (one optimizer step) runs the micro-batches mini_batches_B1[b] to mini_batches_B1[b + 1] - 1.
+The sequences are dealt into mini-batches of near-equal cost; those of nearly the same cost in an order drawn from seed.
+In each, the number of micro-batches is what best-fit decreasing needs, rounded up to a multiple of ranks; those that
+run side by side (ranks of them, one after another in the plan) are at near-equal cost, the dearest first. Rank r runs
+r, r + ranks, .... A pure function of its arguments.
 
-lengths_N: int64 (N,), in rows, from 1 to cap. cost: (a, b), a sequence of L rows costs a*L + b*L^2. allow_empty: let
-micro-batches be empty where there are fewer sequences than M. N = 0 gives none, or with allow_empty `ranks` empty ones.
-ValueError: a length, cap, ranks or cost out of range; fewer sequences than M without allow_empty.)";
+lengths_N: int64 (N,), in rows, from 1 to cap. cost: (a, b), a sequence of L rows costs a*L + b*L^2. groups_N: int64
+(N,), sequences with the same number share a micro-batch. seed: from 0 to 2^64 - 1, of no effect on one mini-batch.
+allow_empty: let micro-batches be empty where there are fewer sequences (or groups) than micro-batches. N = 0 gives none,
+or with allow_empty `ranks` empty ones a mini-batch.
+ValueError: a length, cap, ranks, cost, mini_batches or seed out of range; groups that do not match or that have more
+than cap rows; without allow_empty, fewer sequences (or groups) in a mini-batch than its micro-batches.)";
+
+constexpr const char* kL2Bound =
+    R"(l2_bound(lengths_N, cap) -> int
+
+A number of micro-batches of `cap` rows that no packing can do with fewer than (L2 of Martello and Toth 1990, 8.3).
+
+lengths_N: int64 (N,), from 1 to cap. ValueError: a length or cap out of range.)";
 
 constexpr const char* kFill =
     R"(fill(tokens_T, offsets_N1, sampled_T, ids_B, rows_N, advantages_N, weights_N, *, old_logprobs_T=None,
@@ -268,7 +296,9 @@ PYBIND11_MODULE(_packing, module) {
              py::arg("keys_R"), kAlign);
   module.def("trainable_rows", trainable_rows, py::arg("offsets_N1"), py::arg("sampled_T"), kTrainableRows);
   module.def("plan", plan, py::arg("lengths_N"), py::arg("cap"), py::arg("ranks") = 1,
-             py::arg("cost") = py::make_tuple(1.0, 0.0), py::arg("allow_empty") = false, kPlan);
+             py::arg("cost") = py::make_tuple(1.0, 0.0), py::kw_only(), py::arg("groups_N") = py::none(),
+             py::arg("mini_batches") = 1, py::arg("seed") = 0, py::arg("allow_empty") = false, kPlan);
+  module.def("l2_bound", l2_bound, py::arg("lengths_N"), py::arg("cap"), kL2Bound);
   module.def("fill", fill, py::arg("tokens_T"), py::arg("offsets_N1"), py::arg("sampled_T"), py::arg("ids_B"),
              py::arg("rows_N"), py::arg("advantages_N"), py::arg("weights_N"), py::kw_only(),
              py::arg("old_logprobs_T") = py::none(), py::arg("sampler_logprobs_T") = py::none(),

@@ -3,23 +3,15 @@
 #include <algorithm>
 
 #include "check.hpp"
+#include "splitmix.hpp"
 
 namespace mgrpo {
 namespace {
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
-
-/// The output function of splitmix64 (Steele, Lea and Flood 2014): a bijection of the 64-bit numbers.
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
-
 /// The random numbers of one rollout: splitmix64 started from its seed and key.
 class Draws {
  public:
-  Draws(uint64_t seed, uint64_t key) : state_(mix(mix(seed + kGolden) + key)) {}
+  Draws(uint64_t seed, uint64_t key) : state_(start(seed, key)) {}
 
   /// Uniform in [0, bound): the lowest 2^64 mod bound numbers are drawn again, so no value has one more than another.
   int64_t below(int64_t bound) {

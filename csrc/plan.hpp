@@ -1,35 +1,54 @@
-// Which sequences share a micro-batch, and which micro-batches run side by side.
-// Legend: N sequences, M micro-batches ("bins").
+// Which sequences share a micro-batch, which micro-batches run side by side, and which make up a mini-batch.
+// Legend: N sequences, M micro-batches ("bins"), B mini-batches.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "items.hpp"
+
 namespace mgrpo {
 
+/// The most bins side by side over all mini-batches, and the most sequences.
 inline constexpr int64_t kMostRanks = int64_t{1} << 20;
+inline constexpr size_t kMostSequences = (size_t{1} << 31) - 1;
 
-/// What a sequence of L rows costs: linear * L + square * L^2. Neither may be negative, and one must be positive.
-struct Cost {
-  double linear = 1.0;
-  double square = 0.0;
+struct Terms {
+  int64_t cap;
+  int64_t ranks = 1;
+  Cost cost{};
+  int64_t mini_batches = 1;
+  uint64_t seed = 0;
+  bool allow_empty = false;
 };
 
-/// Bin m holds the sequences ids_N[offsets_M1[m]] .. ids_N[offsets_M1[m + 1] - 1].
+/// Mini-batch b has the bins mini_batches_B1[b] .. mini_batches_B1[b + 1] - 1; bin m holds the sequences
+/// ids_N[offsets_M1[m]] .. ids_N[offsets_M1[m + 1] - 1].
 struct Plan {
+  std::vector<int64_t> mini_batches_B1;
   std::vector<int64_t> offsets_M1;
-  std::vector<int64_t> ids_N;
 };
 
-/// Puts every sequence into exactly one bin of at most `cap` rows; the number of bins is the multiple of `ranks` at or
-/// above that of best-fit decreasing. Bins j*ranks .. (j+1)*ranks - 1 run side by side: the bins are sorted by cost,
-/// dearest first (so that memory runs out at once or never), and dealt in snake order, so rank r, which runs bins r,
-/// r + ranks, ..., has a share like all others. A pure function of its arguments: ties go by index.
+/// Puts every sequence into exactly one bin of at most `cap` rows, and writes ids_N. Sequences of one group, if groups
+/// are given, share a bin.
 ///
-/// Throws std::invalid_argument on a length below 1 or above `cap`, a cap below 1, ranks outside 1..kMostRanks, a cost
-/// that is not finite, negative or all zero, and, unless `allow_empty`, on fewer sequences than bins are needed.
-/// No sequences: no bins, or with `allow_empty` `ranks` empty ones.
-Plan plan(std::span<const int64_t> lengths_N, int64_t cap, int64_t ranks, Cost cost, bool allow_empty);
+/// The sequences are first dealt into mini-batches of near-equal cost; what costs within 1/16 of the same is dealt in
+/// an order drawn from `seed`. In each mini-batch the number of bins is the multiple of `ranks` at or above that of
+/// best-fit decreasing. Bins j*ranks .. (j+1)*ranks - 1 run side by side: the bins are sorted by cost, dearest first
+/// (so that memory runs out at once or never), and dealt in snake order, so rank r, which runs bins r, r + ranks, ...,
+/// has a share like all others. A pure function of its arguments: ties go by index.
+///
+/// Throws std::invalid_argument on a length below 1 or above `cap`, a cap below 1, ranks or mini-batches below 1 or
+/// their product above kMostRanks, a cost that is not finite, negative or all zero, groups that do not match the
+/// lengths, a group of more than `cap` rows, and, unless `allow_empty`, on a mini-batch with fewer sequences (or
+/// groups) than bins. No sequences: no bins, or with `allow_empty` `ranks` empty ones a mini-batch.
+Plan plan(std::span<const int64_t> lengths_N, std::optional<std::span<const int64_t>> groups_N, const Terms& terms,
+          std::span<int64_t> ids_N);
+
+/// A number of bins of `cap` rows that no packing can do with fewer than: L2 of Martello and Toth (1990), section 8.3.
+/// Throws as plan does.
+int64_t l2_bound(std::span<const int64_t> lengths_N, int64_t cap);
 
 }  // namespace mgrpo

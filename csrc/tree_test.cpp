@@ -144,4 +144,5 @@ int main() {
   a_worked_example();
   every_trajectory_is_read_back();
   mistakes_are_named();
+  return mgrpo::test::result();
 }

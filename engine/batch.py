@@ -96,7 +96,7 @@ def pack(weighed: Sequence[Weighed], max_tokens: int) -> list[Batch]:
         raise ValueError(
             f"compute.max_tokens: {max_tokens} given: expected at least {rows_N.max()}, the longest trajectory's tokens"
         )
-    bins_M1, ids_N = _packing.plan(rows_N, max_tokens)
+    bins_M1, ids_N, _ = _packing.plan(rows_N, max_tokens)
     advantages_N = np.array([w.advantage for w in weighed])
     weights_N = np.array([w.weight for w in weighed])
     return [

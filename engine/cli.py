@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -64,6 +65,12 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
     from mgrpo.engine import check
 
     print(check.describe(config))
+
+
+@app.command()
+def bench(name: Literal["kernels"], quick: bool = False) -> None:
+    """Measure the kernels against their peers: tables, then one line of JSON. --quick: in a minute."""
+    import_module(f"mgrpo.bench.{name}").main(quick)
 
 
 def main() -> None:

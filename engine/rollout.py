@@ -300,6 +300,10 @@ def _check_score(episode: Episode, score: Score) -> None:
         raise UserCodeError(
             f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
         )
+    formats = {"format": score.format} | {f"calls[{i}].format": call.format for i, call in enumerate(score.calls)}
+    for name, valid in formats.items():
+        if not isinstance(valid, bool | np.bool_):
+            raise UserCodeError(f"score: {name} is {valid!r}, expected True or False")
     numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
     for name, number in numbers.items():
         if not isinstance(number, int | float | np.number) or not math.isfinite(number):

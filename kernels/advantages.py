@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_offsets, check_row_vector, require
+from .checks import ValueChecks, check_row_vector, require
 from .device import takes_kernels, triton_module
 
 
@@ -132,10 +132,9 @@ def group_advantages(
         if found is not None:
             return Advantages(*found)
         # else something is bad, and the checks below name it
-    check_finite("rewards_R", rewards_R)
-    check_offsets("offsets_G1", offsets_G1, len(rewards_R))
-    weights_R = _checked_weights(weights_R, rewards_R)
-    groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R)
+    _check_values(rewards_R, offsets_G1, weights_R)
+    weights_R = torch.ones_like(rewards_R) if weights_R is None else weights_R.detach()
+    groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R.double())
     zero_std_G = (groups.std_G < eps) | (groups.weight_G == 0)
     zero_R = zero_std_G[groups.group_R]
     scale_R = torch.where(zero_R, 1, SCALES[scale](groups))
@@ -150,12 +149,14 @@ def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
     return whole and offsets_G1.ndim == 1 and len(offsets_G1) > 1 and offsets_G1.device == device
 
 
-def _checked_weights(weights_R: Tensor | None, rewards_R: Tensor) -> Tensor:
-    if weights_R is None:
-        return torch.ones_like(rewards_R, dtype=torch.float64)
-    check_finite("weights_R", weights_R)
-    require(bool((weights_R >= 0).all()), "weights_R", f"a least of {weights_R.min() if len(weights_R) else 0}", ">= 0")
-    return weights_R.detach().double()
+def _check_values(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor | None) -> None:
+    values = ValueChecks(rewards_R.device)
+    values.finite("rewards_R", rewards_R)
+    values.offsets("offsets_G1", offsets_G1, len(rewards_R))
+    if weights_R is not None:
+        values.finite("weights_R", weights_R)
+        values.add((weights_R < 0).any(), lambda: f"weights_R: got a least of {weights_R.min()}, expected >= 0")
+    values.settle()
 
 
 def _group(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor) -> tuple[_Groups, Tensor]:

@@ -3,11 +3,14 @@
 Values are looked at only in rows that count (weight not 0): a masked row's label, advantage or log-prob is never read.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .objective import Objective
 
+GoodRows = Callable[[Tensor], Tensor]
 FLOATS = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -17,17 +20,25 @@ def require(holds: bool, name: str, given: object, expected: str) -> None:
         raise ValueError(f"{name}: got {given}, expected {expected}")
 
 
+def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    require(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}")
+
+
 def check_logits(logits_NV: Tensor) -> None:
     require(logits_NV.ndim == 2 and logits_NV.shape[1] > 0, "logits_NV", tuple(logits_NV.shape), "shape (N, V), V > 0")
     require(logits_NV.is_floating_point(), "logits_NV", logits_NV.dtype, "a float dtype")
 
 
-def check_head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> torch.dtype:
+def check_head(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, may_be_empty: bool = False
+) -> torch.dtype:
     """Check shapes and dtypes of the head; the dtype its matmuls run in (autocast's, where that is on)."""
     require(hidden_NH.ndim == 2, "hidden_NH", tuple(hidden_NH.shape), "shape (N, H)")
-    expected = f"shape (V, {hidden_NH.shape[1]}), V > 0"
-    fits = weight_VH.ndim == 2 and weight_VH.shape[1] == hidden_NH.shape[1] and weight_VH.shape[0] > 0
+    expected = f"shape (V, {hidden_NH.shape[1]}), V {'>=' if may_be_empty else '>'} 0"
+    fits = weight_VH.ndim == 2 and weight_VH.shape[1] == hidden_NH.shape[1]
+    fits = fits and (may_be_empty or weight_VH.shape[0] > 0)
     require(fits, "weight_VH", tuple(weight_VH.shape), expected)
+    require_device("weight_VH", weight_VH, hidden_NH.device)
     if bias_V is not None:
         require(bias_V.shape == weight_VH.shape[:1], "bias_V", tuple(bias_V.shape), f"shape ({len(weight_VH)},)")
     device = hidden_NH.device.type
@@ -41,56 +52,92 @@ def check_head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> t
     return dtype
 
 
-def check_targets(targets_N: Tensor, count: int, vocabulary: int, counted_N: Tensor | None = None) -> None:
-    require(targets_N.shape == (count,), "targets_N", tuple(targets_N.shape), f"shape ({count},)")
-    require(targets_N.dtype == torch.int64, "targets_N", targets_N.dtype, "torch.int64")
-    _require_rows(
-        "targets_N", targets_N, (targets_N >= 0) & (targets_N < vocabulary), f"in [0, {vocabulary})", counted_N
-    )
+class ValueChecks:
+    """Checks of values on one device, all read by the host at once: each read would wait for the device's work."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._bad: list[Tensor] = []
+        self._tell: list[Callable[[], str]] = []
 
-def check_temperature(temperature: float | Tensor, count: int, counted_N: Tensor | None = None) -> float | Tensor:
-    """A positive number as a float, or a positive tensor (N,), detached."""
-    if not isinstance(temperature, Tensor):
-        require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
-        return float(temperature)
-    require(temperature.shape in ((), (count,)), "temperature", tuple(temperature.shape), f"shape () or ({count},)")
-    if temperature.ndim == 0:
-        return check_temperature(float(temperature), count)
-    good_N = torch.isfinite(temperature) & (temperature > 0)
-    _require_rows("temperature", temperature, good_N, "a finite number > 0", counted_N)
-    return temperature.detach()
+    def add(self, bad: Tensor, tell: Callable[[], str]) -> None:
+        """A 0-dim flag, and what to say if it is true."""
+        self._bad.append(bad)
+        self._tell.append(tell)
+
+    def settle(self, *numbers: Tensor) -> list[int]:
+        """ValueError for the first check that failed; if none did, these whole numbers as the host sees them."""
+        if not self._bad and not numbers:
+            return []
+        read = torch.stack([number.to(torch.int64) for number in (*self._bad, *numbers)]).tolist()
+        for bad, tell in zip(read, self._tell, strict=False):
+            if bad:
+                raise ValueError(tell())
+        return read[len(self._bad) :]
+
+    def rows(self, name: str, values_N: Tensor, good: GoodRows, expected: str, counted_N: Tensor | None = None) -> None:
+        """Every row's value, or that of those that count, is good."""
+        self.require_here(name, values_N)
+        bad_N = ~good(values_N) if counted_N is None else ~good(values_N) & counted_N
+
+        def tell() -> str:
+            row = int(bad_N.nonzero()[0, 0])
+            return f"{name}: got {values_N[row].item()} at row {row}, expected {expected}"
+
+        self.add(bad_N.any(), tell)
+
+    def finite(self, name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
+        self.rows(name, values_N, torch.isfinite, "a finite number", counted_N)
+
+    def not_nan(self, name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
+        self.rows(name, values_N, lambda x_N: ~torch.isnan(x_N), "not NaN", counted_N)
+
+    def targets(self, targets_N: Tensor, count: int, vocabulary: int, counted_N: Tensor | None = None) -> None:
+        require(targets_N.shape == (count,), "targets_N", tuple(targets_N.shape), f"shape ({count},)")
+        require(targets_N.dtype == torch.int64, "targets_N", targets_N.dtype, "torch.int64")
+        self.rows(
+            "targets_N", targets_N, lambda x_N: (x_N >= 0) & (x_N < vocabulary), f"in [0, {vocabulary})", counted_N
+        )
+
+    def temperature(self, temperature: float | Tensor, count: int, counted_N: Tensor | None = None) -> float | Tensor:
+        """A positive number as a float, or a positive tensor (N,), detached."""
+        if not isinstance(temperature, Tensor):
+            require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
+            return float(temperature)
+        require(temperature.shape in ((), (count,)), "temperature", tuple(temperature.shape), f"shape () or ({count},)")
+        if temperature.ndim == 0:
+            if temperature.device.type == "cpu":
+                return self.temperature(float(temperature), count)
+            temperature = temperature.expand(count)
+        self.rows(
+            "temperature", temperature, lambda x_N: torch.isfinite(x_N) & (x_N > 0), "a finite number > 0", counted_N
+        )
+        return temperature.detach()
+
+    def offsets(self, name: str, offsets: Tensor, count: int) -> None:
+        """Bounds of ragged groups: whole numbers that rise (not strictly) from 0 to count."""
+        whole = not offsets.is_floating_point() and offsets.dtype != torch.bool
+        require(whole, name, offsets.dtype, "an integer dtype")
+        require(offsets.ndim == 1 and len(offsets) > 0, name, tuple(offsets.shape), "shape (groups + 1,)")
+        self.require_here(name, offsets)
+        ends_2 = offsets[[0, -1]]
+        self.add(
+            (offsets[0] != 0) | (offsets[-1] != count),
+            lambda: f"{name}: got first and last {tuple(ends_2.tolist())}, expected {(0, count)}",
+        )
+        falls = offsets[1:] < offsets[:-1]
+        self.add(
+            falls.any(),
+            lambda: f"{name}: got a fall after position {falls.nonzero()[:1, 0].tolist()}, expected no falls",
+        )
+
+    def require_here(self, name: str, values: Tensor) -> None:
+        require_device(name, values, self.device)
 
 
 def check_row_vector(name: str, values_N: Tensor, count: int) -> None:
     require(values_N.shape == (count,), name, tuple(values_N.shape), f"shape ({count},)")
     require(values_N.is_floating_point(), name, values_N.dtype, "a float dtype")
-
-
-def check_finite(name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
-    _require_rows(name, values_N, torch.isfinite(values_N), "a finite number", counted_N)
-
-
-def check_not_nan(name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
-    _require_rows(name, values_N, ~torch.isnan(values_N), "not NaN", counted_N)
-
-
-def _require_rows(name: str, values_N: Tensor, good_N: Tensor, expected: str, counted_N: Tensor | None) -> None:
-    bad_N = ~good_N if counted_N is None else ~good_N & counted_N
-    if bool(bad_N.any()):
-        row = int(bad_N.nonzero()[0, 0])
-        raise ValueError(f"{name}: got {values_N[row].item()} at row {row}, expected {expected}")
-
-
-def check_offsets(name: str, offsets: Tensor, count: int) -> None:
-    """Bounds of ragged groups: whole numbers that rise (not strictly) from 0 to count."""
-    whole = not offsets.is_floating_point() and offsets.dtype != torch.bool
-    require(whole, name, offsets.dtype, "an integer dtype")
-    require(offsets.ndim == 1 and len(offsets) > 0, name, tuple(offsets.shape), "shape (groups + 1,)")
-    ends = (int(offsets[0]), int(offsets[-1]))
-    require(ends == (0, count), name, f"first and last {ends}", f"(0, {count})")
-    falls = (offsets[1:] < offsets[:-1]).nonzero()[:1, 0].tolist()
-    require(not falls, name, f"a fall after position {falls}", "no falls")
 
 
 def check_needed(objective: Objective, ref_logprobs_N: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -4,7 +4,6 @@ Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from torch import Tensor
 from .objective import Objective
 from .row_kernel import row_kernel
 from .rows import Coefficients, uses_sampler_weight
+from .shard import Statistics
 
 # 8 elements a thread: at most 64 registers, so two programs of 16 warps fit on an SM and one computes while one loads.
 WIDEST_BLOCK = 4096
@@ -20,15 +20,6 @@ ELEMENTS_PER_WARP = 256
 MOST_WARPS = 16
 
 _KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
-
-
-class Statistics(NamedTuple):
-    """Per live row, float32: log-prob, entropy; to form the gradient later also the maximum and log Z."""
-
-    logprobs_L: Tensor
-    entropy_L: Tensor
-    top_L: Tensor | None = None
-    log_sum_L: Tensor | None = None
 
 
 def launch_settings(vocabulary: int) -> tuple[int, int]:

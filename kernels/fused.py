@@ -9,17 +9,20 @@ Legend: L live rows, C rows of a chunk, B rows of a block of logits, H hidden, V
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .epilogue import Statistics, new_statistics, run_rows
+from .epilogue import new_statistics, run_rows
 from .head import Plan, Sweep, slices
 from .rows import Coefficients
+from .shard import Statistics
 
-# Float32 logits in memory at a time, and bf16 gradients: of a vocabulary of 151936, 256 and 1024 rows.
+# Float32 logits in memory at a time, and bf16 gradients: of a vocabulary of 151936, 256 and 768 rows. With the float32
+# dW of a width of 4096 and dX of 8192 rows that is just below 3 GB.
 LOGITS_BYTES = 5 << 25
-GRADIENT_BYTES = 5 << 26
+GRADIENT_BYTES = 15 << 24
 # Rows of a matmul's tile: a slice of one more than these costs as much as one of twice as many.
 TILE_ROWS = 128
 
@@ -59,42 +62,58 @@ def linear_sweep(
     (vocabulary, width), count = weight_VH.shape, len(plan.targets_L)
     matmul_VH = weight_VH.to(plan.matmul_dtype)
     new = hidden_NH.new_empty
-    statistics = new_statistics(hidden_NH, count, for_gradient=False)
+    widest = plan.widest(vocabulary)
+    statistics = new_statistics(hidden_NH, count, for_gradient=plan.shard is not None)
     out = Sweep(
         statistics.logprobs_L,
         statistics.entropy_L,
-        new(count, width) if needs[0] else None,
+        new(count, width, dtype=torch.float32 if plan.shard else hidden_NH.dtype) if needs[0] else None,
         new(vocabulary, width, dtype=torch.float32) if needs[1] else None,
         hidden_NH.new_zeros(vocabulary, dtype=torch.float32) if needs[2] else None,
     )
     if not count and out.dweight_VH is not None:
         out.dweight_VH.zero_()
-    chunks = list(tiled_slices(count, plan.chunk_rows or GRADIENT_BYTES // (vocabulary * plan.matmul_dtype.itemsize)))
+    chunks = list(tiled_slices(count, plan.chunk_rows or GRADIENT_BYTES // (widest * plan.matmul_dtype.itemsize)))
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
-    logits_BV = new(whole_tiles(min(longest, LOGITS_BYTES // (4 * vocabulary))), vocabulary, dtype=torch.float32)
+    logits_BV = new(whole_tiles(min(longest, LOGITS_BYTES // (4 * widest))), vocabulary, dtype=torch.float32)
     gradient_CV = new(longest, vocabulary, dtype=plan.matmul_dtype) if coefficients else None
     for rows in chunks:
         hidden_CH = plan.take(hidden_NH, rows).to(plan.matmul_dtype)
         for inside in tiled_slices(len(hidden_CH), len(logits_BV)):
             logits = logits_BV[: inside.stop - inside.start]
             multiply(hidden_CH[inside], matmul_VH.t(), logits)
-            run_rows(
-                logits,
-                bias_V,
-                plan.targets_L,
-                plan.temperature,
-                slice(rows.start + inside.start, rows.start + inside.stop),
-                statistics,
-                coefficients=coefficients,
-                gradient_CV=None if gradient_CV is None else gradient_CV[inside],
-            )
+            block = slice(rows.start + inside.start, rows.start + inside.stop)
+            gradient = None if gradient_CV is None else gradient_CV[inside]
+            _do_rows(logits, bias_V, plan, block, statistics, coefficients, gradient)
         if gradient_CV is not None:
             _add_gradients(out, rows, gradient_CV[: len(hidden_CH)], hidden_CH, matmul_VH)
-    del logits_BV, gradient_CV
-    return out._replace(
-        dweight_VH=None if out.dweight_VH is None else out.dweight_VH.to(weight_VH.dtype),
-        dbias_V=None if out.dbias_V is None or bias_V is None else out.dbias_V.to(bias_V.dtype),
-    )
+    return out
+
+
+def _do_rows(
+    logits_BV: Tensor,
+    bias_V: Tensor | None,
+    plan: Plan,
+    rows: slice,
+    statistics: Statistics,
+    coefficients: Coefficients | None,
+    gradient_BV: Tensor | None,
+) -> None:
+    """Statistics and gradient of a block of logits: in one launch, or one before and one after the ranks' merge."""
+
+    def launch(*, known: bool, **gradient: Any) -> None:
+        run_rows(logits_BV, bias_V, plan.targets_L, plan.temperature, rows, statistics, known=known, **gradient)
+
+    if plan.shard is None:
+        return launch(known=False, coefficients=coefficients, gradient_CV=gradient_BV)
+    launch(known=False)
+    temperature = plan.temperature[rows] if isinstance(plan.temperature, Tensor) else plan.temperature
+    mine = Statistics(*(t[rows] for t in statistics if t is not None))
+    for whole_L, merged_B in zip(statistics, plan.shard.merge(mine, temperature), strict=True):
+        assert whole_L is not None and merged_B is not None
+        whole_L[rows] = merged_B
+    if gradient_BV is not None:
+        launch(known=True, coefficients=coefficients, gradient_CV=gradient_BV)
 
 
 def _add_gradients(out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tensor, matmul_VH: Tensor) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from .checks import check_head, check_logits, check_targets, check_temperature, require
+from .checks import ValueChecks, check_logits
 from .device import takes_kernels, triton_module
-from .head import Plan, sweep, token_sweep
+from .head import Plan, sweep, token_sweep, wide
+from .narrow import scale_in_place
 from .rows import Coefficients
+from .shard import check_sharded_head
 
 
 def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -24,8 +27,7 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float | 
     float64 logits. Differentiable in the logits. ValueError for a wrong shape, dtype, target or temperature.
     """
     check_logits(logits_NV)
-    check_targets(targets_N, *logits_NV.shape)
-    temperature = check_temperature(temperature, len(logits_NV))
+    temperature = _checked(targets_N, temperature, logits_NV, logits_NV.shape[1])
     return TokenLogprob.apply(logits_NV, Plan(targets_N, None, temperature, logits_NV.dtype))
 
 
@@ -37,17 +39,28 @@ def linear_logprob(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob` of the logits hidden @ weight^T + bias, which are formed `chunk_rows` rows at a time.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
-    Differentiable in hidden, weight and bias (four matmuls). ValueError for a wrong shape, dtype, target, temperature.
+    Differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
+    ValueError for a wrong shape, dtype, target, temperature.
     """
-    dtype = check_head(hidden_NH, weight_VH, bias_V)
-    check_targets(targets_N, len(hidden_NH), len(weight_VH))
-    require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
-    temperature = check_temperature(temperature, len(hidden_NH))
-    return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, Plan(targets_N, None, temperature, dtype, chunk_rows))
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
+    temperature = _checked(targets_N, temperature, hidden_NH, shard.total if shard else len(weight_VH))
+    local_N = targets_N - shard.first if shard else targets_N
+    plan = Plan(local_N, None, temperature, dtype, chunk_rows, shard)
+    return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, plan)
+
+
+def _checked(targets_N: Tensor, temperature: float | Tensor, rows_NX: Tensor, vocabulary: int) -> float | Tensor:
+    """The temperature, all values being sound."""
+    values = ValueChecks(rows_NX.device)
+    values.targets(targets_N, len(rows_NX), vocabulary)
+    temperature = values.temperature(temperature, len(rows_NX))
+    values.settle()
+    return temperature
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -90,4 +103,6 @@ class _LinearLogprob(torch.autograd.Function):
         coefficients = Coefficients(by_logprob_N, by_entropy_N)
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         out = sweep(hidden_NH, weight_VH, bias_V, ctx.plan, coefficients, ctx.needs_input_grad[:3])
-        return out.dhidden_LH, out.dweight_VH, out.dbias_V, None
+        one = hidden_NH.new_ones((), dtype=wide(ctx.plan.matmul_dtype))
+        pairs = zip(out[2:], ctx.saved_tensors, strict=True)
+        return *(None if t is None else scale_in_place(t, one, leaf.dtype) for t, leaf in pairs), None

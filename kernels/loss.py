@@ -13,13 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from . import checks
 from .head import Plan, sweep, wide
 from .logprob import TokenLogprob
 from .metrics import row_metrics
+from .narrow import scale_in_place
 from .objective import Objective
 from .rows import Coefficients, Rows, live_rows, policy_terms, slopes, total_loss, uses_sampler_weight
+from .shard import Shard, check_sharded_head
+
+SPENT = (
+    "linear_grpo_loss: got a second backward, expected one: the gradient is formed in the forward, and the first "
+    "backward has scaled and handed out the only copy. Ask for all gradients at once, or compute the loss again."
+)
 
 
 class Loss(NamedTuple):
@@ -46,9 +54,10 @@ def grpo_loss(
 ) -> Loss:
     """`linear_grpo_loss` for logits (N, V) of any float dtype that exist already; differentiable in them."""
     checks.check_logits(logits_NV)
+    values = checks.ValueChecks(logits_NV.device)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    rows = _rows(vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
-    plan = _plan(targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype, None)
+    rows = _rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
+    plan = _plan(values, targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
     logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan)
     loss = _RowLoss.apply(logprobs_L, entropy_L, live, objective)
@@ -70,6 +79,7 @@ def linear_grpo_loss(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Loss:
     """loss = sum_i loss_weights[i] * l_i,  l_i = -clipped term * sampler weight + kl_coef * kl_i - entropy_coef * H_i.
 
@@ -81,15 +91,23 @@ def linear_grpo_loss(
     targets (N,) int64; advantages, loss weights, the log-probs, all constants, (N,) float; temperature a number or
     (N,).
     old_logprobs_N None: on-policy. cu_seqlens (S + 1,) integer: bounds of the sequences, for shared ratios.
-    chunk_rows: rows of logits in memory at a time; None: 64 MiB of them. Loss and log-probs are float32, or float64 for
-    float64 inputs. Differentiable, once, in hidden, weight and bias.
-    Raises ValueError for a wrong shape or dtype, a target outside [0, V), NaN (naming the row), or a missing input.
+    chunk_rows: rows of logits in memory at a time; None: 64 MiB of them.
+    group: the ranks that share the vocabulary. weight and bias then are this rank's consecutive rows, as many as it
+    likes or none, in rank order; all else is the same on every rank, targets in [0, sum of V) too. So are the results
+    and hidden's gradient, which is summed over the ranks; weight and bias get that of their own rows.
+
+    Loss and log-probs are float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias, by one
+    backward: their gradients are formed in the forward, and the backward scales and rounds them where they lie. A
+    bfloat16 weight's gradient therefore is the front half of a float32 one's storage, which lives as long as it does.
+    Raises ValueError for a wrong shape or dtype, a target outside [0, V), NaN (naming the row), or a missing input;
+    RuntimeError in a second backward.
     """
-    dtype = checks.check_head(hidden_NH, weight_VH, bias_V)
-    checks.require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    rows = _rows(vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
-    plan = _plan(targets_N, temperature, rows, objective, len(weight_VH), dtype, chunk_rows)
+    values = checks.ValueChecks(hidden_NH.device)
+    rows = _rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
+    vocabulary = shard.total if shard else len(weight_VH)
+    plan = _plan(values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
     differentiate = torch.is_grad_enabled()
     loss, logprobs_L, entropy_L = _LinearGrpo.apply(hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate)
@@ -97,26 +115,27 @@ def linear_grpo_loss(
 
 
 def _rows(
+    values: checks.ValueChecks,
     vectors_N: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
     count: int,
     objective: Objective,
     dtype: torch.dtype,
 ) -> Rows:
-    """Checked rows, all N of them."""
+    """All N rows, their values yet to be settled."""
     names = ("advantages_N", "loss_weights_N", "old_logprobs_N", "sampler_logprobs_N", "ref_logprobs_N")
     given = {name: values_N for name, values_N in zip(names, vectors_N, strict=True) if values_N is not None}
     checks.check_needed(objective, given.get("ref_logprobs_N"), cu_seqlens)
     for name, values_N in given.items():
         checks.check_row_vector(name, values_N, count)
-    checks.check_finite("loss_weights_N", given["loss_weights_N"])
+    values.finite("loss_weights_N", given["loss_weights_N"])
     counted_N = given["loss_weights_N"] != 0
-    checks.check_finite("advantages_N", given["advantages_N"], counted_N)
+    values.finite("advantages_N", given["advantages_N"], counted_N)
     for name in names[2:]:
         if name in given:
-            checks.check_not_nan(name, given[name], counted_N)
+            values.not_nan(name, given[name], counted_N)
     old_N, sampler_N, ref_N = (given[name].detach().to(dtype) if name in given else None for name in names[2:])
-    segment_N, sequences = _segments(cu_seqlens, count)
+    segment_N, sequences = _segments(values, cu_seqlens, count)
     return Rows(
         given["advantages_N"].detach().to(dtype),
         given["loss_weights_N"].detach().to(dtype),
@@ -128,34 +147,42 @@ def _rows(
     )
 
 
-def _segments(cu_seqlens: Tensor | None, count: int) -> tuple[Tensor | None, int]:
-    """Sequence of each row, and how many sequences there are."""
+def _segments(values: checks.ValueChecks, cu_seqlens: Tensor | None, count: int) -> tuple[Tensor | None, int]:
+    """Sequence of each row, and how many sequences there are: some such, if the bounds turn out to be bad."""
     if cu_seqlens is None:
         return None, 0
-    checks.check_offsets("cu_seqlens", cu_seqlens, count)
-    sequences = len(cu_seqlens) - 1
-    return torch.repeat_interleave(torch.arange(sequences, device=cu_seqlens.device), cu_seqlens.diff()), sequences
+    values.offsets("cu_seqlens", cu_seqlens, count)
+    sequences = max(1, len(cu_seqlens) - 1)
+    ends_S = cu_seqlens[1:].to(torch.int64).contiguous()
+    row_N = torch.arange(count, device=cu_seqlens.device)
+    return torch.searchsorted(ends_S, row_N, right=True).clamp_(max=sequences - 1), sequences
 
 
 def _plan(
+    values: checks.ValueChecks,
     targets_N: Tensor,
     temperature: float | Tensor,
     rows: Rows,
     objective: Objective,
     vocabulary: int,
     dtype: torch.dtype,
-    chunk_rows: int | None,
+    chunk_rows: int | None = None,
+    shard: Shard | None = None,
 ) -> Plan:
-    """Check the targets and the temperature, and leave out the rows that add nothing."""
+    """Check targets and temperature, settle all checks, and leave out the rows that add nothing."""
     count = len(rows.weights_L)
-    checks.check_targets(targets_N, count, vocabulary, rows.weights_L != 0)
-    temperature = checks.check_temperature(temperature, count, rows.weights_L != 0)
-    index_L = live_rows(rows, objective)
-    if len(index_L) == count:
-        return Plan(targets_N, None, temperature, dtype, chunk_rows)
+    values.targets(targets_N, count, vocabulary, rows.weights_L != 0)
+    temperature = values.temperature(temperature, count, rows.weights_L != 0)
+    live_N = live_rows(rows, objective)
+    (live,) = values.settle(live_N.sum())
+    local_N = targets_N - shard.first if shard else targets_N
+    if live == count:
+        return Plan(local_N, None, temperature, dtype, chunk_rows, shard)
+    # The host knows how many rows are live, so need not wait for the device again, as it would in nonzero().
+    index_L, rest_D = torch.argsort(~live_N, stable=True).tensor_split([live])
     if isinstance(temperature, Tensor):
         temperature = temperature[index_L]
-    return Plan(targets_N[index_L], index_L, temperature, dtype, chunk_rows)
+    return Plan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard, rest_D)
 
 
 def _result(
@@ -199,8 +226,12 @@ class _LinearGrpo(torch.autograd.Function):
         if any(needs):
             coefficients = _coefficients(hidden_NH, weight_VH, bias_V, plan, live, objective)
         out = sweep(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
-        ctx.plan, ctx.count = plan, len(hidden_NH)
-        ctx.save_for_backward(out.dhidden_LH, out.dweight_VH, out.dbias_V)
+        ctx.plan, ctx.count, ctx.dtypes = (
+            plan,
+            len(hidden_NH),
+            [None if t is None else t.dtype for t in (hidden_NH, weight_VH, bias_V)],
+        )
+        ctx.gradients = out[2:]
         ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L)
         loss = total_loss(out.logprobs_L, out.entropy_L, live, objective)
         return loss, out.logprobs_L, out.entropy_L
@@ -208,9 +239,11 @@ class _LinearGrpo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # A Python number, because a 0-dim tensor would be rounded to bf16 first; 1.0, the usual one, costs no pass.
-        scale = float(upstream)
-        dhidden_LH, dweight_VH, dbias_V = (t if t is None or scale == 1.0 else t * scale for t in ctx.saved_tensors)
+        if ctx.gradients is None:
+            raise RuntimeError(SPENT)
+        gradients, ctx.gradients = ctx.gradients, None
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        dhidden_LH, dweight_VH, dbias_V = (None if t is None else scale_in_place(t, upstream, d) for t, d in pairs)
         dhidden_NH = None if dhidden_LH is None else ctx.plan.put(dhidden_LH, ctx.count)
         return dhidden_NH, dweight_VH, dbias_V, None, None, None, None
 

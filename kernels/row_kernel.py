@@ -176,9 +176,10 @@ def row_kernel(
     else:
         top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, BLOCK)
         log_sum = tl.log(total)
-        chosen = tl.load(row + target * column_stride).to(tl.float32)
+        here = (target >= 0) & (target < vocabulary)  # else in another rank's part of the vocabulary
+        chosen = tl.load(row + target * column_stride, mask=here, other=float("-inf")).to(tl.float32)
         if bias_V is not None:
-            chosen += tl.load(bias_V + target).to(tl.float32)
+            chosen += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
         logprob = (chosen - top) / temperature - log_sum
         entropy = log_sum - weighted / total * _LN_2
         tl.store(logprobs_L + at, logprob)

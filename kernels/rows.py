@@ -39,22 +39,22 @@ class Rows:
         assert self.segment_L is not None
         total_S = values_L.new_zeros(self.sequences).index_add_(0, self.segment_L, values_L)
         if objective.importance == "sequence":
-            total_S /= torch.bincount(self.segment_L, minlength=self.sequences).clamp(min=1)
+            rows_S = torch.zeros_like(total_S).index_add_(0, self.segment_L, torch.ones_like(values_L))
+            total_S /= rows_S.clamp_(min=1)
         return total_S[self.segment_L]
 
 
 def live_rows(rows: Rows, objective: Objective) -> Tensor:
-    """Indices of the rows that can add to the gradient, or that share the ratio of one that can.  (L,) int64."""
+    """Whether each row can add to the gradient, or shares the ratio of one that can.  (N,) bool."""
     counted_N = rows.weights_L != 0
     if objective.kl_coef != 0 or objective.entropy_coef != 0:
-        return counted_N.nonzero()[:, 0]
+        return counted_N
     useful_N = counted_N & (rows.advantages_L != 0)
-    if objective.importance != "token":
-        assert rows.segment_L is not None
-        useful_S = useful_N.new_zeros(rows.sequences)
-        useful_S[rows.segment_L[useful_N]] = True
-        useful_N = counted_N & useful_S[rows.segment_L]
-    return useful_N.nonzero()[:, 0]
+    if objective.importance == "token":
+        return useful_N
+    assert rows.segment_L is not None
+    useful_S = useful_N.new_zeros(rows.sequences, dtype=torch.int32).index_add_(0, rows.segment_L, useful_N.int())
+    return counted_N & (useful_S > 0)[rows.segment_L]
 
 
 class Policy(NamedTuple):

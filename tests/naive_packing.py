@@ -5,7 +5,12 @@ Legend: R rollouts; N sequences of T tokens in all; B sequences in a batch of P 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,49 +66,144 @@ def trainable_rows(trajectories: Sequence[Sequence[bool]]) -> list[int]:
     return [max((t for t, sampled in enumerate(flags) if sampled), default=0) for flags in trajectories]
 
 
-def best_fit_decreasing(lengths: Sequence[int], cap: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Sequence[int], cap: int, ids: Sequence[int] | None = None) -> list[list[int]]:
+    """Of the bins with the least room, the one that has it for the shortest time."""
     bins: list[list[int]] = []
     room: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+    latest: list[int] = []
+    for moment, n in enumerate(sorted(range(len(lengths)) if ids is None else ids, key=lambda n: -lengths[n])):
         fits = [m for m in range(len(bins)) if room[m] >= lengths[n]]
         if not fits:
+            fits = [len(bins)]
             bins.append([])
             room.append(cap)
-        m = min(fits, key=lambda m: room[m], default=len(bins) - 1)
+            latest.append(moment)
+        m = min(fits, key=lambda m: (room[m], -latest[m]))
         bins[m].append(n)
         room[m] -= lengths[n]
+        latest[m] = moment
     return bins
 
 
-def plan(
-    lengths: Sequence[int], cap: int, ranks: int = 1, cost: tuple[float, float] = (1.0, 0.0), allow_empty: bool = False
-) -> list[list[int]]:
-    """Best-fit decreasing under the smallest cap that keeps the number of bins, filled up by halving, then dealt."""
+def added_up(numbers: Iterable[float]) -> float:
+    """One after another: Python's own sum rounds less."""
+    return functools.reduce(operator.add, numbers, 0.0)
 
-    def price(ids: Sequence[int]) -> float:
-        total = 0.0
-        for n in ids:
-            total += cost[0] * lengths[n] + cost[1] * lengths[n] * lengths[n]
-        return total
 
-    bins = best_fit_decreasing(lengths, cap)
-    count = -(-max(len(bins), int(allow_empty)) // ranks) * ranks
-    low, high = max(max(lengths, default=0), sum(lengths) // max(count, 1)), min(cap, sum(lengths))
-    while high - low > high // 64:
-        middle = (low + high) // 2
-        tried = best_fit_decreasing(lengths, middle)
-        low, high, bins = (low, middle, tried) if len(tried) <= count else (middle + 1, high, bins)
+FEW, TRIES = 32, 8
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is put into bins: sequences, or groups of them."""
+
+    rows: Sequence[int]
+    costs: Sequence[float]
+
+    def price(self, ids: Sequence[int]) -> float:
+        return added_up(self.costs[n] for n in ids)
+
+    def dearest_first(self, bins: list[list[int]]) -> list[list[int]]:
+        return sorted(bins, key=lambda ids: -self.price(ids))
+
+
+def halved(items: Items, bins: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The dearest bin halved again and again."""
+    bins = list(bins)
     while len(bins) < count and any(len(ids) > 1 for ids in bins):
-        m = max((m for m in range(len(bins)) if len(bins[m]) > 1), key=lambda m: (price(bins[m]), m))
+        m = max((m for m in range(len(bins)) if len(bins[m]) > 1), key=lambda m: (items.price(bins[m]), m))
         halves: tuple[list[int], list[int]] = [], []
         for n in bins[m]:
-            halves[price(halves[1]) < price(halves[0])].append(n)
+            halves[items.price(halves[1]) < items.price(halves[0])].append(n)
         bins[m] = halves[0]
         bins.append(halves[1])
+    return bins + [[]] * (count - len(bins))
+
+
+def dealt_anew(items: Items, bins: Sequence[list[int]], cap: int, count: int) -> list[list[int]] | None:
+    """Each item to the cheapest bin with room."""
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for n in sorted(itertools.chain(*bins), key=lambda n: -items.rows[n]):
+        few = sorted(dealt, key=items.price)[:TRIES]
+        roomy = [ids for ids in few if sum(items.rows[i] for i in ids) + items.rows[n] <= cap]
+        if not roomy:
+            return None
+        roomy[0].append(n)
+    return dealt
+
+
+def even_out(items: Items, bins: list[list[int]], cap: int, count: int, ranks: int) -> list[list[int]]:
+    kept = items.dearest_first(halved(items, bins, count))
+    anew = dealt_anew(items, bins, cap, count)
+    if anew is None:
+        return kept
+    anew = items.dearest_first(anew)
+    prices, before = [items.price(ids) for ids in anew], [items.price(ids) for ids in kept]
+    better = prices[0] <= max(map(items.price, bins)) and sum(prices[::ranks]) < sum(before[::ranks])
+    return anew if better else kept
+
+
+def pack(items: Items, ids: Sequence[int], cap: int, ranks: int, allow_empty: bool) -> list[list[int]]:
+    """One mini-batch."""
+    bins = items.dearest_first(best_fit_decreasing(items.rows, cap, ids))
+    count = -(-max(len(bins), int(allow_empty or len(items.rows) > 0)) // ranks) * ranks
+    few = min(-(-FEW // ranks) * ranks, count)
+    while few < count and sum(map(len, bins[count - few :])) < few:
+        few += ranks
+    if bins:
+        bins[count - few :] = even_out(items, bins[count - few :], cap, few, ranks)
     bins += [[]] * (count - len(bins))
-    bins.sort(key=lambda ids: -price(ids))
-    groups = [bins[j : j + ranks] for j in range(0, len(bins), ranks)]
-    return [ids for j, group in enumerate(groups) for ids in (group[::-1] if j % 2 else group)]
+    turns = [bins[j : j + ranks] for j in range(0, len(bins), ranks)]
+    return [ids for j, turn in enumerate(turns) for ids in (turn[::-1] if j % 2 else turn)]
+
+
+def deal_out(items: Items, parts: int, seed: int) -> list[list[int]]:
+    """The dearest item first to the cheapest mini-batch, those of nearly the same cost shuffled."""
+
+    def key(n: int) -> tuple[int, int]:
+        mantissa, exponent = math.frexp(items.costs[n])
+        return -(16 * exponent + int((mantissa - 0.5) * 32)), mix((mix((seed + GOLDEN) & WORD) + n) & WORD) >> 16
+
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    for n in sorted(range(len(items.rows)), key=key):
+        min(dealt, key=items.price).append(n)
+    return [sorted(ids) for ids in dealt]
+
+
+def plan(
+    lengths: Sequence[int],
+    cap: int,
+    ranks: int = 1,
+    cost: tuple[float, float] = (1.0, 0.0),
+    *,
+    groups: Sequence[int] | None = None,
+    mini_batches: int = 1,
+    seed: int = 0,
+    allow_empty: bool = False,
+) -> list[list[list[int]]]:
+    """By mini-batch, by micro-batch."""
+    names = range(len(lengths)) if groups is None else groups
+    members = [[n for n in range(len(lengths)) if names[n] == name] for name in sorted(set(names))]
+    price = [cost[0] * length + cost[1] * length * length for length in lengths]
+    rows = [sum(lengths[n] for n in ids) for ids in members]
+    items = Items(rows, [added_up(price[n] for n in ids) for ids in members])
+    return [
+        [[n for i in ids for n in members[i]] for ids in pack(items, part, cap, ranks, allow_empty)]
+        for part in deal_out(items, mini_batches, seed)
+    ]
+
+
+def l2_bound(lengths: Sequence[int], cap: int) -> int:
+    """Martello and Toth (1990), as defined: the best over all limits below which small ones are left out."""
+
+    def bound(limit: int) -> int:
+        alone = [rows for rows in lengths if rows > cap - limit]
+        large = [rows for rows in lengths if cap - limit >= rows > cap / 2]
+        small = [rows for rows in lengths if cap / 2 >= rows >= limit]
+        rest = sum(small) - (len(large) * cap - sum(large))
+        return len(alone) + len(large) + max(0, -(-rest // cap))
+
+    return max(bound(limit) for limit in range(cap // 2 + 1))
 
 
 def fill(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgrpo.kernels import Objective
 
@@ -114,3 +115,29 @@ def peak_bytes(work: Callable[[], object]) -> int:
         peak = max(peak, held)
     del kept
     return peak
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a GPU: the values of tensors, and sizes that depend on them."""
+
+    ALWAYS = ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "unique_dim", "_unique2")
+
+    def __enter__(self) -> "HostReads":
+        self.names: list[str] = []
+        self._tolist = Tensor.tolist
+        Tensor.tolist = lambda tensor: (self.names.append("tolist"), self._tolist(tensor))[1]  # type: ignore
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        by_mask = name.startswith("index") and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool for t in (args[1] if isinstance(args[1], list) else ())
+        )
+        unknown_size = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in self.ALWAYS or by_mask or unknown_size:
+            self.names.append(name)
+        return func(*args, **kwargs)

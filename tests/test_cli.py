@@ -20,7 +20,7 @@ from mgrpo.engine.run import read_metrics
 from toy import SUMS, make_model, raw_config
 
 SCRIPT = Path(sys.executable).parent / "mgrpo"
-COMMANDS = ("train", "eval", "report", "check")
+COMMANDS = ("train", "eval", "report", "check", "bench")
 ENVIRONMENTS = f"""
 import sys, zlib
 sys.path.insert(0, {str(SUMS.parent)!r})
@@ -324,6 +324,13 @@ def test_a_command_that_there_is_not_exits_2(mgrpo: Mgrpo):
     assert mgrpo("tran").code == 2
     assert mgrpo("train").code == 2
     assert mgrpo("train", "file.toml", "--resum").code == 2
+
+
+def test_a_benchmark_that_there_is_not_is_refused_by_name(mgrpo: Mgrpo):
+    result = mgrpo("bench", "kernel")
+    assert result.code == 2
+    told = re.sub(r"[│\s]+", " ", " ".join(result.err))  # out of its frame
+    assert "'kernel' is not" in told and "'kernels'" in told
 
 
 def test_the_installed_command_tells_a_mistake_in_one_line(file: Path):

@@ -30,6 +30,7 @@ LAYERS = (
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 ENGINE = sorted((ROOT / "engine").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
 
 
 def imports(source: str) -> set[str]:
@@ -85,6 +86,19 @@ def test_the_kernels_name_no_other_part_of_ours(path: Path):
     code = re.sub(r'(?s)""".*?"""|#[^\n]*', "", path.read_text())
     named = re.findall(r"mgrpo\.\w+", code)
     assert set(named) <= {"mgrpo.kernels"}, path
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
+def test_the_benchmarks_use_the_public_faces_only(path: Path):
+    for name in imports(path.read_text()):
+        assert not name.startswith("."), f"{path.stem} imports {name}: expected the absolute name"
+        inner = re.match(r"mgrpo\.kernels\.(\w+)", name)
+        assert not (inner and (ROOT / "kernels" / f"{inner[1]}.py").exists()), f"{path.stem} imports {name}"
+
+
+def test_nothing_imports_the_benchmarks_but_their_tests():
+    for path in [*ENGINE, *KERNELS, *(ROOT / "examples").rglob("*.py")]:
+        assert not any(name.startswith("mgrpo.bench") for name in imports(path.read_text())), path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)

@@ -230,17 +230,34 @@ def test_default_chunks_bound_their_buffer_and_share_the_rows_out(dtype, vocabul
     assert max(lengths) - min(lengths) <= len(chunks)
 
 
-def test_upstream_gradients_scale_exactly_and_twice():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_upstream_gradients_scale_exactly(dtype):
     heads, others, keywords = small_case()
-    hidden, weight = (head.bfloat16().requires_grad_() for head in heads)
-    loss = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
-    once = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
-    third = torch.autograd.grad(loss, [hidden, weight], torch.tensor(1 / 3), retain_graph=True)
+    leaves = [head.to(dtype).requires_grad_() for head in heads]
+
+    def loss():
+        return linear_grpo_loss(*leaves, *others, TOKEN, **keywords).loss
+
+    once = torch.autograd.grad(loss(), leaves)
+    third = torch.autograd.grad(loss(), leaves, torch.tensor(1 / 3, dtype=loss().dtype))
     for one, other in zip(once, third, strict=True):
-        torch.testing.assert_close(other.double(), one.double() / 3, rtol=2**-8, atol=0)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert torch.equal(weight.grad, once[1] * 2) and torch.equal(hidden.grad, once[0] * 2)
+        assert one.dtype == other.dtype == dtype
+        torch.testing.assert_close(other.double(), one.double() / 3, rtol=torch.finfo(dtype).eps, atol=0)
+    for _ in range(2):
+        loss().backward()
+    assert all(torch.equal(leaf.grad, one * 2) for leaf, one in zip(leaves, once, strict=True))
+
+
+def test_a_second_backward_is_refused():
+    heads, others, keywords = small_case()
+    hidden, weight = (head.requires_grad_() for head in heads)
+    loss = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
+    torch.autograd.grad(loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    again = linear_grpo_loss(hidden, weight, *others, TOKEN, **keywords).loss
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(again, hidden, create_graph=True)[0].sum().backward()
 
 
 def test_tied_embeddings_checkpointed_backbone_and_autocast():

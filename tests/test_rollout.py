@@ -459,6 +459,8 @@ CALL = CallScore(True, 0.5)
         (lambda: Score(True, "yes", (CALL,)), "score: correct is .*yes.*, expected"),  # type: ignore[arg-type]
         (lambda: Score(True, None, (CALL,)), "score: correct is None, expected"),  # type: ignore[arg-type]
         (lambda: Score(True, 1.0, (CallScore(True, None),)), r"score: calls\[0\]\.expert is None"),  # type: ignore[arg-type]
+        (lambda: Score(float("nan"), 1.0, (CALL,)), "score: format is nan, expected True or False"),  # type: ignore[arg-type]
+        (lambda: Score(True, 1.0, (CallScore("no", 1.0),)), r"score: calls\[0\]\.format is 'no'"),  # type: ignore[arg-type]
         (lambda: Score(True, 1.0, (0.5,)), r"score: calls.*, expected"),  # type: ignore[arg-type]
         (lambda: Score(True, 1.0, None), "score: calls.*, expected"),  # type: ignore[arg-type]
     ],

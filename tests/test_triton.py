@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py"]
+BEHAVIOUR = ["test_triton_rows.py", "test_triton_loss.py", "test_triton_groups.py", "test_triton_shards.py"]
 THREADS, REGISTERS = 512, 65_536  # of a program of ours; of an SM
 
 pytest.importorskip("triton")
@@ -40,6 +40,12 @@ ROW_VARIANTS = {
         *("bf16", None, "bf16"),
         "index_L top_L log_sum_L by_logprob_L by_entropy_L",
         {"KNOWN": True, "ENTROPY": True},
+    ),
+    "log-prob over a shard": ("fp32", "bf16", None, "temperature_L top_L log_sum_L", {}),
+    "token loss over a shard": (
+        *("fp32", "bf16", "bf16"),
+        f"temperature_L top_L log_sum_L {OBJECTIVE}",
+        {"KNOWN": True, "KL": 3, "ENTROPY": True},
     ),
 }
 SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_coef", "entropy_coef")
@@ -174,6 +180,17 @@ def test_chunks_are_whole_tiles_of_a_matmul(total, size, lengths):
     slices = list(tiled_slices(total, size))
     assert [s.stop - s.start for s in slices] == lengths
     assert [row for s in slices for row in range(s.start, s.stop)] == list(range(total))
+
+
+def test_the_largest_shape_stays_below_three_gigabytes():
+    """bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
+    from mgrpo.kernels.fused import GRADIENT_BYTES, LOGITS_BYTES, tiled_slices, whole_tiles
+
+    rows, width, vocabulary = 8192, 4096, 151_936
+    chunk = max(s.stop - s.start for s in tiled_slices(rows, GRADIENT_BYTES // (2 * vocabulary)))
+    block = whole_tiles(min(chunk, LOGITS_BYTES // (4 * vocabulary)))
+    assert (chunk, block) == (768, 256)
+    assert 4 * vocabulary * width + 2 * rows * width + 4 * block * vocabulary + 2 * chunk * vocabulary < 2.96e9
 
 
 @compiled_only

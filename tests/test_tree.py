@@ -226,3 +226,20 @@ def test_fill_averages_in_double():
         np.array([1.0, 2.0, 4.0]),
     )
     assert (filled["weights"].tolist(), filled["advantages"].tolist()) == ([7.0], [3.0])
+
+
+@pytest.mark.parametrize("values", [1, 40, 10**6])
+def test_fill_tells_many_log_probs_apart(values):
+    """400 trajectories of the same tokens: one row for each sampled token, or one for each that each has sampled."""
+    random = np.random.default_rng(values)
+    batch = random_batch([[1, 2, 3, 4, 5, 6]] * 400, 0, ["old_logprobs"])
+    batch["rows"][:] = 6
+    batch["logprobs"]["old_logprobs"] = random.integers(0, values, 2400).astype(np.float32)
+    filled = fill(batch, range(400), [0, *[6] * 399])
+    columns = ("token_index", "targets", "segment_id", "weights", "advantages", "old_logprobs")
+    got = list(zip(*(filled[name].tolist() for name in columns), strict=True))
+    expected = naive.prediction_rows(trajectories(batch, range(400)), ["old_logprobs"], merge=True)
+    assert got == [
+        (len(prefix) - 1, target, b, np.float32(weight), np.float32(advantage), np.frombuffer(bits[0], np.float32)[0])
+        for prefix, target, b, weight, advantage, bits in expected
+    ]

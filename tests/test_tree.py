@@ -97,6 +97,18 @@ def test_plan_of_a_deep_chain():
     assert bins.tolist() == [0, count] and ids.tolist() == list(range(count)) and shared.tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_plan_of_many(dtype):
+    """In one bin they stand as sorted by group, then tokens, then number."""
+    random = np.random.default_rng(0)
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    sequences = [random.choice([least, -1, 0, 1, most], random.integers(1, 5)).tolist() for _ in range(20_000)]
+    groups = random.choice([-(2**63), 0, 2**63 - 1], len(sequences)).tolist()
+    for named in (None, groups):
+        order = sorted(range(len(sequences)), key=lambda n: (named and named[n], sequences[n], n))
+        assert plan(sequences, 2**62, named, dtype)[0][0] == order
+
+
 def test_plan_cuts_a_subtree_only_as_often_as_it_must():
     """Ten completions of 10 tokens after a prompt of 5 fill two micro-batches of 55: the prompt is repeated once."""
     sequences = [[1, 2, 3, 4, 5, *([n] * 10)] for n in range(10, 20)]

@@ -171,22 +171,33 @@ void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, con
   std::copy(tokens + shared, tokens + rows, out.input_ids_P.begin() + start);
   std::iota(out.positions_P.begin() + start, out.positions_P.begin() + start + rows - shared, shared);
   if (given.weights_N[id] == 0) return;
+  predictions.begin(b);
   const int64_t predicting = std::min(rows, given.sequences.offsets_N1[id + 1] - first - 1);
   const int64_t next = given.merge && b + 1 < given.ids_B.size() ? given.shared_B[b + 1] : 0;
   const int64_t closed = std::clamp(next, std::min(shared, predicting), predicting);
   const uint8_t* sampled = given.sampled_T.data() + first + 1;  // of what row i predicts
   path.each_run(std::min(shared, predicting), [&](int64_t begin, int64_t end, int64_t at) {
     each_sampled(sampled, begin, end, [&](int64_t from, int64_t to) {
-      if (!given.merge) return predictions.append(b, at + from - begin, first + from + 1, to - from);
-      for (int64_t i = from; i < to; ++i) predictions.merge(b, at + i - begin, first + i + 1);
+      if (!given.merge) return predictions.append(at + from - begin, first + from + 1, to - from);
+      for (int64_t i = from; i < to; ++i) predictions.merge(at + i - begin, first + i + 1);
     });
   });
   each_sampled(sampled, shared, closed, [&](int64_t from, int64_t to) {
-    predictions.append_open(b, start + from - shared, first + from + 1, to - from);
+    predictions.append_open(start + from - shared, first + from + 1, to - from);
   });
   each_sampled(sampled, closed, predicting, [&](int64_t from, int64_t to) {
-    predictions.append(b, start + from - shared, first + from + 1, to - from);
+    predictions.append(start + from - shared, first + from + 1, to - from);
   });
+}
+
+/// Tokens that a trajectory adds and the next one shares.
+template <class Token>
+int64_t reused_tokens(const TreeInput<Token>& given) {
+  int64_t count = 0;
+  for (size_t b = 1; b < given.shared_B.size(); ++b) {
+    count += std::max<int64_t>(given.shared_B[b] - given.shared_B[b - 1], 0);
+  }
+  return count;
 }
 
 }  // namespace
@@ -226,7 +237,7 @@ int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const
       to += stop - from;
     });
   });
-  Predictions<Token> predictions(given, out);
+  Predictions<Token> predictions(given, out, given.merge ? reused_tokens(given) : 0);
   Path path;
   int64_t start = 0;
   for (size_t b = 0; b < given.ids_B.size(); ++b) {
@@ -234,7 +245,7 @@ int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const
     fill_trajectory(given, b, start, path, out, predictions);
     start += given.sequences.rows_N[given.ids_B[b]] - given.shared_B[b];
   }
-  return predictions.count();
+  return predictions.finish();
 }
 
 template TreeLayout lay_out_tree(const TreeInput<int32_t>&);

@@ -1,13 +1,13 @@
 #include "tree_fill.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <utility>
 
 #include "check.hpp"
+#include "tree_rows.hpp"
 
 namespace mgrpo {
 namespace {
@@ -138,78 +138,20 @@ int64_t count_predictions(const TreeInput<Token>& given) {
   return count;
 }
 
-/// The prediction rows, with those of each token chained, so that equal ones are found.
-template <class Token>
-class Predictions {
- public:
-  Predictions(const TreeInput<Token>& given, const TreeBuffers& out)
-      : given_(given), out_(out), weight_M_(out.weights_M.size()), advantage_M_(out.weights_M.size()) {
-    if (!given.merge) return;
-    latest_P_.assign(out.input_ids_P.size(), -1);
-    before_M_.resize(out.weights_M.size());
+/// Calls visit(from, to) for the longest stretches of `begin` to `end` that are sampled throughout.
+template <class Visit>
+void each_sampled(const uint8_t* sampled, int64_t begin, int64_t end, Visit visit) {
+  for (int64_t from = begin; from < end; ++from) {
+    if (!sampled[from]) continue;
+    const auto* stop = static_cast<const uint8_t*>(std::memchr(sampled + from, 0, end - from));
+    const int64_t to = stop ? stop - sampled : end;
+    visit(from, to);
+    from = to;
   }
+}
 
-  /// Trajectory b's predictions of `count` tokens from t on, from packed tokens p and on that no earlier one has.
-  void append(size_t b, int64_t p, int64_t t, int64_t count) {
-    const int64_t id = given_.ids_B[b], m = count_;
-    const Token* targets = given_.sequences.tokens_T.data() + t;
-    std::iota(&out_.token_index_M[m], &out_.token_index_M[m] + count, p);
-    std::copy(targets, targets + count, &out_.targets_M[m]);
-    std::fill_n(&out_.segment_id_M[m], count, static_cast<int64_t>(b));
-    std::fill_n(&weight_M_[m], count, given_.weights_N[id]);
-    std::fill_n(&advantage_M_[m], count, given_.advantages_N[id]);
-    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
-      std::copy_n(&given_.logprobs_T[c][t], count, &out_.logprobs_M[c][m]);
-    }
-    if (given_.merge) chain(m, p, count);
-    count_ += count;
-  }
-
-  /// Trajectory b's prediction of token t from packed token p, which earlier ones may have predicted alike.
-  void merge(size_t b, int64_t p, int64_t t) {
-    const double weight = given_.weights_N[given_.ids_B[b]], advantage = given_.advantages_N[given_.ids_B[b]];
-    for (int32_t m = given_.merge ? latest_P_[p] : -1; m >= 0; m = before_M_[m]) {
-      if (!alike(m, t, advantage)) continue;
-      const double total = weight_M_[m] + weight;
-      advantage_M_[m] = (weight_M_[m] * advantage_M_[m] + weight * advantage) / total;
-      weight_M_[m] = total;
-      return;
-    }
-    append(b, p, t, 1);
-  }
-
-  int64_t finish() {
-    for (int64_t m = 0; m < count_; ++m) {
-      out_.weights_M[m] = static_cast<float>(weight_M_[m]);
-      out_.advantages_M[m] = static_cast<float>(advantage_M_[m]);
-    }
-    return count_;
-  }
-
- private:
-  void chain(int64_t m, int64_t p, int64_t count) {
-    std::copy_n(&latest_P_[p], count, &before_M_[m]);
-    std::iota(&latest_P_[p], &latest_P_[p] + count, static_cast<int32_t>(m));
-  }
-
-  bool alike(int32_t m, int64_t t, double advantage) const {
-    if (out_.targets_M[m] != given_.sequences.tokens_T[t] || (advantage_M_[m] < 0) != (advantage < 0)) return false;
-    for (size_t c = 0; c < out_.logprobs_M.size(); ++c) {
-      if (std::bit_cast<uint32_t>(out_.logprobs_M[c][m]) != std::bit_cast<uint32_t>(given_.logprobs_T[c][t])) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  const TreeInput<Token>& given_;
-  const TreeBuffers& out_;
-  std::vector<double> weight_M_, advantage_M_;
-  std::vector<int32_t> latest_P_, before_M_;
-  int64_t count_ = 0;
-};
-
-/// Tokens, positions and predictions of trajectory b, whose own tokens begin at packed position `start`.
+/// Tokens, positions and predictions of trajectory b, whose own tokens begin at packed position `start`. Of these the
+/// next trajectory shares some; if not the next then none.
 template <class Token>
 void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, const Path& path, const TreeBuffers& out,
                      Predictions<Token>& predictions) {
@@ -219,20 +161,33 @@ void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, con
   std::copy(tokens + shared, tokens + rows, out.input_ids_P.begin() + start);
   std::iota(out.positions_P.begin() + start, out.positions_P.begin() + start + rows - shared, shared);
   if (given.weights_N[id] == 0) return;
+  predictions.begin(b);
   const int64_t predicting = std::min(rows, given.sequences.offsets_N1[id + 1] - first - 1);
+  const int64_t next = given.merge && b + 1 < given.ids_B.size() ? given.shared_B[b + 1] : 0;
+  const int64_t closed = std::clamp(next, std::min(shared, predicting), predicting);
   const uint8_t* sampled = given.sampled_T.data() + first + 1;  // of what row i predicts
-  path.each_run(std::min(shared, predicting), [&](int64_t from, int64_t to, int64_t at) {
-    for (int64_t i = from; i < to; ++i) {
-      if (sampled[i]) predictions.merge(b, at + i - from, first + i + 1);
-    }
+  path.each_run(std::min(shared, predicting), [&](int64_t begin, int64_t end, int64_t at) {
+    each_sampled(sampled, begin, end, [&](int64_t from, int64_t to) {
+      if (!given.merge) return predictions.append(at + from - begin, first + from + 1, to - from);
+      for (int64_t i = from; i < to; ++i) predictions.merge(at + i - begin, first + i + 1);
+    });
   });
-  for (int64_t i = shared; i < predicting; ++i) {
-    if (!sampled[i]) continue;
-    const void* end = std::memchr(sampled + i, 0, predicting - i);
-    const int64_t count = end ? static_cast<const uint8_t*>(end) - (sampled + i) : predicting - i;
-    predictions.append(b, start + i - shared, first + i + 1, count);
-    i += count;
+  each_sampled(sampled, shared, closed, [&](int64_t from, int64_t to) {
+    predictions.append_open(start + from - shared, first + from + 1, to - from);
+  });
+  each_sampled(sampled, closed, predicting, [&](int64_t from, int64_t to) {
+    predictions.append(start + from - shared, first + from + 1, to - from);
+  });
+}
+
+/// Tokens that a trajectory adds and the next one shares.
+template <class Token>
+int64_t reused_tokens(const TreeInput<Token>& given) {
+  int64_t count = 0;
+  for (size_t b = 1; b < given.shared_B.size(); ++b) {
+    count += std::max<int64_t>(given.shared_B[b] - given.shared_B[b - 1], 0);
   }
+  return count;
 }
 
 }  // namespace
@@ -272,7 +227,7 @@ int64_t fill_tree(const TreeInput<Token>& given, const TreeLayout& layout, const
       to += stop - from;
     });
   });
-  Predictions<Token> predictions(given, out);
+  Predictions<Token> predictions(given, out, given.merge ? reused_tokens(given) : 0);
   Path path;
   int64_t start = 0;
   for (size_t b = 0; b < given.ids_B.size(); ++b) {

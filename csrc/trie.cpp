@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <numeric>
 #include <tuple>
+#include <utility>
+
+#include "sort.hpp"
 
 namespace mgrpo {
 namespace {
@@ -56,7 +59,7 @@ class Builder {
       const int32_t n = trie_.order_N[r];
       keyed_.emplace_back(node.depth < given_.rows_N[n], key(n), n);
     }
-    std::ranges::sort(keyed_);
+    sort_keyed();
     trie_.nodes[parent].first_child = static_cast<int32_t>(trie_.nodes.size());
     for (size_t k = 0; k < keyed_.size(); ++k) {
       const auto r = static_cast<int32_t>(node.begin + k);
@@ -70,6 +73,20 @@ class Builder {
       trie_.nodes.back().end = r + 1;
     }
   }
+
+  void sort_keyed() {
+    if (keyed_.size() < kMany) {
+      std::ranges::sort(keyed_);
+      return;
+    }
+    const auto key = [&](uint32_t k) { return static_cast<uint64_t>(std::get<1>(keyed_[k])) ^ (uint64_t{1} << 63); };
+    auto to = keyed_;
+    for (size_t k = 0; const uint32_t from : sorted_by(keyed_.size(), key)) to[k++] = keyed_[from];
+    std::ranges::stable_partition(to, [](const auto& each) { return !std::get<0>(each); });
+    keyed_ = std::move(to);
+  }
+
+  static constexpr size_t kMany = 4096;  // from here on a radix sort is faster; both keep equal keys in the given order
 
   const Sequences<Token>& given_;
   Trie trie_;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,20 @@ def next_fit(sequences: Sequence[Sequence[int]], cap: int) -> int:
             bins, row = bins + 1, []
         row.append(tokens)
     return bins
+
+
+def fewest_tokens(sequences: Sequence[Sequence[int]], cap: int) -> int:
+    """Tokens that no packing does without: those after a prefix of d tokens have room for cap - d in each micro-batch,
+    and so many micro-batches hold the prefix. (The distinct prefixes are fewer: a cap may leave no way to them.)
+    """
+    held, after = Counter[Prefix](), Counter[Prefix]()  # held: micro-batches; after: tokens beyond, in all of these
+    for prefix in sorted(prefixes(sequences), key=len, reverse=True):
+        held[prefix] = max(held[prefix], 1)
+        if after[prefix]:
+            held[prefix] = max(held[prefix], ceil(after[prefix] / (cap - len(prefix))))
+        after[prefix[:-1]] += held[prefix] + after[prefix]
+        held[prefix[:-1]] = max(held[prefix[:-1]], held[prefix])
+    return after[()]
 
 
 def segment_ends(sequences: Sequence[Sequence[int]]) -> set[Prefix]:

@@ -97,6 +97,18 @@ def test_plan_of_a_deep_chain():
     assert bins.tolist() == [0, count] and ids.tolist() == list(range(count)) and shared.tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_plan_of_many(dtype):
+    """In one bin they stand as sorted by group, then tokens, then number."""
+    random = np.random.default_rng(0)
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    sequences = [random.choice([least, -1, 0, 1, most], random.integers(1, 5)).tolist() for _ in range(20_000)]
+    groups = random.choice([-(2**63), 0, 2**63 - 1], len(sequences)).tolist()
+    for named in (None, groups):
+        order = sorted(range(len(sequences)), key=lambda n: (named and named[n], sequences[n], n))
+        assert plan(sequences, 2**62, named, dtype)[0][0] == order
+
+
 def test_plan_cuts_a_subtree_only_as_often_as_it_must():
     """Ten completions of 10 tokens after a prompt of 5 fill two micro-batches of 55: the prompt is repeated once."""
     sequences = [[1, 2, 3, 4, 5, *([n] * 10)] for n in range(10, 20)]
@@ -117,17 +129,50 @@ def rollouts(seed: int, queries: int, members: int, prompt: int, system: int = 0
     return sequences
 
 
+def tokens_of(bins: Any, sequences: Sequences) -> int:
+    return sum(len(sequences[n]) for ids, _ in bins for n in ids) - sum(sum(shared) for _, shared in bins)
+
+
+@given(forests(), st.integers(0, 60))
+def test_plan_takes_no_more_bins_than_one_open_row_does(sequences, room):
+    cap = max(map(len, sequences), default=1) + room
+    assert len(plan(sequences, cap)) <= naive.next_fit(sequences, cap)
+
+
 @pytest.mark.parametrize(
-    ("cap", "prompt", "system"), [(400, 12, 0), (800, 50, 0), (1500, 50, 5), (3000, 50, 20), (10_000, 90, 9)]
+    ("cap", "prompt", "system"), [(200, 90, 0), (400, 12, 0), (400, 90, 20), (800, 50, 0), (1500, 50, 5), (9000, 90, 9)]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_plan_wastes_little(cap, prompt, system, seed):
-    """Within 10 % of the distinct tokens, and no more micro-batches than one open row in the given order needs."""
+    """Within 10 % of what no packing does without, however much of the cap the prompt takes."""
     sequences = rollouts(seed, 12, 8, prompt, system)
+    cap = max(cap, *map(len, sequences))
     bins = plan(sequences, cap)
-    tokens = sum(len(sequences[n]) for ids, _ in bins for n in ids) - sum(sum(shared) for _, shared in bins)
-    assert tokens <= 1.1 * len(naive.prefixes(sequences))
+    assert tokens_of(bins, sequences) <= 1.1 * naive.fewest_tokens(sequences, cap)
     assert len(bins) <= naive.next_fit(sequences, cap)
+
+
+def partitions(items: list[Any]) -> Any:
+    """All ways to put the items into bins."""
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for i, each in enumerate(rest):
+            yield [*rest[:i], [items[0], *each], *rest[i + 1 :]]
+
+
+@given(forests(6), st.integers(0, 8))
+def test_plan_against_every_packing(sequences, room):
+    """The naive bound is none that a packing goes below, and the plan is among the packings that there are."""
+    cap = max(map(len, sequences), default=1) + room
+    sizes = [[len(naive.prefixes(held)) for held in bins] for bins in partitions(sequences)]
+    possible = {(len(each), sum(each)) for each in sizes if max(each, default=0) <= cap}
+    fewest = min(tokens for _, tokens in possible)
+    bins = plan(sequences, cap)
+    assert len(naive.prefixes(sequences)) <= naive.fewest_tokens(sequences, cap) <= fewest
+    assert (len(bins), tokens_of(bins, sequences)) in possible
 
 
 # ---- fill
@@ -236,3 +281,20 @@ def test_fill_averages_in_double():
         np.array([1.0, 2.0, 4.0]),
     )
     assert (filled["weights"].tolist(), filled["advantages"].tolist()) == ([7.0], [3.0])
+
+
+@pytest.mark.parametrize("values", [1, 40, 10**6])
+def test_fill_tells_many_log_probs_apart(values):
+    """400 trajectories of the same tokens: one row for each sampled token, or one for each that each has sampled."""
+    random = np.random.default_rng(values)
+    batch = random_batch([[1, 2, 3, 4, 5, 6]] * 400, 0, ["old_logprobs"])
+    batch["rows"][:] = 6
+    batch["logprobs"]["old_logprobs"] = random.integers(0, values, 2400).astype(np.float32)
+    filled = fill(batch, range(400), [0, *[6] * 399])
+    columns = ("token_index", "targets", "segment_id", "weights", "advantages", "old_logprobs")
+    got = list(zip(*(filled[name].tolist() for name in columns), strict=True))
+    expected = naive.prediction_rows(trajectories(batch, range(400)), ["old_logprobs"], merge=True)
+    assert got == [
+        (len(prefix) - 1, target, b, np.float32(weight), np.float32(advantage), np.frombuffer(bits[0], np.float32)[0])
+        for prefix, target, b, weight, advantage, bits in expected
+    ]

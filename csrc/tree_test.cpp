@@ -130,6 +130,35 @@ void every_trajectory_is_read_back() {
   }
 }
 
+/// Of trajectories of the same tokens, with as many log-probs of each token as there are `values`.
+void a_row_for_each_log_prob(size_t values) {
+  constexpr size_t kTrajectories = 500, kTokens = 9;
+  Forest forest;
+  std::vector<float> logprobs_T;
+  std::vector<int64_t> ids_B, shared_B;
+  for (size_t b = 0; b < kTrajectories; ++b) {
+    forest.add({1, 2, 3, 4, 5, 6, 7, 8, 9});
+    logprobs_T.insert(logprobs_T.end(), kTokens, static_cast<float>(b % values));
+    ids_B.push_back(static_cast<int64_t>(b));
+    shared_B.push_back(b == 0 ? 0 : kTokens);
+  }
+  const std::vector<uint8_t> sampled_T(forest.tokens_T.size(), 1);
+  const std::vector<double> ones_N(kTrajectories, 1.0);
+  const TreeInput<int32_t> given{forest.sequences(), sampled_T,    ones_N,        ones_N, ids_B,
+                                 shared_B,           {logprobs_T}, /*merge=*/true};
+  const TreeLayout layout = lay_out_tree(given);
+  const size_t most = layout.most_predictions;
+  std::vector<int64_t> tokens(layout.tokens()), positions(tokens), paths(layout.paths()), index(most), targets(most),
+      segments(most);
+  std::vector<float> weights(most), advantages(most), logprobs(most);
+  const int64_t rows =
+      fill_tree(given, layout, {tokens, positions, paths, index, targets, segments, weights, advantages, {logprobs}});
+  CHECK(rows == static_cast<int64_t>(values * (kTokens - 1)));
+  for (int64_t m = 0; m < rows; ++m) {
+    CHECK(weights[m] == kTrajectories / values && logprobs[m] == static_cast<float>(segments[m]));
+  }
+}
+
 void mistakes_are_named() {
   Forest forest;
   forest.add({1, 2, 3});
@@ -143,6 +172,7 @@ void mistakes_are_named() {
 int main() {
   a_worked_example();
   every_trajectory_is_read_back();
+  for (const size_t values : {1, 10, 500}) a_row_for_each_log_prob(values);
   mistakes_are_named();
   return mgrpo::test::result();
 }

@@ -70,6 +70,7 @@ class Arena:
     def __init__(self, allocate: Callable[[int], Any] | None = None) -> None: ...
     @property
     def held(self) -> int: ...
+
 def tree_plan(
     tokens_T: NDArray[Any],
     offsets_N1: NDArray[np.int64],
@@ -84,8 +85,8 @@ def tree_fill(
     ids_B: NDArray[np.int64],
     shared_B: NDArray[np.int64],
     rows_N: NDArray[np.int64],
-    advantages_N: NDArray[np.float64],
-    weights_N: NDArray[np.float64],
+    advantages_N: NDArray[Any],
+    weights_N: NDArray[Any],
     *,
     old_logprobs_T: NDArray[np.float32] | None = None,
     sampler_logprobs_T: NDArray[np.float32] | None = None,

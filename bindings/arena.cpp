@@ -1,28 +1,22 @@
 #include "arena.hpp"
 
-#include <pybind11/numpy.h>
-
 #include <algorithm>
-#include <string>
 #include <utility>
 
-#include "check.hpp"
+#include "arrays.hpp"
+#include "parts.hpp"
 
 namespace mgrpo::bindings {
-
-namespace py = pybind11;
 
 Slab::Slab(const py::object& memory, size_t capacity) : capacity_(capacity) {
   if (PyObject_GetBuffer(memory.ptr(), &buffer_, PyBUF_WRITABLE) != 0) {
     PyErr_Clear();
-    require(false, "allocate must return a writable contiguous buffer, got ",
-            std::string(py::repr(py::type::handle_of(memory))));
+    refuse("allocate must return a writable contiguous buffer, got ", describe(memory));
   }
   const auto size = static_cast<size_t>(buffer_.len);
   if (size < capacity + kSlack) {
     PyBuffer_Release(&buffer_);
-    require(false, "allocate returned a buffer of ", size, " bytes, expected at least the ", capacity + kSlack,
-            " asked for");
+    refuse("allocate returned a buffer of ", size, " bytes, expected at least the ", capacity + kSlack, " asked for");
   }
   const auto address = reinterpret_cast<uintptr_t>(buffer_.buf);
   data_ = static_cast<std::byte*>(buffer_.buf) + ((kPage - address % kPage) % kPage);
@@ -36,7 +30,7 @@ bool Slab::overlaps(const Slab& other) const {
 
 Arena::Arena(py::object allocate) : allocate_(std::move(allocate)) {
   require(allocate_.is_none() || PyCallable_Check(allocate_.ptr()), "allocate must be callable or None, got ",
-          std::string(py::repr(py::type::handle_of(allocate_))));
+          describe(allocate_));
 }
 
 std::shared_ptr<Slab> Arena::take(size_t bytes) {

@@ -50,6 +50,4 @@ class Arena {
   std::vector<std::shared_ptr<Slab>> slabs_;
 };
 
-void bind_arena(pybind11::module_& module);
-
 }  // namespace mgrpo::bindings

@@ -19,8 +19,9 @@ namespace py = pybind11;
 inline std::string describe(py::handle given) {
   if (!py::isinstance<py::array>(given)) return py::repr(py::type::handle_of(given));
   const auto array = py::reinterpret_borrow<py::array>(given);
-  return py::str("a {} array of shape {}{}")
-      .format(array.dtype(), array.attr("shape"), array.flags() & py::array::c_style ? "" : ", not contiguous");
+  const char* contiguous = array.flags() & py::array::c_style ? "" : ", not contiguous";
+  const char* aligned = array.attr("flags").attr("aligned").cast<bool>() ? "" : ", not aligned";
+  return py::str("a {} array of shape {}{}{}").format(array.dtype(), array.attr("shape"), contiguous, aligned);
 }
 
 template <class T>
@@ -37,13 +38,12 @@ std::span<const T> view(py::handle given) {
   return {static_cast<const T*>(array.data()), static_cast<size_t>(array.size())};
 }
 
-inline void refuse(const std::string& name, const char* expected, py::handle given) {
-  require(false, name, " must be a one-dimensional contiguous array of ", expected, ", got ", describe(given));
-}
-
-template <class T>
-std::span<const T> column(const std::string& name, const char* expected, py::handle given) {
-  if (!is_column<T>(given)) refuse(name, expected, given);
+/// `name` is anything that a message can hold.
+template <class T, class Name>
+std::span<const T> column(const Name& name, const char* expected, py::handle given) {
+  if (!is_column<T>(given)) {
+    refuse(name, " must be a one-dimensional contiguous array of ", expected, ", got ", describe(given));
+  }
   return view<T>(given);
 }
 
@@ -51,7 +51,8 @@ inline std::span<const int64_t> integers(const char* name, py::handle given) {
   return column<int64_t>(name, "int64", given);
 }
 
-inline std::span<const uint8_t> flags(const std::string& name, py::handle given) {
+template <class Name>
+std::span<const uint8_t> flags(const Name& name, py::handle given) {
   if (is_column<bool>(given)) {
     const auto bools = view<bool>(given);
     return {reinterpret_cast<const uint8_t*>(bools.data()), bools.size()};

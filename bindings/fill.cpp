@@ -1,21 +1,34 @@
 // trainable_rows and fill for Python.
 #include "fill.hpp"
 
-#include <pybind11/numpy.h>
-
+#include <memory>
+#include <ostream>
 #include <utility>
 
 #include "arena.hpp"
 #include "arrays.hpp"
-#include "fill_binding.hpp"
+#include "parts.hpp"
 
 namespace mgrpo::bindings {
 namespace {
 
 constexpr int64_t kMostThreads = 1024;
 
+/// One of the arrays of a list, as a message names it.
+struct Entry {
+  const char* list;
+  size_t index;
+
+  friend std::ostream& operator<<(std::ostream& out, const Entry& entry) {
+    return out << entry.list << '[' << entry.index << ']';
+  }
+};
+
 /// A list is taken as a tuple, which keeps its arrays alive whatever becomes of the list while the GIL is released.
 py::object held(const py::object& given) { return py::isinstance<py::list>(given) ? py::tuple(given) : given; }
+
+/// The items themselves: a subclass may well iterate over something else, which nobody keeps alive.
+py::tuple items(const py::object& given) { return py::reinterpret_borrow<py::tuple>(given); }
 
 /// `read` gives the checked view of one array by its name.
 template <class T, class Read>
@@ -26,21 +39,23 @@ Column<T> ragged(const char* name, const py::object& given, const Read& read) {
     return column;
   }
   column.is_flat = false;
-  for (const auto each : given) {
-    column.each_N.push_back(read(std::string(name) + "[" + std::to_string(column.each_N.size()) + "]", each));
-  }
+  for (const auto each : items(given)) column.each_N.push_back(read(Entry{name, column.each_N.size()}, each));
   return column;
 }
 
 template <class T>
 Column<T> ragged(const char* name, const char* expected, const py::object& given) {
-  return ragged<T>(name, given, [&](const std::string& at, py::handle each) { return column<T>(at, expected, each); });
+  return ragged<T>(name, given, [&](auto at, py::handle each) { return column<T>(at, expected, each); });
+}
+
+Column<uint8_t> ragged_flags(const char* name, const py::object& given) {
+  return ragged<uint8_t>(name, given, [](auto at, py::handle each) { return flags(at, each); });
 }
 
 py::array_t<int64_t> trainable_rows(const py::object& offsets, const py::object& sampled) {
   const auto offsets_N1 = integers("offsets", offsets);
   const auto kept = held(sampled);
-  const auto sampled_T = ragged<uint8_t>("sampled", kept, flags);
+  const auto sampled_T = ragged_flags("sampled", kept);
   std::vector<int64_t> rows_N;
   {
     const py::gil_scoped_release released;
@@ -67,6 +82,12 @@ int64_t threads_of(py::handle given) {
   const auto threads = integer("threads", given);
   require(threads >= 0 && threads <= kMostThreads, "threads must be from 0 to ", kMostThreads, ", got ", threads);
   return threads;
+}
+
+Arena& arena_or(Arena& fresh, const py::object& given) {
+  if (given.is_none()) return fresh;
+  require(py::isinstance<Arena>(given), "arena must be an Arena or None, got ", describe(given));
+  return given.cast<Arena&>();
 }
 
 /// Lays columns out one after another, each at a cache line's start. Without memory it only adds them up.
@@ -166,57 +187,63 @@ py::list fill_all(const Trajectories<Token>& given, const Bins& bins, const Opti
   return filled;
 }
 
-/// Those of the columns of log-probs that were given, under the names that they come back by.
-std::vector<Column<float>> logprobs_of(const py::object& old, const py::object& sampler, const py::object& ref) {
-  const std::pair<const char*, const py::object&> given[] = {
-      {"old_logprobs", old}, {"sampler_logprobs", sampler}, {"ref_logprobs", ref}};
-  std::vector<Column<float>> columns;
-  for (const auto& [name, values] : given) {
-    if (!values.is_none()) columns.push_back(ragged<float>(name, "float32", values));
-  }
-  return columns;
-}
+/// The columns, kept alive as long as the core reads them.
+struct Given {
+  py::object tokens, offsets, sampled, rows;
+  std::vector<double> advantages_N, weights_N;
+  std::vector<std::pair<const char*, py::object>> logprobs;  // by the name that they come back by; None where not given
 
+  template <class Token>
+  Trajectories<Token> trajectories(const char* token) const {
+    Trajectories<Token> made{ragged<Token>("tokens", token, tokens),
+                             integers("offsets", offsets),
+                             ragged_flags("sampled", sampled),
+                             integers("rows", rows),
+                             advantages_N,
+                             weights_N,
+                             {}};
+    for (const auto& [name, values] : logprobs) {
+      if (!values.is_none()) made.logprobs.push_back(ragged<float>(name, "float32", values));
+    }
+    return made;
+  }
+};
+
+/// Whether the tokens, or the first of several arrays of them, are int32. No arrays at all may be taken for either.
 bool holds_int32(const py::object& tokens) {
   if (!py::isinstance<py::tuple>(tokens)) return is_column<int32_t>(tokens);
-  return py::len(tokens) > 0 && is_column<int32_t>(tokens[py::int_(0)]);
+  return items(tokens).empty() || is_column<int32_t>(items(tokens)[0]);
 }
 
-py::object fill(const py::object& given_tokens, const py::object& offsets, const py::object& given_sampled,
-                const py::object& ids, const py::object& rows, const py::object& advantages, const py::object& weights,
-                const py::object& given_old, const py::object& given_sampler, const py::object& given_ref,
-                const py::object& bins, const py::object& live, bool narrow, const py::object& given_arena,
-                const py::object& threads) {
-  const auto tokens = held(given_tokens), sampled = held(given_sampled);
-  const auto old = held(given_old), sampler = held(given_sampler), ref = held(given_ref);
-  const auto advantages_N = floats("advantages", advantages), weights_N = floats("weights", weights);
+py::list fill_given(const Given& given, const Bins& bins, const Options& options, bool narrow) {
+  if (holds_int32(given.tokens)) {
+    const auto trajectories = given.trajectories<int32_t>("int32, as the first is");
+    return narrow ? fill_all<int32_t>(trajectories, bins, options) : fill_all<int64_t>(trajectories, bins, options);
+  }
+  const auto trajectories = given.trajectories<int64_t>("int32 or int64, all alike");
+  require(!narrow, "narrow needs tokens of int32, got int64");
+  return fill_all<int64_t>(trajectories, bins, options);
+}
+
+py::object fill(const py::object& tokens, const py::object& offsets, const py::object& sampled, const py::object& ids,
+                const py::object& rows, const py::object& advantages, const py::object& weights, const py::object& old,
+                const py::object& sampler, const py::object& ref, const py::object& bins, const py::object& live,
+                bool narrow, const py::object& arena, const py::object& threads) {
+  const Given given{
+      held(tokens),
+      offsets,
+      held(sampled),
+      rows,
+      floats("advantages", advantages),
+      floats("weights", weights),
+      {{"old_logprobs", held(old)}, {"sampler_logprobs", held(sampler)}, {"ref_logprobs", held(ref)}},
+  };
   const auto ids_B = integers("ids", ids);
   const int64_t all[] = {0, static_cast<int64_t>(ids_B.size())};
   const Bins chosen{bins.is_none() ? std::span<const int64_t>(all) : integers("bins", bins), ids_B};
   Arena fresh;
-  require(given_arena.is_none() || py::isinstance<Arena>(given_arena), "arena must be an Arena or None, got ",
-          describe(given_arena));
-  Arena& arena = given_arena.is_none() ? fresh : given_arena.cast<Arena&>();
-  const Options options{live_of(live), threads_of(threads), arena};
-
-  const auto of = [&]<class Token>(Column<Token> column) {
-    return Trajectories<Token>{std::move(column),
-                               integers("offsets", offsets),
-                               ragged<uint8_t>("sampled", sampled, flags),
-                               integers("rows", rows),
-                               advantages_N,
-                               weights_N,
-                               logprobs_of(old, sampler, ref)};
-  };
-  py::list filled;
-  if (holds_int32(tokens)) {
-    const auto given = of(ragged<int32_t>("tokens", "int32, as the first is", tokens));
-    filled = narrow ? fill_all<int32_t>(given, chosen, options) : fill_all<int64_t>(given, chosen, options);
-  } else {
-    const auto given = of(ragged<int64_t>("tokens", "int32 or int64, all alike", tokens));
-    require(!narrow, "narrow needs tokens of int32, got int64");
-    filled = fill_all<int64_t>(given, chosen, options);
-  }
+  const Options options{live_of(live), threads_of(threads), arena_or(fresh, arena)};
+  const py::list filled = fill_given(given, chosen, options, narrow);
   return bins.is_none() ? py::object(filled[0]) : py::object(filled);
 }
 

@@ -5,7 +5,7 @@
 #include <span>
 
 #include "check.hpp"
-#include "fill_binding.hpp"
+#include "parts.hpp"
 
 namespace mgrpo::bindings {
 namespace {

@@ -3,9 +3,8 @@
 #include <optional>
 
 #include "align.hpp"
-#include "arena.hpp"
 #include "arrays.hpp"
-#include "fill_binding.hpp"
+#include "parts.hpp"
 #include "plan.hpp"
 
 using namespace mgrpo::bindings;
@@ -108,8 +107,6 @@ lengths_N: int64 (N,), from 1 to cap. ValueError: a length or cap out of range.)
 
 }  // namespace
 
-void bind_tree(py::module_& module);
-
 PYBIND11_MODULE(_packing, module) {
   py::options options;
   options.disable_function_signatures();
@@ -121,7 +118,7 @@ PYBIND11_MODULE(_packing, module) {
              py::arg("mini_batches") = 1, py::arg("seed") = 0, py::arg("allow_empty") = false, kPlan);
   module.def("l2_bound", l2_bound, py::arg("lengths_N"), py::arg("cap"), kL2Bound);
   bind_fill(module);
-  bind_lists(module);
   bind_arena(module);
+  bind_lists(module);
   bind_tree(module);
 }

@@ -2,71 +2,23 @@
 // released while the core works; an array is never copied or converted behind the caller's back.
 #include "tree.hpp"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
-#include <string>
 #include <utility>
 
-#include "check.hpp"
+#include "arrays.hpp"
+#include "parts.hpp"
 #include "tree_fill.hpp"
 
-namespace py = pybind11;
-using mgrpo::require;
-
+namespace mgrpo::bindings {
 namespace {
-
-template <class T>
-bool is_column(py::handle given) {
-  if (!py::isinstance<py::array_t<T>>(given)) return false;
-  const auto array = py::reinterpret_borrow<py::array>(given);
-  const bool aligned = reinterpret_cast<uintptr_t>(array.data()) % alignof(T) == 0;
-  return array.ndim() == 1 && aligned && (array.flags() & py::array::c_style);
-}
-
-std::string describe(py::handle given) {
-  if (!py::isinstance<py::array>(given)) return py::repr(py::type::handle_of(given));
-  const auto array = py::reinterpret_borrow<py::array>(given);
-  return py::str("a {} array of shape {}{}")
-      .format(array.dtype(), array.attr("shape"), array.flags() & py::array::c_style ? "" : ", not contiguous");
-}
-
-template <class T>
-std::span<const T> column(const char* name, const char* expected, py::handle given) {
-  if (!is_column<T>(given)) {
-    require(false, name, " must be a one-dimensional contiguous array of ", expected, ", got ", describe(given));
-  }
-  const auto array = py::reinterpret_borrow<py::array>(given);
-  return {static_cast<const T*>(array.data()), static_cast<size_t>(array.size())};
-}
-
-std::span<const int64_t> integers(const char* name, py::handle given) { return column<int64_t>(name, "int64", given); }
-
-std::span<const uint8_t> flags(const char* name, py::handle given) {
-  if (!is_column<bool>(given)) return column<uint8_t>(name, "bool or uint8", given);
-  const auto bools = column<bool>(name, "bool", given);
-  return {reinterpret_cast<const uint8_t*>(bools.data()), bools.size()};
-}
-
-int64_t integer(const char* name, py::handle given) {
-  py::detail::make_caster<int64_t> caster;
-  require(caster.load(given, true), name, " must be a 64-bit integer, got ", std::string(py::repr(given)));
-  return py::detail::cast_op<int64_t>(caster);
-}
-
-template <class T>
-py::array_t<T> to_numpy(const std::vector<T>& values) {
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
 
 /// Calls make(sequences) with the tokens as what they are, int32 or int64.
 template <class Make>
 auto with_tokens(const py::object& tokens, const py::object& offsets, const py::object& rows, Make make) {
   const auto offsets_N1 = integers("offsets", offsets), rows_N = integers("rows", rows);
   if (is_column<int32_t>(tokens)) {
-    return make(mgrpo::Sequences<int32_t>{column<int32_t>("tokens", "int32", tokens), offsets_N1, rows_N});
+    return make(Sequences<int32_t>{column<int32_t>("tokens", "int32", tokens), offsets_N1, rows_N});
   }
-  return make(mgrpo::Sequences<int64_t>{column<int64_t>("tokens", "int32 or int64", tokens), offsets_N1, rows_N});
+  return make(Sequences<int64_t>{column<int64_t>("tokens", "int32 or int64", tokens), offsets_N1, rows_N});
 }
 
 py::tuple tree_plan(const py::object& tokens, const py::object& offsets, const py::object& rows, const py::object& cap,
@@ -77,7 +29,7 @@ py::tuple tree_plan(const py::object& tokens, const py::object& offsets, const p
     require(groups.is_none() || groups_N.size() == sequences.rows_N.size(), "groups has ", groups_N.size(),
             " entries, expected one for each of the ", sequences.rows_N.size(), " rows");
     const py::gil_scoped_release released;
-    return mgrpo::plan_tree(sequences, most, groups_N);
+    return plan_tree(sequences, most, groups_N);
   });
   return py::make_tuple(to_numpy(made.offsets_M1), to_numpy(made.ids_N), to_numpy(made.shared_N));
 }
@@ -107,17 +59,17 @@ Logprobs logprob_columns(const py::object& old, const py::object& sampler, const
   return columns;
 }
 
-mgrpo::TreeBuffers fresh_buffers(py::dict& into, const mgrpo::TreeLayout& layout, const Logprobs& logprobs) {
+TreeBuffers fresh_buffers(py::dict& into, const TreeLayout& layout, const Logprobs& logprobs) {
   const int64_t tokens = layout.tokens(), rows = layout.most_predictions;
-  mgrpo::TreeBuffers buffers{fresh<int64_t>(into, "input_ids", tokens),
-                             fresh<int64_t>(into, "positions", tokens),
-                             fresh<int64_t>(into, "tree_kv_index", layout.paths()),
-                             fresh<int64_t>(into, "token_index", rows),
-                             fresh<int64_t>(into, "targets", rows),
-                             fresh<int64_t>(into, "segment_id", rows),
-                             fresh<float>(into, "weights", rows),
-                             fresh<float>(into, "advantages", rows),
-                             {}};
+  TreeBuffers buffers{fresh<int64_t>(into, "input_ids", tokens),
+                      fresh<int64_t>(into, "positions", tokens),
+                      fresh<int64_t>(into, "tree_kv_index", layout.paths()),
+                      fresh<int64_t>(into, "token_index", rows),
+                      fresh<int64_t>(into, "targets", rows),
+                      fresh<int64_t>(into, "segment_id", rows),
+                      fresh<float>(into, "weights", rows),
+                      fresh<float>(into, "advantages", rows),
+                      {}};
   for (const auto& [key, _] : logprobs) buffers.logprobs_M.push_back(fresh<float>(into, key, rows));
   return buffers;
 }
@@ -130,18 +82,18 @@ void shorten(py::dict& filled, int64_t rows, const Logprobs& logprobs) {
 }
 
 template <class Token>
-py::dict fill_one(const mgrpo::TreeInput<Token>& given, const Logprobs& logprobs) {
-  mgrpo::TreeLayout layout;
+py::dict fill_one(const TreeInput<Token>& given, const Logprobs& logprobs) {
+  TreeLayout layout;
   {
     const py::gil_scoped_release released;
-    layout = mgrpo::lay_out_tree(given);
+    layout = lay_out_tree(given);
   }
   py::dict filled;
   const auto buffers = fresh_buffers(filled, layout, logprobs);
   int64_t rows = 0;
   {
     const py::gil_scoped_release released;
-    rows = mgrpo::fill_tree(given, layout, buffers);
+    rows = fill_tree(given, layout, buffers);
   }
   if (rows != layout.most_predictions) shorten(filled, rows, logprobs);
   filled["tree_cu_seqlens_q"] = to_numpy(layout.cu_seqlens_q_S1);
@@ -156,13 +108,12 @@ py::dict tree_fill(const py::object& tokens, const py::object& offsets, const py
                    const py::object& advantages, const py::object& weights, const py::object& old_logprobs,
                    const py::object& sampler_logprobs, const py::object& ref_logprobs, bool merge) {
   const auto sampled_T = flags("sampled", sampled);
-  const auto advantages_N = column<double>("advantages", "float64", advantages);
-  const auto weights_N = column<double>("weights", "float64", weights);
+  const auto advantages_N = floats("advantages", advantages), weights_N = floats("weights", weights);
   const auto ids_B = integers("ids", ids), shared_B = integers("shared", shared);
   const auto logprobs = logprob_columns(old_logprobs, sampler_logprobs, ref_logprobs, sampled_T.size());
   std::vector<std::span<const float>> logprobs_T;
   for (const auto& [_, values_T] : logprobs) logprobs_T.push_back(values_T);
-  return with_tokens(tokens, offsets, rows, [&]<class Token>(const mgrpo::Sequences<Token>& sequences) {
+  return with_tokens(tokens, offsets, rows, [&]<class Token>(const Sequences<Token>& sequences) {
     return fill_one<Token>({sequences, sampled_T, advantages_N, weights_N, ids_B, shared_B, logprobs_T, merge},
                            logprobs);
   });
@@ -189,8 +140,8 @@ The flat buffers of one micro-batch of `tree_plan`: B trajectories, P tokens, S 
 a run of tokens that ends where trajectories part or end; it attends to the path from the root to its own end.
 
 tokens_T, offsets_N1, rows_N: as given to `tree_plan`. ids_B, shared_B: int64, its slices of ids and shared. sampled_T:
-bool or uint8. advantages_N, weights_N: float64, a trajectory's advantage and the weight (>= 0) of each of its sampled
-tokens. *_logprobs_T: float32, entry t is that of token t.
+bool or uint8. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the weight (>= 0) of each of
+its sampled tokens. *_logprobs_T: float32, entry t is that of token t.
 
 As TRL 1.16's TreeRow: input_ids int64 (P,); positions int64 (P,), the depth; tree_kv_index int64, the packed positions
 of all paths; tree_cu_seqlens_q, tree_cu_seqlens_k int32 (S + 1,), bounds of segments and paths; tree_max_seqlens int64
@@ -214,3 +165,5 @@ void bind_tree(py::module_& module) {
              py::arg("old_logprobs_T") = py::none(), py::arg("sampler_logprobs_T") = py::none(),
              py::arg("ref_logprobs_T") = py::none(), py::arg("merge") = true, kTreeFill);
 }
+
+}  // namespace mgrpo::bindings

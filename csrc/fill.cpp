@@ -1,8 +1,8 @@
 #include "fill.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "check.hpp"
 #include "threads.hpp"
@@ -23,10 +23,6 @@ void check_rising(const char* name, std::span<const int64_t> offsets, const char
   }
 }
 
-void check_size(const char* name, size_t size, size_t expected, const char* of) {
-  require(size == expected, name, " has ", size, " entries, expected one for each of the ", expected, " ", of);
-}
-
 template <class T>
 void check_column(const Column<T>& column, std::span<const int64_t> offsets_N1) {
   const char* name = column.name;
@@ -42,11 +38,6 @@ void check_column(const Column<T>& column, std::span<const int64_t> offsets_N1) 
     require(column.each_N[n].size() == length, name, "[", n, "] has ", column.each_N[n].size(),
             " entries, expected the ", length, " tokens that offsets gives the trajectory");
   }
-}
-
-void check_float32(const char* name, int64_t id, double value) {
-  const bool finite = std::abs(value) <= std::numeric_limits<float>::max();  // false for nan
-  require(finite, name, "[", id, "] is ", value, ", expected a finite float32");
 }
 
 template <class Token>
@@ -110,18 +101,27 @@ struct Run {
   int64_t place, id, first, row, count;
 };
 
-/// The runs that a piece consists of, in order.
-std::vector<Run> runs_of(const Bins& bins, const Layout& layout, const Piece& piece) {
-  const auto& rows_B1 = layout.rows_B1;
-  int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece.begin) - rows_B1.begin() - 1;
-  std::vector<Run> runs;
-  for (int64_t row = piece.begin; row < piece.end; ++b) {
-    const int64_t end = std::min(rows_B1[b + 1], piece.end);
-    if (end > row) runs.push_back({b, bins.ids_B[b], row - rows_B1[b], row, end - row});
-    row = end;
+/// The runs that a piece consists of, in order: gives each to `work`.
+class Runs {
+ public:
+  Runs(const Bins& bins, const Layout& layout, const Piece& piece) : bins_(bins), layout_(layout), piece_(piece) {}
+
+  template <class Work>
+  void each(const Work& work) const {
+    const auto& rows_B1 = layout_.rows_B1;
+    int64_t b = std::upper_bound(rows_B1.begin(), rows_B1.end(), piece_.begin) - rows_B1.begin() - 1;
+    for (int64_t row = piece_.begin; row < piece_.end; ++b) {
+      const int64_t end = std::min(rows_B1[b + 1], piece_.end);
+      if (end > row) work(Run{b, bins_.ids_B[b], row - rows_B1[b], row, end - row});
+      row = end;
+    }
   }
-  return runs;
-}
+
+ private:
+  const Bins& bins_;
+  const Layout& layout_;
+  const Piece& piece_;
+};
 
 /// What the rows of a run predict.
 template <class Token, class T>
@@ -148,12 +148,12 @@ bool is_live(const Trajectories<Token>& given, Live live, int64_t id) {
 
 template <class Token>
 void count(const Trajectories<Token>& given, const Bins& bins, Live live, const Layout& layout, Piece& piece) {
-  for (const Run& run : runs_of(bins, layout, piece)) {
+  Runs(bins, layout, piece).each([&](const Run& run) {
     const int64_t actions = count_nonzero(next_of(given, given.sampled, run), run.count);
     piece.actions += actions;
     piece.weight_sum += static_cast<double>(static_cast<float>(given.weights_N[run.id])) * actions;
     piece.lives += is_live(given, live, run.id) ? actions : 0;
-  }
+  });
 }
 
 /// Adds the pieces' counts up, in order, so that the sums do not depend on who counted.
@@ -184,57 +184,60 @@ void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to,
 }
 
 template <class Token, class Id>
-void fill_ids(const Trajectories<Token>& given, std::span<const Run> runs, const Batch<Id>& batch) {
-  for (const Run& run : runs)
+void fill_ids(const Trajectories<Token>& given, const Runs& runs, const Batch<Id>& batch) {
+  runs.each([&](const Run& run) {
     std::copy_n(next_of(given, given.tokens, run) - 1, run.count, batch.input_ids_P + run.row);
-  for (const Run& run : runs) std::copy_n(next_of(given, given.tokens, run), run.count, batch.targets_P + run.row);
-  for (const Run run : runs) {  // a copy, which no position written can be a part of: the loop is then vectorised
-    Id* positions = batch.positions_P + run.row;
-    for (int64_t i = 0; i < run.count; ++i) positions[i] = static_cast<Id>(run.first + i);
-  }
+  });
+  runs.each(
+      [&](const Run& run) { std::copy_n(next_of(given, given.tokens, run), run.count, batch.targets_P + run.row); });
+  runs.each([&](const Run& run) {
+    std::iota(batch.positions_P + run.row, batch.positions_P + run.row + run.count, static_cast<Id>(run.first));
+  });
 }
 
 template <class Token, class Id>
-void fill_constants(const Trajectories<Token>& given, std::span<const Run> runs, int64_t first_place,
-                    const Batch<Id>& batch) {
-  for (const Run& run : runs) {
-    const auto advantage = static_cast<float>(given.advantages_N[run.id]);
-    std::fill_n(batch.advantages_P + run.row, run.count, advantage);
-  }
-  for (const Run& run : runs) {
+void fill_constants(const Trajectories<Token>& given, const Runs& runs, int64_t first_place, const Batch<Id>& batch) {
+  runs.each([&](const Run& run) {
+    std::fill_n(batch.advantages_P + run.row, run.count, static_cast<float>(given.advantages_N[run.id]));
+  });
+  runs.each([&](const Run& run) {
     std::fill_n(batch.segment_ids_P + run.row, run.count, static_cast<int32_t>(run.place - first_place));
-  }
+  });
 }
 
 template <class Token, class Id>
-void fill_actions(const Trajectories<Token>& given, std::span<const Run> runs, const Batch<Id>& batch) {
-  for (const Run& run : runs) {
+void fill_actions(const Trajectories<Token>& given, const Runs& runs, const Batch<Id>& batch) {
+  runs.each([&](const Run& run) {
     const uint8_t* sampled = next_of(given, given.sampled, run);
     std::transform(sampled, sampled + run.count, batch.action_mask_P + run.row, [](uint8_t flag) { return flag != 0; });
-  }
-  for (const Run& run : runs) {
+  });
+  runs.each([&](const Run& run) {
     const auto weight = static_cast<float>(given.weights_N[run.id]);
     where(next_of(given, given.sampled, run), run.count, batch.weights_P + run.row, [&](int64_t) { return weight; });
-  }
+  });
   for (size_t c = 0; c < given.logprobs.size(); ++c) {
-    for (const Run& run : runs) {
+    runs.each([&](const Run& run) {
       const float* next = next_of(given, given.logprobs[c], run);
       where(next_of(given, given.sampled, run), run.count, batch.logprobs_P[c] + run.row,
             [&](int64_t i) { return next[i]; });
-    }
+    });
   }
 }
 
-/// Writes the rows of the actions of live runs, counted from the micro-batch's `first_row`.
+/// Writes the rows of the actions of live runs, counted from the micro-batch's `first_row`. Every row is written, and
+/// kept by moving on where it is an action: no branch to mispredict.
 template <class Token>
-void fill_live(const Trajectories<Token>& given, std::span<const Run> runs, Live live, int64_t first_row, int64_t* to) {
-  for (const Run run : runs) {
-    if (!is_live(given, live, run.id)) continue;
+void fill_live(const Trajectories<Token>& given, const Runs& runs, Live live, int64_t first_row,
+               std::span<int64_t> live_rows) {
+  int64_t *to = live_rows.data(), *const end = to + live_rows.size();
+  runs.each([&](const Run& run) {
+    if (!is_live(given, live, run.id)) return;
     const uint8_t* sampled = next_of(given, given.sampled, run);
-    for (int64_t i = 0; i < run.count; ++i) {
-      if (sampled[i]) *to++ = run.row - first_row + i;
+    for (int64_t i = 0; i < run.count && to != end; ++i) {
+      *to = run.row - first_row + i;
+      to += sampled[i] != 0;
     }
-  }
+  });
 }
 
 void fill_cu_seqlens(const Bins& bins, const Layout& layout, int32_t* cu_seqlens) {
@@ -284,11 +287,12 @@ void fill(const Trajectories<Token>& given, const Bins& bins, Live live, const L
   fill_cu_seqlens(bins, layout, batch.cu_seqlens);
   const auto fill_piece = [&](int64_t p) {
     const Piece& piece = layout.pieces[p];
-    const auto runs = runs_of(bins, layout, piece);
+    const Runs runs(bins, layout, piece);
     fill_ids<Token>(given, runs, batch);
     fill_constants<Token>(given, runs, bins.bins_M1[piece.bin], batch);
     fill_actions<Token>(given, runs, batch);
-    fill_live<Token>(given, runs, live, layout.bins_M[piece.bin].row, batch.live_rows + piece.live);
+    const std::span<int64_t> live_rows(batch.live_rows + piece.live, piece.lives);
+    fill_live<Token>(given, runs, live, layout.bins_M[piece.bin].row, live_rows);
   };
   parallel_for(static_cast<int64_t>(layout.pieces.size()), threads_or_all(threads), fill_piece);
 }

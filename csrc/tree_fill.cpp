@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -14,15 +13,6 @@ namespace mgrpo {
 namespace {
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-
-void check_size(const char* name, size_t size, size_t expected, const char* of) {
-  require(size == expected, name, " has ", size, " entries, expected one for each of the ", expected, " ", of);
-}
-
-void check_float32(const char* name, int64_t id, double value) {
-  const bool finite = std::abs(value) <= std::numeric_limits<float>::max();  // false for nan
-  require(finite, name, "[", id, "] is ", value, ", expected a finite float32");
-}
 
 template <class Token>
 void check_sizes(const TreeInput<Token>& given) {

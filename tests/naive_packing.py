@@ -244,13 +244,8 @@ def fill(
     made: dict[str, Any] = {key: np.array(values, types[key]) for key, values in out.items()}
     if live is not None:
         made["live_rows"] = np.array(lives, np.int64)
-    longest = max((rows[n] for n in ids), default=0)
+    longest = max((int(rows[n]) for n in ids), default=0)
     return made | {"max_seqlen": longest, "sequences": len(ids), "actions": actions, "weight_sum": weight_sum}
-
-
-def from_lists(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    values = [value for each in lists for value in each]
-    return values, [sum(map(len, lists[:n])) for n in range(len(lists) + 1)]
 
 
 IDS = ("input_ids", "positions", "targets")
@@ -261,3 +256,8 @@ FILLED: dict[str, Any] = {
     "advantages": np.float32,
     "segment_ids": np.int32,
 }
+
+
+def from_lists(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    values = [value for each in lists for value in each]
+    return values, [sum(map(len, lists[:n])) for n in range(len(lists) + 1)]

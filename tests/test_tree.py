@@ -212,6 +212,16 @@ def test_fill_takes_any_order_and_any_sharing(sequences, seed, data):
     assert len(prefix_of_each(filled)) == len(filled["input_ids"])
 
 
+@given(forests(), st.integers(0, 2**32))
+def test_fill_takes_float32_as_what_it_is_in_float64(sequences, seed):
+    batch = random_batch(sequences, seed)
+    _, ids, shared = packing.tree_plan(batch["tokens"], batch["offsets"], batch["rows"], 2**62)
+    narrow = batch | {name: batch[name].astype(np.float32) for name in ("advantages", "weights")}
+    filled = fill(narrow, ids, shared)
+    for key, expected in fill(batch, ids, shared).items():
+        np.testing.assert_array_equal(filled[key], expected, key)
+
+
 def test_fill_averages_in_double():
     """Weights 1, 2 and 4 of advantages 1, 2 and 4: 7 of 3."""
     tokens, offsets = flat([[5, 6]] * 3)

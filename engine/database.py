@@ -66,7 +66,10 @@ class Database:
             raise
         if versions != [SCHEMA_VERSION]:
             self.close()
-            raise ValueError(f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}")
+            raise ValueError(
+                f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}: "
+                "another version of mgrpo began it; go on with that one, or begin a new run"
+            )
 
     def close(self) -> None:
         self._engine.dispose()

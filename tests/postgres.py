@@ -11,12 +11,15 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from mgrpo.engine.store import Store
+
+Connect = Callable[..., Store]
 PASSWORD = "geheim-5cd1"
 USER = "mgrpo"
 SECONDS = 60
@@ -125,6 +128,21 @@ def server() -> Iterator[Cluster]:
     cluster = Cluster(programs)
     yield cluster
     cluster.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
+    """Opens one and the same new database, once of each kind, for a run."""
+    url = f"sqlite:///{tmp_path}/store.db" if request.param == "sqlite" else request.getfixturevalue("server").create()
+    opened: list[Store] = []
+
+    def open_store(run: str = "run") -> Store:
+        opened.append(Store(url, run, password=PASSWORD))
+        return opened[-1]
+
+    yield open_store
+    for store in opened:
+        store.close()
 
 
 def _exists(user: str) -> bool:

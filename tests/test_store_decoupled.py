@@ -20,10 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from mgrpo.bench.postgres import PASSWORD
 from mgrpo.engine.schema import Claim, Lease
 from mgrpo.engine.store import CallRecord, Fenced, Publication, RolloutRecord, Store
 from mgrpo.engine.trajectories import Position
-from postgres import PASSWORD, Connect
+from postgres import Connect
 
 AGENTS = ("main", "search")
 K, Q = 3, 2  # rollouts per query, queries per step

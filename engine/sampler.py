@@ -379,7 +379,7 @@ class InProcessSampler:
 
 
 def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError that names the first of the tensors which is not there, too many, or of another shape or dtype."""
+    """Raises ValueError naming the first of the tensors that is missing, too many, or of another shape or dtype."""
     wanted, given = ({name: (tuple(t.shape), t.dtype) for name, t in of.items()} for of in (parameters, tensors))
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):

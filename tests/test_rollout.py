@@ -608,11 +608,15 @@ def test_what_the_one_who_is_asked_raises_ends_all_episodes(who):
     samplers = {name: FakeSampler({"t:": ["say 1"], "u:": ["say " + "1" * 99]}, 400) for name in AGENTS}
     jobs = iter([[Job(0, 0, Task("t", {})), Job(1, 0, Task("u", {}))], [], []])
     episodes = Episodes(make_config(), Lines(), dict(samplers))
-    ended = boom if who == "ended" else lambda: None
-    with pytest.raises(StopIteration if who == "more" else RuntimeError):
-        in_time(
-            lambda: episodes.stream(lambda _: next(jobs) if who == "more" else next(jobs, []), lambda _: ended())
-        ).result()
+
+    def more(_: int) -> list[Job]:
+        return boom() if (new := next(jobs, None)) is None and who == "more" else new or []
+
+    def ended(_: Rollout) -> None:
+        return boom() if who == "ended" else None
+
+    with pytest.raises(RuntimeError, match="boom"):
+        in_time(lambda: episodes.stream(more, ended)).result()
     assert not any(sampler.left or sampler.writing for sampler in samplers.values())
 
 

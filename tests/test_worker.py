@@ -37,7 +37,7 @@ from mgrpo.engine.environment import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
 
 class Chatty(Environment):
-    """Whatever the untrained main agent writes is a request to its clerk, three times."""
+    """Whatever the untrained main agent writes is a request to its clerk, twice."""
 
     def tasks(self, split):
         return [Task(f"{split} {i}", {}) for i in range(7)]
@@ -46,10 +46,10 @@ class Chatty(Environment):
         return f"{call.agent} {call.task.id}\\n"
 
     def parse(self, call, text):
-        return (Delegate("clerk", text),) if call.agent == "main" and len(call.turns) < 3 else Answer(text)
+        return (Delegate("clerk", text),) if call.agent == "main" and len(call.turns) < 2 else Answer(text)
 
     def score(self, episode):
-        return Score(True, float(len(episode.main.turns) == 4), tuple(CallScore(True, 0.5) for _ in episode.calls))
+        return Score(True, float(len(episode.main.turns) == 3), tuple(CallScore(True, 0.5) for _ in episode.calls))
 '''
 
 
@@ -61,7 +61,7 @@ class World:
         (folder / "chatty.py").write_text(ENVIRONMENT)
         raw = raw_config(folder, **{"topology": "local", "steps": STEPS, "queries_per_step": Q, **changes})
         for agent in raw["agents"].values():
-            agent |= {"max_turns": 4, "max_context": 128, "max_new_tokens": 8}
+            agent |= {"max_turns": 4, "max_context": 128, "max_new_tokens": 6}
         raw |= {"environment": {"use": f"{folder}/chatty.py:Chatty"}, "eval": {"questions": 3}}
         raw |= {"sampling": sampling or {}, "algorithm": {"rollouts": K}, "store": {"lease": 30.0}}
         self.config: Config = parse_config(raw)
@@ -376,7 +376,7 @@ def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path
     worker = world.worker()
     worker.run(world)
     world.check()
-    assert worker.arrivals.loads == {"main": STEPS + 2, "clerk": 1}
+    assert worker.arrivals.loads == {"main": STEPS + 1, "clerk": 1}
     assert all(call.step == call.query // Q for call in world.calls)
 
 
@@ -539,10 +539,11 @@ def test_two_workers_share_a_step(tmp_path):
 
 def test_a_name_is_held_by_one_process_at_a_time(tmp_path):
     world = World(tmp_path)
-    world.worker("a")
-    world.worker("b")
+    running = [world.worker("a"), world.worker("b")]
     with pytest.raises(ValueError, match="workers/a is in use by process"):
         world.worker("a")
+    running[0].run(lambda: True)  # and ends
+    world.worker("a")
 
 
 def test_signs_of_life_go_on_when_one_fails():

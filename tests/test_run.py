@@ -225,10 +225,11 @@ def test_no_space_for_a_row_leaves_whole_lines(run, no_tensorboard):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    real, run._metrics = run._metrics, Full(run._metrics)
+    rows = run._metrics
+    real, rows._file = rows._file, Full(rows._file)
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         run.log_metrics({"stage": "rl", "step": 1})
-    run._metrics = real
+    rows._file = real
     run.log_metrics({"stage": "rl", "step": 2})
     assert [row["step"] for row in read_metrics(run.metrics)] == [0, 2]
 

@@ -135,6 +135,8 @@ def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, *, master:
     device = pick_device(compute)
     alone = ranks() == 1
     actor = Actor(load_model(name, agent, compute, device if alone else torch.device("cpu")))
+    if compute.compile:
+        compile_layers(actor.model)
     if not alone:
         _split(actor, device, getattr(torch, compute.dtype), master)
     return actor
@@ -153,6 +155,13 @@ def _split(actor: Actor, device: torch.device, dtype: torch.dtype, master: bool)
         sharded.set_force_sum_reduction_for_comms(True)  # else a product before the sum, which gloo has not
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile of each decoder layer for any number of tokens; attention, which reads lengths, stays as it is."""
+    AttentionInterface.register("mgrpo", torch.compiler.disable(_attention))
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -168,6 +177,8 @@ def pick_device(compute: ComputeConfig) -> torch.device:
         raise ValueError(f"config: compute.device: {name!r} given: expected a device of torch or 'auto'") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
+    if compute.compile and not name.startswith("cuda"):
+        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, only a GPU is worth it")
     return torch.device(name)
 
 

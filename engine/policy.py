@@ -1,9 +1,9 @@
 """One agent's weights and their optimisation, by one process or by several ranks.
 
-bf16 compute with fp32 master weights. One process: the model that runs (and that the in-process sampler reads) is bf16;
-each gradient is added to its fp32 master the moment it is made, and freed; AdamW moves the masters, and `publish`
-rounds them into the model. Several ranks (FSDP2): the model's own weights are the masters, each rank holds its rows of
-them, and a layer's are gathered and rounded when it runs; every method is then a collective, which all ranks call.
+bf16 compute with fp32 master weights. One process: the model that runs (and that the in-process sampler reads) is bf16,
+and its masters (`masters.py`) are rounded into it after a step. Several ranks (FSDP2): the model's own weights are the
+masters, each rank holds its rows of them, and a layer's are gathered and rounded when it runs; every method is then a
+collective, which all ranks call.
 
 Departs from data-parallel training as usual: gradients are summed over ranks, not averaged, as every denominator is in
 the loss weights already. So what a step does does not depend on how many ranks share its micro-batches.
@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mgrpo.engine import distributed
 from mgrpo.engine.batch import Batch, to_device
 from mgrpo.engine.config import AgentConfig, ComputeConfig
-from mgrpo.engine.model import Actor, Packed, load_actor, load_tokenizer
+from mgrpo.engine.masters import Masters
+from mgrpo.engine.model import Actor, Packed, compile_layers, load_actor, load_tokenizer
 from mgrpo.engine.shards import Shards, local, write_shards
 from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, merge_metrics
 
@@ -42,37 +43,6 @@ def learning_rate(agent: AgentConfig, step: int, steps: int) -> float:
         agent.lr
         * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[agent.lr_schedule]
     )
-
-
-class Masters:
-    """fp32 master weights of a model's parameters, and their gradients. A model in fp32 is its own master."""
-
-    def __init__(self, model: nn.Module):
-        self.params = dict(model.named_parameters())
-        self.weights = {name: self._master(param) for name, param in self.params.items()}
-
-    def _master(self, param: nn.Parameter) -> nn.Parameter:
-        if param.dtype == torch.float32:
-            return param
-        master = nn.Parameter(param.detach().float())
-
-        def take_gradient(param: Tensor) -> None:
-            assert param.grad is not None
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad.add_(param.grad)
-            param.grad = None
-
-        param.register_post_accumulate_grad_hook(take_gradient)
-        return master
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the model."""
-        for name, param in self.params.items():
-            if self.weights[name] is not param:
-                param.copy_(self.weights[name])
 
 
 class Policy:
@@ -112,6 +82,8 @@ class Policy:
         """Freeze a copy of the present weights, which the KL term holds on to."""
         if distributed.ranks() == 1:
             self._held = copy.deepcopy(self.actor).requires_grad_(False)
+            if self.compute.compile:  # a copy of compiled layers is not
+                compile_layers(self._held.model)
             return
         self._held = load_actor(self.name, self.agent, self.compute, master=False).requires_grad_(False)
         for kept, weight in zip(self._held.parameters(), self.masters.weights.values(), strict=True):

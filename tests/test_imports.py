@@ -21,7 +21,7 @@ LAYERS = (
     ("rollout",),
     ("policy", "sampler"),
     ("batch", "objective", "advantage"),
-    ("model", "store", "run", "shards"),
+    ("model", "store", "run", "shards", "masters"),
     ("trajectories", "attention", "display", "statistics", "process", "distributed"),
     ("config", "environment"),
     ("types",),

@@ -156,7 +156,7 @@ def _split(actor: Actor, device: torch.device, dtype: torch.dtype, master: bool)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """torch.compile of each decoder layer for any number of tokens; attention, which reads lengths, stays as it is."""
+    """torch.compile of each decoder layer, for any number of tokens; attention, which reads lengths, stays as it is."""
     AttentionInterface.register("mgrpo", torch.compiler.disable(_attention))
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
@@ -178,7 +178,9 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
     if compute.compile and not name.startswith("cuda"):
-        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, only a GPU is worth it")
+        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, it is for GPUs")
+    if compute.compile and compute.activation_checkpointing:  # attention's graph break keeps a checkpoint uncompiled
+        raise ValueError("config: compute.compile: true given: expected false with activation_checkpointing = true")
     return torch.device(name)
 
 

@@ -48,7 +48,7 @@ class Shards:
 
     @torch.no_grad()
     def read_into(self, target: Tensor, name: str) -> None:
-        """Fill the rows that this rank holds of the target, whose whole shape is the saved one's; no others are read."""
+        """Fill the rows this rank holds of the target, reading no others; its whole shape must be the saved one."""
         assert self.shapes[name] == tuple(target.shape), name
         mine = local(target)
         if not target.ndim:

@@ -1,13 +1,11 @@
-"""Ranks as real processes: messages, agreement, what listens, and what becomes of the others when one dies."""
+"""Ranks as real processes: messages, agreement, what listens, and what becomes of the others when one stands still."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,9 @@ import msgspec
 import psutil
 import pytest
 import torch
-from torch.multiprocessing import get_context
 
 from mgrpo.engine import distributed
-from mgrpo.engine import policy as policies
-from mgrpo.engine.run import RunDirectory
-from mgrpo.kernels import Objective
-from ranks import free_port, run_ranks, set_environment
-from test_distributed_policy import batches, make, mine
-from toy import make_model
+from ranks import assert_end_with_an_error, run_ranks, start
 
 MESSAGES = [None, 0, "", b"", [], {"a": [1.5, None, "ä"]}, "x" * 1_000_003, list(range(10_000)), float("inf")]
 
@@ -104,96 +96,14 @@ def test_ranks_hear_each_other() -> None:
     run_ranks(everything, 3)
 
 
-# ---- a rank dies
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_model(tmp_path / "tied", True, hidden_size=16, intermediate_size=24)
-    return tmp_path
-
-
-Work = Callable[[Path], Iterator[None]]
-
-
-def step_on(folder: Path) -> Iterator[None]:
-    """Optimizer steps without end."""
-    policy = make(folder, True)
-    while True:
-        policy.step(mine(batches(0)), Objective(sampler_cap=None), 1e-3)
-        yield
-
-
 def talk_on(folder: Path) -> Iterator[None]:
     while True:
         distributed.gather(distributed.rank())
         yield
 
 
-def die_while_saving(folder: Path) -> Iterator[None]:
-    """Rank 1 with its weights written but not its moments."""
-    policy, write = make(folder, True), policies.write_shards
-    policy.step(mine(batches(0)), Objective(sampler_cap=None), 1e-3)
-    yield
-
-    def die(aside: Path, stem: str, tensors: Any) -> None:
-        if stem == "moments":
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(aside, stem, tensors)
-
-    if distributed.rank() == 1:
-        policies.write_shards = die
-        policy.save()
-    run = RunDirectory(folder / "run")
-    run.save_checkpoint("rl-00001", lambda aside: policy.save(aside / "main") and None, keep=1)
-    yield
-
-
-def live(rank: int, ranks: int, port: str, timeout: float, work: Work, folder: Path) -> None:
-    """Goes through the work, and says so after its first round."""
-    set_environment(rank, ranks, port)
-    torch.set_num_threads(1)
-    with distributed.joined(torch.device("cpu"), timeout):
-        for _ in work(folder):
-            (folder / f"ready-{rank}").touch()
-
-
-def start(work: Work, ranks: int, folder: Path, timeout: float = 60.0) -> list[BaseProcess]:
-    """Processes that have all done their first round."""
-    port, context = free_port(), get_context("spawn")
-    processes = [
-        context.Process(target=live, args=(rank, ranks, port, timeout, work, folder), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    while not all((folder / f"ready-{rank}").exists() for rank in range(ranks)):
-        assert all(process.exitcode is None for process in processes)
-        time.sleep(0.05)
-    return processes
-
-
-def assert_end_with_an_error(processes: list[BaseProcess]) -> None:
-    for process in processes:
-        process.join(120)  # seconds: far more than it takes, far less than for ever
-        assert process.exitcode not in (None, 0)
-
-
-def test_when_a_rank_is_killed_in_a_step_the_others_end(folder: Path) -> None:
-    *others, killed = start(step_on, 3, folder)
-    os.kill(killed.pid or 0, signal.SIGKILL)
-    assert_end_with_an_error(others)
-
-
-def test_when_a_rank_stands_still_the_others_end_after_the_timeout(folder: Path) -> None:
-    other, stopped = start(talk_on, 2, folder, timeout=3.0)
+def test_when_a_rank_stands_still_the_others_end_after_the_timeout(tmp_path: Path) -> None:
+    other, stopped = start(talk_on, 2, tmp_path, timeout=3.0)
     os.kill(stopped.pid or 0, signal.SIGSTOP)
     assert_end_with_an_error([other])
     stopped.kill()
-
-
-def test_a_rank_killed_while_saving_leaves_no_checkpoint(folder: Path) -> None:
-    assert_end_with_an_error(start(die_while_saving, 2, folder))
-    run = RunDirectory(folder / "run")
-    assert run.latest_checkpoint() is None and not list(run.checkpoints.iterdir())
-    run.close()

@@ -145,6 +145,7 @@ class ComputeConfig(Frozen):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward and backward; master weights are float32
     max_tokens: Count = 4096  # of one micro-batch
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the decoder layers; on a GPU only
     concurrency: Count = 96  # calls of one agent that the in-process sampler advances together
 
 

@@ -10,20 +10,26 @@ Legend: T tokens of the flat row, A query heads, G key-value heads, D head size,
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.attention import buckets, causal_attention
 from mgrpo.engine.config import AgentConfig, ComputeConfig
+from mgrpo.engine.distributed import ranks
 
+Result = TypeVar("Result")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for broken files
 
 
@@ -100,6 +106,66 @@ def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tens
     return out.last_hidden_state[0]
 
 
+class Actor(nn.Module):
+    """A causal LM whose backbone and head run within one forward: there FSDP holds the weights of both whole."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        work: Callable[[Tensor, Tensor, Tensor | None], Result],
+    ) -> Result:
+        """work(hidden (T, H), the head's weight (V, H), its bias (V,) or None)"""
+        hidden_TH = hidden_states(self.model, input_ids_T, positions_T, layout)
+        head = self.model.get_output_embeddings()
+        return work(hidden_TH, head.weight, head.bias)
+
+
+def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, *, master: bool = True) -> Actor:
+    """An agent's model on its device, as `load_model` makes it; split over the ranks if there are several.
+
+    Split, each rank holds its rows of every weight, in float32 as a master, else in the compute dtype. A device then
+    never holds more than one layer whole, but each rank's host for a moment the model in the compute dtype.
+    """
+    device = pick_device(compute)
+    alone = ranks() == 1
+    actor = Actor(load_model(name, agent, compute, device if alone else torch.device("cpu")))
+    if compute.compile:
+        compile_layers(actor.model)
+    if not alone:
+        _split(actor, device, getattr(torch, compute.dtype), master)
+    return actor
+
+
+def _split(actor: Actor, device: torch.device, dtype: torch.dtype, master: bool) -> None:
+    """FSDP2 of each decoder layer and of the rest; gradients are sums over the ranks, in float32."""
+    mesh = init_device_mesh(device.type, (ranks(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*decoder_layers(actor.model), actor):
+        if master:
+            module.float()
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+        assert isinstance(sharded, FSDPModule)
+        sharded.set_gradient_divide_factor(1.0)  # the mean is in the loss weights
+        sharded.set_force_sum_reduction_for_comms(True)  # else a product before the sum, which gloo has not
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile of each decoder layer, for any number of tokens; attention, which reads lengths, stays as it is."""
+    AttentionInterface.register("mgrpo", torch.compiler.disable(_attention))
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def pick_device(compute: ComputeConfig) -> torch.device:
     """The device of a run. Raises ValueError if it is not there."""
     name = compute.device
@@ -111,6 +177,10 @@ def pick_device(compute: ComputeConfig) -> torch.device:
         raise ValueError(f"config: compute.device: {name!r} given: expected a device of torch or 'auto'") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
+    if compute.compile and not name.startswith("cuda"):
+        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, it is for GPUs")
+    if compute.compile and compute.activation_checkpointing:  # attention's graph break keeps a checkpoint uncompiled
+        raise ValueError("config: compute.compile: true given: expected false with activation_checkpointing = true")
     return torch.device(name)
 
 
@@ -156,8 +226,11 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     return config
 
 
-def load_model(name: str, agent: AgentConfig, compute: ComputeConfig) -> PreTrainedModel:
-    """The causal LM of an agent on its device, in the compute dtype, attention replaced by ours."""
+def load_model(
+    name: str, agent: AgentConfig, compute: ComputeConfig, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The causal LM of an agent on a device (None: the run's), in the compute dtype, attention replaced by ours."""
+    device = device or pick_device(compute)
     read_model_config(name, agent)
     try:
         config = AutoConfig.from_pretrained(agent.model)
@@ -177,7 +250,7 @@ def load_model(name: str, agent: AgentConfig, compute: ComputeConfig) -> PreTrai
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the trainer must see the distribution that the sampler saw
-    nn.Module.to(model, pick_device(compute))
+    nn.Module.to(model, device)
     model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
     if compute.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

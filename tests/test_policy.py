@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mgrpo.engine.batch import Batch, Weighed, pack
-from mgrpo.engine.config import AgentConfig
-from mgrpo.engine.model import Packed
+from mgrpo.engine.config import AgentConfig, ComputeConfig
+from mgrpo.engine.model import Packed, compile_layers
 from mgrpo.engine.policy import Policy, learning_rate
 from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
@@ -286,3 +287,62 @@ def test_the_kl_term_pulls_back_to_the_reference(folder):
             policy.step(batches(), objective, 1e-3)
     ends = [policy.step(batches(), KL, 1e-9)["kl_mean"] for policy in (free, held)]
     assert ends[1] < 0.1 * ends[0]
+
+
+# ---- what is published, and how it is checked
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_weights_are_the_models_in_the_compute_dtype(folder, dtype):
+    policy = make(folder, dtype)
+    policy.step(batches(), PLAIN, 1e-2)
+    assert same(dict(policy.full_weights()), dict(policy.model.named_parameters()))
+    assert {weight.dtype for _, weight in policy.full_weights()} == {policy.dtype} == {getattr(torch, dtype)}
+
+
+def test_logprobs_are_those_of_the_models_logits(folder):
+    policy, tokens = make(folder, temperature=0.5), [5, 0, 256, 3, 3, 77]
+    logits_TV = policy.model(torch.tensor([tokens]), layout=Packed(torch.tensor([0, 6], dtype=torch.int32), 6)).logits[
+        0
+    ]
+    expected = (logits_TV / 0.5).log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    assert policy.logprobs(tokens) == pytest.approx(expected.tolist(), abs=1e-5)
+    policy.step(batches(), PLAIN, 1e-2)
+    assert policy.logprobs(tokens) != pytest.approx(expected.tolist(), abs=1e-2)
+
+
+# ---- compiled layers
+
+
+@pytest.mark.parametrize(
+    ("device", "checkpointing", "message"),
+    [
+        ("cpu", False, "compute.compile: true given: expected false on 'cpu', it is for GPUs"),
+        ("cuda", True, "compute.compile: true given: expected false with activation_checkpointing = true"),
+    ],
+)
+def test_compiling_is_refused_where_it_would_do_nothing(folder, monkeypatch, device, checkpointing, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compute = replace_compute(folder, compile=True, device=device, activation_checkpointing=checkpointing)
+    with pytest.raises(ValueError, match=message):
+        Policy("main", AgentConfig(model=str(folder), max_context=64), compute)
+
+
+def replace_compute(folder: Path, **changes: Any) -> ComputeConfig:
+    return msgspec.structs.replace(toy_config(folder).compute, **changes)
+
+
+def test_compiled_layers_change_no_gradient_and_a_kept_reference_stays(folder, monkeypatch):
+    """Captured, but not lowered: that takes a GPU, or a minute."""
+    graphs: list[Any] = []
+    capture = partialmethod(nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(nn.Module, "compile", capture)
+    plain, compiled = make(folder), make(folder)
+    compile_layers(compiled.model)
+    expected, found = (gradients(p, batches(2)) for p in (plain, compiled))
+    assert len(graphs) >= 2  # before and after attention
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    compiled.keep_reference()
+    kl = [compiled.step(batches(), KL, 1e-2)["kl_mean"] for _ in range(2)]
+    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-3

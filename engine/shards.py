@@ -1,0 +1,83 @@
+"""Tensors that ranks hold by rows, as safetensors: written by any number of ranks, read by any other.
+
+Every rank writes the rows it holds to a file of its own, `weights.safetensors`, `weights-1.safetensors`, …: one after
+the other they are the whole tensor, so one rank's file is an ordinary one. Numbers (0-dim) are in the first alone.
+
+Departs from torch.distributed.checkpoint, which unpickles: its file reader a checkpoint's metadata, its planner what
+the ranks send each other. Rows in the order of ranks need neither metadata nor a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mgrpo.engine.distributed import rank, ranks
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds of a tensor, in place; all of them if it is not split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """This rank's rows of each tensor, DTensors split by rows or (on one rank) plain ones."""
+    mine = {name: local(t.detach()).contiguous() for name, t in tensors.items() if t.ndim or rank() == 0}
+    save_file(mine, _file(folder, stem, rank()))
+
+
+class Shards:
+    """What `write_shards` wrote, open for reading. shapes: of the whole tensors, by name."""
+
+    def __init__(self, folder: Path, stem: str):
+        paths = takewhile(Path.exists, (_file(folder, stem, number) for number in count()))
+        self._files = [safe_open(path, "pt") for path in paths]
+        self._parts: dict[str, list[Any]] = {}
+        for file in self._files:
+            for name in sorted(file.keys()):
+                self._parts.setdefault(name, []).append(file.get_slice(name))
+        self.shapes = {name: self._shape(parts) for name, parts in self._parts.items()}
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Fill the rows this rank holds of the target, reading no others; its whole shape must be the saved one."""
+        assert self.shapes[name] == tuple(target.shape), name
+        mine = local(target)
+        if not target.ndim:
+            mine.copy_(self._files[0].get_tensor(name))
+            return
+        first = _first_row(target)
+        start = 0
+        for part in self._parts[name]:
+            stop = start + part.get_shape()[0]
+            low, high = max(first, start), min(first + len(mine), stop)
+            if low < high:
+                mine[low - first : high - first].copy_(part[low - start : high - start])
+            start = stop
+
+    @staticmethod
+    def _shape(parts: list[Any]) -> tuple[int, ...]:
+        first = parts[0].get_shape()
+        return (sum(part.get_shape()[0] for part in parts), *first[1:]) if first else ()
+
+
+def _file(folder: Path, stem: str, number: int) -> Path:
+    return folder / (f"{stem}-{number}.safetensors" if number else f"{stem}.safetensors")
+
+
+def _first_row(tensor: Tensor) -> int:
+    """Of those this rank holds: rows are dealt in equal runs, the last ones shorter or empty."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    run = -(-tensor.shape[0] // ranks())
+    first = min(rank() * run, tensor.shape[0])
+    assert len(tensor.to_local()) == min(run, tensor.shape[0] - first), "not split by rows"
+    return first

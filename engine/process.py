@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 LIFELINE = "MGRPO_LIFELINE"  # the read end of a pipe that only the launcher can write to
+RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun's are told its way
 
 
 class Interrupted(Exception):

@@ -37,7 +37,8 @@ def fingerprint(config: Config) -> str:
 def _fixed(config: Config) -> dict[str, Any]:
     """Every key that may not change, by its full name."""
     flat = _flat(msgspec.to_builtins(config))
-    return {
+    in_store = {"run_dir of a run in store.url": config.run_dir} if config.store.url else {}  # its name there
+    return in_store | {
         key: value
         for key, value in flat.items()
         if key.split(".")[0] not in MAY_CHANGE and not MAY_CHANGE_WITHIN.fullmatch(key)

@@ -1,47 +1,42 @@
 #!/usr/bin/env bash
 # One Slurm job: two nodes train the main agent, one the sub-agent, two sample.   sbatch slurm.sh /shared/cluster.toml
+# The same command again goes on from the last checkpoints. torchrun listens on every interface of its nodes.
 #SBATCH --nodes=5
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:INT@600
+#SBATCH --signal=INT@600
 set -euo pipefail
-config=${1:?give the run\'s TOML file, on a shared file system}
-# The password, if PostgreSQL wants one, comes by the environment (srun passes it on) or from store.password_file.
+config=${1:?expected the TOML file of the run, on a shared file system}
 
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-mgrpo store init "$config" # makes the tables and the run; does nothing when they are there
+# A password of PostgreSQL comes by the environment, which srun passes on, or from store.password_file.
+mgrpo store init "$config" # the tables and the run; nothing where they are there
 
-# train AGENT NODE...: one torchrun per node; a trainer that fails is started again from its last checkpoint
+jobs=0
+# train AGENT NODE…: one torchrun on each node; when a rank fails all start again from their last checkpoint
 train() {
   local agent=$1 first=$2
   shift
-  srun --nodes=$# --ntasks=$# --nodelist="$(IFS=,; echo "$*")" \
+  srun --nodes=$# --ntasks=$# --nodelist="$(IFS=, && echo "$*")" \
     torchrun --nnodes=$# --nproc-per-node=8 --max-restarts=3 --rdzv-id="$SLURM_JOB_ID-$agent" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:29500" -m mgrpo.engine agent "$config" --name "$agent" &
-  trainers+=($!)
+  jobs=$((jobs + 1))
 }
 
 # sample NODE: one worker per GPU, started again when it fails
 sample() {
-  # shellcheck disable=SC2016  # $gpu and $1 are for the shell on the node
-  srun --nodes=1 --ntasks=1 --nodelist="$1" bash -c '
-    trap "trap - INT; kill -INT 0" INT
-    for gpu in 0 1 2 3 4 5 6 7; do
-      (until CUDA_VISIBLE_DEVICES=$gpu mgrpo rollout "$1"; do sleep 5; done) &
-    done
-    wait' sample "$config" &
-  workers+=($!)
+  srun --nodes=1 --ntasks=8 --gpus-per-task=1 --nodelist="$1" \
+    bash -c 'trap "exit 130" INT; until mgrpo rollout "$1"; do sleep 5; done' worker "$config" &
+  jobs=$((jobs + 1))
 }
 
-trainers=() workers=()
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 train main "${nodes[0]}" "${nodes[1]}"
 train sub "${nodes[2]}"
 sample "${nodes[3]}"
 sample "${nodes[4]}"
 
-# Ten minutes before the time is up all finish their step and save; the same command goes on from there.
-trap 'kill -INT "${trainers[@]}" "${workers[@]}" 2>/dev/null' INT
-wait "${trainers[@]}" || wait "${trainers[@]}"
-kill -INT "${workers[@]}" 2>/dev/null || true
-wait
+# Ten minutes before its time is up Slurm interrupts all, and they save: torchrun gives its ranks 30 seconds for it.
+# When one is given up the others are asked to do the same.
+for ((ended = 0; ended < jobs; ended++)); do
+  wait -n || { scancel --signal=INT "$SLURM_JOB_ID" && wait; exit 1; }
+done

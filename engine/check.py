@@ -8,13 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgrpo.engine.config import AgentConfig, Config
-from mgrpo.engine.launch import accuracy, evaluate_tasks, load_tasks, make_sampler, restore
+from mgrpo.engine.launch import make_sampler, restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import keep_memory
 from mgrpo.engine.rollout import Episodes, load_environment
 from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.tasks import accuracy, eval_jobs, load_tasks
 
 GIB = 2**30
 
@@ -96,9 +97,8 @@ def evaluate(config: Config, checkpoint: Path) -> str:
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
     stage, step = restore(policies, RunDirectory.open_checkpoint(checkpoint))
     samplers = {name: make_sampler(policy, config) for name, policy in policies.items()}
-    row = accuracy(
-        evaluate_tasks(Episodes(config, environment, dict(samplers)), load_tasks(environment, "held_out"), config)
-    )
+    jobs = eval_jobs(load_tasks(environment, "held_out"), config)
+    row = accuracy(Episodes(config, environment, dict(samplers)).run(jobs))
     return (
         f"{checkpoint}: {stage} step {step}: held-out accuracy {row['eval/held_out_accuracy']:.1%} "
         f"(95 % interval {row['eval/low']:.1%} to {row['eval/high']:.1%}) on {row['eval/questions']} questions, "

@@ -74,12 +74,13 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
     """Sample episodes for the agents of FILE, on any number of machines. --name: no two may have the same."""
     config = _decoupled(file, overrides)
     from mgrpo.engine.decoupled import open_store
-    from mgrpo.engine.process import ctrl_c, keep_memory
+    from mgrpo.engine.process import ctrl_c
     from mgrpo.engine.worker import Worker
 
-    keep_memory()
     with closing(open_store(config)) as store, ctrl_c() as stop:
-        Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store).run(stop)
+        Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
+        if stop():  # not done: who started it may want to know
+            raise typer.Exit(130)
 
 
 def _decoupled(file: Path, overrides: list[str]) -> Config:

@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from mgrpo.engine.config import Config
+from mgrpo.engine.database import read_password
 from mgrpo.engine.resume import fingerprint
 from mgrpo.engine.store import Store
 
@@ -33,8 +34,6 @@ def worker_folder(config: Config, worker: str) -> Path:
 
 def open_store(config: Config) -> Store:
     """The run's store, with the run begun in it. ValueError if another run is there under the same name."""
-    from mgrpo.engine.database import read_password
-
     inside = sa.URL.create("sqlite", database=str(Path(config.run_dir) / "store.db")).render_as_string()
     password = read_password(config.store.password_file)
     store = Store(config.store.url or inside, run_name(config), password=password, tls=config.store.tls)

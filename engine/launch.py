@@ -13,29 +13,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mgrpo.engine.batch import Weighed
 from mgrpo.engine.config import Config, dump_config, read_dump
 from mgrpo.engine.display import Display
-from mgrpo.engine.environment import Environment, Split
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
-from mgrpo.engine.records import agents_of, call_record, rollout_counts, rollout_record
+from mgrpo.engine.records import agents_of, rollout_counts, write_rollouts
 from mgrpo.engine.report import draw
 from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rollout import Demonstrations, Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.sampler import InProcessSampler
-from mgrpo.engine.statistics import wilson
-from mgrpo.engine.store import CallRecord, Store
+from mgrpo.engine.store import Store
+from mgrpo.engine.tasks import WARMUP_QUERIES, accuracy, eval_due, eval_jobs, load_tasks, pick
 from mgrpo.engine.trainer import AgentTrainer, Row, optimise
 from mgrpo.engine.trajectories import TrajectoryWriter
-from mgrpo.engine.types import Task
 from mgrpo.kernels import Objective
 
-WARMUP_QUERIES = 1 << 32  # warm-up and evaluation draw from other random numbers than rl queries
-EVAL_QUERIES = 1 << 33
 WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak of
     "logprob_mean",
     "entropy_mean",
@@ -91,7 +85,7 @@ class Colocated:
                 policy.reset_optimizer()
                 if self.config.algorithm.kl_coef:
                     policy.keep_reference()
-            self._update_samplers()
+            self._update_samplers(0)
             step = 0
             self._save("rl", 0)
         self._rl(step)
@@ -119,7 +113,7 @@ class Colocated:
         steps = self.config.steps
         self.display.stage("rl", first, steps)
         for step in range(first, steps + 1):
-            if self._eval_due(step):
+            if eval_due(self.config, step):
                 self._evaluate(step)
             if step == steps:
                 break
@@ -128,7 +122,7 @@ class Colocated:
             row["time/rollout"] = time.monotonic() - started
             for trainer in self.trainers:
                 row |= prefix(trainer.name, trainer.step(step))
-            self._update_samplers()
+            self._update_samplers(step + 1)
             self._log("rl", step, row, started)
             self._after_step("rl", step + 1, steps)
 
@@ -154,19 +148,12 @@ class Colocated:
 
     def _record(self, rollouts: Sequence[Rollout]) -> None:
         """Trajectories first, durably; then, in one transaction, what refers to them."""
-        calls: list[CallRecord] = []
-        for name, writer in self.writers.items():
-            made = [(r, i) for r in rollouts for i, agent in enumerate(agents_of(r)) if agent == name]
-            positions = writer.append([trajectory for r, i in made if (trajectory := r.trajectories[i]) is not None])
-            writer.sync()
-            made = [(r, i) for r, i in made if r.trajectories[i] is not None]
-            calls += [call_record(r, i, position) for (r, i), position in zip(made, positions, strict=True)]
-        self.store.record([rollout_record(rollout) for rollout in rollouts], calls)
+        self.store.record(*write_rollouts(self.writers, rollouts))
 
     def _evaluate(self, step: int) -> None:
         """Greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
         started = time.monotonic()
-        rollouts = evaluate_tasks(self.episodes, self.tasks["held_out"], self.config)
+        rollouts = self.episodes.run(eval_jobs(self.tasks["held_out"], self.config))
         for sampler in self.samplers.values():
             sampler.release_cache()
         row = {"stage": "rl", "step": step, **accuracy(rollouts), "time/eval": time.monotonic() - started}
@@ -174,14 +161,10 @@ class Colocated:
         self.display.row(row)
         draw(self.rundir.path)
 
-    def _eval_due(self, step: int) -> bool:
-        every = self.config.eval.every
-        return step in (0, self.config.steps) or bool(every and step % every == 0)
-
-    def _update_samplers(self) -> None:
-        """The in-process samplers read the trainers' own weights: only the version is news."""
+    def _update_samplers(self, step: int) -> None:
+        """The in-process samplers read the trainers' own weights: only their names are news."""
         for name, policy in self.policies.items():
-            self.samplers[name].version = policy.version
+            self.samplers[name].version, self.samplers[name].weights_step = policy.version, step
 
     def _log(self, stage: str, step: int, row: Row, started: float) -> None:
         row["time/step"] = time.monotonic() - started
@@ -211,7 +194,7 @@ class Colocated:
         stage, step = "warmup", 0
         if checkpoint is not None:
             stage, step = restore(self.policies, self.rundir.open_checkpoint(checkpoint))
-            self._update_samplers()
+            self._update_samplers(step if stage == "rl" else 0)
         lost = self.store.reclaim(step if stage == "rl" else 0)
         self.rundir.rewind_metrics(step, stage)
         if checkpoint is not None:
@@ -223,26 +206,6 @@ class Colocated:
         first = WARMUP_QUERIES + step * self.config.warmup.episodes
         queries = range(first, first + self.config.warmup.episodes)
         return [Job(query, 0, pick(self.tasks["train"], self.config.seed, query)) for query in queries]
-
-
-def evaluate_tasks(episodes: Episodes, tasks: Sequence[Task], config: Config) -> list[Rollout]:
-    """Greedy episodes on the first eval.questions tasks of a seeded shuffle."""
-    order = np.random.default_rng([config.seed, EVAL_QUERIES]).permutation(len(tasks))[: config.eval.questions]
-    return episodes.run([Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True) for i, index in enumerate(order)])
-
-
-def accuracy(rollouts: Sequence[Rollout]) -> Row:
-    """Share of right answers among all rollouts, with its 95 % Wilson interval."""
-    correct = sum(rollout.score.correct for rollout in rollouts if rollout.score is not None)
-    low, high = wilson(correct, len(rollouts))
-    return {
-        "eval/held_out_accuracy": correct / len(rollouts),
-        "eval/low": low,
-        "eval/high": high,
-        "eval/questions": len(rollouts),
-        "eval/failed": sum(rollout.status != "scored" for rollout in rollouts),
-        "eval/calls_mean": float(np.mean([len(rollout.episode.calls) for rollout in rollouts])),
-    }
 
 
 def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
@@ -257,20 +220,6 @@ def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
 
 def make_sampler(policy: Policy, config: Config) -> InProcessSampler:
     return InProcessSampler(policy.model, policy.tokenizer, policy.agent, config.compute.concurrency, policy.version)
-
-
-def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
-    """The environment's tasks. Raises ValueError if there are none."""
-    tasks = environment.tasks(split)
-    if not tasks:
-        raise ValueError(f"environment: {type(environment).__name__}.tasks({split!r}) is empty, expected tasks")
-    return tasks
-
-
-def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:
-    """The task of a query: tasks are gone through in an order shuffled anew each time round."""
-    around, place = divmod(query, len(tasks))
-    return tasks[np.random.default_rng([seed, around]).permutation(len(tasks))[place]]
 
 
 def demonstrated(name: str, rollouts: Sequence[Rollout]) -> list[Weighed]:

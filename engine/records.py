@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from mgrpo.engine.rollout import Rollout
 from mgrpo.engine.store import CallRecord, RolloutRecord
-from mgrpo.engine.trajectories import Position
+from mgrpo.engine.trajectories import Position, TrajectoryWriter
 from mgrpo.engine.types import MAIN
+
+
+def write_rollouts(
+    writers: Mapping[str, TrajectoryWriter], rollouts: Sequence[Rollout]
+) -> tuple[list[RolloutRecord], list[CallRecord]]:
+    """Writes the rollouts' trajectories, durably; returns what may then be recorded of them.
+
+    Raises OSError when they cannot be written, as when the disk is full.
+    """
+    calls: list[CallRecord] = []
+    for name, writer in writers.items():
+        made = [(r, i) for r in rollouts for i, agent in enumerate(agents_of(r)) if agent == name]
+        positions = writer.append([trajectory for r, i in made if (trajectory := r.trajectories[i]) is not None])
+        writer.sync()
+        made = [(r, i) for r, i in made if r.trajectories[i] is not None]
+        calls += [call_record(r, i, position) for (r, i), position in zip(made, positions, strict=True)]
+    return [rollout_record(rollout) for rollout in rollouts], calls
 
 
 def agents_of(rollout: Rollout) -> list[str]:
@@ -33,11 +53,15 @@ def rollout_record(rollout: Rollout) -> RolloutRecord:
 
 
 def call_record(rollout: Rollout, index: int, position: Position) -> CallRecord:
-    """What crosses the store of one call: ids, counts, scores, version and the place of its tokens."""
+    """What crosses the store of one call: ids, counts, scores, versions, the place of its tokens and their digests.
+
+    rows: index of the last sampled token. With it and the digests alone can every rank plan the same batches.
+    """
     episode, trajectory, score = rollout.episode, rollout.trajectories[index], rollout.score
     call = episode.main if index == 0 else episode.calls[index - 1]
     sub_score = score.calls[index - 1] if score and index else None
     assert trajectory is not None
+    drawn = np.flatnonzero(trajectory.sampled)
     return CallRecord(
         agent=call.agent,
         query=rollout.job.query,
@@ -52,4 +76,14 @@ def call_record(rollout: Rollout, index: int, position: Position) -> CallRecord:
         truncated=call.truncated,
         ended=call.ended,
         position=position,
+        step=trajectory.step,
+        version_last=trajectory.version_last,
+        rows=int(drawn[-1]) if len(drawn) else 0,
+        digest=digest(trajectory.tokens, trajectory.sampled),
+        sampler_digest=digest(trajectory.tokens, trajectory.sampled, trajectory.logprobs),
     )
+
+
+def digest(*arrays_L: np.ndarray) -> str:
+    """The same 32 hex digits for the same bytes of arrays of one length."""
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays_L), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
 """Episodes: the main agent acts, calls its sub-agents, reads what comes back, and answers; the environment judges.
 
-Every episode is a coroutine written the way it reads; all episodes of a batch run side by side, and the samplers
+Every episode is a coroutine written the way it reads; episodes run side by side and come and go, and the samplers
 advance whatever turns are waiting together. Tokens stay ids: only what the environment writes is tokenised, once.
 """
 
@@ -42,6 +42,7 @@ from mgrpo.engine.types import (
     Turn,
 )
 
+POLL = 0.25  # seconds after which a stream of episodes asks for more, though none of its own went on
 log = logging.getLogger(__name__)
 
 
@@ -76,58 +77,78 @@ class UserCodeError(Exception):
 
 
 class Episodes:
-    """Runs batches of episodes of one environment with one sampler per agent."""
+    """Runs episodes of one environment with one sampler per agent.
 
-    def __init__(self, config: Config, environment: Environment, samplers: dict[str, Sampler]):
-        self.config, self.environment, self.samplers = config, environment, samplers
+    timeout: seconds after which an episode is given up as failed.
+    """
+
+    def __init__(
+        self, config: Config, environment: Environment, samplers: dict[str, Sampler], timeout: float | None = None
+    ):
+        self.config, self.environment, self.samplers, self.timeout = config, environment, samplers, timeout
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
-        return asyncio.run(self._run(jobs))
+        batches, rollouts = iter([jobs]), list[Rollout]()
+        self.stream(lambda running: next(batches, ()), rollouts.append)
+        place = {id(job): i for i, job in enumerate(jobs)}
+        return sorted(rollouts, key=lambda rollout: place[id(rollout.job)])
 
-    async def _run(self, jobs: Sequence[Job]) -> list[Rollout]:
+    def stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
+        """Run jobs as they come, until none runs and no more come.
+
+        more: given how many run, the jobs to begin now; asked before every step of the samplers, and at least every
+        POLL seconds. ended: told of each rollout as soon as it ended. What either raises ends all episodes.
+        """
+        asyncio.run(self._stream(more, ended))
+
+    async def _stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
         self.asked = asyncio.Event()  # a turn waits for its sampler
-        tasks = [asyncio.create_task(self._rollout(job)) for job in jobs]
+        running: list[asyncio.Task[Rollout]] = []
         try:
-            await self._drive(set(tasks))
-            return [task.result() for task in tasks]
+            while True:
+                running += [asyncio.create_task(self._rollout(job)) for job in more(len(running))]
+                if not running:
+                    return
+                for _ in range(4):  # a sub-agent's result reaches the main agent's next turn through as many callbacks
+                    await asyncio.sleep(0)
+                for task in [task for task in running if task.done()]:
+                    running.remove(task)
+                    ended(task.result())  # raises what ends all of them: an error that is not one episode's
+                await self._advance(running)
         finally:  # Ctrl-C, or an error of one: end the others before their samplers are used again
-            for task in tasks:
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
-    async def _drive(self, running: set[asyncio.Task[Rollout]]) -> None:
-        """Let every coroutine go as far as it can; then advance the sampler with the most calls waiting."""
-        while running:
-            for _ in range(4):  # a sub-agent's result reaches the main agent's next turn through as many callbacks
-                await asyncio.sleep(0)
-            finished = {task for task in running if task.done()}
-            for task in finished:
-                task.result()  # raises what ends the whole batch: an error that is not one episode's
-            running -= finished
-            busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
-            if busiest.pending:
-                busiest.step()
-            elif running:  # they wait for the user's async code, or for servers
-                self.asked.clear()
-                asked = asyncio.create_task(self.asked.wait())
-                await asyncio.wait({asked, *running}, return_when=asyncio.FIRST_COMPLETED)
-                asked.cancel()
+    async def _advance(self, running: Sequence[asyncio.Task[Rollout]]) -> None:
+        """Every coroutine went as far as it can: advance the sampler with the most calls waiting."""
+        busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
+        if busiest.pending:
+            busiest.step()
+        elif running:  # they wait for the user's async code, or for servers
+            self.asked.clear()
+            asked = asyncio.create_task(self.asked.wait())
+            await asyncio.wait({asked, *running}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
 
     async def _rollout(self, job: Job) -> Rollout:
         started = time.monotonic()
         rollout = Rollout(job, Episode(Call(MAIN, job.task)))
         rollout.trajectories.append(None)
         try:
-            await self._call(rollout, 0, rollout.episode.main)
+            async with asyncio.timeout(self.timeout):
+                await self._call(rollout, 0, rollout.episode.main)
             rollout.status = "unscored"
             rollout.score = await self._score(rollout.episode)
             rollout.status = "scored"
         except UserCodeError as error:
             rollout.error = str(error)
             self._log_once(job, error)
+        except TimeoutError:
+            rollout.error = f"no end within {self.timeout} s"
         rollout.seconds = time.monotonic() - started
         return rollout
 
@@ -135,7 +156,7 @@ class Episodes:
         """One agent's run from its prompt to its end. index: 0 for main, 1 + i for the i-th sub-agent call."""
         job, sampler, agent = rollout.job, self.samplers[call.agent], self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
-        session = Session(seed, job.greedy, sampler.version)
+        session = Session(seed, job.greedy, sampler.version, sampler.version, sampler.weights_step)
         session.append(self._encode(sampler, await self._text(self.environment.prompt, call)))
         if not session.tokens:
             raise UserCodeError("prompt: '' returned, expected some text to begin with")

@@ -91,7 +91,7 @@ def _all_workers(counters: Sequence[Counter[str]]) -> Row:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = ("rollouts/", "time/")  # what adds up
+    kinds = ("rollouts/", "time/")  # what adds up over a step's several rows
     return {key: value for key, value in row.items() if key.startswith(kinds) and value is not None}
 
 

@@ -52,12 +52,12 @@ class RunDirectory:
             raise ValueError(f"run_dir: expected a directory, {self.path} is a file")
         for folder in (self.trajectories, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / "lock")
+        self._lock = locked(self.path / "lock")
         if not resume and self._holds_run():
             self._lock.close()
             raise ValueError(f"run_dir: {self.path} holds a run; pass --resume to go on, or choose another run_dir")
         self._clear_aside()
-        self._metrics = _open_lines(self.metrics)
+        self._metrics = Rows(self.metrics)
         self._boards: dict[str, Any] = {}
         self._purge: dict[str, int] = {}
 
@@ -78,8 +78,7 @@ class RunDirectory:
         NaN and infinities become null. Its numbers go to TensorBoard under their keys, "warmup/" before the warm-up's.
         """
         assert row.get("stage") in STAGES and isinstance(row.get("step"), int), row
-        plain = {key: _plain(value) for key, value in row.items()}
-        _append(self._metrics, (json.dumps(plain, allow_nan=False) + "\n").encode())
+        plain = self._metrics.append(row)
         board, prefix = self._board(row["stage"]), "warmup/" if row["stage"] == "warmup" else ""
         for key, value in plain.items():
             if key != "step" and isinstance(value, int | float):
@@ -92,7 +91,7 @@ class RunDirectory:
         kept = [row for row in read_metrics(self.metrics) if (STAGES.index(row["stage"]), row["step"]) < cut]
         _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics.close()
-        self._metrics = _open_lines(self.metrics)
+        self._metrics = Rows(self.metrics)
         for board in self._boards.values():
             board.close()
         self._boards = {}
@@ -185,6 +184,22 @@ class RunDirectory:
         )
 
 
+class Rows:
+    """A file of JSON lines, opened for appending; what a killed process left of a last line is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open_lines(path)
+
+    def append(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Appends the row, whole or not at all, and returns it as it was written: NaN and infinities are null there."""
+        plain = {key: _plain(value) for key, value in row.items()}
+        _append(self._file, (json.dumps(plain, allow_nan=False) + "\n").encode())
+        return plain
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none where there is no file; a torn last line is no row.
 
@@ -201,7 +216,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _locked(path: Path) -> io.FileIO:
+def locked(path: Path) -> io.FileIO:
+    """Holds the directory that the file is in until the file is closed. Raises ValueError when another process does."""
     file = io.FileIO(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

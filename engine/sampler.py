@@ -3,7 +3,7 @@
 The in-process sampler advances all waiting calls together, one token a step, over a flat row of exactly the tokens that
 are new (prompts, observations and single tokens side by side: no padding enters a matmul). Keys and values stay in the
 cache across the turns of a call, and a prompt that a live call already holds is copied, not computed again: the K
-rollouts of a query cost one prefill.
+rollouts of a query cost one prefill. New weights come in between turns; what the old ones cached is then computed anew.
 
 Legend: T new tokens of a step, R calls in it, S slots of the cache, C its capacity in tokens, V vocabulary,
 A query heads, G key-value heads, D head size.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.model import hidden_states
 from mgrpo.engine.types import Trajectory
 
+NO_PROMPT = b""  # of a slot that no other call may copy: every prompt has a token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
 
 
@@ -35,13 +37,23 @@ class Session:
 
     seed: tuple[int, ...]
     greedy: bool = False
-    version: int = 0  # of the weights that sampled it
+    version: int = 0  # the oldest of the weights that sampled it, in optimizer steps
+    version_last: int = 0  # the newest
+    weights_step: int = 0  # the rl step that had led to the oldest
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
+
+    def begin_turn(self, version: int, weights_step: int) -> None:
+        """The weights that sample the next turn."""
+        if any(self.sampled):
+            self.version, self.version_last = min(self.version, version), max(self.version_last, version)
+            self.weights_step = min(self.weights_step, weights_step)
+        else:
+            self.version, self.version_last, self.weights_step = version, version, weights_step
 
     def append(self, tokens: list[int], logprobs: list[float] | None = None) -> None:
         """Add what the agent was shown, or, with log-probs, what it sampled."""
@@ -55,6 +67,8 @@ class Session:
             np.array(self.sampled, bool),
             np.array(self.logprobs, np.float32),
             self.version,
+            self.version_last,
+            self.weights_step,
         )
 
 
@@ -68,10 +82,14 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process."""
+    """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process.
+
+    version, weights_step: of the weights it samples with, in optimizer steps and in rl steps.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     version: int
+    weights_step: int
 
     @property
     def pending(self) -> int: ...
@@ -81,6 +99,10 @@ class Sampler(Protocol):
     def step(self) -> None: ...
 
     def close(self, session: Session) -> None: ...
+
+    def update(self, tensors: Mapping[str, Tensor], version: int, weights_step: int) -> bool: ...
+
+    def logprobs(self, tokens: Sequence[int]) -> list[float]: ...
 
 
 class KVCache:
@@ -198,9 +220,11 @@ class InProcessSampler:
         agent: AgentConfig,
         concurrency: int,
         version: int = 0,
+        weights_step: int = 0,
     ):
         self.model, self.tokenizer, self.agent, self.concurrency = model, tokenizer, agent, concurrency
-        self.version = version
+        self.version, self.weights_step = version, weights_step
+        self.held = False  # new weights wait for the running turns to end; no new turn begins
         self.waiting: deque[_Row] = deque()
         self.active: list[_Row] = []
         self.slots: dict[int, int] = {}  # id of a session -> its slot
@@ -212,6 +236,8 @@ class InProcessSampler:
     @property
     def pending(self) -> int:
         """Calls that `step` would advance: those with a slot, and as many new ones as there are slots free."""
+        if self.held:
+            return len(self.active)
         fresh = sum(id(row.session) not in self.slots for row in self.waiting)
         free = self.concurrency - len(self.slots)
         return len(self.active) + len(self.waiting) - fresh + min(fresh, free)
@@ -241,6 +267,37 @@ class InProcessSampler:
         self.cache = KVCache(self.model, self.concurrency, self.agent.max_context)
 
     @torch.no_grad()
+    def update(self, tensors: Mapping[str, Tensor], version: int, weights_step: int) -> bool:
+        """Copy new weights into the model if no turn is running. False: not yet, and until then no new turn begins.
+
+        tensors: of each of the model's parameters one, of its shape and dtype; a tied head has none of its own. Calls
+        between turns go on with the new weights: their keys and values are computed anew, from their tokens. Raises
+        ValueError that names a tensor which does not fit; the model then keeps the weights it has.
+        """
+        parameters = dict(self.model.named_parameters())
+        check_fit(parameters, tensors)
+        self.held = bool(self.active)
+        if self.held:
+            return False
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+        self.version, self.weights_step = version, weights_step
+        self.cached = dict.fromkeys(self.cached, 0)
+        self.prompts = dict.fromkeys(self.prompts, NO_PROMPT)
+        return True
+
+    @torch.no_grad()
+    def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """log p of each token but the first given those before it, at the agent's temperature, not cut to top_p."""
+        cache = KVCache(self.model, 1, len(tokens))
+        cache.reserve(len(tokens))
+        layout = CachedLayout(cache, [0], [0], [len(tokens)])
+        ids_T = torch.tensor(tokens, device=self.model.device)
+        logits_TV = self._logits(hidden_states(self.model, ids_T, layout.positions_T, layout)[:-1])
+        logps_TV = (logits_TV / self.agent.temperature).log_softmax(-1)
+        return logps_TV.gather(-1, ids_T[1:, None])[:, 0].tolist()
+
+    @torch.no_grad()
     def step(self) -> None:
         """One token for every call that can be advanced."""
         self._admit()
@@ -254,8 +311,7 @@ class InProcessSampler:
         ids_T = torch.tensor([token for ids in new for token in ids], device=self.model.device)
         hidden_TH = hidden_states(self.model, ids_T, layout.positions_T, layout)
         last_R = torch.tensor([len(ids) for ids in new], device=ids_T.device).cumsum(0) - 1
-        head = self.model.get_output_embeddings()
-        logits_RV = F.linear(hidden_TH[last_R], head.weight, head.bias).float()
+        logits_RV = self._logits(hidden_TH[last_R])
         for slot, row in zip(slots, rows, strict=True):
             self.cached[slot] = len(row.session.tokens)
         uniforms_R = [0.0 if row.session.greedy else row.session.random.random() for row in rows]
@@ -266,8 +322,14 @@ class InProcessSampler:
             row for row, token, logp in zip(rows, tokens, logprobs, strict=True) if not self._take(row, token, logp)
         ]
 
+    def _logits(self, hidden_RH: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        return F.linear(hidden_RH, head.weight, head.bias).float()
+
     def _admit(self) -> None:
         """Give waiting calls a slot. One whose prompt is being computed in this very step waits for the next."""
+        if self.held:
+            return
         computing: set[bytes] = set()
         kept: deque[_Row] = deque()
         while self.waiting:
@@ -276,6 +338,7 @@ class InProcessSampler:
             if fresh and not self._place(row.session, computing):
                 kept.append(row)
             else:
+                row.session.begin_turn(self.version, self.weights_step)
                 self.active.append(row)
         self.waiting = kept
 
@@ -313,6 +376,14 @@ class InProcessSampler:
     def _hit_stop(self, turn: list[int]) -> bool:
         tail = self.tokenizer.decode(turn[-self.stop_bytes :]) if self.stop_bytes else ""
         return any(stop in tail for stop in self.agent.stop)
+
+
+def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError naming the first of the tensors that is missing, too many, or of another shape or dtype."""
+    wanted, given = ({name: (tuple(t.shape), t.dtype) for name, t in of.items()} for of in (parameters, tensors))
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(f"weights: {name!r} is {given.get(name)}: expected {wanted.get(name)}, as the model has")
 
 
 def draw(

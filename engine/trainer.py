@@ -33,7 +33,7 @@ class AgentTrainer:
     def step(self, step: int) -> Row:
         """Train on the step's groups; returns the agent's metrics, without its name before them."""
         started = time.monotonic()
-        groups = self.store.claim(self.name, self.config.queries_per_step, holder=self.name)
+        groups = self.store.claim(self.name, self.config.queries_per_step, holder=self.name).groups
         self.unacked += [group.query for group in groups]
         weighted = weigh(self.name, self.index, groups, self.config.algorithm, self.config.reward, self.config.seed)
         trajectories = read(self.trajectories, [call.position for call in weighted.calls])

@@ -15,7 +15,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,12 +27,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mgrpo.engine.types import Trajectory
 
+WEIGHTS = ("version", "version_last", "step")  # that sampled a row
 SCHEMA = pa.schema(
     [
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("sampled", pa.list_(pa.bool_()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("version", pa.int64(), nullable=False),
+        *(pa.field(name, pa.int64(), nullable=False) for name in WEIGHTS),
     ]
 )
 DTYPES = {"tokens": np.dtype(np.int32), "sampled": np.dtype(np.bool_), "logprobs": np.dtype(np.float32)}
@@ -103,10 +104,12 @@ class TrajectoryWriter:
         return os.path.basename(file.name), offset
 
     def _write_object(self, message: pa.Buffer) -> tuple[str, int]:
-        name, path = self._name(), self._path()
-        self._number += 1
-        self.fs.pipe_file(path, HEADER + message.to_pybytes(), mode="create")
-        return name, len(HEADER)
+        while True:
+            name, path = self._name(), self._path()
+            self._number += 1
+            with contextlib.suppress(FileExistsError):  # another writer of this name came first
+                self.fs.pipe_file(path, HEADER + message.to_pybytes(), mode="create")
+                return name, len(HEADER)
 
     def _open(self) -> io.FileIO:
         """Unbuffered, so that a write either reached the operating system or raised; exclusive, so never shared."""
@@ -145,7 +148,8 @@ class _Batch:
     def __init__(self, source: Any, file: str, offset: int) -> None:
         self.where = f"{file} at byte {offset}"
         batch = self._read(source, offset)
-        self.version_B = batch.column("version").to_numpy()
+        self.weights_B = {name: batch.column(name).to_numpy() for name in WEIGHTS}
+        self.rows = len(batch)
         self.offsets = {name: batch.column(name).offsets.to_numpy() for name in DTYPES}
         self.flat_T = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in DTYPES}
 
@@ -162,18 +166,51 @@ class _Batch:
         return batch
 
     def trajectory(self, row: int) -> Trajectory:
-        if not 0 <= row < len(self.version_B):
-            raise ValueError(f"{self.where}: expected a row below {len(self.version_B)}, got {row}")
+        if not 0 <= row < self.rows:
+            raise ValueError(f"{self.where}: expected a row below {self.rows}, got {row}")
         columns = {name: self.flat_T[name][o[row] : o[row + 1]] for name, o in self.offsets.items()}
-        return Trajectory(**columns, version=int(self.version_B[row]))
+        return Trajectory(**columns, **{name: int(value_B[row]) for name, value_B in self.weights_B.items()})
+
+
+def remove(root: str, files: Iterable[str]) -> list[str]:
+    """Deletes files that nobody will read any more; returns those that are gone now, which may be forgotten.
+
+    The last file of each writer stays, since it may still be written to. Raises ValueError for a file outside the root.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    paths = {name: below(directory, name) for name in files}
+    there = {os.path.basename(path) for path in fs.ls(directory, detail=False, refresh=True)}
+    last = {_writer(name): name for name in sorted(there, key=_number)}
+    gone = [name for name in paths if name not in last.values()]
+    for name in gone:
+        with contextlib.suppress(FileNotFoundError):  # by one who came first
+            fs.rm_file(paths[name])
+    return gone
+
+
+def below(directory: str, name: str) -> str:
+    """The path of a file below the directory, its name as the store gave it. Raises ValueError for one elsewhere."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"file: expected a path below {directory}, got {name!r}")
+    return f"{directory}/{name}"
+
+
+def _writer(name: str) -> str:
+    return name.rpartition("-")[0]
+
+
+def _number(name: str) -> int:
+    match = re.search(r"-(\d+)\.arrow$", name)
+    return int(match[1]) if match else -1
 
 
 def _record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
     lengths_B = np.array([len(t) for t in trajectories], np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_B)]), pa.int32())
     columns = [_ragged([getattr(t, name) for t in trajectories], name, offsets) for name in DTYPES]
-    version_B = pa.array([t.version for t in trajectories], pa.int64())
-    return pa.RecordBatch.from_arrays([*columns, version_B], schema=SCHEMA)
+    weights = [pa.array([getattr(t, name) for t in trajectories], pa.int64()) for name in WEIGHTS]
+    return pa.RecordBatch.from_arrays([*columns, *weights], schema=SCHEMA)
 
 
 def _ragged(rows: list[np.ndarray], name: str, offsets: pa.Array) -> pa.ListArray:
@@ -183,10 +220,7 @@ def _ragged(rows: list[np.ndarray], name: str, offsets: pa.Array) -> pa.ListArra
 
 def _source(fs: Any, directory: str, name: str) -> Any:
     """A seekable Arrow input over one file below the directory: mapped where it is local, else fetched whole."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"position.file: expected a path below the trajectories' root, got {name!r}")
-    full = f"{directory}/{name}"
+    full = below(directory, name)
     return pa.memory_map(full) if isinstance(fs, LocalFileSystem) else pa.BufferReader(fs.cat_file(full))
 
 

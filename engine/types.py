@@ -116,15 +116,21 @@ class Trajectory:
     """The tokens of one call, as sampled: ids from the sampler to the loss, never turned to text and back.
 
     tokens (L,) int32; sampled (L,) bool, true exactly where the agent itself chose the token;
-    logprobs (L,) float32, the sampler's own where sampled, else 0; version: of the weights that sampled it.
+    logprobs (L,) float32, the sampler's own where sampled, else 0. Of the weights that sampled it: the oldest and the
+    newest version, in optimizer steps (one and the same unless weights changed between its turns), and the rl step that
+    had led to the oldest.
     """
 
     tokens: np.ndarray
     sampled: np.ndarray
     logprobs: np.ndarray
     version: int
+    version_last: int = -1  # as `version`
+    step: int = 0
 
     def __post_init__(self) -> None:
+        if self.version_last < 0:
+            self.version_last = self.version
         assert len(self.tokens) == len(self.sampled) == len(self.logprobs)
 
     def __len__(self) -> int:

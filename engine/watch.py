@@ -80,8 +80,7 @@ class Watch:
 
 def rate(worker: str, row: Mapping[str, Any]) -> str:
     """What a worker's newest row says of its pace, "" if nothing."""
-    count = sum(value for key, value in row.items() if key.startswith("rollouts/"))
-    seconds = row.get("time/rollout")
-    pace = f" {count / seconds:.1f} rollouts/s" if count and seconds else ""
-    waited = f" waited {row['time/waiting']:.1f} s" if row.get("time/waiting") is not None else ""
-    return f"{worker}{pace}{waited}" if pace or waited else ""
+    if row.get("perf/rollouts_per_second") is None:
+        return ""
+    waited = f", waited {row['time/waiting']:.1f} s" if row.get("time/waiting") is not None else ""
+    return f"{worker} {row['perf/rollouts_per_second']:.1f} rollouts/s{waited}"

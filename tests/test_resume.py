@@ -197,7 +197,7 @@ def episodes(run: Path) -> list[Any]:
     """All that the store says and the trajectory files hold of every query, but for times and places."""
     store = Store(f"sqlite:///{run / 'store.db'}", run="colocated")
     queries = range(STEPS * QUERIES)
-    acked = {"open": 0, "sealed": 0, "leased": 0, "acked": len(queries)}
+    acked = {"open": 0, "sealed": 0, "leased": 0, "acked": len(queries), "expired": 0}
     assert store.accounting() == {"main": acked, "clerk": acked}
     found: list[Any] = []
     for query in queries:

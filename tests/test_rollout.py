@@ -49,7 +49,7 @@ def spell(text: str) -> list[int]:
 class FakeSampler:
     """Follows the protocol: the call whose prompt is P writes replies[P], turn by turn, a letter a step."""
 
-    tokenizer, version = TOKENIZER, 7
+    tokenizer, version, weights_step = TOKENIZER, 7, 2
 
     def __init__(self, replies: dict[str, list[str]], max_context: int):
         self.replies, self.max_context, self.steps = replies, max_context, 0

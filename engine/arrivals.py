@@ -1,0 +1,112 @@
+"""How published weights come into a worker's samplers, and its signs of life to the store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from threading import Event, Thread
+
+from torch import Tensor
+
+from mgrpo.engine.config import Config
+from mgrpo.engine.sampler import InProcessSampler
+from mgrpo.engine.store import Publication, Store
+from mgrpo.engine.weights import check_probe, load_weights, probe_tokens
+
+log = logging.getLogger(__name__)
+
+
+class Arrivals:
+    """The newest published weights of every agent, on their way into its sampler."""
+
+    def __init__(self, config: Config, store: Store, samplers: Mapping[str, InProcessSampler], root: str) -> None:
+        self.config, self.store, self.samplers, self.root = config, store, samplers, root
+        self.published: dict[str, Publication] = {}
+        self.loaded: dict[str, Publication] = {}
+        self.loads = dict.fromkeys(samplers, 0)
+        self.seconds = 0.0  # spent on reading, copying and probing
+        self._read: dict[str, tuple[Publication, dict[str, Tensor]]] = {}  # what waits for running turns
+
+    @property
+    def step(self) -> int:
+        """The rl step that every agent has published; -1 when one has published nothing."""
+        return min(self.published[name].step if name in self.published else -1 for name in self.samplers)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether there are other weights than those loaded."""
+        return any(not self._has(name, publication) for name, publication in self.published.items())
+
+    @property
+    def held(self) -> bool:
+        return any(sampler.held for sampler in self.samplers.values())
+
+    def look(self) -> None:
+        self.published = self.store.publications()
+
+    def bring(self, publications: Mapping[str, Publication]) -> bool:
+        """Loads them; False while turns run that hold some up: then no new turn begins, and this is to be called again.
+
+        Raises GapError when a probe fails; DamagedWeights or OSError when a file cannot be read, ValueError when one is
+        of another model: then the sampler keeps what it has.
+        """
+        began = time.monotonic()
+        arrived = [self._bring(name, publication) for name, publication in publications.items()]
+        self.seconds += time.monotonic() - began
+        return all(arrived)
+
+    def _bring(self, name: str, new: Publication) -> bool:
+        sampler = self.samplers[name]
+        if self._has(name, new) and not sampler.held:  # a frozen agent's, or it had no call to learn from
+            sampler.version, sampler.weights_step = new.version, new.step
+            self.loaded[name] = new
+            return True
+        if name not in self._read or self._read[name][0] != new:
+            self._read[name] = new, load_weights(self.root, new.file, new.checksum, new.size)
+        if not sampler.update(self._read[name][1], new.version, new.step):
+            return False
+        del self._read[name]
+        self.loaded[name] = new
+        self._probe(name, new)
+        return True
+
+    def _has(self, name: str, publication: Publication) -> bool:
+        return name in self.loaded and self.loaded[name].checksum == publication.checksum
+
+    def _probe(self, name: str, publication: Publication) -> None:
+        every, agent, sampler = self.config.sampling.probe_every, self.config.agents[name], self.samplers[name]
+        due = every and self.loads[name] % every == 0
+        self.loads[name] += 1
+        if due and publication.probe:
+            tokens = probe_tokens(self.config.seed, sampler.model.config.vocab_size, agent.max_context)
+            logprobs, limit = sampler.logprobs(tokens), self.config.sampling.max_gap
+            gap = check_probe(name, publication.version, publication.probe, logprobs, limit)
+            log.info("%s: version %d loaded, gap to the trainer %.2g nats", name, publication.version, gap)
+
+
+class Heartbeat:
+    """A thread that extends a worker's leases at a third of their length, however long a step of the sampler takes."""
+
+    def __init__(self, store: Store, worker: str, lease: float) -> None:
+        self.store, self.worker, self.lease = store, worker, lease
+        self.evaluating = False
+        self._over = Event()
+        self._thread = Thread(target=self._beat, daemon=True, name="heartbeat")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(self.lease)
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.lease / 3):
+            try:
+                self.store.extend(self.worker, self.lease)
+                if self.evaluating:
+                    self.store.take_evaluation(self.worker, self.lease)
+            except OSError as error:  # what lapses may be taken by others: sampled twice, recorded once
+                log.warning("leases not extended: %s", error)

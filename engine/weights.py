@@ -1,0 +1,177 @@
+"""Published weights: what a trainer hands to the samplers of its agent, as one safetensors file a version.
+
+Departs from the library's writer: we write the format ourselves (the header's length, a JSON header, the tensors'
+bytes), tensor by tensor, so that the bytes are hashed on their way and no second copy of the model is ever in memory.
+A file has its name only when it is whole: on a file system it is written aside, forced to the disk and renamed; in an
+object store it is one upload. The library reads it, after its size and SHA-256 were compared with those in the store.
+
+The *probe*: trainer and sampler both compute the log-probs of a prompt that follows from the run's seed. Weights that
+came over halved, stale or into the wrong places show as a gap that no rounding explains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mgrpo.engine.trajectories import below, fsync
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
+PROBE_TOKENS = 32
+PROBE_SEED = 1 << 34  # apart from whatever else is drawn from the run's seed
+
+
+class GapError(RuntimeError):
+    """A sampler's log-probs are not those of the trainer whose weights it loaded."""
+
+
+class DamagedWeights(ValueError):
+    """A published file does not hold the bytes that were published: torn, altered, or not yet seen whole from here."""
+
+
+class Published(NamedTuple):
+    """file: relative to the root; checksum: SHA-256 of its bytes, in hex; size: in bytes."""
+
+    file: str
+    checksum: str
+    size: int
+
+
+class _Hashing:
+    """A file that counts and hashes what is written to it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        self.hash.update(view)
+        self.size += len(view)
+        while view:  # a raw write may take only a part
+            view = view[self.file.write(view) :]
+
+
+def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, Tensor]) -> Published:
+    """Writes `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
+
+    root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16, on any device.
+    Raises ValueError for another dtype; OSError that names the file when it cannot be written: then there is none.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
+    header = _header(tensors)
+    try:
+        fs.makedirs(f"{directory}/{agent}", exist_ok=True)
+        with _whole_file(fs, f"{directory}/{name}") as file:
+            written = _Hashing(file)
+            written.write(header)
+            for tensor in tensors.values():
+                written.write(_bytes(tensor))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write weights: {error.strerror or error}", f"{root}/{name}") from error
+    return Published(name, written.hash.hexdigest(), written.size)
+
+
+def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Tensor]:
+    """The tensors of a published file, on the CPU.
+
+    Raises DamagedWeights when the file has another size or checksum, or holds no safetensors; FileNotFoundError when it
+    is gone; ValueError when it lies outside the root.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    data = fs.cat_file(below(directory, file))
+    if len(data) != size:
+        raise DamagedWeights(f"weights {file}: expected {size} bytes, it has {len(data)}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != checksum:
+        raise DamagedWeights(f"weights {file}: expected SHA-256 {checksum}, it has {found}")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise DamagedWeights(f"weights {file}: no safetensors: {error}") from error
+
+
+def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
+    """Deletes an agent's files but those named and the NEWEST written; also what a killed writer left. Returns them.
+
+    Only for the one trainer that acts for the agent.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    written = {path: fs.modified(path) for path in fs.ls(f"{directory}/{agent}", detail=False, refresh=True)}
+    whole = [path for path in written if re.fullmatch(r"v\d+-[0-9a-f]{8}\.safetensors", os.path.basename(path))]
+    kept = set(sorted(whole, key=lambda path: written[path])[-NEWEST:]) | {f"{directory}/{name}" for name in named}
+    old = sorted(written.keys() - kept)
+    for path in old:
+        fs.rm_file(path)
+    return [f"{agent}/{os.path.basename(path)}" for path in old]
+
+
+def probe_tokens(seed: int, vocabulary: int, context: int) -> list[int]:
+    """The prompt on which the two are compared: PROBE_TOKENS ids below `vocabulary`, but at most `context`."""
+    return np.random.default_rng([seed, PROBE_SEED]).integers(vocabulary, size=min(PROBE_TOKENS, context)).tolist()
+
+
+def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Sequence[float], limit: float) -> float:
+    """The mean absolute difference of two lists of log-probs, in nats. Raises GapError when it is above `limit`."""
+    assert len(trainer) == len(sampler) > 0, (len(trainer), len(sampler))
+    gap = float(np.abs(np.subtract(trainer, sampler)).mean())
+    if not gap <= limit:  # nor when it is NaN
+        raise GapError(
+            f"agents.{agent}: with version {version} of the weights the sampler's log-probs differ from the trainer's "
+            f"by {gap:.3g} nats a token: expected at most sampling.max_gap = {limit}"
+        )
+    return gap
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Its own length in 8 bytes, then JSON, filled up with spaces so that the tensors begin at a multiple of 8."""
+    entries, begin = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"weights: {name!r} is {tensor.dtype}: expected one of {list(DTYPES)}")
+        end = begin + tensor.numel() * tensor.itemsize
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _whole_file(fs: Any, path: str) -> Iterator[Any]:
+    """A file to write to, which is there under its name if all went well, and else not at all."""
+    if not isinstance(fs, LocalFileSystem):
+        with fs.transaction, fs.open(path, "wb") as file:
+            yield file
+        return
+    folder, name = os.path.split(path)
+    aside = f"{folder}/.tmp-{name}"
+    try:
+        with open(aside, "wb", buffering=0) as file:
+            yield file
+            os.fsync(file)
+        os.rename(aside, path)
+        fsync(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            os.unlink(aside)

@@ -109,9 +109,9 @@ class Tail:
         except FileNotFoundError:
             return False
         with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if anew := inode != self._inode:  # rewound, by a new file in its place
-                self._forget(inode)
+            now = os.fstat(file.fileno())
+            if anew := now.st_ino != self._inode or now.st_size < self._read:  # rewound, by a new file in its place
+                self._forget(now.st_ino)
             file.seek(self._read)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]

@@ -21,6 +21,11 @@ class Accounts(Roster):
     """What the command line, tests and reports ask."""
 
     @reads
+    def runs(self, db: sa.Connection) -> list[str]:
+        """Every run in the database, colocated ones too."""
+        return sorted(db.scalars(sa.union(sa.select(runs.c.run), sa.select(queries.c.run))))
+
+    @reads
     def accounting(self, db: sa.Connection) -> Counts:
         """Of each agent the number of groups in each of STATES."""
         return self._accounting(db)

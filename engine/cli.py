@@ -17,9 +17,12 @@ from rich.console import Console
 from mgrpo.engine.config import Config, load_config, read_dump
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-agent LLM systems by M-GRPO.")
+store = typer.Typer(no_args_is_help=True, help="Make a run's store, look into it, clean up after it.")
+app.add_typer(store, name="store")
 
 File = Annotated[Path, typer.Argument(help="the run's TOML file")]
 Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/")]
+Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
 
 
@@ -121,9 +124,33 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def bench(name: Literal["kernels"], quick: bool = False) -> None:
-    """Measure the kernels against their peers: tables, then one line of JSON. --quick: in a minute."""
+def bench(name: Literal["kernels", "store"], quick: bool = False) -> None:
+    """Measure the kernels against their peers, or the store: tables, then one line of JSON. --quick: in a minute."""
     import_module(f"mgrpo.bench.{name}").main(quick)
+
+
+@store.command()
+def init(file: File) -> None:
+    """Make the tables and the run of FILE: on a cluster, before anything else."""
+    print(import_module("mgrpo.engine.ledger").init(file))
+
+
+@store.command()
+def status(target: Target) -> None:
+    """Where the groups of each run stand, who holds what, and whether the books balance."""
+    print(import_module("mgrpo.engine.ledger").status(target))
+
+
+@store.command()
+def dump(target: Target) -> None:
+    """Print every row, a line of JSON each."""
+    import_module("mgrpo.engine.ledger").dump(target)
+
+
+@store.command()
+def gc(target: Target, run_dir: Path | None = None) -> None:
+    """Delete the trajectory files that every agent has finished with, of a run that stands still."""
+    print(import_module("mgrpo.engine.ledger").collect(target, run_dir))
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -66,7 +66,10 @@ class Database:
             raise
         if versions != [SCHEMA_VERSION]:
             self.close()
-            raise ValueError(f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}")
+            raise ValueError(
+                f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}: "
+                "another version of mgrpo began it; go on with that one, or begin a new run"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -82,6 +85,17 @@ class Database:
 
     def _of(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         return sa.and_(table.c.run == self.run, *conditions)
+
+    def _insert_rows(self, db: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Rows with all the table's columns, in their order; those that are there already stay as they are."""
+        if not rows:
+            return
+        if db.dialect.name == "sqlite":
+            db.exec_driver_sql(_insert_text(table), list(rows))
+        else:
+            db.execute(
+                _insert_arrays(table), dict(zip(table.c.keys(), map(list, zip(*rows, strict=True)), strict=True))
+            )
 
     def _run(self, work: Callable[[sa.Connection], R], mode: Literal["read", "write"]) -> R:
         """What `work` returns, after its transaction. Raises OSError when the store cannot be read or written."""
@@ -213,6 +227,20 @@ def _is_local(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@cache
+def _insert_text(table: sa.Table) -> str:
+    """For tuples, straight to the driver: SQLAlchemy's work on each row costs more than SQLite's."""
+    return str(sqlite.insert(table).on_conflict_do_nothing().compile(dialect=sqlite.dialect()))
+
+
+@cache
+def _insert_arrays(table: sa.Table) -> postgresql.Insert:
+    """One statement for all rows, which come as an array a column: a statement a row costs several times as much."""
+    arrays = [sa.bindparam(column.name, type_=postgresql.ARRAY(column.type)) for column in table.c]
+    rows = sa.func.unnest(*arrays).table_valued(*table.c.keys()).render_derived()
+    return postgresql.insert(table).from_select(table.c.keys(), sa.select(*rows.c)).on_conflict_do_nothing()
 
 
 def _clock(dialect: str) -> sa.ColumnElement[float]:

@@ -7,13 +7,13 @@ last two rollouts at once, the second sees both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from mgrpo.engine.database import writes
-from mgrpo.engine.roster import Roster
+from mgrpo.engine.roster import LATEST, Roster
 from mgrpo.engine.schema import (
     CallRecord,
     Lease,
@@ -21,10 +21,40 @@ from mgrpo.engine.schema import (
     call_row,
     calls,
     groups,
+    publications,
     queries,
     rollout_row,
     rollouts,
 )
+
+# What is done for every batch of rollouts is built once: building costs more than running it.
+_THIS: sa.BindParameter[str] = sa.bindparam("this")
+_THESE: sa.BindParameter[list[int]] = sa.bindparam("these", expanding=True)
+_LOCKED = (
+    sa.select(queries.c.query, queries.c.rollouts, queries.c.sealed, groups.c.agent)
+    .join(groups, sa.and_(groups.c.run == queries.c.run, groups.c.query == queries.c.query))
+    .where(queries.c.run == _THIS, queries.c.query.in_(_THESE))
+    .order_by(queries.c.query)
+    .with_for_update(of=queries)
+)
+_RECORDED = sa.select(rollouts.c.query, rollouts.c.rollout).where(rollouts.c.run == _THIS, rollouts.c.query.in_(_THESE))
+_SEAL_QUERIES = sa.update(queries).where(queries.c.run == _THIS, queries.c.query.in_(_THESE)).values(sealed=True)
+_SEAL_GROUPS = (
+    sa.update(groups)
+    .where(groups.c.run == _THIS, groups.c.query.in_(_THESE), groups.c.state == "open")
+    .values(state="sealed")
+)
+_DROPPED = sa.select(sa.func.count()).where(
+    groups.c.run == _THIS, groups.c.agent == publications.c.agent, groups.c.state == "expired"
+)
+_OPENED = sa.select(sa.func.coalesce(sa.func.max(queries.c.query) + 1, 0)).where(queries.c.run == _THIS)
+_GATE = sa.select(
+    publications.c.agent,
+    publications.c.trained,
+    publications.c.step,
+    _DROPPED.scalar_subquery().label("dropped"),
+    _OPENED.scalar_subquery().label("opened"),
+).where(publications.c.run == _THIS, publications.c.step == LATEST)
 
 
 class Intake(Roster):
@@ -35,7 +65,7 @@ class Intake(Roster):
         self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rollouts: int, step: int
     ) -> None:
         """Opens (query number, task id), a group for each agent, to be sealed by `rollouts` rollouts. Idempotent."""
-        self._open(db, tasks, agents, {"rollouts": rollouts, "step": step, "worker": ""})
+        self._open(db, tasks, agents, rollouts, step)
 
     @writes
     def take(
@@ -56,16 +86,16 @@ class Intake(Roster):
         trained_a < total. None before all agents have published. task_of: the task's id of a query number.
         """
         agents, size = self._begun(db, lock=True)
-        until = {"worker": worker, "taken": self.now, "deadline": self.now + lease}
-        lapsed = self._of(queries, ~queries.c.sealed, queries.c.deadline < self.now)
-        taken = self._locked(db, lapsed, count)
-        if taken:
-            db.execute(sa.update(queries).where(self._of(queries, queries.c.query.in_(taken))).values(until))
+        lapsed = self._locked(db, self._of(queries, ~queries.c.sealed, queries.c.deadline < self.now), count)
         first, limit, step = self._gate(db, agents, ahead, total)
-        new = list(range(first, min(limit, first + count - len(taken))))
-        if new:
-            self._open(db, [(q, task_of(q)) for q in new], agents, until | {"rollouts": size, "step": step})
-        return self._leases(db, taken + new)
+        new = [(query, task_of(query)) for query in range(first, min(limit, first + count - len(lapsed)))]
+        self._open(db, new, agents, size, step)
+        taken = [*lapsed, *(query for query, _ in new)]
+        if taken:
+            mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(taken)))
+            db.execute(mine.values(worker=worker, taken=self.now, deadline=self.now + lease))
+        fresh = [Lease(query, task, list(range(size))) for query, task in new]
+        return self._leases(db, lapsed) + fresh
 
     @writes
     def extend(self, db: sa.Connection, worker: str, lease: float) -> int:
@@ -88,7 +118,8 @@ class Intake(Roster):
     def seal_overdue(self, db: sa.Connection, timeout: float) -> list[int]:
         """Seals the queries taken more than `timeout` seconds ago that have at least two rollouts. Returns them."""
         old = self._of(queries, ~queries.c.sealed, queries.c.taken < self.now - timeout)
-        overdue = [query for query, ended in self._ended(db, self._locked(db, old)).items() if ended >= 2]
+        ended = Counter(query for query, _ in self._recorded(db, self._locked(db, old)))
+        overdue = sorted(query for query, count in ended.items() if count >= 2)
         self._seal(db, overdue)
         return overdue
 
@@ -103,71 +134,68 @@ class Intake(Roster):
         assert {(c.query, c.rollout) for c in made} <= {(r.query, r.rollout) for r in ended}
         if not ended:
             return
-        sealed = self._check_opened(db, ended, made)
-        if late := [(r.query, r.rollout) for r in ended if r.query in sealed]:
-            self._count_late(db, late)
-        rows = [rollout_row(r, self.run) for r in ended if r.query not in sealed]
-        if not rows:
-            return
-        insert = self._insert(rollouts).on_conflict_do_nothing()
-        new = {tuple(key) for key in db.execute(insert.returning(rollouts.c.query, rollouts.c.rollout), rows)}
-        if rows := [call_row(c, self.run) for c in made if (c.query, c.rollout) in new]:
-            db.execute(self._insert(calls).on_conflict_do_nothing(), rows)
-        self._seal_full(db, {query for query, _ in new})
+        size, sealed = self._check_opened(db, ended, made)
+        known = self._recorded(db, size)
+        first = {(r.query, r.rollout): r for r in reversed(ended)}
+        late = [key for key in first if key[0] in sealed and key not in known]
+        new = {key: r for key, r in first.items() if key[0] not in sealed and key not in known}
+        self._insert_rows(db, rollouts, [rollout_row(r, self.run) for r in new.values()])
+        self._insert_rows(db, calls, [call_row(c, self.run) for c in made if (c.query, c.rollout) in new])
+        count = Counter(query for query, _ in known | new.keys())
+        self._seal(db, sorted({query for query, _ in new if count[query] == size[query]}))
+        self._count_late(db, late)
 
     # ---- within a transaction
 
     def _open(
-        self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rest: dict[str, Any]
+        self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], size: int, step: int
     ) -> None:
-        """rest: the columns that all the queries share."""
-        opened, grouped = [], []
         for query, task in tasks:
             if "\0" in task:
                 raise ValueError(f"task of query {query}: {task!r} given: expected an id without NUL")
-            opened.append({"run": self.run, "query": query, "task": task})
-            grouped += [{"run": self.run, "query": query, "agent": agent} for agent in agents]
-        if opened:
-            insert = self._insert(queries).values(**rest, sealed=False, late=0).on_conflict_do_nothing()
-            db.execute(insert, opened)
-            insert = self._insert(groups).values(state="open", holder="", reason="", acks=0).on_conflict_do_nothing()
-            db.execute(insert, grouped)
+        rest = (step, size, False, "", None, None, 0)
+        self._insert_rows(db, queries, [(self.run, query, task, *rest) for query, task in tasks])
+        made = [(self.run, query, agent, "open", "", "", 0) for query, _ in tasks for agent in agents]
+        self._insert_rows(db, groups, made)
 
     def _gate(self, db: sa.Connection, agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, int]:
         """The next query's number, the number before which to stop, and the rl step of the weights there are."""
-        count = sa.func.count()
-        by_agent = sa.select(groups.c.agent, count).where(self._of(groups, groups.c.state == "expired"))
-        dropped = Counter({agent: number for agent, number in db.execute(by_agent.group_by(groups.c.agent))})
-        opened = db.scalar(sa.select(sa.func.coalesce(sa.func.max(queries.c.query) + 1, 0)).where(self._of(queries)))
-        latest = self._publications(db)
-        live = [agent for agent in agents if agent not in latest or latest[agent].trained < total]
-        if not live or not all(agent in latest for agent in agents):
-            return opened, 0, 0
-        slowest = min(latest[agent].trained + dropped[agent] for agent in live)
-        needed = total + max(dropped[agent] for agent in live)
-        return opened, min(slowest + ahead, needed), min(latest[agent].step for agent in agents)
+        latest = db.execute(_GATE, {"this": self.run}).all()
+        live = [row for row in latest if row.trained < total]
+        if {row.agent for row in latest} != set(agents) or not live:
+            return 0, 0, 0
+        slowest = min(row.trained + row.dropped for row in live)
+        needed = total + max(row.dropped for row in live)
+        return latest[0].opened, min(slowest + ahead, needed), min(row.step for row in latest)
 
     def _leases(self, db: sa.Connection, taken: Sequence[int]) -> list[Lease]:
-        recorded: dict[int, set[int]] = {query: set() for query in taken}
-        found = sa.select(rollouts.c.query, rollouts.c.rollout).where(self._of(rollouts, rollouts.c.query.in_(taken)))
-        for query, rollout in db.execute(found):
-            recorded[query].add(rollout)
+        if not taken:
+            return []
+        known = self._recorded(db, taken)
         rows = sa.select(queries.c.query, queries.c.task, queries.c.rollouts)
         mine = rows.where(self._of(queries, queries.c.query.in_(taken))).order_by(queries.c.query)
-        return [Lease(q, task, sorted(set(range(size)) - recorded[q])) for q, task, size in db.execute(mine)]
+        return [Lease(q, task, [k for k in range(size) if (q, k) not in known]) for q, task, size in db.execute(mine)]
+
+    def _recorded(self, db: sa.Connection, wanted: Collection[int]) -> set[tuple[int, int]]:
+        """The queries' rollouts that are there, as (query, rollout)."""
+        return {(query, rollout) for query, rollout in db.execute(_RECORDED, self._these(wanted))}
+
+    def _these(self, wanted: Collection[int]) -> dict[str, Any]:
+        return {"this": self.run, "these": list(wanted)}
 
     def _locked(self, db: sa.Connection, which: sa.ColumnElement[bool], limit: int | None = None) -> list[int]:
         """The lowest queries, locked; those that another is about to change are left to it."""
         lowest = sa.select(queries.c.query).where(which).order_by(queries.c.query).limit(limit)
         return list(db.scalars(lowest.with_for_update(skip_locked=True)))
 
-    def _check_opened(self, db: sa.Connection, ended: Sequence[RolloutRecord], made: Sequence[CallRecord]) -> set[int]:
-        """Which of the queries are sealed. One that `reclaim` deleted must not come back by a late write."""
-        both = sa.and_(groups.c.run == queries.c.run, groups.c.query == queries.c.query)
-        wanted = self._of(queries, queries.c.query.in_({r.query for r in ended}))
-        rows = sa.select(queries.c.query, queries.c.rollouts, queries.c.sealed, groups.c.agent)
-        locked = rows.join(groups, both).where(wanted).order_by(queries.c.query).with_for_update(of=queries)
-        found = db.execute(locked).all()
+    def _check_opened(
+        self, db: sa.Connection, ended: Sequence[RolloutRecord], made: Sequence[CallRecord]
+    ) -> tuple[dict[int, int], set[int]]:
+        """Of each query, locked, the number of its rollouts; and the queries that are sealed.
+
+        One that `reclaim` deleted must not come back by a late write.
+        """
+        found = db.execute(_LOCKED, self._these({r.query for r in ended})).all()
         size = {row.query: row.rollouts for row in found}
         for r in ended:
             if r.query not in size:
@@ -177,28 +205,14 @@ class Intake(Roster):
         for c in made:
             if (c.agent, c.query) not in there:
                 raise ValueError(f"record: query {c.query} was not opened for agent {c.agent!r}")
-        return {row.query for row in found if row.sealed}
-
-    def _count_late(self, db: sa.Connection, keys: Sequence[tuple[int, int]]) -> None:
-        """A rollout that is recorded was delivered twice, which is not counted."""
-        wanted = self._of(rollouts, rollouts.c.query.in_({query for query, _ in keys}))
-        known = {tuple(key) for key in db.execute(sa.select(rollouts.c.query, rollouts.c.rollout).where(wanted))}
-        for query, number in sorted(Counter(query for query, _ in set(keys) - known).items()):
-            one = self._of(queries, queries.c.query == query)
-            db.execute(sa.update(queries).where(one).values(late=queries.c.late + number))
-
-    def _ended(self, db: sa.Connection, wanted: Sequence[int]) -> dict[int, int]:
-        """Of each query the number of its rollouts that are recorded, if there are any."""
-        counts = sa.select(rollouts.c.query, sa.func.count()).where(self._of(rollouts, rollouts.c.query.in_(wanted)))
-        return {query: count for query, count in db.execute(counts.group_by(rollouts.c.query))}
-
-    def _seal_full(self, db: sa.Connection, changed: set[int]) -> None:
-        ended = sa.select(sa.func.count()).where(self._of(rollouts, rollouts.c.query == queries.c.query))
-        full = self._of(queries, queries.c.query.in_(changed), queries.c.rollouts == ended.scalar_subquery())
-        self._seal(db, list(db.scalars(sa.select(queries.c.query).where(full))))
+        return size, {row.query for row in found if row.sealed}
 
     def _seal(self, db: sa.Connection, full: Sequence[int]) -> None:
         if full:
-            db.execute(sa.update(queries).where(self._of(queries, queries.c.query.in_(full))).values(sealed=True))
-            open_ones = self._of(groups, groups.c.query.in_(full), groups.c.state == "open")
-            db.execute(sa.update(groups).where(open_ones).values(state="sealed"))
+            db.execute(_SEAL_QUERIES, self._these(full))
+            db.execute(_SEAL_GROUPS, self._these(full))
+
+    def _count_late(self, db: sa.Connection, late: Sequence[tuple[int, int]]) -> None:
+        for query, number in sorted(Counter(query for query, _ in late).items()):
+            one = self._of(queries, queries.c.query == query)
+            db.execute(sa.update(queries).where(one).values(late=queries.c.late + number))

@@ -24,6 +24,10 @@ from mgrpo.engine.schema import (
     runs,
 )
 
+_other = publications.alias()
+_same_agent = sa.and_(_other.c.run == publications.c.run, _other.c.agent == publications.c.agent)
+LATEST = sa.select(sa.func.max(_other.c.step)).where(_same_agent).scalar_subquery()  # of a publication's agent
+
 
 class Fenced(RuntimeError):
     """Another process has taken over this trainer's role: nothing it still writes may count."""
@@ -157,9 +161,6 @@ class Roster(Database):
 
     def _publications(self, db: sa.Connection, step: int | None = None) -> dict[str, Publication]:
         """Of that step, or the latest, by agent."""
-        other = publications.alias()
-        same_agent = sa.and_(other.c.run == self.run, other.c.agent == publications.c.agent)
-        latest = sa.select(sa.func.max(other.c.step)).where(same_agent).scalar_subquery()
-        wanted = publications.c.step == (latest if step is None else step)
+        wanted = publications.c.step == (LATEST if step is None else step)
         rows = sa.select(*columns(publications)).where(self._of(publications, wanted)).order_by(publications.c.agent)
         return {row["agent"]: read_publication(row) for row in db.execute(rows).mappings()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -37,25 +38,27 @@ def _values(**columns: type) -> list[sa.Column[Any]]:
     return [sa.Column(name, _KINDS[kind], nullable=False) for name, kind in columns.items()]
 
 
-schema = sa.Table("schema_version", metadata, *_keys(version=int))
-runs = sa.Table("runs", metadata, *_keys(run=str), *_values(agents=str, rollouts=int, fingerprint=str))
-roles = sa.Table("roles", metadata, *_keys(run=str, role=str), *_values(holder=str, deadline=float))
-publications = sa.Table(
+def _table(name: str, *parts: Any) -> sa.Table:
+    """On SQLite the rows lie in their key's tree, where else there would be two."""
+    return sa.Table(name, metadata, *parts, sqlite_with_rowid=False)
+
+
+schema = _table("schema_version", *_keys(version=int))
+runs = _table("runs", *_keys(run=str), *_values(agents=str, rollouts=int, fingerprint=str))
+roles = _table("roles", *_keys(run=str, role=str), *_values(holder=str, deadline=float))
+publications = _table(
     "publications",
-    metadata,
     *_keys(run=str, agent=str, step=int),
     *_values(version=int, trained=int, file=str, checksum=str, size=int, probe=str),
 )
-evaluations = sa.Table(
+evaluations = _table(
     "evaluations",
-    metadata,
     *_keys(run=str, step=int),
     *_values(worker=str, deadline=float),
     sa.Column("result", sa.Text),  # JSON, once it is there
 )
-queries = sa.Table(
+queries = _table(
     "queries",
-    metadata,
     *_keys(run=str, query=int),
     *_values(task=str, step=int, rollouts=int, sealed=bool, worker=str),
     sa.Column("taken", sa.Double),  # when, and until when: NULL for a query that no worker leases (colocated)
@@ -63,31 +66,29 @@ queries = sa.Table(
     *_values(late=int),  # records that came after it was sealed without them
     sa.Index("queries_by_state", "run", "sealed", "query"),
 )
-groups = sa.Table(
+groups = _table(
     "groups",
-    metadata,
-    *_keys(run=str, agent=str, query=int),
+    *_keys(run=str, query=int, agent=str),
     *_values(state=str, holder=str, reason=str, acks=int),  # reason: why it is expired
     sa.Index("groups_by_state", "run", "agent", "state", "query"),
-    sa.Index("groups_by_query", "run", "query"),
 )
-rollouts = sa.Table(
+rollouts = _table(
     "rollouts",
-    metadata,
     *_keys(run=str, query=int, rollout=int),
     *_values(status=str, format=bool, correct=float, seconds=float, error=str),
 )
-calls = sa.Table(
+calls = _table(
     "calls",
-    metadata,
-    *_keys(run=str, agent=str, query=int, rollout=int, call=int),
+    *_keys(run=str, query=int, agent=str, rollout=int, call=int),
     *_values(format=bool),
     sa.Column("expert", sa.Double),
     *_values(version=int, tokens=int, actions=int, turns=int, truncated=bool, ended=str),
     *_values(file=str, offset=int, row=int),
     *_values(step=int, version_last=int, rows=int, digest=str, sampler_digest=str),
-    sa.Index("calls_by_query", "run", "query"),
 )
+
+
+_rollout_values, _call_values = (itemgetter(*table.c.keys()) for table in (rollouts, calls))
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,15 @@ class Publication:
     probe: tuple[float, ...] = ()
 
 
-def rollout_row(record: RolloutRecord, run: str) -> dict[str, Any]:
+def rollout_row(record: RolloutRecord, run: str) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
     error = record.error.encode("utf-8", "replace").decode().replace("\0", "?")  # an exception's text may hold anything
-    return {**vars(record), "run": run, "error": error}
+    return _rollout_values({**vars(record), "run": run, "error": error})
 
 
-def call_row(record: CallRecord, run: str) -> dict[str, Any]:
-    row = {**vars(record), **vars(record.position), "run": run}
-    del row["position"]
-    return row
+def call_row(record: CallRecord, run: str) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
+    return _call_values({**vars(record), **vars(record.position), "run": run})
 
 
 def read_call(row: sa.RowMapping) -> CallRecord:

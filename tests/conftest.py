@@ -1,4 +1,8 @@
-"""What tests measured, printed at the end: `pytest -q` hides what a test that passes prints itself."""
+"""What the tests share; and what they measured, printed at the end: `pytest -q` hides what a passing test prints."""
+
+from postgres import connect, server
+
+__all__ = ["connect", "server"]
 
 
 def pytest_terminal_summary(terminalreporter):

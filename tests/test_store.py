@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mgrpo.engine.store import STATES, CallRecord, RolloutRecord, Store
 from mgrpo.engine.trajectories import Position
+from postgres import Connect
 
 AGENTS = ("main", "search")
 
@@ -44,10 +43,8 @@ def states(store: Store, agent: str = "main") -> dict[str, int]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/store.db", "run")
-    yield store
-    store.close()
+def store(connect: Connect) -> Store:
+    return connect()
 
 
 def test_a_group_is_sealed_by_its_last_rollout_and_comes_back_whole(store):
@@ -176,9 +173,9 @@ def test_reclaim_acks_what_the_checkpoint_trained_and_deletes_what_it_lacks(stor
     assert [g.query for g in store.claim("main", 9, "me").groups] == [20]
 
 
-def test_runs_do_not_see_each_other(tmp_path):
-    url = f"sqlite:///{tmp_path}/store.db"
-    one, other = Store(url, "one"), Store(url, "other")
+def test_runs_do_not_see_each_other(connect):
+    one, other = connect("one"), connect("other")
+    assert one.runs() == []
     for store in (one, other):
         store.open_queries([(0, "t")], AGENTS, 2, 0)
     finish(one, 0)
@@ -187,6 +184,7 @@ def test_runs_do_not_see_each_other(tmp_path):
     assert other.reclaim(0) == 1 and other.accounting() == {}
     assert states(one) == {"sealed": 1} and len(one.calls_of(0)) == 6
     assert len(one.claim("main", 1, "me").groups) == 1
+    assert one.runs() == ["one"]
 
 
 def test_everything_survives_reopening_and_the_database_is_durable(tmp_path):
@@ -202,13 +200,12 @@ def test_everything_survives_reopening_and_the_database_is_durable(tmp_path):
         assert db.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
 
 
-def test_another_schema_version_is_refused(tmp_path):
-    path = tmp_path / "store.db"
-    Store(f"sqlite:///{path}", "run").close()
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE schema_version SET version = 99")
-    with pytest.raises(ValueError, match=r"store\.db: expected schema version 2, found \[99\]"):
-        Store(f"sqlite:///{path}", "run")
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_schema_version_is_refused(connect, version):
+    with connect()._engine.begin() as db:
+        db.exec_driver_sql(f"UPDATE schema_version SET version = {version}")
+    with pytest.raises(ValueError, match=rf"store .*: expected schema version 2, found \[{version}\]: another version"):
+        connect()
 
 
 @pytest.mark.parametrize("url", ["", "sqlite://", "sqlite:///", "sqlite:///:memory:", "mysql://u@h/d", "/tmp/x.db"])
@@ -302,9 +299,8 @@ TestModel = Model.TestCase
 # ---- many writers, and kill -9
 
 
-def test_threads_and_stores_race_without_losing_or_doubling(tmp_path):
-    url = f"sqlite:///{tmp_path}/store.db"
-    stores = [Store(url, "run") for _ in range(3)]
+def test_threads_and_stores_race_without_losing_or_doubling(connect):
+    stores = [connect() for _ in range(3)]
     stores[0].open_queries([(q, "t") for q in range(20)], AGENTS, 2, 0)
     taken: list[int] = []
 

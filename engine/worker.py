@@ -29,7 +29,7 @@ from mgrpo.engine.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout import Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import Rows, locked
 from mgrpo.engine.sampler import InProcessSampler
-from mgrpo.engine.store import CallRecord, RolloutRecord, Store
+from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
 from mgrpo.engine.tasks import accuracy, eval_due, eval_jobs, load_tasks, pick
 from mgrpo.engine.trajectories import TrajectoryWriter
 from mgrpo.engine.weights import DamagedWeights
@@ -72,6 +72,7 @@ class Worker:
         self.mine: set[tuple[int, int]] = set()  # queries' rollouts that run here, or ended and are not recorded yet
         self.ended: list[Rollout] = []  # to be recorded
         self.ended_at = self.looked_at = 0.0
+        self.in_doubt = False  # whether queries may be leased that we do not know of
         self.stop: Callable[[], bool] = lambda: False
         self.window = _Window(self.arrivals)
 
@@ -148,20 +149,29 @@ class Worker:
         room = math.ceil((config.compute.concurrency - running) / config.algorithm.rollouts)
         if room < 1:
             return []
-        leases = self._patiently(
-            self.store.take,
-            self.name,
-            min(room, math.ceil(queries / config.sampling.workers)),
-            ahead=(config.sampling.max_staleness + 1) * queries,
-            total=config.steps * queries,
-            task_of=lambda query: pick(self.train, config.seed, query).id,
-            lease=config.store.lease,
-        )
+        leases = self._patiently(self._lease, min(room, math.ceil(queries / config.sampling.workers)))
         if leases:
             self.looked_at = 0.0  # there may be more
         new = [(lease.query, k) for lease in leases for k in lease.missing if (lease.query, k) not in self.mine]
         self.mine.update(new)
         return [Job(query, k, pick(self.train, config.seed, query)) for query, k in new]
+
+    def _lease(self, count: int) -> list[Lease]:
+        """A call that failed may have leased queries all the same: they are given back, or nobody would sample them."""
+        config, queries = self.config, self.config.queries_per_step
+        if self.in_doubt:
+            self.store.give_back(self.name)
+        self.in_doubt = True
+        leases = self.store.take(
+            self.name,
+            count,
+            ahead=(config.sampling.max_staleness + 1) * queries,
+            total=config.steps * queries,
+            task_of=lambda query: pick(self.train, config.seed, query).id,
+            lease=config.store.lease,
+        )
+        self.in_doubt = False
+        return leases
 
     def _end(self, rollout: Rollout) -> None:
         if not self.ended:

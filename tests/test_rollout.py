@@ -582,6 +582,54 @@ def test_an_episode_does_not_depend_on_the_others_or_on_the_samplers_slots(toy, 
             np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-5)
 
 
+@pytest.mark.parametrize("beside", [1, 3])
+def test_episodes_that_come_as_others_end_are_those_of_a_batch(toy, beside):
+    config, make = toy
+    jobs = [Job(i // 3, i % 3, Task("bad" if i == 4 else "ok", {})) for i in range(9)]
+    batch = in_time(lambda: Episodes(config, Chatty(), dict(make(16))).run(jobs)).result()
+    left, streamed, running = list(jobs), [], []
+
+    def more(count: int) -> list[Job]:
+        running.append(count)
+        return [left.pop(0) for _ in range(min(beside - count, len(left)))]
+
+    in_time(lambda: Episodes(config, Chatty(), dict(make(16))).stream(more, streamed.append)).result()
+    assert max(running) == beside and running[-1] == 0
+    streamed.sort(key=lambda rollout: jobs.index(rollout.job))
+    for one_by_one, together in zip(streamed, batch, strict=True):
+        assert (one_by_one.status, one_by_one.score) == (together.status, together.score)
+        for mine, other in zip(one_by_one.trajectories, together.trajectories, strict=True):
+            assert np.array_equal(mine.tokens, other.tokens) and np.array_equal(mine.sampled, other.sampled)
+            np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("who", ["more", "ended"])
+def test_what_the_one_who_is_asked_raises_ends_all_episodes(who):
+    samplers = {name: FakeSampler({"t:": ["say 1"], "u:": ["say " + "1" * 99]}, 400) for name in AGENTS}
+    jobs = iter([[Job(0, 0, Task("t", {})), Job(1, 0, Task("u", {}))], [], []])
+    episodes = Episodes(make_config(), Lines(), dict(samplers))
+    ended = boom if who == "ended" else lambda: None
+    with pytest.raises(StopIteration if who == "more" else RuntimeError):
+        in_time(
+            lambda: episodes.stream(lambda _: next(jobs) if who == "more" else next(jobs, []), lambda _: ended())
+        ).result()
+    assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+
+
+def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
+    class Stuck(Lines):
+        async def tool(self, call, use):
+            await asyncio.Event().wait()
+
+    samplers = {name: FakeSampler({"t:": ["ask clerk c"], "c:": ["use x y"], "u:": ["say 1"]}, 400) for name in AGENTS}
+    episodes = Episodes(make_config(), Stuck(), dict(samplers), timeout=0.1)
+    jobs = [Job(i, 0, Task(name, {})) for i, name in enumerate("tu")]
+    stuck, fine = in_time(lambda: episodes.run(jobs)).result()
+    assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
+    assert [len(t) > 0 for t in stuck.trajectories] == [True, True]
+    assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+
+
 def test_rollouts_of_one_query_differ_and_the_same_job_does_not(toy):
     config, make = toy
     jobs = [Job(0, 0, Task("t", {})), Job(0, 1, Task("t", {})), Job(1, 0, Task("t", {})), Job(0, 0, Task("t", {}))]

@@ -304,6 +304,134 @@ def test_closing_in_the_middle_of_a_turn_frees_the_slot_for_the_next(kit):
     sampler.release_cache()
 
 
+# ---- new weights
+
+
+def moved(kit: Kit, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    named = kit.model.named_parameters()
+    return {name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for name, p in named}
+
+
+def put(kit: Kit, tensors: dict[str, torch.Tensor]) -> None:
+    """Into the plain model."""
+    parameters = dict(kit.plain.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_new_weights_sample_the_turns_after_them_and_old_ones_those_before(tmp_path, tie):
+    kit = Kit(make_model(tmp_path, tie=tie))
+    sampler = kit.sampler(max_new_tokens=6)
+    old = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    new = moved(kit, 1)
+    running, fresh, over = (new_session(seed, prompt(0, 20)) for seed in range(3))  # of one prompt: it is cached
+
+    async def play() -> None:
+        await drive(sampler, [sampler.act(running), talk(sampler, over)])
+        assert sampler.update(new, version=5, weights_step=2)
+        running.append(prompt(7, 3))
+        await drive(sampler, [talk(sampler, running), talk(sampler, fresh)])
+
+    asyncio.run(play())
+    assert len(running.tokens) == 20 + 6 + 3 + 6
+    put(kit, new)
+    assert gap(kit, fresh) <= 1e-4 < 0.05 < gap(kit, running)
+    put(kit, old)
+    assert gap(kit, over) <= 1e-4 < 0.05 < gap(kit, running)
+    first = Session((0,), tokens=running.tokens[:26], sampled=running.sampled[:26], logprobs=running.logprobs[:26])
+    last = Session((0,), tokens=running.tokens, sampled=[False] * 29 + [True] * 6, logprobs=running.logprobs)
+    assert gap(kit, first) <= 1e-4
+    put(kit, new)
+    assert gap(kit, last) <= 1e-4
+    named = [(t.version, t.version_last, t.step) for t in (s.trajectory() for s in (running, fresh, over))]
+    assert named == [(3, 5, 0), (5, 5, 2), (3, 3, 0)]
+
+
+def test_new_weights_wait_for_the_running_turns_and_no_new_one_begins_before_them(tmp_path):
+    kit = Kit(make_model(tmp_path))
+    sampler = kit.sampler(max_new_tokens=6)
+    before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    new = moved(kit, 1)
+    first, second = new_session(0, prompt(0)), new_session(1, prompt(1))
+
+    async def play() -> None:
+        turns = [asyncio.create_task(sampler.act(first))]
+        await asyncio.sleep(0)
+        sampler.step()
+        assert not sampler.update(new, 5, 2)
+        turns.append(asyncio.create_task(sampler.act(second)))
+        await asyncio.sleep(0)
+        for _ in range(5):
+            assert sampler.pending == 1 and not sampler.update(new, 5, 2)
+            sampler.step()
+        assert sampler.pending == 0, "the second waits for the weights"
+        assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
+        assert sampler.update(new, 5, 2)
+        await drive(sampler, turns)
+
+    asyncio.run(play())
+    assert gap(kit, first) <= 1e-4 and first.version == 3
+    put(kit, new)
+    assert gap(kit, second) <= 1e-4 and (second.version, second.version_last, second.weights_step) == (5, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, r"'model\.norm\.weight' is None: expected \(\(32,\), torch\.float32\)"),
+        ({"model.norm.weight": torch.ones(31)}, r"'model\.norm\.weight' is \(\(31,\), torch\.float32\): expected"),
+        ({"model.norm.weight": torch.ones(32).double()}, r"is \(\(32,\), torch\.float64\): expected \(\(32,\), .*32"),
+        (
+            {"lm_head.weight": torch.ones(257, 32)},
+            r"'lm_head\.weight' is \(\(257, 32\), torch\.float32\): expected None",
+        ),
+    ],
+    ids=["missing", "shape", "dtype", "too many"],
+)
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(kit, change, message):
+    sampler = kit.sampler()
+    before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    tensors = {name: t for name, t in (moved(kit, 1) | change).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        sampler.update(tensors, 5, 2)
+    assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
+    assert (sampler.version, sampler.weights_step, sampler.held) == (3, 0, False)
+
+
+def test_a_session_names_the_oldest_and_the_newest_of_its_weights_also_when_a_run_was_rewound():
+    session = new_session(0, prompt(0))
+    seen = []
+    for version, step in [(4, 2), (6, 3), (2, 1), (5, 3)]:  # nothing is sampled with the first
+        session.begin_turn(version, step)
+        seen.append((session.version, session.version_last, session.weights_step))
+        if version != 4:
+            session.append([1], [-1.0])
+    assert seen == [(4, 4, 2), (6, 6, 3), (2, 6, 1), (2, 6, 1)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_of_given_tokens_are_the_plain_models_and_disturb_no_one(kit, temperature):
+    sampler = kit.sampler(temperature=temperature, top_p=0.5)
+    tokens, beside = prompt(3, 30), new_session(0, prompt(0))
+
+    async def play() -> list[float]:
+        turn = asyncio.create_task(sampler.act(beside))
+        await asyncio.sleep(0)
+        sampler.step()
+        given = sampler.logprobs(tokens)
+        await drive(sampler, [turn])
+        sampler.close(beside)
+        return given
+
+    given = asyncio.run(play())
+    truth = (kit.logits(tokens)[:-1] / temperature).log_softmax(-1)[torch.arange(29), torch.tensor(tokens[1:])]
+    np.testing.assert_allclose(given, truth.numpy(), atol=1e-4)
+    assert gap(kit, beside, temperature, 0.5) <= 1e-4
+
+
 # ---- where a turn ends: a tokenizer whose tokens hold newlines, several characters and halves of them
 
 

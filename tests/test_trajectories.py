@@ -27,13 +27,14 @@ def trajectory(length: int, seed: int = 0, version: int = 0) -> Trajectory:
     rng = np.random.default_rng(seed)
     tokens_L = rng.integers(-(2**31), 2**31, length, dtype=np.int32)
     logprobs_L = rng.integers(0, 2**32, length, dtype=np.uint32).view(np.float32)  # any bits, NaN included
-    return Trajectory(tokens_L, rng.random(length) < 0.5, logprobs_L, version)
+    return Trajectory(tokens_L, rng.random(length) < 0.5, logprobs_L, version, 2**62 - seed, seed)
 
 
 def same(left: Trajectory, right: Trajectory) -> bool:
     pairs = [(left.tokens, right.tokens), (left.sampled, right.sampled), (left.logprobs, right.logprobs)]
     equal = all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
-    return equal and left.version == right.version
+    names = ("version", "version_last", "step")
+    return equal and all(getattr(left, name) == getattr(right, name) for name in names)
 
 
 def file_of(root: Path, position: Position) -> Path:
@@ -294,3 +295,38 @@ def test_kill_9_loses_nothing_that_was_announced(tmp_path):
         assert got.version == int(n) and len(got) == 20000 and (got.tokens == int(n)).all()
     used = {path.name for path in tmp_path.iterdir()}
     assert TrajectoryWriter(str(tmp_path), "main").append([trajectory(1)])[0].file not in used
+
+
+# ---- several writers of one name, and what may go
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_writers_of_one_name_never_write_one_file(tmp_path, local):
+    root = str(tmp_path) if local else f"memory://{uuid.uuid4()}"
+    writers = [TrajectoryWriter(root, "main", roll_bytes=1) for _ in range(3)]
+    rows = [trajectory(4, seed) for seed in range(12)]
+    positions = [writers[i % 3].append([row])[0] for i, row in enumerate(rows)]
+    assert len({position.file for position in positions}) == 12
+    assert all(same(a, b) for a, b in zip(read(root, positions), rows, strict=True))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_files_go_but_the_last_of_each_writer(tmp_path, local):
+    root = str(tmp_path) if local else f"memory://{uuid.uuid4()}"
+    writers = [TrajectoryWriter(root, name, roll_bytes=1) for name in ("main-a", "main-b", "clerk-a")]
+    files = [[writer.append([trajectory(3)])[0].file for _ in range(12)] for writer in writers]
+    everything = [name for names in files for name in names]
+    gone = trajectories.remove(root, everything[1:])
+    assert sorted(gone) == sorted(set(everything[1:]) - {names[-1] for names in files})
+    assert sorted(trajectories.remove(root, gone)) == sorted(gone), "gone already: may be forgotten all the same"
+    later = TrajectoryWriter(root, "main-a").append([trajectory(5)])
+    assert later[0].file not in everything and len(read(root, later)[0]) == 5
+
+
+@pytest.mark.parametrize("name", ["../main-00000.arrow", "/etc/passwd", "", "a/../../x"])
+def test_nothing_outside_the_root_goes(tmp_path, name):
+    TrajectoryWriter(str(tmp_path), "main").append([trajectory(3)])
+    (tmp_path / "root").mkdir()
+    with pytest.raises(ValueError, match="file: expected a path below"):
+        trajectories.remove(str(tmp_path / "root"), [name])
+    assert (tmp_path / "main-00000.arrow").exists()

@@ -5,9 +5,11 @@ The worker asks between steps whether to stop; in answering, the test does what 
 
 from __future__ import annotations
 
+import copy
 import errno
-import logging
+import threading
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ import torch
 from mgrpo.engine import worker as worker_module
 from mgrpo.engine.arrivals import Heartbeat
 from mgrpo.engine.config import Config, parse_config
-from mgrpo.engine.model import Packed, hidden_states, load_model
-from mgrpo.engine.rollout import Episodes, Job
+from mgrpo.engine.model import Packed, hidden_states, load_model, load_tokenizer
+from mgrpo.engine.rollout import Episodes, Job, load_environment
 from mgrpo.engine.run import read_metrics
 from mgrpo.engine.sampler import InProcessSampler
-from mgrpo.engine.store import CallRecord, Publication, Store
-from mgrpo.engine.tasks import pick
+from mgrpo.engine.store import CallRecord, Lease, Publication, RolloutRecord, Store
+from mgrpo.engine.tasks import load_tasks, pick
 from mgrpo.engine.trajectories import TrajectoryWriter, read
-from mgrpo.engine.weights import DamagedWeights, GapError, load_weights, probe_tokens, publish_weights
+from mgrpo.engine.weights import DamagedWeights, GapError, probe_tokens, publish_weights
 from mgrpo.engine.worker import Worker
 from toy import make_model, raw_config
 
@@ -64,40 +66,42 @@ class World:
         raw |= {"sampling": sampling or {}, "algorithm": {"rollouts": K}, "store": {"lease": 30.0}}
         self.config: Config = parse_config(raw)
         self.run_dir = Path(self.config.run_dir)
-        (self.run_dir / "weights").mkdir(parents=True)
+        self.weights = f"{self.run_dir}/weights"
+        self.run_dir.mkdir()
         self.url = f"sqlite:///{self.run_dir}/store.db"
         self.store = Store(self.url, "run")
         self.store.begin_run(list(self.config.agents), K, "same")
         self.steps = dict.fromkeys(self.config.agents, -1)
-        self.stopped: Callable[[], bool] = lambda: False
+        self.asked = 0
+        self.base = load_model("main", self.config.agents["main"], self.config.compute)
         for name in self.config.agents:
             self.store.hold(f"trainer:{name}", name, 1000.0)
 
     def tensors(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        model = load_model(name, self.config.agents[name], self.config.compute)
+        """As the trainer holds them after `step` steps."""
         noise = torch.Generator().manual_seed(100 * step + len(name))
-        return {
-            key: (p + step * 0.05 * torch.randn(p.shape, generator=noise)).detach()
-            for key, p in model.named_parameters()
-        }
+        named = self.base.named_parameters()
+        return {key: p.detach() + step * 0.05 * torch.randn(p.shape, generator=noise) for key, p in named}
 
     def model(self, name: str, step: int) -> Any:
-        """As the trainer holds it after `step` steps."""
-        model = load_model(name, self.config.agents[name], self.config.compute)
+        model = copy.deepcopy(self.base).requires_grad_(False)
         parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for key, tensor in self.tensors(name, step).items():
-                parameters[key].copy_(tensor)
+        for key, tensor in self.tensors(name, step).items():
+            parameters[key].copy_(tensor)
         return model
 
+    def samplers(self, step: int) -> dict[str, InProcessSampler]:
+        tokenizer, agents = load_tokenizer("main", self.config.agents["main"]), self.config.agents
+        return {n: InProcessSampler(self.model(n, step), tokenizer, agents[n], 16, 10 * step, step) for n in agents}
+
     def publish(self, name: str, step: int, **changes: Any) -> Publication:
-        tensors = self.tensors(name, step)
-        file, checksum, size = publish_weights(f"{self.run_dir}/weights", name, 10 * step, tensors)
+        file, checksum, size = publish_weights(self.weights, name, 10 * step, self.tensors(name, step))
         probe = tuple(logprobs(self.model(name, step), probe_tokens(self.config.seed, 257, 128)))
         row = {"trained": step * Q, "file": file, "checksum": checksum, "size": size, "probe": probe} | changes
         publication = Publication(agent=name, step=step, version=10 * step, **row)
         self.store.publish(publication, name)
-        self.store.open_evaluation(step) if step in (0, self.config.steps) else None
+        if step in (0, self.config.steps):
+            self.store.open_evaluation(step)
         self.steps[name] = step
         return publication
 
@@ -113,13 +117,16 @@ class World:
                     self.publish(name, step + 1)
 
     def __call__(self) -> bool:
-        self.train()
-        return self.stopped()
+        self.asked += 1
+        if self.asked % 4 == 1:
+            self.train()
+        return False
 
-    def work(self, name: str = "w", stop: Callable[[], bool] | None = None) -> Worker:
-        worker = Worker(self.config, name, Store(self.url, "run"), self.run_dir)
-        worker.run(stop or self)
-        return worker
+    def worker(self, name: str = "w", store: Store | None = None) -> Worker:
+        return Worker(self.config, name, store or Store(self.url, "run"), self.run_dir)
+
+    def take(self, worker: str, count: int, lease: float = 30.0) -> list[Lease]:
+        return self.store.take(worker, count, ahead=Q, total=STEPS * Q, task_of=str, lease=lease)
 
     @property
     def calls(self) -> list[CallRecord]:
@@ -139,12 +146,11 @@ class World:
         trajectories = read(f"{self.run_dir}/trajectories", [call.position for call in self.calls])
         for call, trajectory in zip(self.calls, trajectories, strict=True):
             assert (call.tokens, call.actions) == (len(trajectory), trajectory.sampled.sum())
-            assert (call.version, call.version_last, call.step) == (
-                trajectory.version,
-                trajectory.version_last,
-                trajectory.step,
-            )
+            assert all(getattr(call, name) == getattr(trajectory, name) for name in ("version", "version_last", "step"))
             assert trajectory.sampled[call.rows] and not trajectory.sampled[call.rows + 1 :].any()
+            said = trajectory.tokens.tobytes() + trajectory.sampled.tobytes()
+            assert call.digest == blake2b(said, digest_size=16).hexdigest()
+            assert call.sampler_digest == blake2b(said + trajectory.logprobs.tobytes(), digest_size=16).hexdigest()
         assert not any(self.store.balance()["violations"].values())
 
 
@@ -158,10 +164,413 @@ def logprobs(model: Any, tokens: list[int]) -> list[float]:
     return logps[:-1].gather(1, ids[1:, None])[:, 0].tolist()
 
 
-def test_on_policy_every_call_of_a_step_is_sampled_by_the_weights_of_that_step(tmp_path):
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nobody waits for long, and in vain for no more than a moment."""
+    monkeypatch.setattr(worker_module, "IDLE", (0.001, 0.01))
+    monkeypatch.setattr(worker_module, "RETRY", (0.001, 0.001))
+    monkeypatch.setattr(worker_module, "LOOK", 0.02)
+    monkeypatch.setattr(worker_module, "FLUSH", 0.05)
+
+
+class After:
+    """Asked to stop for the n-th time, the trainers do something that they do not usually do."""
+
+    def __init__(self, world: World, calls: int, act: Callable[[], Any]) -> None:
+        self.world, self.left, self.act = world, calls, act
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return self.world()
+
+
+# ---- weights and the gate
+
+
+def test_on_policy_every_call_is_sampled_by_the_weights_of_its_step(tmp_path):
     world = World(tmp_path)
-    world.work()
+    world.worker().run(world)
     world.check()
-    assert all(call.step == call.query // Q and call.version == call.version_last == 10 * call.step for call in world.calls)
-    print(world.store.evaluations(), read_metrics(world.run_dir / "workers/w/metrics.jsonl"), world.store.balance())
-    assert 0
+    assert all(c.step == c.query // Q and c.version == c.version_last == 10 * c.step for c in world.calls)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_as_many_queries_are_opened_as_the_gate_lets_and_more_when_it_opens(tmp_path, max_staleness):
+    world = World(tmp_path, {"max_staleness": max_staleness})
+    seen: list[int] = []
+
+    def stop() -> bool:
+        """No trainer comes on until the worker has had nothing to do for a while."""
+        if min(world.steps.values()) < 0:
+            world.train()
+        if seen[-60:] == [(max_staleness + 1) * Q] * 60:
+            return world()
+        seen.append(world.store.accounting().get("main", {}).get("sealed", 0))
+        assert len(seen) < 5000, seen[-1]
+        return False
+
+    world.worker().run(stop)
+    world.check()
+
+
+def test_episodes_that_come_and_go_are_those_of_a_batch(tmp_path, monkeypatch):
+    world = World(tmp_path, compute={"dtype": "float32", "device": "cpu", "concurrency": 3})
+    beside = []
+    real = Worker._take
+
+    def take(self: Worker, running: int) -> list[Job]:
+        jobs = real(self, running)
+        beside.append((running, len(jobs)))
+        return jobs
+
+    monkeypatch.setattr(Worker, "_take", take)
+    world.worker().run(world)
+    world.check()
+    assert any(running and new for running, new in beside), "some began while others ran"
+    environment = load_environment(world.config.environment)
+    tasks = load_tasks(environment, "train")
+    for step in range(STEPS):
+        queries = range(step * Q, (step + 1) * Q)
+        jobs = [Job(q, k, pick(tasks, world.config.seed, q)) for q in queries for k in range(K)]
+        for rollout in Episodes(world.config, environment, dict(world.samplers(step))).run(jobs):
+            calls = [c for c in world.store.calls_of(rollout.job.query) if c.rollout == rollout.job.rollout]
+            recorded = read(f"{world.run_dir}/trajectories", [c.position for c in sorted(calls, key=order)])
+            for mine, other in zip(recorded, rollout.trajectories, strict=True):
+                assert other is not None and np.array_equal(mine.tokens, other.tokens)
+                np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=2e-5)
+
+
+def order(call: CallRecord) -> tuple[bool, int]:
+    return call.agent != "main", call.call
+
+
+def test_new_weights_wait_for_the_end_of_episodes(tmp_path):
+    world = World(tmp_path, {"max_staleness": 1})
+    published = After(world, 60, lambda: [world.publish(name, 1) for name in world.config.agents])
+    world.worker().run(published)
+    world.check()
+    assert all(call.version == call.version_last for call in world.calls)
+    for query in range(world.opened):
+        for rollout in range(K):
+            assert len({c.step for c in world.store.calls_of(query) if c.rollout == rollout}) == 1
+
+
+def test_new_weights_between_turns_sample_what_follows_and_nothing_before(tmp_path):
+    world = World(tmp_path, {"max_staleness": 1, "switch": "turn"})
+    worker = world.worker()
+    worker.run(After(world, 100, lambda: [world.publish(name, 1) for name in world.config.agents]))
+    world.check()
+    switched = [call for call in world.calls if call.version < call.version_last]
+    assert switched and all(call.step == 0 and call.version == 0 for call in switched)
+    for call, trajectory in zip(
+        switched, read(f"{world.run_dir}/trajectories", [c.position for c in switched]), strict=True
+    ):
+        steps = [
+            [
+                n
+                for n in range(STEPS + 1)
+                if np.abs(truth(world, call.agent, n, trajectory)[turn] - trajectory.logprobs[turn]).max() < 1e-4
+            ]
+            for turn in turns(trajectory.sampled)
+        ]
+        assert all(len(found) == 1 for found in steps), "each turn is of one version"
+        flat = [found[0] for found in steps]
+        assert flat == sorted(flat) and (10 * flat[0], 10 * flat[-1]) == (call.version, call.version_last)
+
+
+def turns(sampled: np.ndarray) -> list[np.ndarray]:
+    """The indices of each stretch of sampled tokens."""
+    at = np.flatnonzero(sampled)
+    return np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+
+
+def truth(world: World, agent: str, step: int, trajectory: Any) -> np.ndarray:
+    return np.array([0.0, *logprobs(world.model(agent, step), trajectory.tokens.tolist())])
+
+
+def damage(world: World, publication: Publication, how: str) -> None:
+    file = Path(world.weights) / publication.file
+    data = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-1] if how == "torn" else data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(("how", "error"), [("torn", DamagedWeights), ("altered", DamagedWeights), ("gone", OSError)])
+def test_a_damaged_file_is_refused_and_the_old_weights_stay(tmp_path, monkeypatch, how, error):
+    world = World(tmp_path)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.0)
+    real = world.publish
+    monkeypatch.setattr(
+        world, "publish", lambda name, step: damage(world, real(name, step), how) if step else real(name, 0)
+    )
+    worker = world.worker()
+    with pytest.raises(error, match="main/v10|clerk/v10"):
+        worker.run(world)
+    for name, sampler in worker.arrivals.samplers.items():
+        assert (sampler.version, sampler.weights_step) == (0, 0)
+        assert all(torch.equal(p, world.tensors(name, 0)[key]) for key, p in sampler.model.named_parameters())
+
+
+def test_a_file_that_is_whole_a_moment_later_is_waited_for(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    real = world.publish
+    hidden: list[tuple[Path, bytes]] = []
+
+    def publish(name: str, step: int) -> None:
+        file = Path(world.weights) / real(name, step).file
+        hidden.append((file, file.read_bytes()))
+        file.write_bytes(b"half of it")
+
+    def stop() -> bool:
+        while hidden:
+            file, data = hidden.pop()
+            file.write_bytes(data)
+        return world()
+
+    monkeypatch.setattr(world, "publish", publish)
+    world.worker().run(stop)
+    world.check()
+
+
+def test_weights_of_another_model_are_refused_by_the_name_of_what_does_not_fit(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    real = world.publish
+
+    def publish(name: str, step: int) -> None:
+        tensors = world.tensors(name, step) | ({"model.norm.weight": torch.ones(7)} if step else {})
+        file, checksum, size = publish_weights(world.weights, name, 10 * step, tensors)
+        real(name, step, file=file, checksum=checksum, size=size)
+
+    monkeypatch.setattr(world, "publish", publish)
+    message = r"'model\.norm\.weight' is \(\(7,\), torch\.float32\): expected \(\(32,\), torch\.float32\)"
+    with pytest.raises(ValueError, match=message):
+        world.worker().run(world)
+
+
+def test_a_probe_that_differs_ends_the_run_and_says_by_how_much(tmp_path):
+    world = World(tmp_path)
+    probe = tuple(value + 0.5 for value in logprobs(world.model("clerk", 0), probe_tokens(0, 257, 128)))
+    world.publish("main", 0)
+    world.publish("clerk", 0, probe=probe)
+    with pytest.raises(GapError, match=r"agents\.clerk: with version 0 .* differ .* by 0\.5 nats .* at most .* 0\.02"):
+        world.worker().run(world)
+
+
+def test_a_probe_is_made_of_every_nth_version_only(tmp_path):
+    world = World(tmp_path, {"probe_every": 2})
+    for name in world.config.agents:
+        world.publish(name, 0)
+    wrong = After(world, 5, lambda: [world.publish(name, 1, probe=(9.0,) * 31) for name in world.config.agents])
+    world.worker().run(wrong)
+    world.check()
+
+
+def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    real = world.tensors
+    monkeypatch.setattr(world, "tensors", lambda name, step: real(name, 0 if name == "clerk" else step))
+    worker = world.worker()
+    worker.run(world)
+    world.check()
+    assert worker.arrivals.loads == {"main": STEPS + 2, "clerk": 1}
+    assert all(call.step == call.query // Q for call in world.calls)
+
+
+# ---- evaluations
+
+
+def test_evaluations_are_greedy_and_of_the_weights_of_their_step(tmp_path):
+    world = World(tmp_path)
+    world.worker().run(world)
+    results = world.store.evaluations()
+    assert list(results) == [0, STEPS] and all(result["eval/questions"] == 3 for result in results.values())
+    rows = read_metrics(world.run_dir / "workers" / "w" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/held_out_accuracy" in row] == [0, STEPS]
+    assert [row["rollouts/scored"] for row in rows if "rollouts/scored" in row] == [Q * K] * STEPS
+
+
+def test_an_evaluation_whose_weights_are_gone_is_made_with_the_newest(tmp_path):
+    world = World(tmp_path)
+    first = [world.publish(name, 0) for name in world.config.agents]
+    for name in world.config.agents:
+        world.publish(name, 1)
+    for publication in first:
+        damage(world, publication, "gone")
+    world.worker().run(world)
+    assert list(world.store.evaluations()) == [0, STEPS]
+
+
+def test_an_evaluation_that_no_trainer_lived_to_open_is_made(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    monkeypatch.setattr(world.store, "open_evaluation", lambda step: None)
+    world.worker().run(world)
+    assert list(world.store.evaluations()) == [0, STEPS]
+
+
+# ---- what goes wrong
+
+
+class Flaky(Store):
+    """Fails now and then, before or after it has done what it was asked to."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, "run")
+        self.random, self.failures = np.random.default_rng(0), 0
+        for name in ("publications", "take", "record", "give_back", "extend", "evaluations"):
+            setattr(self, name, self._flaky(getattr(self, name)))
+        for name in ("take_evaluation", "finish_evaluation", "open_evaluation"):
+            setattr(self, name, self._flaky(getattr(self, name)))
+
+    def _flaky(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, after = self.random.random(2) < 0.25
+            self.failures += before or after
+            if before:
+                raise OSError(errno.EIO, "store: connection refused")
+            result = method(*args, **kwargs)
+            if after:
+                raise OSError(errno.EIO, "store: connection lost")
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("switch", ["episode", "turn"])
+def test_a_store_that_fails_now_and_then_gets_everything_once(tmp_path, switch):
+    world = World(tmp_path, {"switch": switch, "max_staleness": 1})
+    store = Flaky(world.url)
+    world.worker(store=store).run(world)
+    world.check()
+    assert store.failures > 20 and list(world.store.evaluations()) == [0, STEPS]
+
+
+def test_a_store_that_stays_away_ends_the_worker_with_its_error(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.05)
+    store, tries = Store(world.url, "run"), []
+
+    def record(*_: Any) -> None:
+        tries.append(1)
+        raise OSError(errno.EIO, "store: connection refused")
+
+    monkeypatch.setattr(store, "record", record)
+    with pytest.raises(OSError, match="connection refused"):
+        world.worker(store=store).run(world)
+    assert len(tries) > 3 and [lease.query for lease in world.take("another", 9)] == list(range(Q))
+
+
+def test_a_full_disk_gives_the_queries_back_and_is_waited_for(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    real, full, lent = TrajectoryWriter.append, [True] * 4, []
+
+    def append(self: TrajectoryWriter, trajectories: Any) -> Any:
+        if trajectories and full and full.pop():
+            raise OSError(errno.ENOSPC, "cannot append trajectories: No space left on device", "x.arrow")
+        return real(self, trajectories)
+
+    def stop() -> bool:
+        if 0 < len(full) < 4 and not lent:  # while it waits, another may have its queries
+            lent.extend(world.take("another", 1, lease=0.0))
+        return world()
+
+    monkeypatch.setattr(TrajectoryWriter, "append", append)
+    world.worker().run(stop)
+    world.check()
+    assert [lease.query for lease in lent] == [0]
+
+
+def test_stopped_it_drops_what_runs_and_gives_its_queries_back(tmp_path):
+    world = World(tmp_path)
+    worker = world.worker()
+    running: list[int] = []
+    real = worker.episodes.stream
+
+    def stream(more: Any, ended: Any) -> None:
+        def watched(count: int) -> Any:
+            running.append(count)
+            return more(count)
+
+        real(watched, ended)
+
+    worker.episodes.stream = stream  # type: ignore[method-assign]
+    worker.run(lambda: world() or running[-3:] == [Q * K] * 3)
+    assert running[-1] == Q * K and not any(sampler.slots for sampler in worker.arrivals.samplers.values())
+    assert [(lease.query, lease.missing) for lease in world.take("another", 9)] == [(q, [0, 1]) for q in range(Q)]
+    world.store.give_back("another")
+    world.worker().run(world)
+    world.check()
+
+
+def test_what_a_killed_worker_had_is_sampled_anew_and_what_it_recorded_stands(tmp_path):
+    world = World(tmp_path)
+    world.train()
+    world.take("w", 1)  # killed while its lease still held; this one comes back under its name
+    world.take("other", 1, lease=0.0)
+    world.store.record([RolloutRecord(1, 0, "failed", False, 0.0, 1.0, "as it was")], [])
+    world.worker().run(world)
+    statuses = [[r.status for r in world.store.rollouts_of(query)] for query in range(STEPS * Q)]
+    assert statuses == [
+        ["failed" if (query, k) == (1, 0) else "scored" for k in range(K)] for query in range(STEPS * Q)
+    ]
+    assert {call.rollout for call in world.store.calls_of(1)} == {1}
+
+
+def test_two_workers_share_a_step(tmp_path):
+    world = World(tmp_path, {"workers": 2})
+    workers = [world.worker(name) for name in ("a", "b")]
+    lock = threading.Lock()
+
+    def stop() -> bool:
+        with lock:
+            return world()
+
+    threads = [threading.Thread(target=worker.run, args=(stop,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    world.check()
+    assert all(worker.window.recorded for worker in workers)
+
+
+def test_a_name_is_held_by_one_process_at_a_time(tmp_path):
+    world = World(tmp_path)
+    world.worker("a")
+    world.worker("b")
+    with pytest.raises(ValueError, match="workers/a is in use by process"):
+        world.worker("a")
+
+
+def test_signs_of_life_go_on_when_one_fails():
+    beaten, evaluated = threading.Semaphore(0), threading.Event()
+
+    class Silent:
+        def extend(self, worker: str, lease: float) -> int:
+            assert (worker, lease) == ("w", 0.03)
+            beaten.release()
+            raise OSError("away")
+
+        def take_evaluation(self, worker: str, lease: float) -> None:
+            raise AssertionError("not after a failure, nor when nothing is evaluated")
+
+    heartbeat = Heartbeat(Silent(), "w", 0.03)  # type: ignore[arg-type]
+    heartbeat.start()
+    assert all(beaten.acquire(timeout=10) for _ in range(3))
+    heartbeat.end()
+
+    class Heard(Silent):
+        def extend(self, worker: str, lease: float) -> int:
+            return 1
+
+        def take_evaluation(self, worker: str, lease: float) -> None:
+            evaluated.set()
+
+    heartbeat = Heartbeat(Heard(), "w", 0.03)  # type: ignore[arg-type]
+    heartbeat.evaluating = True
+    heartbeat.start()
+    assert evaluated.wait(10)
+    heartbeat.end()

@@ -76,11 +76,12 @@ def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides
 def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # noqa: B006
     """Sample episodes for the agents of FILE, on any number of machines. --name: no two may have the same."""
     config = _decoupled(file, overrides)
-    from mgrpo.engine.decoupled import open_store
+    from mgrpo.engine.ledger import begin, open_store
     from mgrpo.engine.process import ctrl_c
     from mgrpo.engine.worker import Worker
 
     with closing(open_store(config)) as store, ctrl_c() as stop:
+        begin(store, config)
         Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
         if stop():  # not done: who started it may want to know
             raise typer.Exit(130)

@@ -7,7 +7,6 @@ watches and stops the others. All they need to go on is in their own checkpoints
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 
 from mgrpo.engine.config import Config, dump_config, read_dump
 from mgrpo.engine.curves import draw_curves
-from mgrpo.engine.decoupled import HOLDER, open_store
 from mgrpo.engine.display import Display
+from mgrpo.engine.ledger import begin, open_store
 from mgrpo.engine.process import RENDEZVOUS
 from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rows import read_rows
@@ -53,7 +52,8 @@ def _begin(config: Config, run: RunDirectory) -> None:
     else:
         for rest in run.path.glob("store.db*"):  # of an attempt that came to nothing, perhaps with another config
             rest.unlink()
-    open_store(config).close()  # refuses a url with a password before the config is written down
+    with closing(open_store(config)) as store:  # refuses a url with a password before the config is written down
+        begin(store, config)
     run.write_config(dump_config(config))
 
 
@@ -75,7 +75,7 @@ def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:
     tasks = []
     for name, agent in config.agents.items():
         mine = ",".join(islice(devices, agent.ranks))
-        environments = _ranks(agent.ranks, _settings(agent.ranks, mine), f"file://{meeting}/{name}", config.run_dir)
+        environments = _ranks(agent.ranks, _settings(agent.ranks, mine), f"file://{meeting}/{name}")
         tasks.append(Task(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
     for number in range(config.sampling.workers):
         settings = _settings(1, next(devices))
@@ -84,11 +84,9 @@ def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:
     return tasks
 
 
-def _ranks(
-    ranks: int, settings: Mapping[str, str], meet: str, run_dir: str
-) -> Callable[[int], Sequence[Mapping[str, str]]]:
+def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int], Sequence[Mapping[str, str]]]:
     """What torchrun would set, but that each attempt's ranks meet in a new file and not at a port."""
-    common = {**settings, **LOOPBACK, "WORLD_SIZE": str(ranks), HOLDER: f"{socket.gethostname()}:{run_dir}"}
+    common = {**settings, **LOOPBACK, "WORLD_SIZE": str(ranks)}
 
     def environments(attempt: int) -> list[Mapping[str, str]]:
         return [

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from mgrpo.engine.config import Config
 
-MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute", "restarts")
-MAY_CHANGE_WITHIN = re.compile(r"agents\.\w+\.ranks|sampling\.workers|store\.(lease|tls|password_file)")
+MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute", "sampling", "restarts")
+MAY_CHANGE_WITHIN = re.compile(r"agents\.\w+\.ranks|store\.(lease|tls|password_file)")
 
 
 def check_unchanged(before: Config, now: Config) -> None:
@@ -22,22 +21,16 @@ def check_unchanged(before: Config, now: Config) -> None:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"resume: {key}: {new.get(key)!r} given: expected {old.get(key)!r}, as the run was begun with "
-                f"(only {', '.join(MAY_CHANGE)} and numbers of processes may change)"
+                f"(only {', '.join(MAY_CHANGE)} and numbers of ranks may change)"
             )
     if list(before.agents) != list(now.agents):  # their places seed what they draw
         raise ValueError(f"resume: agents: {list(now.agents)} given: expected the order {list(before.agents)}")
 
 
-def fingerprint(config: Config) -> str:
-    """32 hexadecimal digits; equal for two configurations of which the one may go on with the other's run."""
-    text = json.dumps([list(config.agents), _fixed(config)], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _fixed(config: Config) -> dict[str, Any]:
     """Every key that may not change, by its full name."""
     flat = _flat(msgspec.to_builtins(config))
-    in_store = {"run_dir of a run in store.url": config.run_dir} if config.store.url else {}  # its name there
+    in_store = {"run_dir's name in store.url": Path(config.run_dir).name} if config.store.url else {}
     return in_store | {
         key: value
         for key, value in flat.items()

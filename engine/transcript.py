@@ -22,7 +22,7 @@ from rich.text import Text
 
 from mgrpo.engine.advantage import main_reward, weigh
 from mgrpo.engine.config import Config
-from mgrpo.engine.decoupled import open_store, run_name
+from mgrpo.engine.ledger import open_store
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord, Store
 from mgrpo.engine.trajectories import read
@@ -185,8 +185,14 @@ def copied_store(run: Path, config: Config) -> Iterator[Store]:
         ):
             original.backup(copy)
         url = sa.URL.create("sqlite", database=str(target)).render_as_string()
-        with closing(Store(url, run_name(config))) as store:
+        with closing(Store(url, name_of(config))) as store:
             yield store
+
+
+def name_of(config: Config) -> str:
+    """Of the run in its store, as `ledger.open_store` says."""
+    colocated = config.topology == "colocated" or not config.store.url
+    return config.topology if colocated else Path(config.run_dir).name
 
 
 def sqlite_file(run: Path, config: Config) -> Path:

@@ -22,7 +22,7 @@ LAYERS = (
     ("rollout", "weights"),
     ("policy", "sampler"),
     ("batch", "objective", "advantage", "ledger"),
-    ("decoupled", "rows"),
+    ("rows",),
     ("model", "store", "run", "supervisor"),
     ("intake", "accounts", "resume"),
     ("roster",),

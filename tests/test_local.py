@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch.distributed
 
 from mgrpo.engine import cli, local, supervisor
 from mgrpo.engine.config import Config, read_dump
-from mgrpo.engine.decoupled import open_store, role_holder
 from mgrpo.engine.display import make_display
+from mgrpo.engine.ledger import begin, open_store
 from mgrpo.engine.local import gpus, tasks_of, train
 from mgrpo.engine.report import summary
 from mgrpo.engine.run import RunDirectory
@@ -137,13 +138,12 @@ def test_a_run_directory_has_one_launcher(tmp_path: Path):
     held.close()
 
 
-def test_the_store_knows_the_run(tmp_path: Path):
-    config = config_of(tmp_path)
-    run(config)
-    open_store(config).close()
+def test_the_run_is_begun_in_the_store(tmp_path: Path):
+    run(config_of(tmp_path))
     for other in ({"algorithm": {"rollouts": 5}}, {"seed": 3}):
-        with pytest.raises(ValueError, match="run 'local'"):
-            open_store(config_of(tmp_path, **other))
+        config = config_of(tmp_path, **other)
+        with closing(open_store(config)) as store, pytest.raises(ValueError, match="run 'local'"):
+            begin(store, config)
 
 
 # ---- what each process is given
@@ -195,16 +195,10 @@ def test_ranks_and_workers_take_gpus_in_turn(tmp_path: Path, monkeypatch):
     assert gpus(config) == []
 
 
-def test_every_attempt_is_the_same_holder_and_another_process_another(tmp_path: Path, monkeypatch):
-    config = config_of(tmp_path)
-    (main, *_) = tasks_of(config, tmp_path / "config.json", tmp_path)
-    first, second = (main.environments(attempt)[0] for attempt in (0, 1))
-    assert first["MGRPO_HOLDER"] == second["MGRPO_HOLDER"]
-    assert first["MGRPO_RENDEZVOUS"] != second["MGRPO_RENDEZVOUS"]
-    monkeypatch.setenv("MGRPO_HOLDER", first["MGRPO_HOLDER"])
-    assert role_holder() == first["MGRPO_HOLDER"]
-    monkeypatch.delenv("MGRPO_HOLDER")
-    assert role_holder() != role_holder()
+def test_every_attempt_of_ranks_meets_elsewhere(tmp_path: Path):
+    (main, *_) = tasks_of(config_of(tmp_path), tmp_path / "config.json", tmp_path)
+    first, second = (main.environments(attempt)[0]["MGRPO_RENDEZVOUS"] for attempt in (0, 1))
+    assert first != second and first.startswith(f"file://{tmp_path}/")
 
 
 MEETING = """

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ SECRET = "a-secret-of-the-store"
 STAND_IN = """
     from mgrpo.engine.process import die_with_launcher
     die_with_launcher()
-    import json, os, sys
+    import json, os, sys, time
     from pathlib import Path
     _, kind, file, _, name = sys.argv
     config = json.loads(Path(file).read_text())
@@ -41,6 +45,9 @@ STAND_IN = """
     failures = json.loads(os.environ["FAILURES"]).get(name, 0)
     if len(list(folder.glob("begun-*"))) <= failures:
         sys.exit("a mistake")
+    if "HANG" in os.environ:
+        (folder / "hangs").touch()
+        time.sleep(1000)
     metric = {"reward_mean": 0.5} if kind == "agent" else {"rollouts/scored": 12}
     rows = [{"stage": "rl", "step": step, "time/step": 1.0, **metric} for step in range(config["steps"])]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
@@ -144,6 +151,47 @@ def test_the_run_is_begun_in_the_store(tmp_path: Path):
         config = config_of(tmp_path, **other)
         with closing(open_store(config)) as store, pytest.raises(ValueError, match="run 'local'"):
             begin(store, config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_was_ended_leaves_nothing_and_the_run_goes_on(tmp_path: Path, number: signal.Signals):
+    config = config_of(tmp_path)
+    source = (
+        "import sys\nfrom mgrpo.engine import cli, local\nlocal.ENTRY = (sys.executable, sys.argv.pop(1))\ncli.main()"
+    )
+    raw = raw_config(tmp_path, topology="local", warmup={})
+    command = [sys.executable, "-c", source, tmp_path / "stand_in.py", "train", written(tmp_path, raw)]
+    launcher = subprocess.Popen(command, env=os.environ | {"HANG": "1"}, stdout=subprocess.PIPE, text=True)
+    hanging = [Path(config.run_dir) / name / "hangs" for name in ("agents/main", "agents/clerk", "workers/worker-0")]
+    wait_for(lambda: all(path.exists() for path in hanging))
+    launcher.send_signal(number)
+    out, _ = launcher.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        wait_for(lambda: not any(map(alive, begun(config))))  # the kernel tells them
+    else:
+        assert launcher.returncode == 130
+        assert out.splitlines()[-1] == "stopped; --resume goes on from the last checkpoints"
+        assert not any(map(alive, begun(config)))
+    assert len(begun(config)) == 3
+    run(config, resume=True)
+
+
+def begun(config: Config) -> list[int]:
+    return [int(path.name.removeprefix("begun-")) for path in Path(config.run_dir).glob("*/*/begun-*")]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
 # ---- what each process is given

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgrpo.engine.config import AgentConfig, Config
 from mgrpo.engine.launch import make_sampler, restore
+from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import keep_memory
@@ -24,25 +25,53 @@ def describe(config: Config) -> str:
     environment = load_environment(config.environment)
     train, held_out = (len(load_tasks(environment, split)) for split in ("train", "held_out"))
     lines = [
-        f"topology   {config.topology}: one process, {pick_device(config.compute)}, {torch.get_num_threads()} threads",
+        f"topology   {config.topology}: {processes(config)}",
         f"tasks      {train} to train on, {held_out} held out, {min(held_out, config.eval.questions)} per evaluation",
         f"stages     {config.warmup.steps} warm-up steps of {config.warmup.episodes} episodes, "
         f"{config.steps} rl steps of {config.queries_per_step} queries x {config.algorithm.rollouts} rollouts",
     ]
-    total = 0.0
+    sizes = {}
     for name, agent in config.agents.items():
         load_tokenizer(name, agent)
-        weights, optimizer, cache = memory(agent, config)
-        total += weights + optimizer + cache
+        sizes[name] = weights, optimizer, cache = memory(agent, config)
         role = "trained" if agent.train else "frozen in the rl stage"
         lines.append(
             f"{name:10} {role}: {agent.model}\n           {weights:.2f} GiB weights, {optimizer:.2f} GiB masters, "
             f"gradients and moments, at most {cache:.2f} GiB key-value cache"
         )
-    lines.append(
-        f"memory     about {total:.1f} GiB and activations of micro-batches of {config.compute.max_tokens} tokens"
-    )
-    return "\n".join(lines)
+    what = totals(config, sizes) + f" and activations of micro-batches of {config.compute.max_tokens} tokens"
+    return "\n".join([*lines, f"memory     {what}"])
+
+
+def processes(config: Config) -> str:
+    """Which processes a run has, and where they compute."""
+    device = pick_device(config.compute)
+    if config.topology == "colocated":
+        return f"one process, {device}, {torch.get_num_threads()} threads"
+    trainers = [
+        f"trainer of {name}" + (f" ({agent.ranks} ranks)" if agent.ranks > 1 else "")
+        for name, agent in config.agents.items()
+    ]
+    ahead = config.sampling.max_staleness
+    pace = f"sampling at most {ahead} steps ahead" if ahead else "on-policy"
+    if config.topology == "cluster":
+        trainers = [f"trainer of {name} (as many ranks as torchrun starts)" for name in config.agents]
+        return f"{', '.join(trainers)}, any number of rollout workers; {pace}"
+    cards = f"{count} GPUs between them" if (count := len(gpus(config))) else str(device)
+    return f"{', '.join(trainers)}, {config.sampling.workers} x rollout worker, a launcher; {cards}; {pace}"
+
+
+def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
+    """sizes: of each agent, as `memory`. A worker holds every agent's weights and cache, a trainer its own agent's."""
+    if config.topology == "colocated":
+        return f"about {sum(map(sum, sizes.values())):.1f} GiB"
+    trainers = {name: weights + optimizer for name, (weights, optimizer, _) in sizes.items()}
+    worker = sum(weights + cache for weights, _, cache in sizes.values())
+    parts = [f"{size:.1f} GiB for the trainer of {name}" for name, size in trainers.items()]
+    parts.append(f"{worker:.1f} GiB for each rollout worker")
+    if config.topology == "local":
+        parts.append(f"{sum(trainers.values()) + config.sampling.workers * worker:.1f} GiB in all")
+    return "about " + ", ".join(parts)
 
 
 def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:

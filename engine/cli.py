@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import sys
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from mgrpo.engine.config import load_config
+from mgrpo.engine.config import Config, load_config, read_dump
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-agent LLM systems by M-GRPO.")
 store = typer.Typer(no_args_is_help=True, help="Make a run's store, look into it, clean up after it.")
@@ -27,18 +30,69 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
     """Train the agents of FILE. With --resume, go on where the run in its run_dir was stopped."""
     config = load_config(file, overrides)  # before the imports below, which take seconds
-    from mgrpo.engine import launch, report
     from mgrpo.engine.display import make_display
+    from mgrpo.engine.process import Interrupted
 
-    display = make_display(list(config.agents))
+    launcher = _launcher(config, file)
+    display = make_display(list(config.agents), decoupled=config.topology == "local")
     try:
-        launch.train(config, resume, display)
-    except launch.Interrupted as stop:
+        launcher.train(config, resume, display)
+    except Interrupted as stop:
         display.say(str(stop))
         raise typer.Exit(130) from None
     finally:
         display.close()
+    from mgrpo.engine import report
+
     print(report.summary(Path(config.run_dir)))
+
+
+def _launcher(config: Config, file: Path) -> Any:
+    """The module whose `train` runs the topology."""
+    if config.topology == "cluster":
+        from mgrpo.engine.local import cluster_commands
+
+        raise ValueError(f"topology: 'cluster' is started by its parts:\n{cluster_commands(config, file)}")
+    return import_module(f"mgrpo.engine.{'local' if config.topology == 'local' else 'launch'}")
+
+
+@app.command()
+def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides = []) -> None:  # noqa: B006
+    """Train one agent of FILE beside the others; under torchrun, one of its ranks."""
+    config = _decoupled(file, overrides)
+    if name not in config.agents:
+        raise ValueError(f"--name: {name!r} given: expected one of the agents {list(config.agents)}")
+    from mgrpo.engine.agent import run_agent
+    from mgrpo.engine.process import Interrupted
+
+    try:
+        run_agent(config, name)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # noqa: B006
+    """Sample episodes for the agents of FILE, on any number of machines. --name: no two may have the same."""
+    config = _decoupled(file, overrides)
+    from mgrpo.engine.ledger import begin, open_store
+    from mgrpo.engine.process import ctrl_c
+    from mgrpo.engine.worker import Worker
+
+    with closing(open_store(config)) as store, ctrl_c() as stop:
+        begin(store, config)
+        Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
+        if stop():  # not done: who started it may want to know
+            raise typer.Exit(130)
+
+
+def _decoupled(file: Path, overrides: list[str]) -> Config:
+    """FILE, or the JSON that a launcher made of it."""
+    config = read_dump(file.read_text()) if file.name == "config.json" else load_config(file, overrides)
+    if config.topology == "colocated":
+        raise ValueError("topology: 'colocated' given: expected 'local' or 'cluster', where agents have processes")
+    return config
 
 
 @app.command("eval")

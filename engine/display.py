@@ -1,7 +1,8 @@
 """What a person watches while a run goes on: a live table on a terminal, elsewhere one plain line per row of metrics.
 
 Both are told the same: the stage that begins, then every row of metrics.jsonl (keys as engine/trainer.py names them).
-A metric that a row lacks, as a frozen agent's gradient norm, shows as "-".
+A metric that a row lacks, as a frozen agent's gradient norm, shows as "-". Where agents have processes of their own a
+row comes when the slowest has taken the step; between rows the table shows each agent's own newest step.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *OPTIMISER,
     ),
 }
+OWN_PACE: tuple[Column, Column] = (("step", "step", ".0f"), ("wait", "time/waiting", ".1f"))  # of decoupled agents
 BRIEF = ("logprob", "reward", "correct", "expert", "calls", "entropy")  # headings on a plain line
 RECENT = 10  # steps whose median time tells how long the others take
 
@@ -50,15 +52,18 @@ class Display(Protocol):
 
     def row(self, row: dict[str, Any]) -> None: ...
 
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        """Each agent's newest metrics, and what there is to say of processes: only what can be taken back shows it."""
+
     def say(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
 
-def make_display(agents: list[str], console: Console | None = None) -> Display:
+def make_display(agents: list[str], console: Console | None = None, *, decoupled: bool = False) -> Display:
     """A live table if the console (standard output) is a terminal, else plain lines."""
     console = console or Console()
-    return _Table(agents, console) if console.is_terminal else _Lines(agents, console)
+    return _Table(agents, console, decoupled) if console.is_terminal else _Lines(agents, console)
 
 
 class Progress:
@@ -110,6 +115,9 @@ class _Lines:
         else:
             self.say(" | ".join(self._parts(row)))
 
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        """A line stands for ever: it waits for the whole row."""
+
     def say(self, text: str) -> None:
         print(text, file=self.console.file, flush=True)
 
@@ -127,17 +135,25 @@ class _Lines:
 class _Table:
     """A table that is drawn anew every second, so that the clock shows that the run lives."""
 
-    def __init__(self, agents: Sequence[str], console: Console) -> None:
+    def __init__(self, agents: Sequence[str], console: Console, decoupled: bool) -> None:
         self.agents, self.console, self.progress = agents, console, Progress()
+        self.decoupled = decoupled
+        self.newest: Row = {}
+        self.notes: Sequence[str] = ()
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=1)
 
     def stage(self, name: str, first: int, steps: int) -> None:
         self.progress.stage(name, first, steps)
+        self.newest = {}
         self.live.start()
         self.live.refresh()
 
     def row(self, row: dict[str, Any]) -> None:
         self.progress.row(row)
+        self.live.refresh()
+
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        self.newest, self.notes = row, notes
         self.live.refresh()
 
     def say(self, text: str) -> None:
@@ -158,10 +174,13 @@ class _Table:
             f"ETA {progress.eta or '-'}",
         )
         notes = [note for note in (progress.accuracy, progress.lost) if note]
-        return Group(head, Text("   ".join(notes) or "not evaluated yet"), self._agents(progress.name, progress.latest))
+        agents = self._agents(progress.name, self.newest or progress.latest)
+        return Group(head, Text("   ".join(notes) or "not evaluated yet"), agents, *map(Text, self.notes))
 
     def _agents(self, stage: str, row: Row) -> Table:
         columns = COLUMNS.get(stage, ())
+        if self.decoupled:
+            columns = (OWN_PACE[0], *(column for column in columns if column[0] != "lr"), OWN_PACE[1])
         table = Table("agent", box=None, padding=(0, 1, 0, 0), header_style="dim")
         for heading, _, _ in columns:
             table.add_column(heading, justify="right")

@@ -12,17 +12,15 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from mgrpo.engine.batch import Weighed
 from mgrpo.engine.config import Config, dump_config, read_dump
 from mgrpo.engine.display import Display
 from mgrpo.engine.policy import Policy
-from mgrpo.engine.process import ctrl_c, keep_memory, log_file, make_deterministic
+from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
 from mgrpo.engine.records import agents_of, rollout_counts, write_rollouts
 from mgrpo.engine.report import draw
+from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rollout import Demonstrations, Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.sampler import InProcessSampler
@@ -32,7 +30,6 @@ from mgrpo.engine.trainer import AgentTrainer, Row, optimise
 from mgrpo.engine.trajectories import TrajectoryWriter
 from mgrpo.kernels import Objective
 
-RESUME_MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute")
 WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak of
     "logprob_mean",
     "entropy_mean",
@@ -46,17 +43,13 @@ WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak
 )
 
 
-class Interrupted(Exception):
-    """Ctrl-C: the step was finished and a checkpoint saved."""
-
-
 def train(config: Config, resume: bool, display: Display) -> None:
     """Run or go on with a training run. Raises ValueError for bad input, Interrupted after Ctrl-C."""
     run = RunDirectory(config.run_dir, resume)
     try:
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:  # before the first, everything begins anew, with whatever config
-            _check_unchanged(read_dump(run.config.read_text()), config)
+            check_unchanged(read_dump(run.config.read_text()), config)
         with log_file(run.log), ctrl_c() as interrupted:
             system = Colocated(config, run, display, interrupted)
             run.write_config(dump_config(config))  # all that it names was there
@@ -243,23 +236,3 @@ def demonstrated(name: str, rollouts: Sequence[Rollout]) -> list[Weighed]:
 
 def prefix(agent: str, row: Row) -> Row:
     return {f"{agent}/{key}": value for key, value in row.items()}
-
-
-def _check_unchanged(before: Config, now: Config) -> None:
-    """A run goes on as it began, but for how long and where."""
-    old, new = (_flat(msgspec.to_builtins(config)) for config in (before, now))
-    for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in RESUME_MAY_CHANGE and old.get(key) != new.get(key):
-            raise ValueError(
-                f"resume: {key}: {new.get(key)!r} given: expected {old.get(key)!r}, as the run was begun with "
-                f"(only {', '.join(RESUME_MAY_CHANGE)} may change)"
-            )
-    if list(before.agents) != list(now.agents):  # their places seed what they draw
-        raise ValueError(f"resume: agents: {list(now.agents)} given: expected the order {list(before.agents)}")
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    parts = (_flat(inner, f"{key}.{name}" if key else name) for name, inner in value.items())
-    return {name: inner for part in parts for name, inner in part.items()}

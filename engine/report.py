@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mgrpo.engine.config import Config, read_dump
 from mgrpo.engine.curves import draw_curves
-from mgrpo.engine.run import read_metrics
+from mgrpo.engine.rows import read_rows
 from mgrpo.engine.statistics import difference
 from mgrpo.engine.transcript import Transcripts
 
@@ -39,7 +39,7 @@ def read_config(run: Path) -> Config:
 def draw(run: Path) -> Path:
     """Draw curves.png of a run directory anew; returns its path. Raises ValueError if it is none."""
     config, path = read_config(run), run / "curves.png"
-    draw_curves(path, config, _rows(run, "rl"))
+    draw_curves(path, config, _rows(run, config, "rl"))
     return path
 
 
@@ -49,7 +49,8 @@ def show_episodes(run: Path, console: Console, count: int = 2, query: int | None
     query: by default one of the latest rl step, the first whose rewards differ. Raises ValueError if `run` is no run
     directory, if the query was not sampled, and for count < 1.
     """
-    config, steps = read_config(run), _training(_rows(run, "rl"))
+    config = read_config(run)
+    steps = _training(_rows(run, config, "rl"))
     if count < 1:
         raise ValueError(f"episodes: {count} given, expected at least 1")
     if query is None and not steps:
@@ -61,7 +62,8 @@ def show_episodes(run: Path, console: Console, count: int = 2, query: int | None
 
 def summary(run: Path) -> str:
     """What ran and what came of it, in plain lines. Raises ValueError if `run` is no run directory."""
-    config, warmup, rl = read_config(run), _rows(run, "warmup"), _rows(run, "rl")
+    config = read_config(run)
+    warmup, rl = _rows(run, config, "warmup"), _rows(run, config, "rl")
     steps = _training(rl)
     lines = [
         f"{run}: {len(warmup)} of {config.warmup.steps} warm-up steps, {len(steps)} of {config.steps} rl steps of "
@@ -129,16 +131,35 @@ def _moved(rows: Sequence[Row], key: str, how: str, edge: int) -> str:
 
 def _rollouts_and_time(config: Config, rows: Sequence[Row]) -> list[str]:
     counts = (f"{sum(_values(rows, f'rollouts/{s}')):.0f} {s}" for s in ("scored", "unscored", "failed"))
+    whole = _seconds(rows, "time/step")
+    times = _in_turn(config, rows, whole) if config.topology == "colocated" else _side_by_side(config, rows)
+    return [f"rollouts: {', '.join(counts)}", f"time: {whole:.1f} s per rl step on average: {times}"]
+
+
+def _in_turn(config: Config, rows: Sequence[Row], whole: float) -> str:
     parts = {"rollouts": "time/rollout"} | {f"training {name}": f"{name}/time/train" for name in config.agents}
-    seconds = {name: sum(_values(rows, key)) / len(rows) for name, key in parts.items()}
-    whole = sum(_values(rows, "time/step")) / len(rows)
+    seconds = {name: _seconds(rows, key) for name, key in parts.items()}
     seconds["the rest"] = max(0.0, whole - sum(seconds.values()))
-    split = ", ".join(f"{value:.1f} s {name}" for name, value in seconds.items())
-    return [f"rollouts: {', '.join(counts)}", f"time: {whole:.1f} s per rl step on average: {split}"]
+    return ", ".join(f"{value:.1f} s {name}" for name, value in seconds.items())
 
 
-def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(run / "metrics.jsonl") if row["stage"] == stage]
+def _side_by_side(config: Config, rows: Sequence[Row]) -> str:
+    """Each process has the whole time to itself, and waits for the others in some of it."""
+    parts = {name: ("training", f"{name}/time/train", f"{name}/time/waiting") for name in config.agents}
+    parts["workers"] = ("sampling", "time/rollout", "workers/time/waiting")
+    return "; ".join(
+        f"{name} {_seconds(rows, busy):.1f} s {doing}, {_seconds(rows, waiting):.1f} s waiting"
+        for name, (doing, busy, waiting) in parts.items()
+    )
+
+
+def _seconds(rows: Sequence[Row], key: str) -> float:
+    """On average, per step."""
+    return sum(_values(rows, key)) / len(rows)
+
+
+def _rows(run: Path, config: Config, stage: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run, config) if row["stage"] == stage]
 
 
 def _training(rows: Sequence[Row]) -> list[Row]:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from mgrpo.engine.advantage import main_reward, weigh
 from mgrpo.engine.config import Config
+from mgrpo.engine.ledger import open_store
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord, Store
 from mgrpo.engine.trajectories import read
@@ -47,8 +48,10 @@ class Transcripts:
         query, rollouts, calls = self._find(queries)
         weights = weights_of(self.config, query, rollouts, calls)
         some = spread(rollouts, self.config, count)
-        step = query // self.config.queries_per_step
-        console.print(Text(f"query {query} of rl step {step}: {len(some)} of {len(rollouts)} rollouts", style="bold"))
+        asked = f"query {query}"
+        if self.config.topology == "colocated":  # elsewhere groups are dropped and replaced, and agents differ
+            asked += f" of rl step {query // self.config.queries_per_step}"
+        console.print(Text(f"{asked}: {len(some)} of {len(rollouts)} rollouts", style="bold"))
         marks = ("<<", ">>") if console.color_system is None else ("", "")
         written, shown = sampled_text("so", marks), Text("so", style="dim")
         console.print(Text.assemble("written by the agent itself: ", written, "; shown to it: ", shown))
@@ -163,13 +166,17 @@ def side_by_side(columns: Sequence[RenderableType]) -> Table:
 
 @contextmanager
 def copied_store(run: Path, config: Config) -> Iterator[Store]:
-    """The store as it is now, copied: the run's own would be locked against a training's writes while it is read.
+    """The store as it is now; a SQLite file is copied, it would be locked against a training's writes while it is read.
 
     Raises ValueError if the run has none.
     """
-    source = run.absolute() / "store.db"
+    if config.store.url.startswith("postgresql") and config.topology != "colocated":
+        with closing(open_store(config)) as store:
+            yield store
+        return
+    source = sqlite_file(run, config)
     if not source.is_file():
-        raise ValueError(f"RUN: {run} given: expected a run directory with a store.db")
+        raise ValueError(f"RUN: {run} given: expected a run directory with a {source.name}")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "store.db"
         with (
@@ -177,5 +184,18 @@ def copied_store(run: Path, config: Config) -> Iterator[Store]:
             closing(sqlite3.connect(target)) as copy,
         ):
             original.backup(copy)
-        with closing(Store(sa.URL.create("sqlite", database=str(target)).render_as_string(), config.topology)) as store:
+        url = sa.URL.create("sqlite", database=str(target)).render_as_string()
+        with closing(Store(url, name_of(config))) as store:
             yield store
+
+
+def name_of(config: Config) -> str:
+    """Of the run in its store, as `ledger.open_store` says."""
+    colocated = config.topology == "colocated" or not config.store.url
+    return config.topology if colocated else Path(config.run_dir).name
+
+
+def sqlite_file(run: Path, config: Config) -> Path:
+    if config.store.url and config.topology != "colocated":
+        return Path(sa.make_url(config.store.url).database or "").absolute()
+    return run.absolute() / "store.db"

@@ -20,7 +20,7 @@ from mgrpo.engine.run import read_metrics
 from toy import SUMS, make_model, raw_config
 
 SCRIPT = Path(sys.executable).parent / "mgrpo"
-COMMANDS = ("train", "eval", "report", "check", "bench")
+COMMANDS = ("train", "agent", "rollout", "eval", "report", "check", "bench")
 ENVIRONMENTS = f"""
 import sys, zlib
 sys.path.insert(0, {str(SUMS.parent)!r})
@@ -233,6 +233,29 @@ def test_check_counts_memory(mgrpo: Mgrpo, file: Path, folder: Path):
 
 
 # ---- mistakes
+
+
+def test_check_tells_the_processes_of_each_topology_and_what_each_holds(mgrpo: Mgrpo, file: Path):
+    def checked(*overrides: str) -> list[str]:
+        result = mgrpo("check", file, *(part for override in overrides for part in ("--set", override)))
+        assert result.code == 0, result.err
+        return result.out.splitlines()
+
+    lines = checked("topology=local", "agents.main.ranks=2", "sampling.workers=3", "sampling.max_staleness=2")
+    assert lines[0] == (
+        "topology   local: trainer of main (2 ranks), trainer of clerk, 3 x rollout worker, a launcher; cpu; "
+        "sampling at most 2 steps ahead"
+    )
+    assert re.fullmatch(
+        r"memory +about \d+\.\d GiB for the trainer of main, \d+\.\d GiB for the trainer of clerk, "
+        r"\d+\.\d GiB for each rollout worker, \d+\.\d GiB in all and activations of .*",
+        lines[-1],
+    )
+    lines = checked("topology=cluster")
+    assert lines[0].endswith(
+        "trainer of clerk (as many ranks as torchrun starts), any number of rollout workers; on-policy"
+    )
+    assert "in all" not in lines[-1]
 
 
 @pytest.mark.parametrize("command", ["train", "check"])

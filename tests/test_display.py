@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -116,6 +116,27 @@ def test_the_table_fits_80_columns_with_every_number_under_its_heading():
     display.close()
 
 
+def test_agents_at_their_own_pace_each_with_its_newest_step_and_what_there_is_to_say_of_processes():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30, _environ={})
+    display = make_display(AGENTS, console, decoupled=True)
+    display.stage("rl", 11, 20)
+    display.row(training_row())
+    newest = training_row() | {"main/step": 14, "search/step": 12, "main/time/waiting": 3.21, "main/reward_mean": 0.75}
+    display.now(newest, ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarted 1 times"])
+    head, _, headings, main, search, *notes = frame(display)
+    assert "step 12 of 20" in head, "of the slowest"
+    assert headings.split()[:3] == ["agent", "step", "reward"] and headings.split()[-1] == "wait"
+    assert main.split()[:3] == ["main", "14", "0.750"] and main.split()[-1] == "3.2"
+    assert search.split()[:2] == ["search", "12"] and search.split()[-1] == "-"
+    assert notes == ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarted 1 times"]
+    assert len(headings) <= 80 and len(main.rstrip()) <= 80
+    display.close()
+    plain, out = lines()
+    plain.stage("rl", 11, 20)
+    plain.now(newest, ["a note"])
+    assert out.getvalue() == "rl: steps 12 to 20\n", "what stands for ever waits for the whole row"
+
+
 def test_what_is_said_stands_above_the_table_and_the_last_table_stays():
     display, console = table(100)
     display.say("resumed from rl-00010")  # before the table begins
@@ -179,6 +200,7 @@ evaluations = st.dictionaries(
 ).map(lambda row: {**EVALUATION, **row})
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(rows, evaluations), max_size=5), st.integers(20, 200))
 def test_any_row_is_one_line_and_a_table_as_high_as_before(told, width):
     display, out = lines()

@@ -12,17 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # An import may only point down this list, not within a line.
 LAYERS = (
+    ("__main__",),
     ("cli",),
     ("check",),
-    ("launch",),
-    ("report",),
+    ("launch", "local"),
+    ("report", "watch"),
     ("curves", "transcript", "worker"),
     ("trainer", "records", "tasks", "arrivals"),
     ("rollout", "weights"),
     ("policy", "sampler"),
     ("batch", "objective", "advantage", "ledger"),
-    ("model", "store", "run", "packing", "shards", "masters"),
-    ("intake", "accounts"),
+    ("rows",),
+    ("model", "store", "run", "packing", "shards", "masters", "supervisor"),
+    ("intake", "accounts", "resume"),
     ("roster",),
     ("database",),
     ("schema",),

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sqlite3
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from transformers import PreTrainedTokenizerFast
 from mgrpo.engine import curves
 from mgrpo.engine.config import Config, dump_config, parse_config
 from mgrpo.engine.curves import WINDOW, draw_curves, running_mean
+from mgrpo.engine.ledger import begin as begin_run
+from mgrpo.engine.ledger import open_store
 from mgrpo.engine.report import compare, draw, read_config, show_episodes, summary
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.store import CallRecord, RolloutRecord, Store
 from mgrpo.engine.trajectories import TrajectoryWriter
-from mgrpo.engine.transcript import runs, spread, visible, weights_of
+from mgrpo.engine.transcript import copied_store, runs, spread, visible, weights_of
 from mgrpo.engine.types import Trajectory
+from postgres import PASSWORD
 
 PROMPT, ANSWER, REQUEST = "Question: é?\n", "answer: Kenya\n", "Find [bold]it\n"
 HOSTILE = "\x1b[2Jgone \u202e日本\n"
@@ -390,6 +394,23 @@ def test_a_finished_runs_store_is_read_too(recorded, tmp_path):
     begin(tmp_path, [])
     (tmp_path / "config.json").write_text(dump_config(config))
     assert "rollout 0: failed: gone" in shown(tmp_path, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["its own", "sqlite", "postgresql"])
+def test_a_decoupled_runs_store_is_found_wherever_it_is(tmp_path, kind, request, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    url = {"its own": "", "sqlite": f"sqlite:///{tmp_path}/elsewhere.db"}.get(kind)
+    if url is None:
+        url = request.getfixturevalue("server").create()
+        monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
+    config = config_of(tmp_path, topology="local", run_dir=str(run), store={"url": url})
+    with closing(open_store(config)) as store:
+        begin_run(store, config)
+        store.open_queries([(5, "t")], list(config.agents), 3, step=0)
+        store.record([RolloutRecord(5, 0, "scored", True, 0.5, 1.0, "")], [])
+        with copied_store(run, config) as found:
+            assert found.rollouts_of(5) == store.rollouts_of(5) != []
 
 
 def test_a_killed_runs_store_is_left_as_it_is(recorded, tmp_path):

@@ -1,0 +1,11 @@
+"""`python -m mgrpo.engine` is the `mgrpo` command, for launchers. What a local run's launcher starts, ends with it."""
+
+from __future__ import annotations
+
+from mgrpo.engine.process import die_with_launcher
+
+die_with_launcher()  # before what takes seconds to import
+
+from mgrpo.engine.cli import main  # noqa: E402
+
+main()

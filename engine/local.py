@@ -1,0 +1,140 @@
+"""Topology `local`: one trainer process, or group of ranks, per agent and some rollout workers, on this machine.
+
+This process trains nothing and imports no torch: it holds the run directory, begins the run in the store, and starts,
+watches and stops the others. All they need to go on is in their own checkpoints and in the store.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from itertools import cycle, islice
+from pathlib import Path
+
+from mgrpo.engine.config import Config, dump_config, read_dump
+from mgrpo.engine.curves import draw_curves
+from mgrpo.engine.display import Display
+from mgrpo.engine.ledger import begin, open_store
+from mgrpo.engine.process import RENDEZVOUS
+from mgrpo.engine.resume import check_unchanged
+from mgrpo.engine.rows import read_rows
+from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.supervisor import Supervisor, Task
+from mgrpo.engine.watch import Watch
+
+ENTRY = (sys.executable, "-P", "-m", "mgrpo.engine")  # -P: what lies in the working directory shadows no module
+LOOK = 1.0  # seconds between two looks at the metrics
+LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def train(config: Config, resume: bool, display: Display) -> None:
+    """Run or go on with a run; returns when all of it is done.
+
+    Raises ValueError for bad input, ChildProcessError when a process failed too often, Interrupted after Ctrl-C.
+    """
+    with closing(RunDirectory(config.run_dir, resume)) as run:
+        _begin(config, run)
+        try:
+            _supervise(config, run, display)
+        except ChildProcessError:
+            if not any(run.path.glob("agents/*/checkpoints/*-*")):  # nothing to go on from: no run that was begun
+                run.config.unlink()
+            raise
+
+
+def _begin(config: Config, run: RunDirectory) -> None:
+    if run.config.exists():
+        check_unchanged(read_dump(run.config.read_text()), config)
+    else:
+        for rest in run.path.glob("store.db*"):  # of an attempt that came to nothing, perhaps with another config
+            rest.unlink()
+    with closing(open_store(config)) as store:  # refuses a url with a password before the config is written down
+        begin(store, config)
+    run.write_config(dump_config(config))
+
+
+def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
+    logs = run.path / "logs"
+    logs.mkdir(exist_ok=True)
+    watch = Watch(config, display)
+    with tempfile.TemporaryDirectory(prefix="mgrpo-") as meeting:
+        supervisor = Supervisor(tasks_of(config, run.config, Path(meeting)), logs, config.restarts, display.say)
+        look = _every(LOOK, lambda: watch.look(supervisor.states()))
+        supervisor.run(look)
+    watch.look(supervisor.states())
+    draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
+
+
+def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:
+    """The run's processes. file: the config as JSON; meeting: a private folder in which ranks find each other."""
+    devices = cycle(gpus(config) or [""])
+    tasks = []
+    for name, agent in config.agents.items():
+        mine = ",".join(islice(devices, agent.ranks))
+        environments = _ranks(agent.ranks, _settings(agent.ranks, mine), f"file://{meeting}/{name}")
+        tasks.append(Task(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
+    for number in range(config.sampling.workers):
+        settings = _settings(1, next(devices))
+        command = [*ENTRY, "rollout", str(file), "--name", f"worker-{number}"]
+        tasks.append(Task(f"worker-{number}", command, lambda _, settings=settings: [settings]))  # type: ignore[misc]
+    return tasks
+
+
+def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int], Sequence[Mapping[str, str]]]:
+    """What torchrun would set, but that each attempt's ranks meet in a new file and not at a port."""
+    common = {**settings, **LOOPBACK, "WORLD_SIZE": str(ranks)}
+
+    def environments(attempt: int) -> list[Mapping[str, str]]:
+        return [
+            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), RENDEZVOUS: f"{meet}-{attempt}"}
+            for rank in range(ranks)
+        ]
+
+    return environments
+
+
+def _settings(ranks: int, devices: str) -> dict[str, str]:
+    """The cores and GPUs of one of `ranks` processes that work at the same time.
+
+    Agents and workers mostly wait for each other, so that each has all cores; but where a thread would spin while it
+    waits for the next piece of work, it must sleep and leave the core to another process.
+    """
+    cores = len(os.sched_getaffinity(0))
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "OMP_WAIT_POLICY": "PASSIVE"}
+    settings = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    return settings | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+
+
+def gpus(config: Config) -> list[str]:
+    """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them, found without loading CUDA here."""
+    if config.compute.device not in ("auto", "cuda"):  # a certain one is every process' own
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len(list(folder.iterdir())))] if folder.is_dir() else []
+
+
+def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
+    """`act`, but at most once in so many seconds."""
+    due = 0.0
+
+    def tick() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            act()
+            due = time.monotonic() + seconds
+
+    return tick
+
+
+def cluster_commands(config: Config, file: Path) -> str:
+    """What to run where, for topology `cluster`."""
+    lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
+    lines += [f"  torchrun … -m mgrpo.engine agent {file} --name {name}" for name in config.agents]
+    return "\n".join(lines)

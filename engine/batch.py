@@ -9,9 +9,9 @@ Legend: N trajectories, P rows of a micro-batch, B its sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,14 +19,29 @@ from torch import Tensor
 
 from mgrpo import _packing
 from mgrpo.engine import packing
+from mgrpo.engine.planning import own, plan_batches
 from mgrpo.engine.types import Trajectory
+
+
+class Summary(Protocol):
+    """What planning must know of a trajectory, and can without its tokens: `Trajectory` says it, and so does the store.
+
+    rows: how many of its tokens are computed; the digests are those of trajectories that are alike.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def sampler_digest(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A trajectory with its advantage and the loss weight of each of its action tokens."""
+    """A trajectory, or the store's record of it, its advantage and the loss weight of each of its action tokens."""
 
-    trajectory: Trajectory
+    trajectory: Summary
     advantage: float
     weight: float
 
@@ -54,11 +69,7 @@ class Batch:
 
 def drop(weighed: Sequence[Weighed], *, keep_zero_advantage: bool) -> list[Weighed]:
     """Leave out what has no gradient."""
-    return [
-        w
-        for w in weighed
-        if w.weight != 0 and (keep_zero_advantage or w.advantage != 0) and w.trajectory.sampled[1:].any()
-    ]
+    return [w for w in weighed if w.weight != 0 and (keep_zero_advantage or w.advantage != 0) and w.trajectory.rows > 0]
 
 
 def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool) -> list[Weighed]:
@@ -67,11 +78,10 @@ def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool) -> list[Weig
     Exact because every term of the loss is linear in the weight, and the policy term is positively homogeneous in the
     advantage among those of one sign. by_sampler_logprobs: they are alike only if the sampler's log-probs are too.
     """
-    merged: dict[tuple[bytes | float, ...], Weighed] = {}
+    merged: dict[tuple[str, float], Weighed] = {}
     for w in weighed:
-        t = w.trajectory
-        same = (t.tokens.tobytes(), t.sampled.tobytes(), float(np.sign(w.advantage)))
-        key = (*same, t.logprobs.tobytes()) if by_sampler_logprobs else same
+        digest = w.trajectory.sampler_digest if by_sampler_logprobs else w.trajectory.digest
+        key = (digest, float(np.sign(w.advantage)))
         first = merged.get(key)
         if first is None:
             merged[key] = w
@@ -83,26 +93,35 @@ def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool) -> list[Weig
 
 
 def pack(
-    weighed: Sequence[Weighed], max_tokens: int, *, ranks: int = 1, rank: int = 0, arena: _packing.Arena | None = None
+    weighed: Sequence[Weighed],
+    max_tokens: int,
+    *,
+    read: Callable[[list[Any]], list[Trajectory]] = list,
+    ranks: int = 1,
+    rank: int = 0,
+    arena: _packing.Arena | None = None,
 ) -> list[Batch]:
     """The micro-batches of one rank, of at most `max_tokens` rows, in the arena's memory if one is given.
 
-    The trajectories' own arrays are read where they lie. As many for every rank: one that has none left to run beside
-    others gets the shortest trajectory without weight. Raises ValueError if one trajectory has more rows.
+    read: the trajectories that some summaries speak of; asked once, for those that this rank runs. Their own arrays are
+    read where they lie. As many micro-batches for every rank: one that has nothing left to run beside others gets the
+    shortest trajectory without weight. Raises ValueError if one trajectory has more rows.
     """
-    trajectories = [w.trajectory for w in weighed]
-    given = packing.columns(
-        [t.tokens for t in trajectories],
-        [t.sampled for t in trajectories],
-        [w.advantage for w in weighed],
-        [w.weight for w in weighed],
-        {"sampler_logprobs": [t.logprobs for t in trajectories]},
-    )
-    if (longest := given.rows_N.max(initial=0)) > max_tokens:
+    rows_N = np.array([w.trajectory.rows if w.weight else 0 for w in weighed], np.int64)
+    if (longest := rows_N.max(initial=0)) > max_tokens:
         raise ValueError(
             f"compute.max_tokens: {max_tokens} given: expected at least {longest}, the longest trajectory's tokens"
         )
-    share = packing.plan_batches(given.rows_N, max_tokens, ranks=ranks, rank=rank)
+    ids_K, share = own(plan_batches(rows_N, max_tokens, ranks=ranks, rank=rank))
+    mine = [weighed[i] for i in ids_K]
+    trajectories = read([w.trajectory for w in mine])
+    given = packing.columns(
+        [t.tokens for t in trajectories],
+        [t.sampled for t in trajectories],
+        [w.advantage for w in mine],
+        [w.weight for w in mine],
+        {"sampler_logprobs": [t.logprobs for t in trajectories]},
+    )
     (filled,) = packing.fill_batches(share, given, arena)
     return [_batch(flat) for flat in filled]
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mgrpo.engine.process import RENDEZVOUS
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -41,7 +43,9 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     if device.type == "cuda":
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    meeting = os.environ.get(RENDEZVOUS, "env://")
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, meeting, timedelta(seconds=timeout), world_size=ranks, rank=rank)
     yield
     dist.destroy_process_group()
 

@@ -13,34 +13,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mgrpo.engine.batch import Weighed
 from mgrpo.engine.config import Config, dump_config, read_dump
 from mgrpo.engine.display import Display
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
-from mgrpo.engine.records import agents_of, rollout_counts, write_rollouts
+from mgrpo.engine.records import demonstrated, rollout_counts, write_rollouts
 from mgrpo.engine.report import draw
 from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rollout import Demonstrations, Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.sampler import InProcessSampler
 from mgrpo.engine.store import Store
-from mgrpo.engine.tasks import WARMUP_QUERIES, accuracy, eval_due, eval_jobs, load_tasks, pick
-from mgrpo.engine.trainer import AgentTrainer, Row, optimise
+from mgrpo.engine.tasks import accuracy, eval_due, eval_jobs, load_tasks, pick, warmup_jobs
+from mgrpo.engine.trainer import AgentTrainer, Row
 from mgrpo.engine.trajectories import TrajectoryWriter
-from mgrpo.kernels import Objective
-
-WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak of
-    "logprob_mean",
-    "entropy_mean",
-    "grad_norm",
-    "lr",
-    "trajectories",
-    "tokens_trained",
-    "perf/tokens_per_second",
-    "perf/mfu",
-    "time/forward_backward",
-)
 
 
 def train(config: Config, resume: bool, display: Display) -> None:
@@ -74,7 +60,8 @@ class Colocated:
         self.store = Store(run.store_url, run=config.topology)
         root = str(run.trajectories)
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
-        self.trainers = [AgentTrainer(config, policy, self.store, root) for policy in self.policies.values()]
+        self.trainers = [AgentTrainer(config, policy, root) for policy in self.policies.values()]
+        self.unacked: dict[str, list[int]] = {name: [] for name in config.agents}
 
     def run(self, checkpoint: Path | None) -> None:
         """Both stages, from a checkpoint or from the start."""
@@ -92,19 +79,16 @@ class Colocated:
         self.store.close()
 
     def _warmup(self, first: int) -> None:
-        """Supervised steps on scripted episodes: on-policy with advantage 1, the gradient is the log-likelihood's."""
-        likelihood = Objective(sampler_cap=None)
+        """Supervised steps on scripted episodes."""
         steps = self.config.warmup.steps
         self.display.stage("warmup", first, steps)
         for step in range(first, steps):
             started = time.monotonic()
-            rollouts = self.demonstrations.run(self._warmup_jobs(step))
+            rollouts = self.demonstrations.run(warmup_jobs(self.tasks["train"], self.config, step))
             row = rollout_counts(rollouts)
-            lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
             for trainer in self.trainers:
-                if weighed := demonstrated(trainer.name, rollouts):
-                    learnt = optimise(trainer.policy, weighed, likelihood, lr, max_tokens, arena=trainer.arena)
-                    row |= prefix(trainer.name, {key: learnt[key] for key in learnt if key in WARMUP_METRICS})
+                if shown := demonstrated(trainer.name, rollouts):
+                    row |= prefix(trainer.name, trainer.learn(shown))
             self._log("warmup", step, row, started)
             self._after_step("warmup", step + 1, steps)
 
@@ -121,7 +105,9 @@ class Colocated:
             row = self._sample(step)
             row["time/rollout"] = time.monotonic() - started
             for trainer in self.trainers:
-                row |= prefix(trainer.name, trainer.step(step))
+                groups = self.store.claim(trainer.name, self.config.queries_per_step, holder=trainer.name).groups
+                self.unacked[trainer.name] += [group.query for group in groups]
+                row |= prefix(trainer.name, trainer.train(step, groups))
             self._update_samplers(step + 1)
             self._log("rl", step, row, started)
             self._after_step("rl", step + 1, steps)
@@ -187,8 +173,9 @@ class Colocated:
             (folder / "state.json").write_text(json.dumps({"stage": stage, "step": step, "agents": agents}))
 
         self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
-        for trainer in self.trainers:
-            trainer.ack()
+        for name, queries in self.unacked.items():
+            self.store.ack(name, queries)
+            self.unacked[name] = []
 
     def _restore(self, checkpoint: Path | None) -> tuple[str, int]:
         stage, step = "warmup", 0
@@ -201,11 +188,6 @@ class Colocated:
             again = f"; {lost} queries sampled since then are sampled again" if lost else ""
             self.display.say(f"resumed from {checkpoint.name}{again}")
         return stage, step
-
-    def _warmup_jobs(self, step: int) -> list[Job]:
-        first = WARMUP_QUERIES + step * self.config.warmup.episodes
-        queries = range(first, first + self.config.warmup.episodes)
-        return [Job(query, 0, pick(self.tasks["train"], self.config.seed, query)) for query in queries]
 
 
 def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
@@ -220,18 +202,6 @@ def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
 
 def make_sampler(policy: Policy, config: Config) -> InProcessSampler:
     return InProcessSampler(policy.model, policy.tokenizer, policy.agent, config.compute.concurrency, policy.version)
-
-
-def demonstrated(name: str, rollouts: Sequence[Rollout]) -> list[Weighed]:
-    """An agent's trajectories in scripted episodes; the loss is the mean over all of their action tokens."""
-    made = [
-        trajectory
-        for rollout in rollouts
-        for agent, trajectory in zip(agents_of(rollout), rollout.trajectories, strict=True)
-        if agent == name and trajectory is not None and rollout.status != "failed"
-    ]
-    actions = sum(int(trajectory.sampled.sum()) for trajectory in made)
-    return [Weighed(trajectory, 1.0, 1.0 / actions) for trajectory in made]
 
 
 def prefix(agent: str, row: Row) -> Row:

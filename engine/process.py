@@ -80,6 +80,13 @@ def _rate(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(2 * len(a) ** 3 / (time.perf_counter() - started))
 
 
+def doubling(first: float, last: float) -> Iterator[float]:
+    """first, twice that, and so on up to `last`, which is repeated for ever."""
+    while True:
+        yield first
+        first = min(2 * first, last)
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """The engine's log, with tracebacks, goes to a file too."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from mgrpo.engine.rollout import Rollout
 from mgrpo.engine.store import CallRecord, RolloutRecord
 from mgrpo.engine.trajectories import Position, TrajectoryWriter
-from mgrpo.engine.types import MAIN
+from mgrpo.engine.types import MAIN, Trajectory
 
 
 def write_rollouts(
@@ -33,6 +30,16 @@ def write_rollouts(
 def agents_of(rollout: Rollout) -> list[str]:
     """The agent of each of a rollout's trajectories."""
     return [MAIN, *(call.agent for call in rollout.episode.calls)]
+
+
+def demonstrated(agent: str, rollouts: Sequence[Rollout]) -> list[Trajectory]:
+    """The agent's trajectories in scripted episodes."""
+    return [
+        trajectory
+        for rollout in rollouts
+        for name, trajectory in zip(agents_of(rollout), rollout.trajectories, strict=True)
+        if name == agent and trajectory is not None and rollout.status != "failed"
+    ]
 
 
 def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -61,7 +68,6 @@ def call_record(rollout: Rollout, index: int, position: Position) -> CallRecord:
     call = episode.main if index == 0 else episode.calls[index - 1]
     sub_score = score.calls[index - 1] if score and index else None
     assert trajectory is not None
-    drawn = np.flatnonzero(trajectory.sampled)
     return CallRecord(
         agent=call.agent,
         query=rollout.job.query,
@@ -78,12 +84,7 @@ def call_record(rollout: Rollout, index: int, position: Position) -> CallRecord:
         position=position,
         step=trajectory.step,
         version_last=trajectory.version_last,
-        rows=int(drawn[-1]) if len(drawn) else 0,
-        digest=digest(trajectory.tokens, trajectory.sampled),
-        sampler_digest=digest(trajectory.tokens, trajectory.sampled, trajectory.logprobs),
+        rows=trajectory.rows,
+        digest=trajectory.digest,
+        sampler_digest=trajectory.sampler_digest,
     )
-
-
-def digest(*arrays_L: np.ndarray) -> str:
-    """The same 32 hex digits for the same bytes of arrays of one length."""
-    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays_L), digest_size=16).hexdigest()

@@ -30,6 +30,13 @@ def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:
     return tasks[np.random.default_rng([seed, around]).permutation(len(tasks))[place]]
 
 
+def warmup_jobs(tasks: Sequence[Task], config: Config, step: int) -> list[Job]:
+    """The scripted episodes of one warm-up step."""
+    first = WARMUP_QUERIES + step * config.warmup.episodes
+    queries = range(first, first + config.warmup.episodes)
+    return [Job(query, 0, pick(tasks, config.seed, query)) for query in queries]
+
+
 def eval_due(config: Config, step: int) -> bool:
     """Whether the weights after `step` rl steps are evaluated: the first, the last, and every eval.every-th."""
     every = config.eval.every

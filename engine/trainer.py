@@ -3,65 +3,83 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from mgrpo import _packing
+from mgrpo.engine import distributed
 from mgrpo.engine.advantage import Weighted, weigh
 from mgrpo.engine.batch import Weighed, drop, make_arena, merge, pack
 from mgrpo.engine.config import Config
 from mgrpo.engine.objective import objective, token_weights
 from mgrpo.engine.policy import Policy, learning_rate
 from mgrpo.engine.process import matmul_ceiling
-from mgrpo.engine.store import Group, Store
+from mgrpo.engine.store import CallRecord, Group
 from mgrpo.engine.trajectories import read
 from mgrpo.engine.types import MAIN, Trajectory
 from mgrpo.kernels import Objective
 
 Row = dict[str, float]
+WARMUP_METRICS = (  # nothing was sampled: there is no ratio and no gap to speak of
+    "logprob_mean",
+    "entropy_mean",
+    "grad_norm",
+    "lr",
+    "trajectories",
+    "tokens_trained",
+    "perf/tokens_per_second",
+    "perf/mfu",
+    "time/forward_backward",
+)
 
 
 class AgentTrainer:
-    """Trains one agent from the store: claim, weigh, pack, step. `ack` follows when the step is in a checkpoint."""
+    """Trains one agent on groups: weigh, pack, step. With several ranks each calls it alike and reads its own share."""
 
-    def __init__(self, config: Config, policy: Policy, store: Store, trajectories: str):
-        self.config, self.policy, self.store, self.trajectories = config, policy, store, trajectories
+    def __init__(self, config: Config, policy: Policy, trajectories: str):
+        self.config, self.policy, self.trajectories = config, policy, trajectories
         self.name = policy.name
         self.arena = make_arena(policy.model.device)
         self.index = list(config.agents).index(self.name)
         self.objective = objective(config.algorithm)
-        self.unacked: list[int] = []
 
-    def step(self, step: int) -> Row:
-        """Train on the step's groups; returns the agent's metrics, without its name before them."""
+    def train(self, step: int, groups: list[Group]) -> Row:
+        """Train on a step's groups; returns the agent's metrics, without its name before them."""
         started = time.monotonic()
-        groups = self.store.claim(self.name, self.config.queries_per_step, holder=self.name).groups
-        self.unacked += [group.query for group in groups]
         weighted = weigh(self.name, self.index, groups, self.config.algorithm, self.config.reward, self.config.seed)
-        trajectories = read(self.trajectories, [call.position for call in weighted.calls])
         row = group_metrics(self.name, groups, weighted)
         version = self.policy.version
         if self.policy.agent.train and weighted.calls:
-            row |= self._optimise(step, weighted, trajectories)
+            row |= self._optimise(step, weighted)
         staleness = [version - call.version for call in weighted.calls]
         row |= {"staleness_mean": _mean(staleness), "staleness_worst": max(staleness, default=0)}
         return row | {"time/train": time.monotonic() - started}
 
-    def ack(self) -> None:
-        """What was claimed since the last call is in a checkpoint now."""
-        self.store.ack(self.name, self.unacked)
-        self.unacked = []
+    def learn(self, demonstrations: list[Trajectory]) -> Row:
+        """A warm-up step: on-policy with advantage 1, the gradient is that of the mean log-likelihood of an action."""
+        actions = sum(int(trajectory.sampled.sum()) for trajectory in demonstrations)
+        weighed = [Weighed(trajectory, 1.0, 1.0 / actions) for trajectory in demonstrations]
+        lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
+        learnt = optimise(self.policy, weighed, Objective(sampler_cap=None), lr, max_tokens, arena=self.arena)
+        return {key: learnt[key] for key in learnt if key in WARMUP_METRICS}
 
-    def _optimise(self, step: int, weighted: Weighted, trajectories: list[Trajectory]) -> Row:
+    def _optimise(self, step: int, weighted: Weighted) -> Row:
         config = self.config
         actions_N = np.array([call.actions for call in weighted.calls])
         weights_N = token_weights(config.algorithm, weighted.shares, weighted.multiplicities, actions_N)
         weighed = [
-            Weighed(*row) for row in zip(trajectories, weighted.advantages.tolist(), weights_N.tolist(), strict=True)
+            Weighed(*row) for row in zip(weighted.calls, weighted.advantages.tolist(), weights_N.tolist(), strict=True)
         ]
         lr = learning_rate(self.policy.agent, step, config.steps)
         max_tokens, epochs = config.compute.max_tokens, config.algorithm.epochs
-        return optimise(self.policy, weighed, self.objective, lr, max_tokens, epochs=epochs, arena=self.arena)
+        return optimise(
+            self.policy, weighed, self.objective, lr, max_tokens, epochs=epochs, read=self._read, arena=self.arena
+        )
+
+    def _read(self, calls: list[CallRecord]) -> list[Trajectory]:
+        return read(self.trajectories, [call.position for call in calls])
 
 
 def optimise(
@@ -72,27 +90,31 @@ def optimise(
     max_tokens: int,
     *,
     epochs: int = 1,
+    read: Callable[[list[Any]], list[Trajectory]] = list,
     arena: _packing.Arena | None = None,
 ) -> Row:
     """`epochs` optimizer steps on weighed trajectories in micro-batches of at most `max_tokens`, and what they cost.
 
-    arena: memory for the micro-batches, used again by the next call.
+    read: the trajectories that were given as records of them. arena: memory for the micro-batches, used again by the
+    next call.
     """
     everything = objective.kl_coef != 0 or objective.entropy_coef != 0
     live = drop(weighed, keep_zero_advantage=everything)
     unique = merge(live, by_sampler_logprobs=objective.sampler_cap is not None)
-    batches = pack(unique, max_tokens, arena=arena)
+    ranks, rank = distributed.ranks(), distributed.rank()
+    batches = pack(unique, max_tokens, read=read, ranks=ranks, rank=rank, arena=arena)
     started = time.monotonic()
     row = policy.step(batches, objective, lr, epochs)
     seconds = time.monotonic() - started
-    rows = sum(map(len, batches)) * epochs
+    rows = sum(w.trajectory.rows for w in unique) * epochs
+    ceiling = ranks * matmul_ceiling(policy.model.device, policy.dtype)
     return row | {
         "trajectories": len(weighed),
         "trajectories_trained": len(unique),
-        "micro_batches": len(batches),
+        "micro_batches": len(batches) * ranks,
         "tokens_trained": rows,
         "perf/tokens_per_second": rows / seconds,
-        "perf/mfu": 6 * rows * policy.parameters / seconds / matmul_ceiling(policy.model.device, policy.model.dtype),
+        "perf/mfu": 6 * rows * policy.parameters / seconds / ceiling,
         "time/forward_backward": seconds,
         "time/weight_sync": policy.sync_seconds,
     }

@@ -6,8 +6,10 @@ main agent's call together with the sub-agents' calls it made. K episodes of the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -135,3 +137,23 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def rows(self) -> int:
+        """Index of the last sampled token, 0 where none is: as many tokens have to be computed to train on it."""
+        drawn = np.flatnonzero(self.sampled)
+        return int(drawn[-1]) if len(drawn) else 0
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits, the same for trajectories of the same tokens and flags."""
+        return _digest(self.tokens, self.sampled)
+
+    @cached_property
+    def sampler_digest(self) -> str:
+        """As `digest`, of the sampler's log-probs too."""
+        return _digest(self.tokens, self.sampled, self.logprobs)
+
+
+def _digest(*arrays_L: np.ndarray) -> str:
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays_L), digest_size=16).hexdigest()

@@ -17,14 +17,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from mgrpo.engine.arrivals import Arrivals, Heartbeat
 from mgrpo.engine.config import Config
 from mgrpo.engine.model import load_model, load_tokenizer
-from mgrpo.engine.process import keep_memory, make_deterministic
+from mgrpo.engine.process import doubling, keep_memory, make_deterministic
 from mgrpo.engine.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout import Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import Rows, locked
@@ -93,7 +93,7 @@ class Worker:
             self._leave()
 
     def _work(self) -> None:
-        pauses = _doubling(*IDLE)
+        pauses = doubling(*IDLE)
         while not self._over():
             step = self._evaluation()
             if step is not None:
@@ -101,7 +101,7 @@ class Worker:
             elif not self._sample():
                 self._wait(next(pauses))
                 continue
-            pauses = _doubling(*IDLE)
+            pauses = doubling(*IDLE)
 
     def _over(self) -> bool:
         """Whether every agent has published its last step, and all evaluations are made."""
@@ -229,7 +229,7 @@ class Worker:
     def _patiently(self, what: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Tries again for PATIENCE seconds when the store, the disk or a file fails. Raises Stopped, or the failure."""
         give_up = time.monotonic() + PATIENCE
-        for pause in _doubling(*RETRY):
+        for pause in doubling(*RETRY):
             try:
                 return what(*args, **kwargs)
             except (OSError, DamagedWeights) as error:
@@ -301,9 +301,3 @@ def _make_sampler(name: str, config: Config) -> InProcessSampler:
     agent = config.agents[name]
     model = load_model(name, agent, config.compute).requires_grad_(False)
     return InProcessSampler(model, load_tokenizer(name, agent), agent, config.compute.concurrency)
-
-
-def _doubling(first: float, last: float) -> Iterator[float]:
-    while True:
-        yield first
-        first = min(2 * first, last)

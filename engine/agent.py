@@ -1,0 +1,159 @@
+"""One agent's trainer in processes of its own: takes sealed groups from the store, trains, publishes, saves, and acks.
+
+Every rank runs `AgentProcess` alike. Rank 0 alone deals with the store and writes files (`Office`); what it decides
+goes to the other ranks as bytes. A group is acked when a checkpoint that was trained on it is whole. After a restart the
+groups that the checkpoint names are acked and those claimed since are given back, to be trained on again: the weights
+that had seen them are lost. So each group counts once in the weights that last.
+
+Departs from the colocated run, where one loop samples and trains: here an agent's step begins when its groups are
+sealed, whatever the other agents do. How far sampling may run ahead is the store's gate (`Intake.take`).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from mgrpo.engine import distributed
+from mgrpo.engine.config import Config
+from mgrpo.engine.model import load_tokenizer, pick_device
+from mgrpo.engine.office import PATIENCE, Office, Order, Saved
+from mgrpo.engine.policy import Policy
+from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, make_deterministic
+from mgrpo.engine.records import demonstrated, rollout_counts
+from mgrpo.engine.rollout import Demonstrations, load_environment
+from mgrpo.engine.sampler import Sampler, Session
+from mgrpo.engine.tasks import load_tasks, warmup_jobs
+from mgrpo.engine.trainer import AgentTrainer, Row
+from mgrpo.engine.weights import probe_tokens
+
+
+def run_agent(config: Config, name: str) -> None:
+    """Train one agent until its last step, as one of torchrun's ranks or alone.
+
+    Raises Interrupted after Ctrl-C; ValueError for bad input, or while another process acts for the agent; Fenced when
+    another has taken over; OSError when store or disk stay out of reach; RuntimeError when another rank is gone.
+    """
+    with ctrl_c() as interrupted, distributed.joined(pick_device(config.compute), 2 * PATIENCE):
+        office = Office(config, name, interrupted) if distributed.rank() == 0 else None
+        with office or nullcontext():
+            AgentProcess(config, name, office).run()
+
+
+class AgentProcess:
+    """One rank. office: rank 0's; every method is called by all ranks."""
+
+    def __init__(self, config: Config, name: str, office: Office | None):
+        self.config, self.name, self.office = config, name, office
+        keep_memory()
+        make_deterministic(config.seed, config.deterministic)
+        self.policy = Policy(name, config.agents[name], config.compute)
+        self.trainer = AgentTrainer(config, self.policy, f"{config.run_dir}/trajectories")
+        self.published = -1  # the version whose weights are in a file
+
+    def run(self) -> None:
+        """Both stages, from the last checkpoint or from the start."""
+        saved = self._restore()
+        step = saved.step
+        if saved.stage == "warmup":
+            self._warmup(step)
+            self.policy.reset_optimizer()
+            if self.config.algorithm.kl_coef:
+                self.policy.keep_reference()
+            step = 0
+            self._save("rl", step)
+        self._publish(step)
+        self._rl(step)
+
+    def _restore(self) -> Saved:
+        saved: Saved = distributed.broadcast(self.office.latest() if self.office else None, Saved)
+        if saved.folder:
+            self.policy.load(Path(saved.folder) / self.name, saved.policy)
+        if self.office:
+            self.office.resume(saved)
+        return saved
+
+    def _warmup(self, first: int) -> None:
+        """Supervised steps on the agent's part of scripted episodes, which every agent's trainer plays by itself."""
+        config, steps = self.config, self.config.warmup.steps
+        environment = load_environment(config.environment)
+        tasks = load_tasks(environment, "train")
+        speakers = {name: cast(Sampler, _Speaker(load_tokenizer(name, agent))) for name, agent in config.agents.items()}
+        demonstrations = Demonstrations(config, environment, speakers)
+        for step in range(first, steps):
+            started = time.monotonic()
+            rollouts = demonstrations.run(warmup_jobs(tasks, config, step))
+            row = rollout_counts(rollouts)
+            if shown := demonstrated(self.name, rollouts):
+                row |= self.trainer.learn(shown)
+            self._after_step("warmup", step, steps, row, started)
+
+    def _rl(self, first: int) -> None:
+        """The main loop: wait for a step's groups, train on them, publish, save when due."""
+        for step in range(first, self.config.steps):
+            started = time.monotonic()
+            order = self._next_groups(step)
+            waited = time.monotonic() - started
+            row = self.trainer.train(step, order.groups)
+            if self.office:
+                self.office.trained(order.groups)
+            publishing = time.monotonic()
+            self._publish(step + 1)
+            row |= {"time/waiting": waited, "time/publish": time.monotonic() - publishing}
+            row |= {"groups/expired": order.expired, "groups/refilled": order.refilled}
+            self._after_step("rl", step, self.config.steps, row, started)
+
+    def _next_groups(self, step: int) -> Order:
+        """Waits until the step's groups are sealed. The others hear of every look that rank 0 takes at the store."""
+        while True:
+            order: Order = distributed.broadcast(self.office.order(step) if self.office else None, Order)
+            if order.stop:
+                self._stop("rl", step)
+            if order.groups:
+                return order
+
+    def _publish(self, step: int) -> None:
+        """The weights after `step` rl steps, for the samplers; in a new file only if they moved."""
+        moved = self.policy.version != self.published
+        weights = dict(self.policy.full_weights()) if moved else None
+        self.published = self.policy.version
+        context = self.config.agents[self.name].max_context
+        probe = self.policy.logprobs(probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context))
+        if self.office:
+            self.office.publish(step, self.policy.version, weights, probe)
+
+    def _after_step(self, stage: str, step: int, steps: int, row: Row, started: float) -> None:
+        done = step + 1
+        if self.office:
+            self.office.log(stage, step, row, started)
+        if done == steps or done % self.config.checkpoint.every == 0:
+            self._save(stage, done)
+        if distributed.broadcast(bool(self.office and self.office.interrupted()), bool):
+            self._stop(stage, done)
+
+    def _stop(self, stage: str, step: int) -> None:
+        if distributed.broadcast(bool(self.office and self.office.saved != (stage, step)), bool):
+            self._save(stage, step)
+        raise Interrupted(f"agent {self.name}: stopped before {stage} step {step}")
+
+    def _save(self, stage: str, step: int) -> None:
+        """Everything before (stage, step), atomically; then the store may know."""
+        if self.office:
+            self.office.save(stage, step, self.policy.save)
+        else:
+            self.policy.save()
+
+
+@dataclass
+class _Speaker:
+    """All that scripted episodes need of a sampler: how an agent's words become tokens."""
+
+    tokenizer: Any
+    version: int = 0
+    weights_step: int = 0
+    pending: int = 0
+
+    def close(self, session: Session) -> None: ...

@@ -26,7 +26,7 @@ LAYERS = (
     ("roster",),
     ("database",),
     ("schema",),
-    ("trajectories", "attention", "display", "statistics", "process"),
+    ("trajectories", "attention", "cache", "display", "statistics", "process"),
     ("config", "environment"),
     ("types",),
     ("__init__",),

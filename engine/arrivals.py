@@ -1,17 +1,18 @@
-"""How published weights come into a worker's samplers, and its signs of life to the store."""
+"""Around a worker's loop: published weights on their way into its samplers, its signs of life, what it has done."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from threading import Event, Thread
 
 from torch import Tensor
 
 from mgrpo.engine.config import Config
 from mgrpo.engine.sampler import InProcessSampler
-from mgrpo.engine.store import Publication, Store
+from mgrpo.engine.store import CallRecord, Publication, Store
 from mgrpo.engine.weights import check_probe, load_weights, probe_tokens
 
 log = logging.getLogger(__name__)
@@ -110,3 +111,43 @@ class Heartbeat:
                     self.store.take_evaluation(self.worker, self.lease)
             except OSError as error:  # what lapses may be taken by others: sampled twice, recorded once
                 log.warning("leases not extended: %s", error)
+
+
+class Window:
+    """What a worker did since its last row of metrics."""
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        self.arrivals, self.recorded = arrivals, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began, self.waited, self.arrivals.seconds = time.monotonic(), 0.0, 0.0
+        self.counts: Counter[str] = Counter()
+        self.actions, self.recorded_since = 0, 0
+        self.staleness: list[int] = []
+
+    def add(self, counts: Mapping[str, float], calls: Sequence[CallRecord]) -> None:
+        """What was recorded: how many rollouts of each status, and their calls."""
+        self.counts.update(counts)
+        self.recorded += int(sum(counts.values()))
+        self.recorded_since += int(sum(counts.values()))
+        self.actions += sum(call.actions for call in calls)
+        self.staleness += [self.arrivals.published[call.agent].step - call.step for call in calls]
+
+    def row(self) -> dict[str, float | str]:
+        """staleness: by how many published steps the weights behind a call were old when it was recorded."""
+        seconds = time.monotonic() - self.began
+        row = {
+            "stage": "rl",
+            "step": self.arrivals.step,
+            **self.counts,
+            "perf/rollouts_per_second": self.recorded_since / seconds,
+            "perf/tokens_per_second": self.actions / seconds,
+            "time/waiting": self.waited,
+            "time/weights": self.arrivals.seconds,
+            "staleness_mean": sum(self.staleness) / max(len(self.staleness), 1),
+            "staleness_worst": max(self.staleness, default=0),
+            **{f"{agent}/version": publication.version for agent, publication in self.arrivals.loaded.items()},
+        }
+        self._begin()
+        return row

@@ -44,6 +44,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     meeting = os.environ.get(RENDEZVOUS, "env://")
+    if "RANK" not in os.environ:
+        raise ValueError("RANK is not set: expected what torchrun sets beside WORLD_SIZE")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, meeting, timedelta(seconds=timeout), world_size=ranks, rank=rank)
     yield

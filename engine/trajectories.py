@@ -168,9 +168,8 @@ class _Batch:
     def trajectory(self, row: int) -> Trajectory:
         if not 0 <= row < self.rows:
             raise ValueError(f"{self.where}: expected a row below {self.rows}, got {row}")
-        columns = {name: self.flat_T[name][o[row] : o[row + 1]] for name, o in self.offsets.items()}
-        version, version_last, step = (int(self.weights_B[name][row]) for name in WEIGHTS)
-        return Trajectory(**columns, version=version, version_last=version_last, step=step)
+        values: dict[str, Any] = {name: self.flat_T[name][o[row] : o[row + 1]] for name, o in self.offsets.items()}
+        return Trajectory(**values, **{name: int(value_B[row]) for name, value_B in self.weights_B.items()})
 
 
 def remove(root: str, files: Iterable[str]) -> list[str]:

@@ -16,12 +16,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from mgrpo.engine.arrivals import Arrivals, Heartbeat
+from mgrpo.engine.arrivals import Arrivals, Heartbeat, Window
 from mgrpo.engine.config import Config
 from mgrpo.engine.model import load_model, load_tokenizer
 from mgrpo.engine.process import doubling, keep_memory, make_deterministic
@@ -74,7 +73,7 @@ class Worker:
         self.ended_at = self.looked_at = 0.0
         self.in_doubt = False  # whether queries may be leased that we do not know of
         self.stop: Callable[[], bool] = lambda: False
-        self.window = _Window(self.arrivals)
+        self.window = Window(self.arrivals)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Works until the run is at its end, or until `stop`: then running episodes are dropped and leases given back.
@@ -182,7 +181,7 @@ class Worker:
         """Trajectories first, durably; then, in one transaction, what refers to them."""
         rollouts, calls = self._patiently(self._write)
         self._patiently(self.store.record, rollouts, calls)
-        self.window.add(self.ended, calls)
+        self.window.add(rollout_counts(self.ended), calls)
         self.mine -= {(rollout.query, rollout.rollout) for rollout in rollouts}
         self.ended = []
         if self.window.recorded_since >= self.config.queries_per_step * self.config.algorithm.rollouts:
@@ -256,45 +255,6 @@ class Worker:
             self.metrics.append(self.window.row())
         for open_file in (*self.writers.values(), self.metrics, self.lock):
             open_file.close()
-
-
-class _Window:
-    """What happened since the last row of metrics."""
-
-    def __init__(self, arrivals: Arrivals) -> None:
-        self.arrivals, self.recorded = arrivals, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self.began, self.waited, self.arrivals.seconds = time.monotonic(), 0.0, 0.0
-        self.counts: Counter[str] = Counter()
-        self.actions, self.recorded_since = 0, 0
-        self.staleness: list[int] = []
-
-    def add(self, rollouts: list[Rollout], calls: list[CallRecord]) -> None:
-        self.recorded += len(rollouts)
-        self.recorded_since += len(rollouts)
-        self.counts.update(rollout_counts(rollouts))
-        self.actions += sum(call.actions for call in calls)
-        self.staleness += [self.arrivals.published[call.agent].step - call.step for call in calls]
-
-    def row(self) -> dict[str, float | str]:
-        """staleness: by how many published steps the weights behind a call were old when it was recorded."""
-        seconds = time.monotonic() - self.began
-        row = {
-            "stage": "rl",
-            "step": self.arrivals.step,
-            **self.counts,
-            "perf/rollouts_per_second": self.recorded_since / seconds,
-            "perf/tokens_per_second": self.actions / seconds,
-            "time/waiting": self.waited,
-            "time/weights": self.arrivals.seconds,
-            "staleness_mean": sum(self.staleness) / max(len(self.staleness), 1),
-            "staleness_worst": max(self.staleness, default=0),
-            **{f"{agent}/version": publication.version for agent, publication in self.arrivals.loaded.items()},
-        }
-        self._begin()
-        return row
 
 
 def _make_sampler(name: str, config: Config) -> InProcessSampler:

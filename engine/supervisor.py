@@ -80,7 +80,7 @@ class Supervised:
 
     @property
     def state(self) -> str:
-        again = f", restarted {self.failures} times" if self.failures else ""
+        again = f", restarts: {self.failures}" if self.failures else ""
         return ("done" if self.done else "running" if self.members else "starts soon") + again
 
     def start(self, attempts: int) -> None:
@@ -173,7 +173,7 @@ class Supervisor:
         how = f"{failed.log.stem} {_how(failed.process.returncode)}"
         if task.failures > self.restarts:
             raise ChildProcessError(
-                f"{how}, after {self.restarts} restarts; the end of {failed.log}:\n{failed.last_lines()}"
+                f"{how}, restarts: {self.restarts}; the end of {failed.log}:\n{failed.last_lines()}"
             )
         delay = min(2.0 ** (task.failures - 1), LONGEST_DELAY)
         task.due = time.monotonic() + delay
@@ -204,7 +204,10 @@ def _signals() -> Iterator[Callable[[], int]]:
         nonlocal count
         count += 1
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: count
     finally:

@@ -122,13 +122,13 @@ def test_agents_at_their_own_pace_each_with_its_newest_step_and_what_there_is_to
     display.stage("rl", 11, 20)
     display.row(training_row())
     newest = training_row() | {"main/step": 14, "search/step": 12, "main/time/waiting": 3.21, "main/reward_mean": 0.75}
-    display.now(newest, ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarted 1 times"])
+    display.now(newest, ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarts: 1"])
     head, _, headings, main, search, *notes = frame(display)
     assert "step 12 of 20" in head, "of the slowest"
     assert headings.split()[:3] == ["agent", "step", "reward"] and headings.split()[-1] == "wait"
     assert main.split()[:3] == ["main", "14", "0.750"] and main.split()[-1] == "3.2"
     assert search.split()[:2] == ["search", "12"] and search.split()[-1] == "-"
-    assert notes == ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarted 1 times"]
+    assert notes == ["worker-0 3.1 rollouts/s", "trainer-search starts soon, restarts: 1"]
     assert len(headings) <= 80 and len(main.rstrip()) <= 80
     display.close()
     plain, out = lines()

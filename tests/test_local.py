@@ -120,9 +120,7 @@ def test_a_password_in_the_url_is_refused_and_not_repeated_or_written(tmp_path: 
 
 def test_a_run_that_never_began_may_begin_anew_with_another_config(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("FAILURES", '{"main": 2}')
-    with pytest.raises(
-        ChildProcessError, match=r"trainer-main ended with exit status 1, after 0 restarts(.|\n)*a mistake"
-    ):
+    with pytest.raises(ChildProcessError, match=r"trainer-main ended with exit status 1, restarts: 0(.|\n)*a mistake"):
         run(config_of(tmp_path, restarts=0))
     monkeypatch.setenv("FAILURES", "{}")
     run(config_of(tmp_path, queries_per_step=5))

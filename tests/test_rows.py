@@ -201,10 +201,10 @@ def test_a_watched_run_is_told_once_and_again_when_it_was_taken_back(config: Con
     watch.look({})
     assert display.told[1:] == [("warmup", 0), ("rl", 0, 3)]
     append(agent_file(config, "main"), trained(0, reward_mean=1.0))
-    watch.look({"trainer-main": "running", "trainer-clerk": "starts soon, restarted 1 times"})
+    watch.look({"trainer-main": "running", "trainer-clerk": "starts soon, restarts: 1"})
     assert len(display.told) == 3, "the clerk has not taken the step"
     assert display.newest == {"main/reward_mean": 1.0, "main/step": 1}
-    assert display.notes == ["trainer-clerk starts soon, restarted 1 times"]
+    assert display.notes == ["trainer-clerk starts soon, restarts: 1"]
     append(agent_file(config, "clerk"), trained(0))
     append(Path(config.run_dir) / "workers/worker-0/metrics.jsonl", evaluated(0, 0.5))
     watch.look({})

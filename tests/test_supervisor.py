@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_what_fails_is_started_again_and_the_others_go_on(tmp_path: Path, how: s
     assert (tmp_path / "failing").read_text() == "xxx"
     ended = "ended with exit status 3" if how == "exit" else "was ended by SIGKILL"
     assert told == [f"bad {ended}, starts again in 0 s ({n} of 2): about to fail" for n in (1, 2)]
-    assert supervisor.states() == {"good": "done", "bad": "done, restarted 2 times"}
+    assert supervisor.states() == {"good": "done", "bad": "done, restarts: 2"}
     log = (tmp_path / "bad.txt").read_text()
     heads = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (attempt \d of 3)\nbegan$", log, re.MULTILINE)
     assert heads == ["attempt 1 of 3", "attempt 2 of 3", "attempt 3 of 3"]
@@ -131,7 +132,7 @@ def test_one_failure_too_many_ends_all_in_order_and_the_error_names_it(tmp_path:
     with pytest.raises(ChildProcessError) as stop:
         supervisor.run()
     assert str(stop.value).splitlines() == [
-        f"failing ended with exit status 7, after 1 restarts; the end of {tmp_path / 'failing.txt'}:",
+        f"failing ended with exit status 7, restarts: 1; the end of {tmp_path / 'failing.txt'}:",
         *(f"line {i}" for i in range(10, 20)),
     ]
     assert (tmp_path / "saved").read_text() == "saved"
@@ -240,6 +241,18 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str):
     with pytest.raises(Interrupted):
         supervisor_.run(grace=1e9)
     thread.join()
+
+
+@pytest.mark.parametrize("nohup", [True, False])
+def test_a_closed_terminal_ends_all_but_under_nohup(tmp_path: Path, nohup: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    supervisor_, _ = supervised(tmp_path, Task("sleeper", ["sleep", "1"]))
+    try:
+        with nullcontext() if nohup else pytest.raises(Interrupted):
+            supervisor_.run(lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert (supervisor_.states()["sleeper"] == "done") == nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_error_in_what_watches_leaves_no_process(tmp_path: Path, mark: str):

@@ -125,7 +125,7 @@ def _make_key(folder: Path) -> bool:
     """tls.key and tls.crt, valid for 127.0.0.1."""
     if shutil.which("openssl") is None:
         return False
-    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    names = ("-subj", "/CN=mgrpo-throwaway", "-addext", "subjectAltName=IP:127.0.0.1")
     files = ("-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt"))
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files]
     subprocess.run(command, check=True, capture_output=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mgrpo.bench.postgres import PASSWORD
 from mgrpo.engine import cli, ledger
-from mgrpo.engine.config import load_config, parse_config
+from mgrpo.engine.config import load_config
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.store import Publication, Store
 from test_store import episode
@@ -124,8 +125,6 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
 
 
 def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrpo, monkeypatch, tmp_path):
-    from mgrpo.bench.postgres import PASSWORD
-
     monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
     url = server.create()
     file.write_text(f'{file.read_text()}\n[store]\nurl = "{url}"\n')
@@ -156,13 +155,17 @@ def test_gc_deletes_nothing_outside_the_run(tmp_path, name):
 
 
 def test_a_run_is_the_same_with_other_steps_or_machines_but_not_with_other_rewards(file):
-    base = load_config(file)
+    def changed(*overrides: str) -> str:
+        return ledger.fingerprint(load_config(file, overrides))
 
-    def changed(text: str) -> str:
-        import tomllib
-
-        return ledger.fingerprint(parse_config(tomllib.loads(file.read_text() + text)))
-
-    assert changed("") == ledger.fingerprint(base) and len(changed("")) == 32
-    assert changed("[sampling]\nworkers = 9\n[checkpoint]\nevery = 3") == changed("")
-    assert changed("[reward]\nmain_correct = 0.5") != changed("")
+    assert len(changed()) == 32
+    for override in (
+        "sampling.workers=9",
+        "checkpoint.every=3",
+        "steps=99",
+        "agents.main.ranks=2",
+        "run_dir=elsewhere",
+    ):
+        assert changed(override) == changed()
+    for override in ("reward.main_correct=0.5", "agents.main.lr=1e-3", "seed=1", "queries_per_step=3"):
+        assert changed(override) != changed()

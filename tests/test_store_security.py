@@ -40,7 +40,7 @@ def texts(error: BaseException) -> str:
     ],
 )
 def test_a_url_with_a_password_is_refused_and_not_repeated(url):
-    with pytest.raises(ValueError, match="^store: ") as error:
+    with pytest.raises(ValueError, match=r"^store: ") as error:
         Store(url, "run")
     assert SECRET not in texts(error.value)
 
@@ -52,7 +52,7 @@ def test_a_url_with_a_password_is_refused_and_not_repeated(url):
         ("postgresql://me@host/runs?options=-csearch_path%3Devil", "url option 'options' given"),
         ("postgresql://me@host", "expected the database's name in the url"),
         ("sqlite:////tmp/x.db?mode=memory", "expected 'sqlite:///' and the path of a file"),
-        ("postgresql://[", "this one cannot be read"),
+        ("postgresql://me@host:port/runs", "this one cannot be read"),
     ],
 )
 def test_urls_that_would_loosen_something_are_refused(url, message):
@@ -70,10 +70,10 @@ def test_the_password_comes_from_the_environment_or_a_private_file(tmp_path: Pat
     assert read_password() == read_password(str(file)) == "other"
     monkeypatch.delenv("MGRPO_STORE_PASSWORD")
     file.chmod(0o604)
-    with pytest.raises(ValueError, match="store.password_file: .*others may not read") as error:
+    with pytest.raises(ValueError, match=r"store\.password_file: .*others may not read") as error:
         read_password(str(file))
     assert SECRET not in texts(error.value)
-    with pytest.raises(ValueError, match="store.password_file: .*/nowhere: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"store\.password_file: .*/nowhere: cannot be read: No such file"):
         read_password(str(tmp_path / "nowhere"))
 
 
@@ -125,12 +125,12 @@ def test_a_certificate_that_is_given_is_verified(server: Cluster, monkeypatch):
     monkeypatch.setenv("PGSSLROOTCERT", str(server.folder / "tls.crt"))
     Store(url, "run", password=PASSWORD, tls="require").close()
     with pytest.raises(OSError, match="certificate"):  # it is not made out to that name
-        Store(url.replace("127.0.0.1", "127.0.0.2"), "run", password=PASSWORD, tls="require")
+        Store(url.replace("127.0.0.1", "localhost"), "run", password=PASSWORD, tls="require")
 
 
 def test_the_password_is_in_no_message_log_or_representation(server: Cluster, caplog):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(OSError, match="store postgresql.*password authentication failed") as error:
+    with pytest.raises(OSError, match=r"store postgresql.*password authentication failed") as error:
         Store(server.create(), "run", password=SECRET)
     store = Store(server.create(), "run", password=PASSWORD)
     store.open_queries([(0, "t")], AGENTS, 2, 0)

@@ -116,7 +116,7 @@ def test_a_host_that_the_environment_names_is_no_way_around_tls(name, value, mon
 
 def test_a_certificate_that_is_given_is_verified(server: Cluster, monkeypatch):
     if not server.tls:
-        pytest.skip("no openssl to make a certificate with")
+        pytest.skip("no openssl to make a certificate with, or a server without TLS")
     url = server.url("postgres", "127.0.0.1")
     store = Store(url, "run", password=PASSWORD, tls="require")
     with store._engine.begin() as db:

@@ -52,12 +52,13 @@ class Cluster:
             self.port = probe.getsockname()[1]
         secret = self.folder / "password"
         secret.write_text(PASSWORD)
-        self.tls = _make_key(self.folder)
+        made = _make_key(self.folder)
         if self.user:
             for path in [self.folder, *self.folder.iterdir()]:
                 shutil.chown(path, self.user)
         options = ("-U", USER, "-A", "scram-sha-256", f"--pwfile={secret}", "-E", "UTF8", "--locale=C", "--no-sync")
         self._call("initdb", "-D", str(self.data), *options)
+        self.tls = made and self._call("postgres", "-D", str(self.data), "-C", "ssl_library").strip() != ""
         self.start()
 
     def start(self) -> None:
@@ -111,10 +112,11 @@ class Cluster:
             return False
         return True
 
-    def _call(self, program: str, *arguments: str) -> None:
+    def _call(self, program: str, *arguments: str) -> str:
         command = [str(self.programs / program), *arguments]
         done = subprocess.run(command, user=self.user, cwd=self.folder, capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
 
 def _exists(user: str) -> bool:
@@ -125,7 +127,7 @@ def _make_key(folder: Path) -> bool:
     """tls.key and tls.crt, valid for 127.0.0.1."""
     if shutil.which("openssl") is None:
         return False
-    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    names = ("-subj", "/CN=mgrpo-throwaway", "-addext", "subjectAltName=IP:127.0.0.1")
     files = ("-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt"))
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,8 +1,8 @@
 """`mgrpo bench store`: what the store takes in and hands out, from 1 to 32 worker processes, with durability on.
 
 Each worker does what one does in a run, as fast as it can: it takes QUERIES queries and records all their rollouts,
-with every call, in one batch. Then as many processes claim groups with their records and ack them. Every commit is forced to
-the disk (SQLite: synchronous = FULL; PostgreSQL: fsync), and the server, a throwaway one, shares this machine.
+with every call, in one batch. Then as many processes claim groups with their records and ack them. Every commit is
+forced to the disk (SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine.
 """
 
 from __future__ import annotations

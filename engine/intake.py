@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -48,13 +49,26 @@ _DROPPED = sa.select(sa.func.count()).where(
     groups.c.run == _THIS, groups.c.agent == publications.c.agent, groups.c.state == "expired"
 )
 _OPENED = sa.select(sa.func.coalesce(sa.func.max(queries.c.query) + 1, 0)).where(queries.c.run == _THIS)
-_GATE = sa.select(
-    publications.c.agent,
-    publications.c.trained,
-    publications.c.step,
-    _DROPPED.scalar_subquery().label("dropped"),
-    _OPENED.scalar_subquery().label("opened"),
-).where(publications.c.run == _THIS, publications.c.step == LATEST)
+
+
+@cache
+def _standing(now: sa.ColumnElement[float]) -> sa.Select[Any]:
+    """Of each agent's latest publication what the gate needs."""
+    return sa.select(
+        publications.c.agent,
+        publications.c.trained,
+        publications.c.step,
+        _DROPPED.scalar_subquery().label("dropped"),
+        _OPENED.scalar_subquery().label("opened"),
+        now.label("now"),
+    ).where(publications.c.run == _THIS, publications.c.step == LATEST)
+
+
+@cache
+def _lapsed(now: sa.ColumnElement[float]) -> sa.Select[Any]:
+    """The lowest queries whose lease lapsed, but for those that another is about to change."""
+    lapsed = sa.select(queries.c.query).where(queries.c.run == _THIS, ~queries.c.sealed, queries.c.deadline < now)
+    return lapsed.order_by(queries.c.query).limit(sa.bindparam("count")).with_for_update(skip_locked=True)
 
 
 class Intake(Roster):
@@ -65,7 +79,7 @@ class Intake(Roster):
         self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rollouts: int, step: int
     ) -> None:
         """Opens (query number, task id), a group for each agent, to be sealed by `rollouts` rollouts. Idempotent."""
-        self._open(db, tasks, agents, rollouts, step)
+        self._open(db, tasks, agents, (step, rollouts, False, "", None, None, 0))
 
     @writes
     def take(
@@ -86,16 +100,14 @@ class Intake(Roster):
         trained_a < total. None before all agents have published. task_of: the task's id of a query number.
         """
         agents, size = self._begun(db, lock=True)
-        lapsed = self._locked(db, self._of(queries, ~queries.c.sealed, queries.c.deadline < self.now), count)
-        first, limit, step = self._gate(db, agents, ahead, total)
-        new = [(query, task_of(query)) for query in range(first, min(limit, first + count - len(lapsed)))]
-        self._open(db, new, agents, size, step)
-        taken = [*lapsed, *(query for query, _ in new)]
-        if taken:
-            mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(taken)))
+        lapsed = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count}))
+        if lapsed:
+            mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(lapsed)))
             db.execute(mine.values(worker=worker, taken=self.now, deadline=self.now + lease))
-        fresh = [Lease(query, task, list(range(size))) for query, task in new]
-        return self._leases(db, lapsed) + fresh
+        first, limit, step, now = self._gate(db, agents, ahead, total)
+        new = [(query, task_of(query)) for query in range(first, min(limit, first + count - len(lapsed)))]
+        self._open(db, new, agents, (step, size, False, worker, now, now + lease, 0))
+        return self._leases(db, lapsed) + [Lease(query, task, list(range(size))) for query, task in new]
 
     @writes
     def extend(self, db: sa.Connection, worker: str, lease: float) -> int:
@@ -148,25 +160,26 @@ class Intake(Roster):
     # ---- within a transaction
 
     def _open(
-        self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], size: int, step: int
+        self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rest: tuple[Any, ...]
     ) -> None:
+        """rest: of a query's row what follows its task."""
         for query, task in tasks:
             if "\0" in task:
                 raise ValueError(f"task of query {query}: {task!r} given: expected an id without NUL")
-        rest = (step, size, False, "", None, None, 0)
         self._insert_rows(db, queries, [(self.run, query, task, *rest) for query, task in tasks])
         made = [(self.run, query, agent, "open", "", "", 0) for query, _ in tasks for agent in agents]
         self._insert_rows(db, groups, made)
 
-    def _gate(self, db: sa.Connection, agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, int]:
-        """The next query's number, the number before which to stop, and the rl step of the weights there are."""
-        latest = db.execute(_GATE, {"this": self.run}).all()
+    def _gate(self, db: sa.Connection, agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, int, float]:
+        """The next query's number, the number before which to stop, the rl step of the weights there are, and now."""
+        latest = db.execute(_standing(self.now), {"this": self.run}).all()
         live = [row for row in latest if row.trained < total]
         if {row.agent for row in latest} != set(agents) or not live:
-            return 0, 0, 0
+            return 0, 0, 0, 0.0
         slowest = min(row.trained + row.dropped for row in live)
         needed = total + max(row.dropped for row in live)
-        return latest[0].opened, min(slowest + ahead, needed), min(row.step for row in latest)
+        step = min(row.step for row in latest)
+        return latest[0].opened, min(slowest + ahead, needed), step, latest[0].now
 
     def _leases(self, db: sa.Connection, taken: Sequence[int]) -> list[Lease]:
         if not taken:
@@ -183,9 +196,9 @@ class Intake(Roster):
     def _these(self, wanted: Collection[int]) -> dict[str, Any]:
         return {"this": self.run, "these": list(wanted)}
 
-    def _locked(self, db: sa.Connection, which: sa.ColumnElement[bool], limit: int | None = None) -> list[int]:
-        """The lowest queries, locked; those that another is about to change are left to it."""
-        lowest = sa.select(queries.c.query).where(which).order_by(queries.c.query).limit(limit)
+    def _locked(self, db: sa.Connection, which: sa.ColumnElement[bool]) -> list[int]:
+        """Queries, locked; those that another is about to change are left to it."""
+        lowest = sa.select(queries.c.query).where(which).order_by(queries.c.query)
         return list(db.scalars(lowest.with_for_update(skip_locked=True)))
 
     def _check_opened(

@@ -1,9 +1,9 @@
 """One agent's trainer in processes of its own: takes sealed groups from the store, trains, publishes, saves, and acks.
 
 Every rank runs `AgentProcess` alike. Rank 0 alone deals with the store and writes files (`Office`); what it decides
-goes to the other ranks as bytes. A group is acked when a checkpoint that was trained on it is whole. After a restart the
-groups that the checkpoint names are acked and those claimed since are given back, to be trained on again: the weights
-that had seen them are lost. So each group counts once in the weights that last.
+goes to the other ranks as bytes. A group is acked when a checkpoint that was trained on it is whole. After a restart
+the groups that the checkpoint names are acked and those claimed since are given back, to be trained on again: the
+weights that had seen them are lost. So each group counts once in the weights that last.
 
 Departs from the colocated run, where one loop samples and trains: here an agent's step begins when its groups are
 sealed, whatever the other agents do. How far sampling may run ahead is the store's gate (`Intake.take`).

@@ -169,7 +169,8 @@ class _Batch:
         if not 0 <= row < self.rows:
             raise ValueError(f"{self.where}: expected a row below {self.rows}, got {row}")
         values: dict[str, Any] = {name: self.flat_T[name][o[row] : o[row + 1]] for name, o in self.offsets.items()}
-        return Trajectory(**values, **{name: int(value_B[row]) for name, value_B in self.weights_B.items()})
+        values |= {name: int(value_B[row]) for name, value_B in self.weights_B.items()}
+        return Trajectory(**values)
 
 
 def remove(root: str, files: Iterable[str]) -> list[str]:

@@ -137,7 +137,7 @@ class Window:
     def row(self) -> dict[str, float | str]:
         """staleness: by how many published steps the weights behind a call were old when it was recorded."""
         seconds = time.monotonic() - self.began
-        row = {
+        row: dict[str, float | str] = {
             "stage": "rl",
             "step": self.arrivals.step,
             **self.counts,

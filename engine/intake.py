@@ -7,7 +7,7 @@ last two rollouts at once, the second sees both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -92,14 +92,19 @@ class Intake(Roster):
         total: int,
         task_of: Callable[[int], str],
         lease: float,
+        loaded: Mapping[str, int] | None = None,
     ) -> list[Lease]:
         """Leases at most `count` queries for `lease` seconds: those whose lease lapsed, then new ones.
 
         Of agent a, which has published trained_a groups and dropped dropped_a, new queries are opened while there are
         fewer than  min_a(trained_a + dropped_a) + ahead  and than  total + max_a(dropped_a), over the agents with
         trained_a < total. None before all agents have published. task_of: the task's id of a query number.
+        loaded: by agent the step of the weights that the worker would sample with; it gets nothing while there are later
+        ones, which may be what opened the gate.
         """
         agents, size = self._begun(db, lock=True)
+        if loaded is not None and any(p.step > loaded.get(a, -1) for a, p in self._publications(db).items()):
+            return []
         lapsed = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count}))
         if lapsed:
             mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(lapsed)))

@@ -168,6 +168,7 @@ class Worker:
             total=config.steps * queries,
             task_of=lambda query: pick(self.train, config.seed, query).id,
             lease=config.store.lease,
+            loaded={agent: publication.step for agent, publication in self.arrivals.loaded.items()},
         )
         self.in_doubt = False
         return leases
@@ -253,8 +254,10 @@ class Worker:
             log.warning("leases not given back, they lapse: %s", error)
         if self.window.recorded_since:
             self.metrics.append(self.window.row())
-        for open_file in (*self.writers.values(), self.metrics, self.lock):
-            open_file.close()
+        for writer in self.writers.values():
+            writer.close()
+        self.metrics.close()
+        self.lock.close()
 
 
 def _make_sampler(name: str, config: Config) -> InProcessSampler:

@@ -99,8 +99,8 @@ class Intake(Roster):
         Of agent a, which has published trained_a groups and dropped dropped_a, new queries are opened while there are
         fewer than  min_a(trained_a + dropped_a) + ahead  and than  total + max_a(dropped_a), over the agents with
         trained_a < total. None before all agents have published. task_of: the task's id of a query number.
-        loaded: by agent the step of the weights that the worker would sample with; it gets nothing while there are later
-        ones, which may be what opened the gate.
+        loaded: by agent the step of the weights that the worker has; it gets nothing while there are later ones, which
+        may be what opened the gate.
         """
         agents, size = self._begun(db, lock=True)
         if loaded is not None and any(p.step > loaded.get(a, -1) for a, p in self._publications(db).items()):

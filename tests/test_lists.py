@@ -49,11 +49,12 @@ def test_a_subclass_is_read_as_the_list_that_it_is():
 
 def test_the_reference_counts_stay_as_they_are():
     token = 123_456_789
-    inner: list[Any] = [1, 2, token]
+    inner = [1, 2, token]
+    wrong: Any = [inner, [token, None]]
     before = sys.getrefcount(token), sys.getrefcount(inner)
     packing.from_lists([inner, inner])
     with pytest.raises(ValueError, match="must be an int"):
-        packing.from_lists([inner, [*inner, None]])
+        packing.from_lists(wrong)
     assert (sys.getrefcount(token), sys.getrefcount(inner)) == before
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgrpo import _packing
-from mgrpo.engine.planning import NONE, Bin, Ints, Share, each_of, plan_batches, plan_trees
+from mgrpo.engine.planning import NONE, Ints, Share, each_of, plan_batches, plan_trees
 from mgrpo.engine.ragged import Values, ragged
 
 MicroBatch = dict[str, Any]  # as `_packing.fill` or `_packing.tree_fill` gives it

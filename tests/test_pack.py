@@ -304,7 +304,10 @@ FLAT = {name: (each[0], np.array([0, 4])) for name, each in FINE.items() if name
         ({"tokens": np.arange(4)}, "tokens: a int64 array of shape .* given: expected a pair"),
         ({"tree": True}, "tokens: a list of arrays given: expected one flat array for a tree; np.concatenate copies"),
         ({"tree": True, "tokens": FLAT["tokens"]}, "sampled: a list of arrays given"),
-        ({"tree": True, "groups": np.zeros(1, np.int64)}, "tree: True given with groups or mini_batches: expected neither"),
+        (
+            {"tree": True, "groups": np.zeros(1, np.int64)},
+            "tree: True given with groups or mini_batches: expected neither",
+        ),
         ({"tree": True, "mini_batches": 2}, "tree: True given with groups or mini_batches: expected neither"),
         ({"tree": True, "cost": (1.0, -1.0)} | FLAT, r"cost: \(1.0, -1.0\) given: expected two finite numbers"),
         ({"tree": True, "ranks": 0} | FLAT, "ranks: 0 given"),

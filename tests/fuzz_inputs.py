@@ -122,7 +122,12 @@ def tree_fill(source: Source) -> dict[str, Any]:
     paths = [columns["tokens_T"][a : a + r] for a, r in zip(columns["offsets_N1"], columns["rows_N"], strict=False)]
     ids = sorted(range(len(paths)), key=lambda n: paths[n].tolist()) if source.chance(2) else range(len(paths))
     shared = [0, *(alike(paths[a], paths[b]) for a, b in pairwise(ids))][: len(paths)]
-    columns |= {"ids_B": np.array(ids, np.int64), "shared_B": np.array(shared, np.int64)}
+    if source.chance(2):
+        columns["bins_M1"] = np.array([0, *sorted(source.ints(source.below(4), 0, len(ids))), len(ids)], np.int64)
+        shared = [0 if b in columns["bins_M1"] else common for b, common in enumerate(shared)]
+    if source.chance(2):
+        columns["arena"] = packing.Arena(allocate(source))
+    columns |= {"ids_B": np.array(ids, np.int64), "shared_B": np.array(shared, np.int64), "threads": source.below(4)}
     return columns | logprobs(source, columns) | {"merge": source.chance(2)}
 
 

@@ -58,7 +58,7 @@ def trajectories(source: Source) -> dict[str, Any]:
     lengths = source.ints(2 if few_long else source.pick([0, 1, 3, 20]), 1, 70_000 if few_long else 40)
     draw, size = source.random(), int(lengths.sum())
     return {
-        "tokens_T": draw.integers(0, 3, size) // 2 * source.pick([1, 2**31 - 1]),
+        "tokens_T": (draw.random(size) < source.pick([0, 0.05, 0.5])) * source.pick([1, 2**31 - 1]),
         "offsets_N1": np.cumsum([0, *lengths], dtype=np.int64),
         "sampled_T": (draw.random(size) < draw.random()).astype(source.pick(["?", "u1"])),
         "rows_N": draw.integers(0, lengths),

@@ -168,6 +168,7 @@ def tree_filled(given: dict[str, Any], made: Any) -> bool:
     ids_B, bounds_S1 = given["ids_B"], made["tree_cu_seqlens_k"]
     columns = [name.removesuffix("_T") for name in LOGPROBS if given.get(name) is not None]
     rows = len(made["targets"])
+    size_P = made["weights"].astype(np.float64) * np.abs(made["advantages"])  # of one sign, or merging would lose some
     walks_B = [made["tree_kv_index"][bounds_S1[leaf] : bounds_S1[leaf + 1]] for leaf in made["leaf"]]
     return (
         is_column(made["input_ids"], "i8", (given["rows_N"][ids_B] - given["shared_B"]).sum())
@@ -177,17 +178,18 @@ def tree_filled(given: dict[str, Any], made: Any) -> bool:
         and all(np.array_equal(made["input_ids"][w], path(given, n)) for w, n in zip(walks_B, ids_B, strict=True))
         and all(np.array_equal(made["positions"][w], np.arange(len(w))) for w in walks_B)
         and np.isfinite(made["advantages"]).all()
-        and np.isclose(made["weights"].sum(dtype=np.float64), weight_of(given), rtol=1e-5)
+        and np.isclose(made["weights"].sum(dtype=np.float64), in_all(given, given["weights_N"]), rtol=1e-5)
+        and np.isclose(size_P.sum(), in_all(given, given["weights_N"] * np.abs(given["advantages_N"])), rtol=1e-5)
     )
 
 
-def weight_of(given: dict[str, Any]) -> float:
-    """Of all that the trajectories predict."""
+def in_all(given: dict[str, Any], values_N: NDArray[Any]) -> float:
+    """A trajectory's value for each token that it predicts."""
     total = 0.0
     for n in given["ids_B"]:
         start, stop = given["offsets_N1"][n], given["offsets_N1"][n + 1]
         predicted = given["sampled_T"][start + 1 : min(start + given["rows_N"][n] + 1, stop)]
-        total += given["weights_N"][n] * np.count_nonzero(predicted)
+        total += float(values_N[n]) * np.count_nonzero(predicted)
     return total
 
 

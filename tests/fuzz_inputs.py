@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fuzz_damage import Fleeting, Hostile, Source, wrong
 
 PAGE = 4096
+DAMAGE = 24  # bytes
 LOGPROBS = ("old_logprobs_T", "sampler_logprobs_T", "ref_logprobs_T")
 
 
@@ -175,12 +176,13 @@ MAKERS: list[Callable[[Source], dict[str, Any]]]
 MAKERS = [align, plan, plan, l2_bound, trainable_rows, fill, fill, fill, tree_plan, tree_fill, from_lists, Arena]
 
 
-def call(source: Source) -> tuple[str, dict[str, Any]]:
-    """The name of a function of the extension, and arguments."""
+def call(data: bytes) -> tuple[str, dict[str, Any]]:
+    """The name of a function of the extension, and arguments. The first bytes say what is wrong with them."""
+    damage, source = Source(data[:DAMAGE]), Source(data[DAMAGE:])
     maker = source.pick(MAKERS)
     named = maker(source)
     with np.errstate(all="ignore"):  # of what does not fit another dtype
-        for _ in range(source.pick([0, 1, 1, 2])):
-            name = source.pick(sorted(named))
-            named[name] = wrong(source, named[name], named)
+        for _ in range(damage.pick([0, 1, 1, 2])):
+            name = damage.pick(sorted(named))
+            named[name] = wrong(damage, named[name], named)
     return maker.__name__, named

@@ -79,11 +79,12 @@ def filled(given: dict[str, Any], made: Any) -> bool:
         return False
     if given.get("arena") is None:
         return True
+    other = given | {"ids_B": given["ids_B"][::-1].copy()}
     try:
-        again = packing.fill(**given)
+        later = packing.fill(**other)
     except ValueError:  # of the arena's allocator
         return as_expected(given, made)
-    return as_expected(given, again) and as_expected(given, made)  # what is held stays as it is
+    return as_expected(other, later) and as_expected(given, made)  # what is held stays as it is
 
 
 def as_expected(given: dict[str, Any], made: Any) -> bool:
@@ -195,8 +196,12 @@ def in_all(given: dict[str, Any], values_N: NDArray[Any]) -> float:
 
 def listed(given: dict[str, Any], made: Any) -> bool:
     values_T, offsets_N1 = made
-    lists = [values_T[a:b].tolist() for a, b in pairwise(offsets_N1)]
-    return values_T.dtype == offsets_N1.dtype == np.int64 and lists == [list(each) for each in given["lists_N"]]
+    lists = [list(each) for each in given["lists_N"]]
+    return (
+        values_T.dtype == offsets_N1.dtype == np.int64
+        and [values_T[a:b].tolist() for a, b in pairwise(offsets_N1)] == lists
+        and all(type(value) is int for each in lists for value in each)
+    )
 
 
 HOLDS: dict[str, Callable[[dict[str, Any], Any], Any]] = {

@@ -6,7 +6,7 @@ words before the table. A full run also measures how the time grows, and draws i
 
 from __future__ import annotations
 
-from mgrpo.bench import growth, packing_fill, packing_memory, packing_plan, packing_tree, packing_tree_case
+from mgrpo.bench import growth, packing_fill, packing_memory, packing_plan, packing_tree, packing_tree_case, tree_peers
 from mgrpo.bench.harness import report
 from mgrpo.bench.packing_peers import versions
 
@@ -16,6 +16,7 @@ WORDS = (
     packing_fill.WORDS,
     packing_fill.COLLATOR_WORDS,
     packing_tree_case.WORDS,
+    tree_peers.WORDS,
 )
 
 

@@ -23,6 +23,11 @@ from mgrpo.bench.packing_peers import lightbinpack
 from mgrpo.bench.packing_tree_case import Case
 
 MOST_MERGED = 64  # radix_merge marks the members of a row in 64 bits
+WORDS = (
+    "tree's peers: TreeRow packs the same columns, but its labels are its tokens', where ours has prediction rows; "
+    "radix_merge returns Python lists: a row's groups, two totals of it, its tokens flattened and for each a mask of "
+    "64 bits of the members that have it; no positions, no attention paths, no prediction rows"
+)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def tree_plan(
     cap: int,
     groups_N: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+@overload
 def tree_fill(
     tokens_T: NDArray[Any],
     offsets_N1: NDArray[np.int64],
@@ -92,4 +93,26 @@ def tree_fill(
     sampler_logprobs_T: NDArray[np.float32] | None = None,
     ref_logprobs_T: NDArray[np.float32] | None = None,
     merge: bool = True,
+    bins_M1: None = None,
+    arena: Arena | None = None,
+    threads: int = 0,
 ) -> dict[str, NDArray[Any]]: ...
+@overload
+def tree_fill(
+    tokens_T: NDArray[Any],
+    offsets_N1: NDArray[np.int64],
+    sampled_T: NDArray[Any],
+    ids_B: NDArray[np.int64],
+    shared_B: NDArray[np.int64],
+    rows_N: NDArray[np.int64],
+    advantages_N: NDArray[Any],
+    weights_N: NDArray[Any],
+    *,
+    old_logprobs_T: NDArray[np.float32] | None = None,
+    sampler_logprobs_T: NDArray[np.float32] | None = None,
+    ref_logprobs_T: NDArray[np.float32] | None = None,
+    merge: bool = True,
+    bins_M1: NDArray[np.int64],
+    arena: Arena | None = None,
+    threads: int = 0,
+) -> list[dict[str, NDArray[Any]]]: ...

@@ -73,11 +73,22 @@ void Arena::drop_free() {
   slabs_.erase(free, slabs_.end());
 }
 
+Arena& arena_or(Arena& fresh, const py::object& given) {
+  if (given.is_none()) return fresh;
+  require(py::isinstance<Arena>(given), "arena must be an Arena or None, got ", describe(given));
+  return given.cast<Arena&>();
+}
+
+py::capsule keep(std::shared_ptr<Slab> slab) {
+  auto* kept = new std::shared_ptr<Slab>(std::move(slab));
+  return py::capsule(kept, [](void* pointer) { delete static_cast<std::shared_ptr<Slab>*>(pointer); });
+}
+
 void bind_arena(py::module_& module) {
   py::class_<Arena>(module, "Arena", R"(Arena(allocate=None)
 
-Memory for `fill`, taken again by a later fill once no array of an earlier one is left: what is still held is never
-overwritten. It holds as many slabs as were in use at one time, each as large as the largest asked for, and half as much
+Memory for `fill` and `tree_fill`, taken again by a later call once no array of an earlier one is left: what is still
+held is never overwritten. It holds as many slabs as were in use at one time, each as large as the largest asked for, and half as much
 again where one was outgrown.
 
 allocate: called with a number of bytes, returns a writable buffer of that size or more, such as pinned memory; None for

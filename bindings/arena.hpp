@@ -1,9 +1,11 @@
 // Memory that fills take again and again: faulting fresh pages in costs more than writing to them.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -49,5 +51,36 @@ class Arena {
   pybind11::object allocate_;
   std::vector<std::shared_ptr<Slab>> slabs_;
 };
+
+/// The arena that was given, else `fresh`, whose memory is new.
+Arena& arena_or(Arena& fresh, const pybind11::object& given);
+
+/// Lays columns out one after another, each at a cache line's start. Without memory it only adds them up.
+class Columns {
+ public:
+  explicit Columns(std::byte* memory) : memory_(memory) {}
+
+  template <class T>
+  T* add(int64_t entries) {
+    const size_t begin = used_;
+    used_ += (entries * sizeof(T) + kLine - 1) / kLine * kLine;
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + begin);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::byte* memory_;
+  size_t used_ = 0;
+};
+
+/// What keeps a slab from being taken again, as long as an array over a part of it lives.
+pybind11::capsule keep(std::shared_ptr<Slab> slab);
+
+/// An array over a part of a slab that `slab` keeps.
+template <class T>
+pybind11::array_t<T> part(T* column, int64_t begin, int64_t size, const pybind11::capsule& slab) {
+  return pybind11::array_t<T>(static_cast<pybind11::ssize_t>(size), column + begin, slab);
+}
 
 }  // namespace mgrpo::bindings

@@ -79,6 +79,14 @@ T number(const char* name, const char* expected, py::handle given) {
 
 inline int64_t integer(const char* name, py::handle given) { return number<int64_t>(name, "a 64-bit integer", given); }
 
+/// How many threads may share the work; 0: as many as the machine runs at once.
+inline int64_t threads_of(py::handle given) {
+  constexpr int64_t kMostThreads = 1024;
+  const auto threads = integer("threads", given);
+  require(threads >= 0 && threads <= kMostThreads, "threads must be from 0 to ", kMostThreads, ", got ", threads);
+  return threads;
+}
+
 template <class T>
 py::array_t<T> to_numpy(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());

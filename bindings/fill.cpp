@@ -1,7 +1,6 @@
 // trainable_rows and fill for Python.
 #include "fill.hpp"
 
-#include <memory>
 #include <ostream>
 #include <utility>
 
@@ -11,8 +10,6 @@
 
 namespace mgrpo::bindings {
 namespace {
-
-constexpr int64_t kMostThreads = 1024;
 
 /// One of the arrays of a list, as a message names it.
 struct Entry {
@@ -78,37 +75,6 @@ Live live_of(py::handle given) {
   return Live::advantage;
 }
 
-int64_t threads_of(py::handle given) {
-  const auto threads = integer("threads", given);
-  require(threads >= 0 && threads <= kMostThreads, "threads must be from 0 to ", kMostThreads, ", got ", threads);
-  return threads;
-}
-
-Arena& arena_or(Arena& fresh, const py::object& given) {
-  if (given.is_none()) return fresh;
-  require(py::isinstance<Arena>(given), "arena must be an Arena or None, got ", describe(given));
-  return given.cast<Arena&>();
-}
-
-/// Lays columns out one after another, each at a cache line's start. Without memory it only adds them up.
-class Columns {
- public:
-  explicit Columns(std::byte* memory) : memory_(memory) {}
-
-  template <class T>
-  T* add(int64_t entries) {
-    const size_t begin = used_;
-    used_ += (entries * sizeof(T) + kLine - 1) / kLine * kLine;
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + begin);
-  }
-  size_t used() const { return used_; }
-
- private:
-  static constexpr size_t kLine = 64;
-  std::byte* memory_;
-  size_t used_ = 0;
-};
-
 template <class Id>
 Batch<Id> add_batch(Columns& columns, const Layout& layout, size_t logprobs) {
   const int64_t rows = layout.rows(), sequences = static_cast<int64_t>(layout.rows_B1.size()) - 1;
@@ -126,17 +92,6 @@ Batch<Id> add_batch(Columns& columns, const Layout& layout, size_t logprobs) {
   };
   for (size_t c = 0; c < logprobs; ++c) batch.logprobs_P.push_back(columns.add<float>(rows));
   return batch;
-}
-
-/// An array over a part of a slab, which lives as long as the array does.
-template <class T>
-py::array_t<T> part(T* column, int64_t begin, int64_t size, const py::capsule& slab) {
-  return py::array_t<T>(static_cast<py::ssize_t>(size), column + begin, slab);
-}
-
-py::capsule keep(std::shared_ptr<Slab> slab) {
-  auto* kept = new std::shared_ptr<Slab>(std::move(slab));
-  return py::capsule(kept, [](void* pointer) { delete static_cast<std::shared_ptr<Slab>*>(pointer); });
 }
 
 template <class Token, class Id>

@@ -2,10 +2,13 @@
 // released while the core works; an array is never copied or converted behind the caller's back.
 #include "tree.hpp"
 
+#include <algorithm>
 #include <utility>
 
+#include "arena.hpp"
 #include "arrays.hpp"
 #include "parts.hpp"
+#include "threads.hpp"
 #include "tree_fill.hpp"
 
 namespace mgrpo::bindings {
@@ -34,14 +37,6 @@ py::tuple tree_plan(const py::object& tokens, const py::object& offsets, const p
   return py::make_tuple(to_numpy(made.offsets_M1), to_numpy(made.ids_N), to_numpy(made.shared_N));
 }
 
-/// A fresh array of `size` entries in `into[key]`, to be written to.
-template <class T>
-std::span<T> fresh(py::dict& into, const char* key, int64_t size) {
-  py::array_t<T> array(size);
-  into[key] = array;
-  return {array.mutable_data(), static_cast<size_t>(size)};
-}
-
 using Logprobs = std::vector<std::pair<const char*, std::span<const float>>>;
 
 /// The columns of log-probs that were given.
@@ -59,64 +54,134 @@ Logprobs logprob_columns(const py::object& old, const py::object& sampler, const
   return columns;
 }
 
-TreeBuffers fresh_buffers(py::dict& into, const TreeLayout& layout, const Logprobs& logprobs) {
-  const int64_t tokens = layout.tokens(), rows = layout.most_predictions;
-  TreeBuffers buffers{fresh<int64_t>(into, "input_ids", tokens),
-                      fresh<int64_t>(into, "positions", tokens),
-                      fresh<int64_t>(into, "tree_kv_index", layout.paths()),
-                      fresh<int64_t>(into, "token_index", rows),
-                      fresh<int64_t>(into, "targets", rows),
-                      fresh<int64_t>(into, "segment_id", rows),
-                      fresh<float>(into, "weights", rows),
-                      fresh<float>(into, "advantages", rows),
-                      {}};
-  for (const auto& [key, _] : logprobs) buffers.logprobs_M.push_back(fresh<float>(into, key, rows));
-  return buffers;
+/// One micro-batch's part of the slab.
+struct TreeArrays {
+  TreeBuffers filled;
+  std::span<int32_t> cu_seqlens_q_S1, cu_seqlens_k_S1, leaf_B;
+  std::span<int64_t> longest;
+};
+
+template <class T>
+std::span<T> add(Columns& columns, size_t entries) {
+  return {columns.add<T>(static_cast<int64_t>(entries)), entries};
 }
 
-/// Gives back what the prediction rows' arrays have beyond `rows`: merging leaves fewer than were counted.
-void shorten(py::dict& filled, int64_t rows, const Logprobs& logprobs) {
-  const auto cut = [&](const char* key) { filled[key].attr("resize")(rows, py::arg("refcheck") = false); };
-  for (const char* key : {"token_index", "targets", "segment_id", "weights", "advantages"}) cut(key);
-  for (const auto& [key, _] : logprobs) cut(key);
+TreeArrays add_arrays(Columns& columns, const TreeLayout& layout, size_t logprobs) {
+  const size_t tokens = layout.tokens(), rows = layout.most_predictions;
+  TreeArrays made{
+      .filled = {.input_ids_P = add<int64_t>(columns, tokens),
+                 .positions_P = add<int64_t>(columns, tokens),
+                 .kv_index_K = add<int64_t>(columns, layout.paths()),
+                 .token_index_M = add<int64_t>(columns, rows),
+                 .targets_M = add<int64_t>(columns, rows),
+                 .segment_id_M = add<int64_t>(columns, rows),
+                 .weights_M = add<float>(columns, rows),
+                 .advantages_M = add<float>(columns, rows),
+                 .logprobs_M = {}},
+      .cu_seqlens_q_S1 = add<int32_t>(columns, layout.cu_seqlens_q_S1.size()),
+      .cu_seqlens_k_S1 = add<int32_t>(columns, layout.cu_seqlens_k_S1.size()),
+      .leaf_B = add<int32_t>(columns, layout.leaf_B.size()),
+      .longest = add<int64_t>(columns, 2),
+  };
+  for (size_t c = 0; c < logprobs; ++c) made.filled.logprobs_M.push_back(add<float>(columns, rows));
+  return made;
 }
 
+/// Gives the number of prediction rows: merging leaves fewer than there is room for.
 template <class Token>
-py::dict fill_one(const TreeInput<Token>& given, const Logprobs& logprobs) {
-  TreeLayout layout;
-  {
-    const py::gil_scoped_release released;
-    layout = lay_out_tree(given);
-  }
+int64_t fill_arrays(const TreeInput<Token>& given, const TreeLayout& layout, const TreeArrays& to) {
+  std::ranges::copy(layout.cu_seqlens_q_S1, to.cu_seqlens_q_S1.begin());
+  std::ranges::copy(layout.cu_seqlens_k_S1, to.cu_seqlens_k_S1.begin());
+  std::ranges::copy(layout.leaf_B, to.leaf_B.begin());
+  to.longest[0] = layout.longest_segment;
+  to.longest[1] = layout.longest_path;
+  return fill_tree(given, layout, to.filled);
+}
+
+py::dict to_dict(const TreeArrays& made, int64_t rows, const Logprobs& logprobs, const py::capsule& slab) {
   py::dict filled;
-  const auto buffers = fresh_buffers(filled, layout, logprobs);
-  int64_t rows = 0;
-  {
-    const py::gil_scoped_release released;
-    rows = fill_tree(given, layout, buffers);
-  }
-  if (rows != layout.most_predictions) shorten(filled, rows, logprobs);
-  filled["tree_cu_seqlens_q"] = to_numpy(layout.cu_seqlens_q_S1);
-  filled["tree_cu_seqlens_k"] = to_numpy(layout.cu_seqlens_k_S1);
-  filled["tree_max_seqlens"] = to_numpy(std::vector<int64_t>{layout.longest_segment, layout.longest_path});
-  filled["leaf"] = to_numpy(layout.leaf_B);
+  const auto put = [&](const char* key, auto column) {
+    filled[key] = part(column.data(), 0, static_cast<int64_t>(column.size()), slab);
+  };
+  const auto put_rows = [&](const char* key, auto column_M) { put(key, column_M.first(rows)); };
+  put("input_ids", made.filled.input_ids_P);
+  put("positions", made.filled.positions_P);
+  put("tree_kv_index", made.filled.kv_index_K);
+  put("tree_cu_seqlens_q", made.cu_seqlens_q_S1);
+  put("tree_cu_seqlens_k", made.cu_seqlens_k_S1);
+  put("tree_max_seqlens", made.longest);
+  put("leaf", made.leaf_B);
+  put_rows("token_index", made.filled.token_index_M);
+  put_rows("targets", made.filled.targets_M);
+  put_rows("segment_id", made.filled.segment_id_M);
+  put_rows("weights", made.filled.weights_M);
+  put_rows("advantages", made.filled.advantages_M);
+  for (size_t c = 0; c < logprobs.size(); ++c) put_rows(logprobs[c].first, made.filled.logprobs_M[c]);
   return filled;
 }
 
-py::dict tree_fill(const py::object& tokens, const py::object& offsets, const py::object& sampled,
-                   const py::object& ids, const py::object& shared, const py::object& rows,
-                   const py::object& advantages, const py::object& weights, const py::object& old_logprobs,
-                   const py::object& sampler_logprobs, const py::object& ref_logprobs, bool merge) {
+template <class Token>
+py::list fill_all(const std::vector<TreeInput<Token>>& bins_M, const Logprobs& logprobs, Arena& arena,
+                  int64_t threads) {
+  const auto count = static_cast<int64_t>(bins_M.size());
+  std::vector<TreeLayout> layouts_M(count);
+  {
+    const py::gil_scoped_release released;
+    parallel_for(count, threads, [&](int64_t m) { layouts_M[m] = lay_out_tree(bins_M[m]); });
+  }
+  Columns sizes(nullptr);
+  for (const auto& layout : layouts_M) add_arrays(sizes, layout, logprobs.size());
+  const auto slab = arena.take(sizes.used());
+  Columns columns(slab->data());
+  std::vector<TreeArrays> arrays_M;
+  for (const auto& layout : layouts_M) arrays_M.push_back(add_arrays(columns, layout, logprobs.size()));
+  std::vector<int64_t> rows_M(count);
+  {
+    const py::gil_scoped_release released;
+    parallel_for(count, threads, [&](int64_t m) { rows_M[m] = fill_arrays(bins_M[m], layouts_M[m], arrays_M[m]); });
+  }
+  const auto kept = keep(slab);
+  py::list filled;
+  for (int64_t m = 0; m < count; ++m) filled.append(to_dict(arrays_M[m], rows_M[m], logprobs, kept));
+  return filled;
+}
+
+/// Cuts the trajectories of `all` into micro-batches.
+template <class Token>
+std::vector<TreeInput<Token>> cut(const TreeInput<Token>& all, std::span<const int64_t> bins_M1) {
+  check_size("shared", all.shared_B.size(), all.ids_B.size(), "ids");
+  check_bins(bins_M1, all.ids_B.size());
+  std::vector<TreeInput<Token>> bins_M(bins_M1.size() - 1, all);
+  for (size_t m = 0; m < bins_M.size(); ++m) {
+    const auto of_bin = [&](auto column_B) { return column_B.subspan(bins_M1[m], bins_M1[m + 1] - bins_M1[m]); };
+    bins_M[m].ids_B = of_bin(all.ids_B);
+    bins_M[m].shared_B = of_bin(all.shared_B);
+    bins_M[m].first = bins_M1[m];
+  }
+  return bins_M;
+}
+
+py::object tree_fill(const py::object& tokens, const py::object& offsets, const py::object& sampled,
+                     const py::object& ids, const py::object& shared, const py::object& rows,
+                     const py::object& advantages, const py::object& weights, const py::object& old_logprobs,
+                     const py::object& sampler_logprobs, const py::object& ref_logprobs, bool merge,
+                     const py::object& bins, const py::object& arena, const py::object& threads) {
   const auto sampled_T = flags("sampled", sampled);
   const auto advantages_N = floats("advantages", advantages), weights_N = floats("weights", weights);
   const auto ids_B = integers("ids", ids), shared_B = integers("shared", shared);
   const auto logprobs = logprob_columns(old_logprobs, sampler_logprobs, ref_logprobs, sampled_T.size());
   std::vector<std::span<const float>> logprobs_T;
   for (const auto& [_, values_T] : logprobs) logprobs_T.push_back(values_T);
-  return with_tokens(tokens, offsets, rows, [&]<class Token>(const Sequences<Token>& sequences) {
-    return fill_one<Token>({sequences, sampled_T, advantages_N, weights_N, ids_B, shared_B, logprobs_T, merge},
-                           logprobs);
+  const int64_t all[] = {0, static_cast<int64_t>(ids_B.size())};
+  const auto bins_M1 = bins.is_none() ? std::span<const int64_t>(all) : integers("bins", bins);
+  Arena fresh;
+  Arena& memory = arena_or(fresh, arena);
+  const int64_t workers = threads_or_all(threads_of(threads));
+  const py::list filled = with_tokens(tokens, offsets, rows, [&]<class Token>(const Sequences<Token>& sequences) {
+    const TreeInput<Token> given{sequences, sampled_T, advantages_N, weights_N, ids_B, shared_B, logprobs_T, merge};
+    return fill_all(cut(given, bins_M1), logprobs, memory, workers);
   });
+  return bins.is_none() ? py::object(filled[0]) : py::object(filled);
 }
 
 constexpr const char* kTreePlan =
@@ -125,8 +190,10 @@ constexpr const char* kTreePlan =
 Puts N trajectories into M micro-batches of at most `cap` distinct tokens, each common prefix counted once: micro-batch m
 holds ids_N[offsets_M1[m]:offsets_M1[m + 1]], depth-first, and of each trajectory the first shared_N tokens are those of
 the one before it, so that it computes the sum of rows - shared tokens. A subtree that fits no micro-batch is spread over
-several, its prefix repeated; so is one that fills a gap, where that saves micro-batches. Identical trajectories stay
-together. A pure function of its arguments.
+several, its prefix repeated; so is one that fills a gap, where that saves micro-batches. Of several packings, which cut
+ever more subtrees, that of the fewest micro-batches is taken, then of the fewest tokens; but none that takes 1/16 more
+tokens where another does without, and never one of more micro-batches than filling one after another in the given order
+makes. Identical trajectories stay together. A pure function of its arguments.
 
 tokens_T: int32 or int64. offsets_N1: int64 (N + 1,), rising from 0 to T. rows_N: int64 (N,), the leading tokens of each
 trajectory that are computed, from 1 to its length. groups_N: int64 (N,), only trajectories of one group share; None: all.
@@ -134,14 +201,17 @@ ValueError: offsets that do not rise from 0 to T, sizes that differ, rows out of
 
 constexpr const char* kTreeFill =
     R"(tree_fill(tokens_T, offsets_N1, sampled_T, ids_B, shared_B, rows_N, advantages_N, weights_N, *, old_logprobs_T=None,
-          sampler_logprobs_T=None, ref_logprobs_T=None, merge=True) -> dict
+          sampler_logprobs_T=None, ref_logprobs_T=None, merge=True, bins_M1=None, arena=None, threads=0) -> dict
 
 The flat buffers of one micro-batch of `tree_plan`: B trajectories, P tokens, S segments, M prediction rows. A segment is
 a run of tokens that ends where trajectories part or end; it attends to the path from the root to its own end.
+With bins_M1 those of several, as a list: micro-batch m is of ids_B[bins_M1[m]:bins_M1[m + 1]], as from `tree_plan`.
 
-tokens_T, offsets_N1, rows_N: as given to `tree_plan`. ids_B, shared_B: int64, its slices of ids and shared. sampled_T:
-bool or uint8. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the weight (>= 0) of each of
-its sampled tokens. *_logprobs_T: float32, entry t is that of token t.
+tokens_T, offsets_N1, rows_N: as given to `tree_plan`. ids_B, shared_B, bins_M1: int64, its ids, shared and offsets, or
+slices. sampled_T: bool or uint8. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the weight
+(>= 0) of each of its sampled tokens. *_logprobs_T: float32, entry t is that of token t.
+arena: an Arena whose memory is used again; None for fresh memory. threads: 0 for as many as the machine runs at once,
+each on micro-batches of its own; the result does not depend on it. No array may change during the call.
 
 As TRL 1.16's TreeRow: input_ids int64 (P,); positions int64 (P,), the depth; tree_kv_index int64, the packed positions
 of all paths; tree_cu_seqlens_q, tree_cu_seqlens_k int32 (S + 1,), bounds of segments and paths; tree_max_seqlens int64
@@ -152,8 +222,10 @@ is the whole trajectory. There is a prediction row for each sampled token after 
 the order of ids_B.
 merge: rows of equal token, target, log-probs (to the bit) and advantage sign become one, weights summed and advantages
 averaged by weight. Exact for ratios by token; leave it off for ratios that a trajectory's rows share.
+The arrays of a call share their memory.
 ValueError: sizes that differ, an id, offset, rows or shared out of range, shared tokens that differ, an advantage or
-weight not finite or a weight negative, more of anything than int32 counts.)";
+weight not finite or a weight negative, bins that do not rise from 0 to B, more of anything in one micro-batch than
+int32 counts, an option out of range.)";
 
 }  // namespace
 
@@ -163,7 +235,8 @@ void bind_tree(py::module_& module) {
   module.def("tree_fill", tree_fill, py::arg("tokens_T"), py::arg("offsets_N1"), py::arg("sampled_T"), py::arg("ids_B"),
              py::arg("shared_B"), py::arg("rows_N"), py::arg("advantages_N"), py::arg("weights_N"), py::kw_only(),
              py::arg("old_logprobs_T") = py::none(), py::arg("sampler_logprobs_T") = py::none(),
-             py::arg("ref_logprobs_T") = py::none(), py::arg("merge") = true, kTreeFill);
+             py::arg("ref_logprobs_T") = py::none(), py::arg("merge") = true, py::arg("bins_M1") = py::none(),
+             py::arg("arena") = py::none(), py::arg("threads") = 0, kTreeFill);
 }
 
 }  // namespace mgrpo::bindings

@@ -34,6 +34,13 @@ inline void check_rising(const char* name, std::span<const int64_t> offsets, con
   }
 }
 
+/// Bounds of the micro-batches among `ids` entries of ids.
+inline void check_bins(std::span<const int64_t> bins_M1, size_t ids) {
+  check_rising("bins", bins_M1, "micro-batches");
+  require(static_cast<size_t>(bins_M1.back()) == ids, "bins ends at ", bins_M1.back(), ", expected the ", ids,
+          " entries that ids has");
+}
+
 inline void check_size(const char* name, size_t size, size_t expected, const char* of) {
   require(size == expected, name, " has ", size, " entries, expected one for each of the ", expected, " ", of);
 }

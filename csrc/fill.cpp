@@ -43,12 +43,6 @@ void check_columns(const Trajectories<Token>& given) {
   check_size("weights", given.weights_N.size(), trajectories, "trajectories");
 }
 
-void check_bins(const Bins& bins) {
-  check_rising("bins", bins.bins_M1, "micro-batches");
-  require(static_cast<size_t>(bins.bins_M1.back()) == bins.ids_B.size(), "bins ends at ", bins.bins_M1.back(),
-          ", expected the ", bins.ids_B.size(), " entries that ids has");
-}
-
 template <class Token>
 void check_id(const Trajectories<Token>& given, int64_t b, int64_t id) {
   const auto trajectories = static_cast<int64_t>(given.offsets_N1.size()) - 1;
@@ -257,7 +251,7 @@ std::vector<int64_t> trainable_rows(std::span<const int64_t> offsets_N1, const C
 template <class Token>
 Layout measure(const Trajectories<Token>& given, const Bins& bins, Live live, int64_t threads) {
   check_columns(given);
-  check_bins(bins);
+  check_bins(bins.bins_M1, bins.ids_B.size());
   Layout layout;
   layout.rows_B1.reserve(bins.ids_B.size() + 1);
   layout.rows_B1.push_back(0);

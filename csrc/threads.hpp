@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -16,21 +17,35 @@ inline int64_t threads_or_all(int64_t asked) {
   return asked > 0 ? asked : std::max<int64_t>(std::thread::hardware_concurrency(), 1);
 }
 
-/// Calls work(i) once for each i below `count`, on `threads` threads of which this is one. `work` must not throw.
+/// Calls work(i) once for each i below `count`, on `threads` threads of which this is one. What throws keeps none of
+/// the others from being called; then what the lowest i threw is thrown again, so that it does not depend on the
+/// threads.
 template <class Work>
 void parallel_for(int64_t count, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0};
+  std::vector<std::exception_ptr> thrown(count);
   const auto take_turns = [&] {
-    for (int64_t i = next++; i < count; i = next++) work(i);
+    for (int64_t i = next++; i < count; i = next++) {
+      try {
+        work(i);
+      } catch (...) {
+        thrown[i] = std::current_exception();
+      }
+    }
   };
-  std::vector<std::jthread> others;  // joined when it goes out of scope
-  others.reserve(std::max<int64_t>(std::min(threads, count) - 1, 0));
-  try {
-    while (others.size() < others.capacity()) others.emplace_back(take_turns);
-  } catch (const std::system_error&) {
-    // no more threads to be had: those there are do all of it
+  {
+    std::vector<std::jthread> others;  // joined when it goes out of scope
+    others.reserve(std::max<int64_t>(std::min(threads, count) - 1, 0));
+    try {
+      while (others.size() < others.capacity()) others.emplace_back(take_turns);
+    } catch (const std::system_error&) {
+      // no more threads to be had: those there are do all of it
+    }
+    take_turns();
   }
-  take_turns();
+  for (const auto& each : thrown) {
+    if (each) std::rethrow_exception(each);
+  }
 }
 
 }  // namespace mgrpo

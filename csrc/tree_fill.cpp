@@ -31,7 +31,7 @@ template <class Token>
 void check_trajectory(const TreeInput<Token>& given, size_t b) {
   const auto& [tokens_T, offsets_N1, rows_N] = given.sequences;
   const int64_t id = given.ids_B[b], count = static_cast<int64_t>(rows_N.size());
-  require(id >= 0 && id < count, "ids[", b, "] is ", id, ", expected from 0 to below ", count);
+  require(id >= 0 && id < count, "ids[", given.first + b, "] is ", id, ", expected from 0 to below ", count);
   const int64_t start = offsets_N1[id], stop = offsets_N1[id + 1], tokens = static_cast<int64_t>(tokens_T.size());
   require(start >= 0 && start <= stop && stop <= tokens, "offsets[", id, "] and offsets[", id + 1, "] are ", start,
           " and ", stop, ", expected to rise within the ", tokens, " tokens");
@@ -45,15 +45,16 @@ void check_trajectory(const TreeInput<Token>& given, size_t b) {
 template <class Token>
 void check_shared(const TreeInput<Token>& given, size_t b) {
   const auto& sequences = given.sequences;
-  const int64_t shared = given.shared_B[b], id = given.ids_B[b];
-  require(b > 0 || shared == 0, "shared[0] is ", shared, ", expected 0: there is no trajectory before it");
+  const int64_t shared = given.shared_B[b], id = given.ids_B[b], place = given.first + static_cast<int64_t>(b);
+  require(b > 0 || shared == 0, "shared[", place, "] is ", shared,
+          ", expected 0: there is no trajectory before it in its micro-batch");
   if (b == 0) return;
   const int64_t before = given.ids_B[b - 1], most = std::min(sequences.rows_N[id], sequences.rows_N[before]);
-  require(shared >= 0 && shared <= most, "shared[", b, "] is ", shared, ", expected from 0 to the ", most,
+  require(shared >= 0 && shared <= most, "shared[", place, "] is ", shared, ", expected from 0 to the ", most,
           " rows of trajectories ", before, " and ", id);
   const int64_t alike = alike_until(sequences[id], sequences[before], 0, shared);
-  require(alike == shared, "shared[", b, "] is ", shared, ", but trajectories ", before, " and ", id, " part after ",
-          alike, " tokens");
+  require(alike == shared, "shared[", place, "] is ", shared, ", but trajectories ", before, " and ", id,
+          " part after ", alike, " tokens");
 }
 
 /// A prefix of a trajectory as runs of packed tokens: from depth `depth` on it lies at `start` and on.
@@ -97,8 +98,8 @@ std::vector<int32_t> segment_bounds(const TreeInput<Token>& given, std::vector<i
   std::vector<int32_t> bounds{0};
   for (size_t b = 0; b < given.ids_B.size(); ++b) {
     const int64_t rows = given.sequences.rows_N[given.ids_B[b]], shared = given.shared_B[b];
-    require(rows - shared <= kMost - tokens, "ids[", b, "] = ", given.ids_B[b], " brings the batch to ", tokens, " + ",
-            rows - shared, " tokens, more than int32 counts");
+    require(rows - shared <= kMost - tokens, "ids[", given.first + b, "] = ", given.ids_B[b], " brings the batch to ",
+            tokens, " + ", rows - shared, " tokens, more than int32 counts");
     if (shared > 0) bounds.push_back(static_cast<int32_t>(path.position(shared - 1) + 1));
     path.fork(shared, tokens);
     tokens += rows - shared;

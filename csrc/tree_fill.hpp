@@ -34,6 +34,7 @@ struct TreeInput {
   std::span<const int64_t> shared_B;  // leading tokens in common with the one before
   std::vector<std::span<const float>> logprobs_T;
   bool merge = true;
+  int64_t first = 0;  // the place of ids_B[0] among all ids that the caller gave: messages count from there
 };
 
 /// Where everything goes. A segment is a run of tokens that ends where trajectories part or end.

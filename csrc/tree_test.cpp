@@ -7,6 +7,7 @@
 #include <string>
 
 #include "test.hpp"
+#include "threads.hpp"
 #include "tree_fill.hpp"
 
 namespace {
@@ -130,6 +131,37 @@ void every_trajectory_is_read_back() {
   }
 }
 
+/// Micro-batches are laid out and filled side by side: they share nothing that they write.
+void several_threads_fill_alike() {
+  std::mt19937 random(1);
+  Forest forest;
+  while (forest.rows_N.size() < 30) forest = random_forest(random);
+  const std::vector<uint8_t> sampled_T(forest.tokens_T.size(), 1);
+  const std::vector<double> ones_N(forest.rows_N.size(), 1.0);
+  const auto plan = plan_tree(forest.sequences(), *std::ranges::max_element(forest.rows_N), {});
+  const std::span ids_N(plan.ids_N), shared_N(plan.shared_N);
+  std::vector<Filled> alone(plan.offsets_M1.size() - 1), together(alone.size());
+  const auto fill_bin = [&](std::vector<Filled>& to, int64_t m) {
+    const size_t start = plan.offsets_M1[m], count = plan.offsets_M1[m + 1] - start;
+    to[m] = filled({forest.sequences(),
+                    sampled_T,
+                    ones_N,
+                    ones_N,
+                    ids_N.subspan(start, count),
+                    shared_N.subspan(start, count),
+                    {},
+                    true});
+  };
+  const auto bins = static_cast<int64_t>(alone.size());
+  parallel_for(bins, 1, [&](int64_t m) { fill_bin(alone, m); });
+  parallel_for(bins, 4, [&](int64_t m) { fill_bin(together, m); });
+  CHECK(bins > 3);
+  for (size_t m = 0; m < alone.size(); ++m) {
+    CHECK(together[m].input_ids == alone[m].input_ids && together[m].kv_index == alone[m].kv_index);
+    CHECK(together[m].token_index == alone[m].token_index && together[m].weights == alone[m].weights);
+  }
+}
+
 /// Of trajectories of the same tokens, with as many log-probs of each token as there are `values`.
 void a_row_for_each_log_prob(size_t values) {
   constexpr size_t kTrajectories = 500, kTokens = 9;
@@ -172,6 +204,7 @@ void mistakes_are_named() {
 int main() {
   a_worked_example();
   every_trajectory_is_read_back();
+  several_threads_fill_alike();
   for (const size_t values : {1, 10, 500}) a_row_for_each_log_prob(values);
   mistakes_are_named();
   return mgrpo::test::result();

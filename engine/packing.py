@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgrpo import _packing
-from mgrpo.engine.planning import NONE, Bin, Ints, Share, each_of, plan_batches, plan_trees
+from mgrpo.engine.planning import NONE, Ints, Share, each_of, plan_batches, plan_trees
 from mgrpo.engine.ragged import Values, ragged
 
 MicroBatch = dict[str, Any]  # as `_packing.fill` or `_packing.tree_fill` gives it
@@ -69,7 +69,7 @@ def pack(
 
     tree: tokens that trajectories begin with in common are computed once; cap counts distinct tokens. A micro-batch is
     what `_packing.tree_fill` gives, with the names of TRL's TreeRow, a dummy has weights of 0; merge as there. Refused
-    with it: columns that are lists of arrays, negative weights, groups, several mini-batches, an arena.
+    with it: columns that are lists of arrays, negative weights, groups, several mini-batches.
     Raises ValueError, naming the argument, for whatever is malformed, too long for cap, or refused above.
     """
     logprobs = {"old_logprobs": old_logprobs, "sampler_logprobs": sampler_logprobs, "ref_logprobs": ref_logprobs}
@@ -79,11 +79,11 @@ def pack(
             given.rows_N, cap, ranks=ranks, rank=rank, cost=cost, groups=groups, mini_batches=mini_batches, seed=seed
         )
         return fill_batches(share, given, arena)
-    if groups is not None or mini_batches != 1 or arena is not None:
-        raise ValueError("tree: True given with groups, mini_batches or arena: expected none of these")
+    if groups is not None or mini_batches != 1:
+        raise ValueError("tree: True given with groups or mini_batches: expected neither")
     tokens_T = _flat("tokens", given.tokens_T)
     share = plan_trees(tokens_T, given.offsets_N1, given.rows_N, cap, ranks=ranks, rank=rank, cost=cost)
-    return fill_trees(share, given, merge)
+    return fill_trees(share, given, merge, arena)
 
 
 def columns(tokens: Any, sampled: Any, advantages: Any, weights: Any, logprobs: dict[str, Any]) -> Columns:
@@ -136,23 +136,29 @@ def fill_batches(share: Share, given: Columns, arena: _packing.Arena | None = No
     return _nested(share, filled)
 
 
-def fill_trees(share: Share, given: Columns, merge: bool = True) -> list[list[MicroBatch]]:
-    """The micro-batches of a share of `plan_trees`, as `pack` gives them.
+def fill_trees(
+    share: Share, given: Columns, merge: bool = True, arena: _packing.Arena | None = None
+) -> list[list[MicroBatch]]:
+    """The micro-batches of a share of `plan_trees`, in one pass, as `pack` gives them.
 
     Raises ValueError if a column is a list of arrays, or a weight negative.
     """
-    tokens_T, sampled_T = _flat("tokens", given.tokens_T), _flat("sampled", given.sampled_T)
-    logprobs = _options({name: _flat(name, column) for name, column in given.logprobs.items()})
-    rows_N, facts = np.maximum(given.rows_N, 1), (given.advantages_N, given.weights_N)
-
-    def fill(tree: Bin) -> MicroBatch:
-        ids_B, shared_B = tree.ids_B, tree.shared_B
-        assert shared_B is not None
-        return _packing.tree_fill(
-            tokens_T, given.offsets_N1, sampled_T, ids_B, shared_B, rows_N, *facts, **logprobs, merge=merge
-        )
-
-    return _nested(share, map(fill, chain(*share)))
+    bins = list(chain(*share))
+    filled = _packing.tree_fill(
+        _flat("tokens", given.tokens_T),
+        given.offsets_N1,
+        _flat("sampled", given.sampled_T, np.bool_),
+        np.concatenate([NONE, *(b.ids_B for b in bins)]),
+        np.concatenate([NONE, *(b.shared_B for b in bins if b.shared_B is not None)]),
+        np.maximum(given.rows_N, 1),
+        given.advantages_N,
+        given.weights_N,
+        merge=merge,
+        bins_M1=np.cumsum([0, *(len(b.ids_B) for b in bins)]),
+        arena=arena,
+        **_options({name: _flat(name, column, np.float32) for name, column in given.logprobs.items()}),
+    )
+    return _nested(share, filled)
 
 
 def _options(logprobs: dict[str, Values]) -> dict[str, Any]:
@@ -160,14 +166,15 @@ def _options(logprobs: dict[str, Values]) -> dict[str, Any]:
     return {f"{name}_T": column for name, column in logprobs.items()}
 
 
-def _flat(name: str, column: Values) -> NDArray[Any]:
+def _flat(name: str, column: Values, dtype: Any = np.int64) -> NDArray[Any]:
+    """The dtype is that of no rows at all."""
     if not isinstance(column, list):
         return column
     if column:
         raise ValueError(
             f"{name}: a list of arrays given: expected one flat array for a tree; np.concatenate copies them"
         )
-    return NONE
+    return np.zeros(0, dtype)
 
 
 def _nested(share: Share, filled: Iterable[MicroBatch]) -> list[list[MicroBatch]]:

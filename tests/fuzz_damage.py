@@ -92,13 +92,13 @@ def replaced(source: Source, array: NDArray[Any]) -> NDArray[Any]:
         at = np.unravel_index(source.below(changed.size), changed.shape)
         extreme = np.array(source.pick(FLOATS if changed.dtype.kind == "f" else EXTREMES)).astype(changed.dtype)
         step = np.array(source.pick([1, -1])).astype(changed.dtype)
-        changed[at] = source.pick([extreme, extreme, changed[at] + step, changed.flat[0]])
+        changed[at] = source.pick([extreme, changed[at] + step, changed[at] + step, changed.flat[0]])
     return changed
 
 
 def wrong_array(source: Source, array: NDArray[Any]) -> Any:
     ways: list[Callable[[], Any]] = [
-        *[lambda: replaced(source, array)] * 6,
+        *[lambda: replaced(source, array)] * 12,
         lambda: array[: array.size // 2],
         lambda: array[1:],
         lambda: array[:0],

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fuzz_damage import Fleeting, Hostile, Source, wrong
 
 PAGE = 4096
+DAMAGE = 24  # bytes
 LOGPROBS = ("old_logprobs_T", "sampler_logprobs_T", "ref_logprobs_T")
 
 
@@ -58,7 +59,7 @@ def trajectories(source: Source) -> dict[str, Any]:
     lengths = source.ints(2 if few_long else source.pick([0, 1, 3, 20]), 1, 70_000 if few_long else 40)
     draw, size = source.random(), int(lengths.sum())
     return {
-        "tokens_T": draw.integers(0, 3, size) // 2 * source.pick([1, 2**31 - 1]),
+        "tokens_T": (draw.random(size) < source.pick([0, 0.05, 0.5])) * source.pick([1, 2**31 - 1]),
         "offsets_N1": np.cumsum([0, *lengths], dtype=np.int64),
         "sampled_T": (draw.random(size) < draw.random()).astype(source.pick(["?", "u1"])),
         "rows_N": draw.integers(0, lengths),
@@ -122,7 +123,12 @@ def tree_fill(source: Source) -> dict[str, Any]:
     paths = [columns["tokens_T"][a : a + r] for a, r in zip(columns["offsets_N1"], columns["rows_N"], strict=False)]
     ids = sorted(range(len(paths)), key=lambda n: paths[n].tolist()) if source.chance(2) else range(len(paths))
     shared = [0, *(alike(paths[a], paths[b]) for a, b in pairwise(ids))][: len(paths)]
-    columns |= {"ids_B": np.array(ids, np.int64), "shared_B": np.array(shared, np.int64)}
+    if source.chance(2):
+        columns["bins_M1"] = np.array([0, *sorted(source.ints(source.below(4), 0, len(ids))), len(ids)], np.int64)
+        shared = [0 if b in columns["bins_M1"] else common for b, common in enumerate(shared)]
+    if source.chance(2):
+        columns["arena"] = packing.Arena(allocate(source))
+    columns |= {"ids_B": np.array(ids, np.int64), "shared_B": np.array(shared, np.int64), "threads": source.below(4)}
     return columns | logprobs(source, columns) | {"merge": source.chance(2)}
 
 
@@ -175,12 +181,13 @@ MAKERS: list[Callable[[Source], dict[str, Any]]]
 MAKERS = [align, plan, plan, l2_bound, trainable_rows, fill, fill, fill, tree_plan, tree_fill, from_lists, Arena]
 
 
-def call(source: Source) -> tuple[str, dict[str, Any]]:
-    """The name of a function of the extension, and arguments."""
+def call(data: bytes) -> tuple[str, dict[str, Any]]:
+    """The name of a function of the extension, and arguments. The first bytes say what is wrong with them."""
+    damage, source = Source(data[:DAMAGE]), Source(data[DAMAGE:])
     maker = source.pick(MAKERS)
     named = maker(source)
     with np.errstate(all="ignore"):  # of what does not fit another dtype
-        for _ in range(source.pick([0, 1, 1, 2])):
-            name = source.pick(sorted(named))
-            named[name] = wrong(source, named[name], named)
+        for _ in range(damage.pick([0, 1, 1, 2])):
+            name = damage.pick(sorted(named))
+            named[name] = wrong(damage, named[name], named)
     return maker.__name__, named

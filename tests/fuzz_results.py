@@ -74,24 +74,34 @@ def trainable(given: dict[str, Any], rows_N: Any) -> bool:
     return rows_N.dtype == np.int64 and rows_N.tolist() == [max(np.flatnonzero(each), default=0) for each in each_N]
 
 
-def filled(given: dict[str, Any], made: Any) -> bool:
-    if not as_expected(given, made):
-        return False
-    if given.get("arena") is None:
-        return True
-    try:
-        again = packing.fill(**given)
-    except ValueError:  # of the arena's allocator
-        return as_expected(given, made)
-    return as_expected(given, again) and as_expected(given, made)  # what is held stays as it is
+def twice(
+    fill: Callable[..., Any], holds: Callable[[dict[str, Any], Any], Any]
+) -> Callable[[dict[str, Any], Any], Any]:
+    """Where there is an arena, it is filled from again: what is held stays as it is."""
+
+    def check(given: dict[str, Any], made: Any) -> bool:
+        if given.get("arena") is None or not holds(given, made):
+            return holds(given, made)
+        other = given if "shared_B" in given else given | {"ids_B": given["ids_B"][::-1].copy()}
+        try:
+            later = fill(**other)
+        except ValueError:  # of the arena's allocator
+            return holds(given, made)
+        return holds(other, later) and holds(given, made)
+
+    return check
 
 
 def as_expected(given: dict[str, Any], made: Any) -> bool:
-    bins_M1 = given.get("bins_M1")
-    bounds = [0, len(given["ids_B"])] if bins_M1 is None else bins_M1.tolist()
-    batches = [made] if bins_M1 is None else made
-    expected = [expected_batch(given, given["ids_B"][a:b]) for a, b in pairwise(bounds)]
+    bounds, batches = in_bins(given, made)
+    expected = [expected_batch(given, given["ids_B"][a:b]) for a, b in bounds]
     return len(batches) == len(expected) and all(map(same, batches, expected))
+
+
+def in_bins(given: dict[str, Any], made: Any) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    """The bounds of the micro-batches among the ids, and the micro-batches."""
+    bins_M1 = given.get("bins_M1")
+    return ([(0, len(given["ids_B"]))], [made]) if bins_M1 is None else (list(pairwise(bins_M1.tolist())), made)
 
 
 def expected_batch(given: dict[str, Any], ids_B: NDArray[np.int64]) -> dict[str, Any]:
@@ -164,10 +174,17 @@ def path(given: dict[str, Any], n: int) -> NDArray[Any]:
     return given["tokens_T"][start : start + given["rows_N"][n]]
 
 
+def trees_filled(given: dict[str, Any], made: Any) -> bool:
+    bounds, trees = in_bins(given, made)
+    parts = [given | {name: given[name][a:b] for name in ("ids_B", "shared_B")} for a, b in bounds]
+    return len(trees) == len(parts) and all(map(tree_filled, parts, trees))
+
+
 def tree_filled(given: dict[str, Any], made: Any) -> bool:
     ids_B, bounds_S1 = given["ids_B"], made["tree_cu_seqlens_k"]
     columns = [name.removesuffix("_T") for name in LOGPROBS if given.get(name) is not None]
     rows = len(made["targets"])
+    size_P = made["weights"].astype(np.float64) * np.abs(made["advantages"])  # of one sign, or merging would lose some
     walks_B = [made["tree_kv_index"][bounds_S1[leaf] : bounds_S1[leaf + 1]] for leaf in made["leaf"]]
     return (
         is_column(made["input_ids"], "i8", (given["rows_N"][ids_B] - given["shared_B"]).sum())
@@ -177,24 +194,29 @@ def tree_filled(given: dict[str, Any], made: Any) -> bool:
         and all(np.array_equal(made["input_ids"][w], path(given, n)) for w, n in zip(walks_B, ids_B, strict=True))
         and all(np.array_equal(made["positions"][w], np.arange(len(w))) for w in walks_B)
         and np.isfinite(made["advantages"]).all()
-        and np.isclose(made["weights"].sum(dtype=np.float64), weight_of(given), rtol=1e-5)
+        and np.isclose(made["weights"].sum(dtype=np.float64), in_all(given, given["weights_N"]), rtol=1e-5)
+        and np.isclose(size_P.sum(), in_all(given, given["weights_N"] * np.abs(given["advantages_N"])), rtol=1e-5)
     )
 
 
-def weight_of(given: dict[str, Any]) -> float:
-    """Of all that the trajectories predict."""
+def in_all(given: dict[str, Any], values_N: NDArray[Any]) -> float:
+    """A trajectory's value for each token that it predicts."""
     total = 0.0
     for n in given["ids_B"]:
         start, stop = given["offsets_N1"][n], given["offsets_N1"][n + 1]
         predicted = given["sampled_T"][start + 1 : min(start + given["rows_N"][n] + 1, stop)]
-        total += given["weights_N"][n] * np.count_nonzero(predicted)
+        total += float(values_N[n]) * np.count_nonzero(predicted)
     return total
 
 
 def listed(given: dict[str, Any], made: Any) -> bool:
     values_T, offsets_N1 = made
-    lists = [values_T[a:b].tolist() for a, b in pairwise(offsets_N1)]
-    return values_T.dtype == offsets_N1.dtype == np.int64 and lists == [list(each) for each in given["lists_N"]]
+    lists = [list(each) for each in given["lists_N"]]
+    return (
+        values_T.dtype == offsets_N1.dtype == np.int64
+        and [values_T[a:b].tolist() for a, b in pairwise(offsets_N1)] == lists
+        and all(type(value) is int for each in lists for value in each)
+    )
 
 
 HOLDS: dict[str, Callable[[dict[str, Any], Any], Any]] = {
@@ -202,9 +224,9 @@ HOLDS: dict[str, Callable[[dict[str, Any], Any], Any]] = {
     "plan": planned,
     "l2_bound": bounded,
     "trainable_rows": trainable,
-    "fill": filled,
+    "fill": twice(packing.fill, as_expected),
     "tree_plan": tree_planned,
-    "tree_fill": tree_filled,
+    "tree_fill": twice(packing.tree_fill, trees_filled),
     "from_lists": listed,
     "Arena": lambda given, arena: arena.held == 0,
 }

@@ -165,15 +165,17 @@ def test_forms_of_the_columns_are_alike(form):
     assert [sequences(b) for b in got] == [sequences(b) for b in usual] and len(got) == 1
 
 
-def test_the_arena_keeps_what_is_held_and_takes_again_what_is_not():
+@pytest.mark.parametrize("tree", [False, True])
+def test_the_arena_keeps_what_is_held_and_takes_again_what_is_not(tree):
     arena = _packing.Arena()
-    one = {"tokens": [np.arange(9)], "sampled": [np.ones(9, np.bool_)], "advantages": [1.0], "weights": [1.0]}
-    ((held,),) = pack(**one, cap=8, arena=arena)
-    ((other,),) = pack(**one | {"tokens": [np.arange(9) + 100]}, cap=8, arena=arena)
+    bounds, tokens = np.array([0, 9]), np.arange(9)
+    one = {"sampled": (np.ones(9, np.bool_), bounds), "advantages": [1.0], "weights": [1.0], "cap": 8, "tree": tree}
+    ((held,),) = pack((tokens, bounds), **one, arena=arena)
+    ((other,),) = pack((tokens + 100, bounds), **one, arena=arena)
     assert held["input_ids"].tolist() == list(range(8)) and other["input_ids"].tolist() == list(range(100, 108))
     size, address = arena.held, other["input_ids"].ctypes.data
     del other
-    ((again,),) = pack(**one, cap=8, arena=arena)
+    ((again,),) = pack((tokens, bounds), **one, arena=arena)
     assert arena.held == size and again["input_ids"].ctypes.data == address
 
 
@@ -302,9 +304,11 @@ FLAT = {name: (each[0], np.array([0, 4])) for name, each in FINE.items() if name
         ({"tokens": np.arange(4)}, "tokens: a int64 array of shape .* given: expected a pair"),
         ({"tree": True}, "tokens: a list of arrays given: expected one flat array for a tree; np.concatenate copies"),
         ({"tree": True, "tokens": FLAT["tokens"]}, "sampled: a list of arrays given"),
-        ({"tree": True, "groups": np.zeros(1, np.int64)}, "tree: True given with groups, mini_batches or arena"),
-        ({"tree": True, "mini_batches": 2}, "tree: True given with groups, mini_batches or arena"),
-        ({"tree": True, "arena": _packing.Arena()}, "tree: True given with groups, mini_batches or arena"),
+        (
+            {"tree": True, "groups": np.zeros(1, np.int64)},
+            "tree: True given with groups or mini_batches: expected neither",
+        ),
+        ({"tree": True, "mini_batches": 2}, "tree: True given with groups or mini_batches: expected neither"),
         ({"tree": True, "cost": (1.0, -1.0)} | FLAT, r"cost: \(1.0, -1.0\) given: expected two finite numbers"),
         ({"tree": True, "ranks": 0} | FLAT, "ranks: 0 given"),
         ({"tree": True, "weights": [-1.0]} | FLAT, r"weights\[0\] is -1"),

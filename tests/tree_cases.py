@@ -58,11 +58,11 @@ def random_batch(sequences: Sequences, seed: int, names: Any = LOGPROBS, dtype: 
     }
 
 
-def fill(batch: dict[str, Any], ids: Any, shared: Any, merge: bool = True) -> dict[str, NDArray[Any]]:
+def fill(batch: dict[str, Any], ids: Any, shared: Any, merge: bool = True, **options: Any) -> Any:
     head = [batch[name] for name in ("tokens", "offsets", "sampled")]
     tail = [batch[name] for name in ("rows", "advantages", "weights")]
     logprobs = {f"{name}_T": values for name, values in batch["logprobs"].items()}
-    return packing.tree_fill(*head, ints(ids), ints(shared), *tail, **logprobs, merge=merge)
+    return packing.tree_fill(*head, ints(ids), ints(shared), *tail, **logprobs, merge=merge, **options)
 
 
 def trajectories(batch: dict[str, Any], ids: Any) -> list[dict[str, Any]]:

@@ -76,6 +76,8 @@ void Arena::drop_free() {
 Arena& arena_or(Arena& fresh, const py::object& given) {
   if (given.is_none()) return fresh;
   require(py::isinstance<Arena>(given), "arena must be an Arena or None, got ", describe(given));
+  const auto* instance = reinterpret_cast<py::detail::instance*>(given.ptr());
+  require(instance->simple_holder_constructed, "arena was made by Arena.__new__ and never initialised");
   return given.cast<Arena&>();
 }
 

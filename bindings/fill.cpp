@@ -69,8 +69,9 @@ struct Options {
 
 Live live_of(py::handle given) {
   if (given.is_none()) return Live::none;
-  if (given.equal(py::str("weight"))) return Live::weight;
-  require(given.equal(py::str("advantage")), "live must be 'weight', 'advantage' or None, got ",
+  const bool is_text = py::isinstance<py::str>(given);  // what else there is may compare as it likes
+  if (is_text && given.equal(py::str("weight"))) return Live::weight;
+  require(is_text && given.equal(py::str("advantage")), "live must be 'weight', 'advantage' or None, got ",
           std::string(py::repr(given)));
   return Live::advantage;
 }

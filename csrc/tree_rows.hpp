@@ -7,10 +7,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <numeric>
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
 #include "splitmix.hpp"
 #include "tree_fill.hpp"
 
@@ -67,6 +69,8 @@ class Predictions {
   /// Gives the number of rows.
   int64_t finish() {
     for (const Open& each : open_) {
+      require(each.weight <= std::numeric_limits<float>::max(), "weights of a token that trajectories share sum to ",
+              each.weight, ", expected a finite float32");
       out_.weights_M[each.row] = static_cast<float>(each.weight);
       out_.advantages_M[each.row] = static_cast<float>(each.advantage);
     }

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXTREMES = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 63, 64, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1]
-FLOATS = [np.nan, np.inf, -np.inf, -1.0, -0.0, 5e-324, 1e-40, 1e39, 1e308]
-DTYPES = ["i8", "i4", "u8", "u1", "?", "f4", "f8", "f2", "O", ">i8", ">f4", "c16", "M8[s]", "U3"]
+FLOATS = [np.nan, np.inf, -np.inf, -1.0, -0.0, 5e-324, 1e-40, 3e38, 1e39, 1e308]
+DTYPES = ["i8", "i4", "u8", "u1", "?", "f4", "f8", "f2", "O", ">i8", ">f4", "c16", "M8[s]", "U3", "i8,i8"]
 
 
 class Refused(ValueError):

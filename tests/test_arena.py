@@ -211,6 +211,11 @@ def test_what_is_no_allocator_is_refused():
         packing.Arena(3)  # type: ignore[arg-type]
 
 
+def test_an_arena_that_was_never_initialised_is_refused():
+    with pytest.raises(ValueError, match=r"made by Arena\.__new__ and never initialised"):
+        one(10, 1, packing.Arena.__new__(packing.Arena))
+
+
 def test_an_allocator_may_use_the_arena_and_change_the_lists_given():
     batch = large(ragged_lengths())
     tokens = split(batch["tokens"], batch["offsets"])

@@ -98,6 +98,7 @@ MISTAKES = [
     (bad_fill(bins_M1=ints([0, 2**63 - 1])), r"bins ends at 9223372036854775807, expected the 2 entries that ids has"),
     (bad_fill(bins_M1=[0, 2]), r"bins must be .*, got <class 'list'>"),
     (bad_fill(live="loss"), r"live must be 'weight', 'advantage' or None, got 'loss'"),
+    (bad_fill(live=np.zeros(2, "i8,i8")), r"live must be 'weight', 'advantage' or None, got array"),
     (bad_fill(live=0), r"live must be 'weight', 'advantage' or None, got 0"),
     (bad_fill(narrow=True), r"narrow needs tokens of int32, got int64"),
     (bad_fill(arena=3), r"arena must be an Arena or None, got <class 'int'>"),

@@ -73,6 +73,7 @@ MISTAKES = [
     (bad_fill(advantages=np.ones(2, np.float16)), r"advantages must be .* of float64 or float32, got a float16"),
     (bad_fill(weights=ints([1, 1])), r"weights must be a .* array of float64 or float32, got a int64"),
     (bad_fill(weights=np.array([1, np.nan])), r"weights\[1\] is nan, expected a finite float32"),
+    (bad_fill(weights=np.array([3e38, 3e38])), r"that trajectories share sum to 6e\+38, expected a finite float32"),
     (bad_fill(weights=np.array([1, 1e39])), r"weights\[1\] is 1e\+39, expected a finite float32"),
     (bad_fill(weights=np.array([1, -0.5])), r"weights\[1\] is -0.5, expected at least 0"),
     (bad_fill(weights=np.ones(3)), r"weights has 3 entries, expected one for each of the 2 trajectories"),

@@ -1,8 +1,9 @@
-"""One agent's step from a store and trajectory files: numbers by hand, who is trained, and what is acked."""
+"""One agent's step from a store and trajectory files: numbers by hand, and who is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class World:
         position: Position = self.writers[agent].append([trajectory])[0]
         actions, turns, cut = int(trajectory.sampled.sum()), 2 if name == "long" else 1, name == "tail"
         size = (len(trajectory), actions, turns, cut, "answer", position)
-        return CallRecord(agent, query, rollout, n, valid, expert, 0, *size)
+        alike = {"rows": trajectory.rows, "digest": trajectory.digest, "sampler_digest": trajectory.sampler_digest}
+        return CallRecord(agent, query, rollout, n, valid, expert, 0, *size, **alike)
 
     def trainer(self, agent: str = "main", algorithm: dict[str, Any] | None = None, **changes: Any) -> AgentTrainer:
         config = toy_config(self.folder, algorithm={"rollouts": 4, "aligned_calls": 2} | (algorithm or {}))
@@ -90,10 +92,12 @@ class World:
             agents = {name: msgspec.structs.replace(config.agents[name], **changes) for name in AGENTS}
             config = msgspec.structs.replace(config, agents=agents)
         policy = Policy(agent, config.agents[agent], config.compute)
-        return AgentTrainer(config, policy, self.store, str(self.root))
+        return AgentTrainer(config, policy, str(self.root))
 
-    def states(self, agent: str = "main") -> dict[str, int]:
-        return {state: n for state, n in self.store.accounting()[agent].items() if n}
+    def step(self, trainer: AgentTrainer, step: int) -> Row:
+        """Train on the next groups there are."""
+        groups = self.store.claim(trainer.name, trainer.config.queries_per_step, holder="me").groups
+        return trainer.train(step, groups)
 
 
 @pytest.fixture
@@ -132,7 +136,7 @@ def test_the_main_agents_numbers_by_hand(world):
     world.query(0, MIXED)
     world.query(1, ALIKE)
     trainer = world.trainer()
-    row = trainer.step(0)
+    row = world.step(trainer, 0)
     rewards = [1.0, 0.1, 0.0, 1.0, 1.0]
     assert about(row, reward_mean=np.mean(rewards), reward_std=np.std(rewards), format=0.8, correct=0.8, zero_std=0.5)
     lengths = [10, 4, 9, 4, 4]
@@ -153,7 +157,7 @@ def test_a_sub_agents_numbers_by_hand(world):
     world.query(0, MIXED)
     world.query(1, ALIKE)
     trainer = world.trainer("clerk")
-    row = trainer.step(0)
+    row = world.step(trainer, 0)
     rewards = [1.0, 0.5, 0.35]
     assert about(row, reward_mean=np.mean(rewards), reward_std=np.std(rewards), format=1, expert=0.5)
     assert about(row, calls_mean=3 / 5, zero_std=0.5, length_mean=23 / 3, truncated=1 / 3, turns_mean=4 / 3)
@@ -165,25 +169,25 @@ def test_a_sub_agents_numbers_by_hand(world):
 def test_identical_trajectories_are_trained_once_and_all_epochs_counted(world):
     alike = [{"correct": c, "main": "short"} for c in (1.0, 1.0, 0.0, 0.0)]
     world.query(0, alike)
-    row = world.trainer(algorithm={"epochs": 3}).step(0)
+    row = world.step(world.trainer(algorithm={"epochs": 3}), 0)
     assert about(
         row, trajectories=4, trajectories_trained=2, tokens_trained=3 * 2 * 3
     )  # one that gains, one that loses
 
 
 def test_trajectories_that_differ_for_the_sampler_alone_are_one_unless_they_are_corrected(world):
-    world.bodies["other"] = Trajectory(**vars(world.bodies["short"]) | {"logprobs": world.bodies["short"].logprobs * 2})
+    world.bodies["other"] = replace(world.bodies["short"], logprobs=world.bodies["short"].logprobs * 2)
     for cap, trained in (None, 2), (2.0, 3):
         query = 0 if cap is None else 1
         world.query(query, [{"correct": 1.0}, {"correct": 1.0, "main": "other"}, {"correct": 0.0}])
-        assert world.trainer(algorithm={"sampler_cap": cap}).step(0)["trajectories_trained"] == trained
+        assert world.step(world.trainer(algorithm={"sampler_cap": cap}), 0)["trajectories_trained"] == trained
 
 
 def test_a_penalty_keeps_what_has_no_advantage(world):
     world.query(0, ALIKE)
     trainer = world.trainer(algorithm={"kl_coef": 0.1})
     trainer.policy.keep_reference()
-    row = trainer.step(0)
+    row = world.step(trainer, 0)
     assert about(row, trajectories_trained=1, kl_mean=0, rows=2, zero_std=1)
 
 
@@ -194,7 +198,7 @@ def test_the_step_takes_its_queries_and_the_rate_of_its_number(world):
     for query in range(5):
         world.query(query, MIXED)
     trainer = world.trainer(lr_schedule="linear")
-    rows = [trainer.step(step) for step in range(2)]
+    rows = [world.step(trainer, step) for step in range(2)]
     assert [row["trajectories"] for row in rows] == [9, 6]  # queries_per_step = 3, and the two that are left
     assert [row["lr"] for row in rows] == pytest.approx([3e-3, 2e-3])
 
@@ -203,20 +207,18 @@ def test_staleness_is_how_many_versions_the_sampler_was_behind(world):
     trainer = world.trainer(algorithm={"epochs": 2})
     for query in range(6):
         world.query(query, ALIKE if query % 3 else MIXED)  # all by version 0
-    rows = [trainer.step(step) for step in range(2)]
+    rows = [world.step(trainer, step) for step in range(2)]
     assert [(row["staleness_mean"], row["staleness_worst"]) for row in rows] == [(0, 0), (2, 2)]
     assert trainer.policy.version == 4
 
 
-def test_a_frozen_agent_is_measured_and_acked_but_never_changed(world):
+def test_a_frozen_agent_is_measured_but_never_changed(world):
     world.query(0, MIXED)
     trainer = world.trainer(train=False)
     before = weights(trainer)
-    row = trainer.step(0)
+    row = world.step(trainer, 0)
     assert about(row, reward_mean=1.1 / 3, staleness_mean=0)
     assert "grad_norm" not in row and trainer.policy.version == 0 and same(weights(trainer), before)
-    trainer.ack()
-    assert world.states() == {"acked": 1}
 
 
 @pytest.mark.parametrize(
@@ -231,11 +233,11 @@ def test_without_a_scored_call_there_is_no_optimizer_step(world, agent, rollouts
     """Not even one of momentum alone."""
     trainer = world.trainer(agent)
     world.query(7, MIXED)
-    trainer.step(0)
+    world.step(trainer, 0)
     before = weights(trainer)
     if rollouts:
         world.query(8, rollouts)
-    row = trainer.step(1)
+    row = world.step(trainer, 1)
     assert same(weights(trainer), before) and trainer.policy.version == 1
     assert about(row, reward_mean=0, reward_std=0, length_mean=0, length_max=0, staleness_mean=0)
     assert "grad_norm" not in row
@@ -244,36 +246,19 @@ def test_without_a_scored_call_there_is_no_optimizer_step(world, agent, rollouts
 def test_with_calls_but_nothing_to_learn_momentum_goes_on(world):
     world.query(0, MIXED)
     trainer = world.trainer()
-    trainer.step(0)
+    world.step(trainer, 0)
     before = weights(trainer)
     world.query(1, ALIKE)
-    row = trainer.step(1)
+    row = world.step(trainer, 1)
     assert about(row, trajectories=2, trajectories_trained=0, micro_batches=0, tokens_trained=0, grad_norm=0, loss=0)
     assert trainer.policy.version == 2 and not same(weights(trainer), before)
 
 
 def test_a_call_without_an_action_counts_in_the_group_and_is_not_trained(world):
     world.query(0, [{"correct": 1.0, "main": "short"}, {"correct": 0.0, "format": False, "main": "mute"}])
-    row = world.trainer().step(0)
+    row = world.step(world.trainer(), 0)
     assert about(row, reward_mean=0.5, trajectories=2, trajectories_trained=1, rows=2)
     assert row["loss"] == pytest.approx(-1 / 2)  # advantage 1, and K is 2
-
-
-# ---- ack
-
-
-def test_ack_is_of_all_claimed_since_the_last_and_idempotent(world):
-    for query in range(5):
-        world.query(query, ALIKE)
-    trainer = world.trainer()
-    trainer.ack()  # of nothing
-    trainer.step(0)
-    assert world.states() == {"sealed": 2, "leased": 3}
-    trainer.step(1)
-    trainer.ack()
-    trainer.ack()
-    assert world.states() == {"acked": 5} and trainer.unacked == []
-    assert world.states("clerk") == {"sealed": 5}  # one agent's ack is not another's
 
 
 def test_a_trajectory_too_long_for_a_micro_batch_is_a_users_mistake(world):
@@ -282,5 +267,4 @@ def test_a_trajectory_too_long_for_a_micro_batch_is_a_users_mistake(world):
     compute = msgspec.structs.replace(trainer.config.compute, max_tokens=8)
     trainer.config = msgspec.structs.replace(trainer.config, compute=compute)
     with pytest.raises(ValueError, match=r"compute\.max_tokens: 8 given: expected at least 9"):
-        trainer.step(0)
-    assert world.states() == {"leased": 1}  # still ours, not acked
+        world.step(trainer, 0)

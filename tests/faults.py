@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mgrpo.bench.postgres import PASSWORD
 from mgrpo.engine.config import load_config
 from mgrpo.engine.ledger import open_store
 from mgrpo.engine.run import read_metrics
@@ -55,7 +54,7 @@ class Run:
     def start(self, *arguments: str, before: Sequence[str] = (), file: Path | None = None) -> subprocess.Popen[bytes]:
         """arguments: of the `mgrpo` command, without its file. before: a command that is to execute it."""
         command = [*before, sys.executable, SCRIPT, self.folder / "plan.json", arguments[0], file or self.file]
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MGRPO_STORE_PASSWORD": PASSWORD}
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.log = self.folder / f"out-{len(self.processes)}.txt"
         with self.log.open("wb") as out:
             process = subprocess.Popen(
@@ -80,6 +79,10 @@ class Run:
         """What all processes said: for a test that failed."""
         files = [*self.folder.glob("out-*.txt"), *self.path.glob("logs/*.txt")]
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
+
+    def said(self, process: str) -> str:
+        file = self.path / "logs" / f"{process}.txt"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def journal(self) -> list[dict[str, Any]]:
         file = self.folder / "journal.jsonl"

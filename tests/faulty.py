@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 
 from mgrpo.engine.environment import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
+
+BEAT = threading.RLock()
 
 
 class Errands(Environment):
@@ -41,7 +44,8 @@ class Errands(Environment):
 
 
 class Plan:
-    """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}].
+    """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}], and
+    "signal" if it is not to be SIGKILL.
 
     skew: by process, seconds that its clock is wrong; twice: processes that record everything twice; alone: trainers
     that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster.
@@ -80,7 +84,7 @@ def act(plan: Plan, arguments: Sequence[str]) -> None:
 
 
 def sabotage(plan: Plan, who: str) -> None:
-    from mgrpo.engine import agent, office, policy, run, sampler, store, trainer
+    from mgrpo.engine import agent, office, policy, run, sampler, store, trainer, worker
 
     trainer.matmul_ceiling = lambda *_: 1.0  # takes a second, for one number in the metrics
     if plan.lone:
@@ -92,19 +96,14 @@ def sabotage(plan: Plan, who: str) -> None:
     if who in plan.twice:
         record = store.Store.record
         after(store.Store, "record", lambda _, *args: record(*args))
-    classes = (
-        agent.AgentProcess,
-        office.Office,
-        policy.Policy,
-        run.RunDirectory,
-        sampler.InProcessSampler,
-        store.Store,
-    )
+    between_beats(store.Store)
+    classes = (office.Office, policy.Policy, run.RunDirectory, sampler.InProcessSampler, store.Store, worker.Worker)
     owners = {owner.__name__: owner for owner in classes}
     for number, fault in enumerate(plan.faults):
         if fault["who"] == who and not (plan.folder / f"fault-{number}").exists():
             owner, _, method = fault["method"].partition(".")
-            kill_at(owners[owner], method, fault["when"], fault["nth"], plan.folder / f"fault-{number}")
+            end = functools.partial(die, plan.folder / f"fault-{number}", fault.get("signal", signal.SIGKILL))
+            kill_at(owners[owner], method, fault["when"], fault["nth"], end)
 
 
 def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
@@ -131,7 +130,21 @@ def after(owner: type, name: str, then: Callable[..., Any]) -> None:
     setattr(owner, name, both)
 
 
-def kill_at(owner: type, name: str, when: str, nth: int, mark: Path) -> None:
+def between_beats(store: type) -> None:
+    for name in ("extend", "hold"):
+        setattr(store, name, guarded(getattr(store, name)))
+
+
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
+        with BEAT:
+            return method(*args, **kwargs)
+
+    return one_at_a_time
+
+
+def kill_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]) -> None:
     method, calls = getattr(owner, name), 0
 
     @functools.wraps(method)
@@ -139,18 +152,20 @@ def kill_at(owner: type, name: str, when: str, nth: int, mark: Path) -> None:
         nonlocal calls
         calls += 1
         if when == "before" and calls == nth:
-            die(mark)
+            end()
         result = method(*args, **kwargs)
         if when == "after" and calls == nth:
-            die(mark)
+            end()
         return result
 
     setattr(owner, name, deadly)
 
 
-def die(mark: Path) -> None:
-    mark.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(mark: Path, number: int) -> None:
+    """Between two beats: who is stopped within a transaction keeps SQLite's only lock, and all wait for him."""
+    with BEAT:
+        mark.touch()
+        os.kill(os.getpid(), number)
 
 
 class Forked:

@@ -7,21 +7,29 @@ which queries it trained on (`faults.lineage`).
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faults import SECONDS, STEPS, Run, wait_for
+from faults import SECONDS, STEPS, K, Q, Run, wait_for
+from mgrpo.bench.postgres import PASSWORD, Cluster
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
-def make(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Run]]:
+def make(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
+    monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
 
     def tell(line: str) -> None:  # at the end of the whole session
         request.node.user_properties.append(("measured", f"{request.node.name}: {line}"))
@@ -75,3 +83,76 @@ def test_a_rank_killed_then_the_launcher_and_a_second_one_meanwhile(make):
     run.check()
     ranks = [line for line in run.journal() if line["event"] == "trained" and line["who"] == "main-1"]
     assert {line["step"] for line in ranks} == set(range(STEPS))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])
+def test_postgresql_goes_and_comes_back(make, server: Cluster, how: signal.Signals):
+    run = make(store={"url": server.create()}, sampling={"workers": 2, "max_staleness": 1}, steps=10)
+    launcher = run.start("train")
+    run.wait_for_step(2)
+    server.stop(how)
+    try:
+        for process in ("trainer-main", "trainer-clerk", "worker-0", "worker-1"):
+            wait_for(lambda process=process: "trying again in" in run.said(process), run)
+    finally:
+        server.start()
+    run.finish(launcher)
+    run.check(steps=10)
+    assert len(run.begun()) == 4, "nothing was restarted: all waited"
+
+
+def test_a_store_locked_for_longer_than_a_lease(make):
+    """SQLite has no server to stop: somebody holds its only lock. Nobody can beat, claim or record; nobody is lost."""
+    run = make(sampling={"workers": 2}, store={"lease": 1.0})
+    launcher = run.start("train")
+    run.wait_for_step(2)
+    with closing(sqlite3.connect(run.path / "store.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        clock = "SELECT julianday('now') * 86400"
+        (began,) = db.execute(clock).fetchone()
+        wait_for(lambda: db.execute(clock).fetchone()[0] > began + 3.0)
+        held = dict(db.execute("SELECT role, deadline - (julianday('now') - 2440587.5) * 86400 FROM roles"))
+        assert len(held) == 2 and max(held.values()) < 0
+        db.execute("ROLLBACK")
+    run.finish(launcher)
+    run.check()
+
+
+def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_delivered_twice(make):
+    """One worker is stopped amid its episodes until the run has gone on without it; then it records what it had."""
+    plan = {"skew": {"worker-0": 5 * 3600.0, "worker-1": -86400.0, "main": -7200.0}, "twice": ["worker-0", "worker-1"]}
+    stop = fault("worker-0", "Worker._record", 2) | {"signal": signal.SIGSTOP}
+    run = make({**plan, "faults": [stop]}, sampling={"workers": 2}, store={"lease": 1.0}, steps=8)
+    launcher = run.start("train")
+    wait_for((run.folder / "fault-0").exists, run)
+    stopped, behind = run.pid("worker-0"), min(run.steps().values())
+    run.wait_for_step(behind + 2)  # its queries were sampled by the other, to the end
+    os.kill(stopped, signal.SIGCONT)
+    run.finish(launcher)
+    books = run.check(steps=8)
+    assert books["rollouts"] == 8 * Q * K
+    assert len(run.begun()) == 4, "none failed"
+
+
+TMPFS = 'mount -t tmpfs -o size=128k tmpfs "$0" && exec "$@"'
+
+
+def test_a_full_disk_below_the_trajectories(make):
+    """A file system of 128 KiB, of the run's own, is filled by another and then emptied."""
+    own = ["unshare", "-Urm", "sh", "-c", TMPFS]
+    if shutil.which("unshare") is None or subprocess.run([*own, "/mnt", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    run = make(sampling={"workers": 2})
+    folder = run.path / "trajectories"
+    folder.mkdir(parents=True)
+    launcher = run.start("train", before=[*own, folder])
+    run.wait_for_step(2)
+    within = Path(f"/proc/{launcher.pid}/root{folder}/filler")
+    with suppress(OSError), within.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(1024))
+    wait_for(lambda: "No space left on device" in run.said("worker-0") + run.said("worker-1"), run)
+    within.unlink()
+    run.finish(launcher)
+    run.check()
+    assert len(run.begun()) == 4

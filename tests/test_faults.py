@@ -7,10 +7,13 @@ which queries it trained on (`faults.lineage`).
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import sqlite3
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 
 from faults import SECONDS, STEPS, K, Q, Run, wait_for
 from mgrpo.bench.postgres import PASSWORD, Cluster
+from mgrpo.engine.ledger import open_store
 
 pytestmark = pytest.mark.faults
 
@@ -156,3 +160,32 @@ def test_a_full_disk_below_the_trajectories(make):
     run.finish(launcher)
     run.check()
     assert len(run.begun()) == 4
+
+
+def test_a_soak_of_random_kills(make):
+    """KILLS_IN_SOAK random kills in one run, of any process, at any moment: also while it starts; now and then of the
+    launcher. The run has no end until then."""
+    kills, chance = int(os.environ.get("KILLS_IN_SOAK", "5")), random.Random()
+    run = make(sampling={"workers": 2, "max_staleness": 1}, steps=10**6, store={"lease": 1.0})
+    launcher, resume, died = run.start("train"), ["train", "--resume"], Counter[str]()
+    run.wait_for_step(1)
+    with closing(open_store(run.config)) as store:
+        for number in range(1, kills + 1):
+            more = store.balance()["rollouts"] + chance.randrange(3 * Q * K)
+            wait_for(lambda more=more: store.balance()["rollouts"] >= more, run)
+            time.sleep(chance.uniform(0.0, 0.2))
+            living = run.living()
+            pid = launcher.pid if number % 20 == 0 else chance.choice([*living])
+            died[living.get(pid, "launcher")] += 1
+            with suppress(ProcessLookupError):  # it ended by itself just now
+                os.kill(pid, signal.SIGKILL)
+            if pid == launcher.pid:
+                launcher.wait()
+                launcher = run.start(*resume)
+        run.wait_for_step(max(run.steps().values()) + 1)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(SECONDS) == 130, run.told()
+    steps = max(run.steps().values()) + 3
+    run.finish(run.start(*resume, "--set", f"steps={steps}"))
+    run.check(steps=steps)
+    run.tell(f"{kills} kills: {dict(died)}")

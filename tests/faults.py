@@ -51,9 +51,9 @@ class Run:
         self.path = Path(self.config.run_dir)
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *arguments: str, before: Sequence[str] = (), file: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """arguments: of the `mgrpo` command, without its file. before: a command that is to execute it."""
-        command = [*before, sys.executable, SCRIPT, self.folder / "plan.json", arguments[0], file or self.file]
+        command = [*before, sys.executable, SCRIPT, self.folder / "plan.json", arguments[0], self.file]
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.log = self.folder / f"out-{len(self.processes)}.txt"
         with self.log.open("wb") as out:
@@ -102,7 +102,8 @@ class Run:
 
     def steps(self) -> dict[str, int]:
         """By agent, the steps that it has published."""
-        if not (self.path / "config.json").exists():
+        url = self.config.store.url or f"sqlite:///{self.path}/store.db"
+        if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
             return {}
         with closing(open_store(self.config)) as store:
             return {name: publication.step for name, publication in store.publications().items()}

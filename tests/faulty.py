@@ -131,7 +131,7 @@ def after(owner: type, name: str, then: Callable[..., Any]) -> None:
 
 
 def between_beats(store: type) -> None:
-    for name in ("extend", "hold"):
+    for name in ("extend", "keep"):
         setattr(store, name, guarded(getattr(store, name)))
 
 

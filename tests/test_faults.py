@@ -189,3 +189,27 @@ def test_a_soak_of_random_kills(make):
     run.finish(run.start(*resume, "--set", f"steps={steps}"))
     run.check(steps=steps)
     run.tell(f"{kills} kills: {dict(died)}")
+
+
+def test_a_second_trainer_of_an_agent_and_one_that_was_taken_for_dead(make, tmp_path: Path):
+    """On machines that see no locks of each other's files. While a trainer lives, another gives up. When it is stopped,
+    another takes over, and whatever it still writes when it wakes up, the run long over, is refused."""
+    stop = fault("main", "Store.publish", 4) | {"signal": signal.SIGSTOP}
+    plan = {"alone": ["main"], "lone": True, "faults": [stop]}
+    run = make(plan, store={"lease": 2.0, "url": f"sqlite:///{tmp_path}/shared.db"}, steps=8)
+    trainer = ["agent", "--name", "main"]
+    first = run.start(*trainer)
+    wait_for(lambda: "main" in run.steps(), run)
+    assert run.start(*trainer, "--set", f"run_dir={tmp_path}/elsewhere/run").wait(SECONDS) == 1
+    assert "trainer:main of run 'run' is held by holder-" in run.log.read_text()
+    launcher = run.start("train")
+    wait_for((run.folder / "fault-0").exists, run)
+    folder = run.path / "agents" / "main"
+    folder.rename(tmp_path / "before")  # with the lock that the first has on it
+    shutil.copytree(tmp_path / "before", folder)
+    second = run.start(*trainer)
+    assert second.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(SECONDS) == 1
+    assert "Fenced: trainer:main of run 'run' is held by None" in (run.folder / "out-0.txt").read_text()
+    run.check(steps=8)

@@ -24,7 +24,7 @@ from mgrpo.engine.config import Config
 from mgrpo.engine.ledger import begin, open_store
 from mgrpo.engine.process import doubling
 from mgrpo.engine.run import RunDirectory
-from mgrpo.engine.store import Group, Publication
+from mgrpo.engine.store import Fenced, Group, Publication
 from mgrpo.engine.tasks import eval_due
 from mgrpo.engine.trajectories import remove
 from mgrpo.engine.weights import Published, publish_weights, remove_old
@@ -111,8 +111,8 @@ class Office:
         """Keeps the role. That it is lost is noticed where it matters: what this process writes is refused."""
         while not self.leaving.wait(self.config.store.lease / 3):
             try:
-                self.store.hold(self.role, self.holder, self.config.store.lease)
-            except (ValueError, OSError) as error:
+                self.store.keep(self.role, self.holder, self.config.store.lease)
+            except (Fenced, OSError) as error:
                 log.warning("heartbeat: %s", error)
 
     def _patiently(self, what: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -51,7 +51,7 @@ class Roster(Database):
 
     @writes
     def hold(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
-        """Takes the role for so many seconds, or keeps it. Raises ValueError naming who holds it."""
+        """Takes the role for so many seconds, at a process' begin. Raises ValueError naming who holds it."""
         row = {"run": self.run, "role": role, "holder": holder, "deadline": self.now + seconds}
         insert = self._insert(roles).values(row)
         free = sa.or_(roles.c.holder == holder, roles.c.deadline < self.now)
@@ -61,6 +61,16 @@ class Roster(Database):
             held = sa.select(roles.c.holder, roles.c.deadline - self.now).where(self._of(roles, roles.c.role == role))
             other, left = db.execute(held).one()
             raise ValueError(f"{role} of run {self.run!r} is held by {other} for another {left:.0f} s")
+
+    @writes
+    def keep(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
+        """Keeps the role for so many seconds, even if it has lapsed. Raises Fenced when another has had it meanwhile.
+
+        Not `hold`: who was taken for dead must not take back what a successor has held and left, with other weights.
+        """
+        mine = sa.update(roles).where(self._of(roles, roles.c.role == role, roles.c.holder == holder))
+        if not db.execute(mine.values(deadline=self.now + seconds)).rowcount:
+            raise Fenced(f"{role} of run {self.run!r} is no longer held by {holder}")
 
     @writes
     def release_role(self, db: sa.Connection, role: str, holder: str) -> None:

@@ -123,6 +123,22 @@ def test_a_role_is_held_by_one_until_it_lapses(connect):
     store.hold("launcher", "a", 60)
 
 
+def test_a_role_is_kept_also_when_it_lapsed_but_not_once_another_had_it(connect):
+    store = connect()
+    set_clock(store, 1000)
+    store.hold("trainer:main", "a", 60)
+    set_clock(store, 1100)
+    store.keep("trainer:main", "a", 60)
+    with pytest.raises(ValueError, match="held by a for another 60 s"):
+        store.hold("trainer:main", "b", 60)
+    set_clock(store, 1161)
+    store.hold("trainer:main", "b", 60)
+    for leaves in (lambda: set_clock(store, 1300), lambda: store.release_role("trainer:main", "b")):
+        leaves()  # b's weights stand, a's do not
+        with pytest.raises(Fenced, match="trainer:main of run 'run' is no longer held by a"):
+            store.keep("trainer:main", "a", 60)
+
+
 def test_deadlines_are_on_the_databases_clock(connect, monkeypatch):
     store = connect()
     monkeypatch.setattr(time, "time", lambda: 0.0)

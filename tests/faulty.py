@@ -1,0 +1,247 @@
+"""A run whose processes keep a journal and kill themselves where a test says so: `python faulty.py PLAN train FILE …`.
+
+The launcher imports what its processes need, once, and forks them: so a restart costs little. They have their own
+process groups, logs and pipes as those of a launcher that executes them. PLAN is a JSON file; beside it lie the journal
+and a mark for each fault that has happened. Nothing in the engine knows of any of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgrpo.engine.environment import Environment
+from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
+
+BEAT = threading.RLock()
+
+
+class Errands(Environment):
+    """Whatever the untrained main agent writes is a request to its clerk, twice; rewards are as good as random."""
+
+    def tasks(self, split):
+        return [Task(f"{split} {i}", {}) for i in range(7)]
+
+    def prompt(self, call):
+        return f"{call.agent} {call.task.id}\n"
+
+    def parse(self, call, text):
+        return (Delegate("clerk", text),) if call.agent == "main" and len(call.turns) < 2 else Answer(text)
+
+    def score(self, episode):
+        chance = random.Random(repr([turn.text for turn in episode.main.turns]))
+        return Score(True, chance.random(), tuple(CallScore(True, chance.random()) for _ in episode.calls))
+
+
+class Plan:
+    """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}], and
+    "signal" if it is not to be SIGKILL.
+
+    skew: by process, seconds that its clock is wrong; twice: processes that record everything twice; alone: trainers
+    that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent
+        raw = json.loads(path.read_text())
+        self.faults: list[dict[str, Any]] = raw.get("faults", [])
+        self.skew: dict[str, float] = raw.get("skew", {})
+        self.twice: list[str] = raw.get("twice", [])
+        self.alone: list[str] = raw.get("alone", [])
+        self.lone: bool = raw.get("lone", False)
+
+    def note(self, event: str, **what: Any) -> None:
+        """One line, whole: several processes append to the journal."""
+        line = json.dumps({"event": event, "pid": os.getpid(), **what}) + "\n"
+        file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(file, line.encode())
+        os.close(file)
+
+
+def act(plan: Plan, arguments: Sequence[str]) -> None:
+    """What `python -m mgrpo.engine` does, with faults."""
+    from mgrpo.engine import cli
+    from mgrpo.engine.process import die_with_launcher
+
+    die_with_launcher()
+    if arguments[0] in ("agent", "rollout"):
+        name, rank = arguments[arguments.index("--name") + 1], os.environ.get("RANK", "0")
+        who = name if rank == "0" else f"{name}-{rank}"
+        sabotage(plan, who)
+        plan.note("started", who=who)
+    sys.argv = ["mgrpo", *arguments]
+    cli.main()
+
+
+def sabotage(plan: Plan, who: str) -> None:
+    from mgrpo.engine import agent, office, policy, run, sampler, store, trainer, worker
+
+    trainer.matmul_ceiling = lambda *_: 1.0  # takes a second, for one number in the metrics
+    if plan.lone:
+        office._holder = lambda _: f"holder-{os.getpid()}"
+    if who in plan.skew:
+        true = time.time
+        time.time = lambda: true() + plan.skew[who]
+    keep_journal(plan, who, agent.AgentProcess, trainer.AgentTrainer)
+    if who in plan.twice:
+        record = store.Store.record
+        after(store.Store, "record", lambda _, *args: record(*args))
+    between_beats(store.Store)
+    classes = (office.Office, policy.Policy, run.RunDirectory, sampler.InProcessSampler, store.Store, worker.Worker)
+    owners = {owner.__name__: owner for owner in classes}
+    for number, fault in enumerate(plan.faults):
+        if fault["who"] == who and not (plan.folder / f"fault-{number}").exists():
+            owner, _, method = fault["method"].partition(".")
+            end = functools.partial(die, plan.folder / f"fault-{number}", fault.get("signal", signal.SIGKILL))
+            kill_at(owners[owner], method, fault["when"], fault["nth"], end)
+
+
+def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
+    def restored(saved: Any, *_: Any) -> None:
+        plan.note("restored", who=who, step=saved.step if saved.stage == "rl" else 0)
+
+    def trained(_row: Any, _self: Any, step: int, groups: Sequence[Any]) -> None:
+        plan.note("trained", who=who, step=step, queries=[group.query for group in groups])
+
+    after(process, "_restore", restored)
+    after(trainer, "train", trained)
+
+
+def after(owner: type, name: str, then: Callable[..., Any]) -> None:
+    """Calls then(result, *arguments) after each call of a method."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then(result, *args)
+        return result
+
+    setattr(owner, name, both)
+
+
+def between_beats(store: type) -> None:
+    for name in ("extend", "keep"):
+        setattr(store, name, guarded(getattr(store, name)))
+
+
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
+        with BEAT:
+            return method(*args, **kwargs)
+
+    return one_at_a_time
+
+
+def kill_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]) -> None:
+    method, calls = getattr(owner, name), 0
+
+    @functools.wraps(method)
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if when == "before" and calls == nth:
+            end()
+        result = method(*args, **kwargs)
+        if when == "after" and calls == nth:
+            end()
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def die(mark: Path, number: int) -> None:
+    """Between two beats: who is stopped within a transaction keeps SQLite's only lock, and all wait for him."""
+    with BEAT:
+        mark.touch()
+        os.kill(os.getpid(), number)
+
+
+class Forked:
+    """Stands in for subprocess.Popen in the supervisor: a copy of this process that acts as the command says."""
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, pass_fds: Sequence[int], **_: Any
+    ):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._become(command, env, stdout.fileno(), pass_fds[0])
+        os.setpgid(self.pid, self.pid)  # here too: it may not have got there before it is to be killed
+
+    def _become(self, command: Sequence[str], env: Mapping[str, str], out: int, lifeline: int) -> None:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os.closerange(3, lifeline)
+            os.closerange(lifeline + 1, 1024)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(env)
+            act(Plan(Path(command[1])), command[2:])
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
+    from mgrpo.engine import local, supervisor
+
+    warm(arguments[1])
+    all_tasks = local.tasks_of
+    local.tasks_of = lambda *args: [task for task in all_tasks(*args) if task.name.split("-")[1] not in plan.alone]
+    local.ENTRY = (sys.executable, file)
+    supervisor.subprocess.Popen = Forked
+    supervisor.LONGEST_DELAY = 0.2
+    plan.note("started", who="launcher")
+    act(plan, arguments)
+
+
+def warm(file: str) -> None:
+    """Everything that is imported late, before there is anything to fork."""
+    import torch.utils.tensorboard  # noqa: F401
+
+    from mgrpo.engine import agent, worker  # noqa: F401
+    from mgrpo.engine.config import load_config
+    from mgrpo.engine.policy import Policy
+
+    config = load_config(file)
+    Policy("main", config.agents["main"], config.compute)
+
+
+if __name__ == "__main__":
+    plan = Plan(Path(sys.argv[1]))
+    if sys.argv[2] == "train":
+        launch(plan, sys.argv[1], sys.argv[2:])
+    else:
+        act(plan, sys.argv[2:])

@@ -66,7 +66,7 @@ class Worker(Frozen):
             raise ValueError("worker.step_seconds, worker.row_seconds: both 0: expected a token to take time")
 
 
-class Trainer(Frozen):
+class Trainer(Frozen, kw_only=True):
     """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of groups without advantage."""
 
     rate: Positive
@@ -88,20 +88,19 @@ class Episodes:
     """A table of episodes to draw from, sorted by query. Legend: N episodes, A agents.
 
     actions_N: sampled tokens of all agents; pause_N: seconds; rows_AN: each agent's tokens that a trainer may train;
-    first_Q: where a query's episodes begin.
+    edges: where each query's episodes begin, and N.
     """
 
     actions_N: np.ndarray
     pause_N: np.ndarray
     rows_AN: np.ndarray
-    first_Q: np.ndarray
+    edges: list[int]
 
     def draw(self, random: np.random.Generator, count: int) -> tuple[list[float], list[float], list[list[float]]]:
         """Episodes of one query, drawn with replacement from a query's: its own difficulty stays. As (actions, pauses,
         rows by agent)."""
-        bounds = [*self.first_Q, len(self.actions_N)]
-        query = int(random.integers(len(self.first_Q)))
-        chosen = random.integers(bounds[query], bounds[query + 1], count)
+        query = int(random.integers(len(self.edges) - 1))
+        chosen = random.integers(self.edges[query], self.edges[query + 1], count)
         return self.actions_N[chosen].tolist(), self.pause_N[chosen].tolist(), self.rows_AN[:, chosen].tolist()
 
     def even(self) -> Episodes:
@@ -122,7 +121,7 @@ class Workload:
         assert len(self.episodes.rows_AN) == len(self.trainers)
 
 
-class _Agent(Trainer, frozen=True):
+class _Agent(Trainer, kw_only=True):
     actions: Skewed
     calls: Skewed = Skewed(mean=1)
     context: NonNegative = 0.0
@@ -156,7 +155,7 @@ def _drawn(agents: list[_Agent], pause: Skewed, random: np.random.Generator) -> 
     parts = [_calls(agent, random) for agent in agents]
     actions_N = np.sum([actions_N for actions_N, _ in parts], axis=0)
     rows_AN = np.stack([rows_N for _, rows_N in parts])
-    return Episodes(actions_N, pause.draw(random, DRAWN), rows_AN, np.zeros(1, np.int64))
+    return Episodes(actions_N, pause.draw(random, DRAWN), rows_AN, [0, DRAWN])
 
 
 def _calls(agent: _Agent, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

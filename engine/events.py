@@ -1,0 +1,363 @@
+"""A decoupled run as a discrete-event simulation: workers, stragglers, the gate, weights on their way, trainers.
+
+Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as it
+does; a trainer claims, expires and publishes like `AgentProcess`. The episodes of a worker share it: a token of each of
+n decoding ones takes step_seconds + n * row_seconds. A worker keeps a virtual time, the tokens that each of them has
+decoded so far, which tells the next to end; so an event is an episode's end, not a token, and costs a heap operation.
+
+The run has no last step: what is measured is its steady state. Evaluations, checkpoints and faults are left out, and so
+is the time that switch = "turn" waits for running turns to end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mgrpo.engine.config import Config
+from mgrpo.engine.workload import Workload
+
+# Seconds between looks into the store, as in worker.py and office.py, whose imports take long.
+TRAINER_LOOK, WORKER_LOOK, FLUSH, IDLE = 0.1, 0.25, 0.5, (0.02, 1.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a simulated run's steady state. busy: shares of time, of all workers and of each trainer; full: tokens decoded
+    per token that workers with all slots taken would have; staleness: rl steps, of the groups trained on; expired:
+    share of an agent's groups; cut: of the episodes, at the timeout."""
+
+    step_seconds: float
+    rollouts_per_second: float
+    workers_busy: float
+    workers_full: float
+    trainers_busy: dict[str, float]
+    staleness_mean: float
+    staleness_worst: int
+    expired: float
+    cut: float
+
+
+@dataclass(eq=False)
+class _Query:
+    number: int
+    left: int  # rollouts that are not recorded
+    steps: list[int]  # of the weights that sample it, by agent
+    rows: list[float]  # tokens to be trained on, by agent
+    overdue: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    steps: list[int]  # of the weights it has, by agent; -1: none
+    decoding: list[tuple[float, int, _Query, float, list[float]]] = field(default_factory=list)  # heap by virtual end
+    virtual: float = 0.0  # tokens that an episode has decoded that decodes from the start
+    settled: float = 0.0  # until when `virtual` and the totals are counted
+    change: int = 0  # which of the events about its next end is the valid one
+    running: int = 0
+    loading: bool = False
+    looking: bool = False  # a look is on its way
+    looked_at: float = -math.inf
+    idle_since: float = 0.0
+    ended: list[_Query] = field(default_factory=list)  # a rollout's, to be recorded
+    busy: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass(eq=False)
+class _Trainer:
+    index: int
+    gpus: int
+    step: int = 0
+    trained: int = 0
+    dropped: int = 0
+    waiting: bool = True
+    looking: bool = False
+    since: float = 0.0  # when it began to wait, or to train
+    sealed: list[tuple[int, _Query]] = field(default_factory=list)  # heap by number
+    busy: float = 0.0
+
+
+class Run:
+    """One simulation of `steps` rl steps. gpus: each agent's trainer's. The same arguments give the same outcome."""
+
+    def __init__(self, config: Config, workload: Workload, workers: int, gpus: Mapping[str, int], steps: int) -> None:
+        assert workers >= 1 and steps >= 1
+        self.config, self.workload, self.steps = config, workload, steps
+        self.size, self.batch = config.algorithm.rollouts, config.queries_per_step
+        self.worker, self.episodes, self.agents = workload.worker, workload.episodes, list(config.agents)
+        self.learns = [config.agents[name].train for name in self.agents]
+        self.random = np.random.default_rng(config.seed)
+        self.now, self.serial = 0.0, 0
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.workers = [_Worker([-1] * len(self.agents)) for _ in range(workers)]
+        self.trainers = [_Trainer(i, gpus[name]) for i, name in enumerate(self.agents)]
+        self.opened = self.recorded = self.cut = 0
+        self.staleness: list[int] = []
+        self.warm = min(config.sampling.max_staleness + 1, steps - 1)  # steps in which the pipeline fills
+        self.begin: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        self._wake()
+        while self._done() < self.steps:
+            self.now, _, what, arguments = heapq.heappop(self.events)
+            what(*arguments)
+            if not self.begin and self._done() >= self.warm:
+                self.begin, self.staleness = self._totals(), []
+        return self._outcome(self._totals())
+
+    def _done(self) -> int:
+        return min(trainer.step for trainer in self.trainers)
+
+    def _at(self, time: float, what: Callable[..., None], *arguments: Any) -> None:
+        self.serial += 1
+        heapq.heappush(self.events, (time, self.serial, what, arguments))
+
+    # ---- workers look into the store
+
+    def _wake(self) -> None:
+        """There are new weights, or room to run ahead: every worker that can do something with it will see."""
+        drains = self.config.sampling.switch == "episode"
+        for worker in self.workers:
+            if not (worker.running and drains and self._outdated(worker)):
+                self._look_later(worker)
+
+    def _look_later(self, worker: _Worker) -> None:
+        if worker.looking or worker.loading:
+            return
+        worker.looking = True
+        if worker.running:
+            return self._at(max(self.now, worker.looked_at + WORKER_LOOK), self._look, worker)
+        self._at(next_look(worker.idle_since, self.now), self._look, worker)
+
+    def _look(self, worker: _Worker) -> None:
+        worker.looking, worker.looked_at = False, self.now
+        if worker.loading:
+            return
+        outdated = self._outdated(worker)
+        if not outdated:
+            return self._take(worker)
+        if worker.running and self.config.sampling.switch == "episode":
+            return  # looks again when it has drained
+        self._settle(worker)
+        worker.loading = True
+        self._next_end(worker)
+        steps = [trainer.step for trainer in self.trainers]
+        self._at(self.now + len(outdated) * self.worker.load_seconds, self._loaded, worker, steps)
+
+    def _outdated(self, worker: _Worker) -> list[int]:
+        """Agents of which there are other weights than it has; the frozen ones' are loaded once."""
+        return [t.index for t in self.trainers if (worker.steps[t.index] < (t.step if self.learns[t.index] else 0))]
+
+    def _loaded(self, worker: _Worker, steps: list[int]) -> None:
+        self._settle(worker)
+        worker.loading, worker.steps = False, steps
+        self._next_end(worker)
+        self._look(worker)
+
+    def _room(self) -> int:
+        """How many queries the gate lets workers open: `Intake.take` in a run without end."""
+        slowest = min(trainer.trained + trainer.dropped for trainer in self.trainers)
+        return slowest + (self.config.sampling.max_staleness + 1) * self.batch - self.opened
+
+    def _take(self, worker: _Worker) -> None:
+        free = -(-(self.config.compute.concurrency - worker.running) // self.size)
+        count = min(free, -(-self.batch // len(self.workers)), self._room())
+        if count < 1:
+            return
+        for t in self.trainers:
+            if not self.learns[t.index]:  # the same weights under a new number
+                worker.steps[t.index] = t.step
+        self._settle(worker)
+        for _ in range(count):
+            self._begin(worker)
+        self._next_end(worker)
+        worker.looking = True
+        self._at(self.now, self._look, worker)  # there may be more
+
+    def _begin(self, worker: _Worker) -> None:
+        query = _Query(self.opened, self.size, list(worker.steps), [0.0] * len(self.agents))
+        self.opened += 1
+        worker.running += self.size
+        actions, pauses, rows = self.episodes.draw(self.random, self.size)
+        for k in range(self.size):
+            self.serial += 1
+            episode = (worker.virtual + actions[k], self.serial, query, pauses[k], [of[k] for of in rows])
+            heapq.heappush(worker.decoding, episode)
+        self._at(self.now + self.config.sampling.timeout, self._overdue, worker, query)
+
+    # ---- episodes
+
+    def _settle(self, worker: _Worker) -> None:
+        """Counts what was decoded until now."""
+        seconds, decoding = self.now - worker.settled, len(worker.decoding)
+        worker.settled = self.now
+        if decoding and not worker.loading:
+            tokens = seconds / self._token_seconds(decoding)
+            worker.virtual += tokens
+            worker.tokens += tokens * decoding
+            worker.busy += seconds
+
+    def _token_seconds(self, decoding: int) -> float:
+        return self.worker.step_seconds + decoding * self.worker.row_seconds
+
+    def _next_end(self, worker: _Worker) -> None:
+        worker.change += 1
+        if worker.decoding and not worker.loading:
+            left = worker.decoding[0][0] - worker.virtual
+            end = self.now + left * self._token_seconds(len(worker.decoding))
+            self._at(max(self.now, end), self._decoded, worker, worker.change)
+
+    def _decoded(self, worker: _Worker, change: int) -> None:
+        if change != worker.change:
+            return
+        self._settle(worker)
+        worker.virtual = worker.decoding[0][0]
+        while worker.decoding and worker.decoding[0][0] <= worker.virtual:
+            _, _, query, pause, rows = heapq.heappop(worker.decoding)
+            if pause > 0:
+                self._at(self.now + pause, self._end, worker, query, rows)
+            else:
+                self._end(worker, query, rows)
+        self._next_end(worker)
+
+    def _end(self, worker: _Worker, query: _Query, rows: list[float]) -> None:
+        if query.overdue:
+            return
+        query.rows = [a + b for a, b in zip(query.rows, rows, strict=True)]
+        self._leave(worker, query)
+
+    def _overdue(self, worker: _Worker, query: _Query) -> None:
+        """What has not ended by the timeout has failed."""
+        left = query.left - sum(ended is query for ended in worker.ended)
+        if not left:
+            return
+        query.overdue = True
+        self._settle(worker)
+        worker.decoding = [episode for episode in worker.decoding if episode[2] is not query]
+        heapq.heapify(worker.decoding)
+        self._next_end(worker)
+        self.cut += left
+        for _ in range(left):
+            self._leave(worker, query)
+
+    def _leave(self, worker: _Worker, query: _Query) -> None:
+        worker.running -= 1
+        worker.ended.append(query)
+        if not worker.running:
+            worker.idle_since = self.now
+            self._record(worker, query)
+            return self._look(worker)
+        if len(worker.ended) == 1:
+            self._at(self.now + FLUSH, self._record, worker, query)
+        if self._room() > 0 and not self._outdated(worker):
+            self._look_later(worker)
+
+    def _record(self, worker: _Worker, first: _Query) -> None:
+        if not worker.ended or worker.ended[0] is not first:
+            return
+        ended, worker.ended = worker.ended, []
+        self.recorded += len(ended)
+        for query in ended:
+            query.left -= 1
+            if query.left == 0:
+                self._seal(query)
+
+    # ---- trainers
+
+    def _seal(self, query: _Query) -> None:
+        for trainer in self.trainers:
+            share = self.workload.trainers[self.agents[trainer.index]].zero_std
+            if self.config.sampling.refill_zero_std and self.random.random() < share:
+                self._drop(trainer, 1)
+            else:
+                heapq.heappush(trainer.sealed, (query.number, query))
+                self._claim_later(trainer)
+
+    def _claim_later(self, trainer: _Trainer) -> None:
+        if trainer.waiting and not trainer.looking:
+            trainer.looking = True
+            looks = math.ceil((self.now - trainer.since) / TRAINER_LOOK - 1e-9)
+            self._at(max(self.now, trainer.since + looks * TRAINER_LOOK), self._claim, trainer)
+
+    def _claim(self, trainer: _Trainer) -> None:
+        trainer.looking = False
+        self._expire(trainer)
+        if len(trainer.sealed) < self.batch:
+            return
+        queries = [heapq.heappop(trainer.sealed)[1] for _ in range(self.batch)]
+        self.staleness += [trainer.step - query.steps[trainer.index] for query in queries]
+        needs = self.workload.trainers[self.agents[trainer.index]]
+        tokens = needs.kept * sum(query.rows[trainer.index] for query in queries)
+        seconds = needs.seconds(tokens, trainer.gpus, self.config.compute.max_tokens) + needs.publish
+        trainer.waiting, trainer.since = False, self.now
+        learns = self.learns[trainer.index]
+        self._at(self.now + (seconds if learns else needs.overhead), self._publish, trainer)
+
+    def _expire(self, trainer: _Trainer) -> None:
+        oldest = trainer.step - self.config.sampling.max_staleness
+        fresh = [item for item in trainer.sealed if item[1].steps[trainer.index] >= oldest]
+        stale, trainer.sealed = len(trainer.sealed) - len(fresh), fresh
+        if stale:
+            heapq.heapify(fresh)
+            self._drop(trainer, stale)
+
+    def _drop(self, trainer: _Trainer, count: int) -> None:
+        """Other queries may be opened for them."""
+        trainer.dropped += count
+        self._wake()
+
+    def _publish(self, trainer: _Trainer) -> None:
+        trainer.busy += self.now - trainer.since
+        trainer.waiting, trainer.since = True, self.now
+        trainer.step += 1
+        trainer.trained += self.batch
+        self._wake()
+        self._claim_later(trainer)
+
+    # ---- the books
+
+    def _totals(self) -> dict[str, float]:
+        for worker in self.workers:
+            self._settle(worker)
+        running = {f"busy {self.agents[t.index]}": t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers}
+        return running | {
+            "time": self.now,
+            "step": self._done(),
+            "recorded": self.recorded,
+            "cut": self.cut,
+            "busy": sum(worker.busy for worker in self.workers),
+            "tokens": sum(worker.tokens for worker in self.workers),
+            "dropped": sum(trainer.dropped for trainer in self.trainers),
+            "trained": sum(trainer.trained for trainer in self.trainers),
+        }
+
+    def _outcome(self, end: dict[str, float]) -> Outcome:
+        of = {key: end[key] - self.begin[key] for key in end}
+        slots, seconds = self.config.compute.concurrency, of["time"]
+        most = len(self.workers) * seconds * slots / self._token_seconds(slots)
+        return Outcome(
+            step_seconds=seconds / of["step"],
+            rollouts_per_second=of["recorded"] / seconds,
+            workers_busy=of["busy"] / (len(self.workers) * seconds),
+            workers_full=of["tokens"] / most,
+            trainers_busy={name: of[f"busy {name}"] / seconds for name in self.agents},
+            staleness_mean=float(np.mean(self.staleness)),
+            staleness_worst=max(self.staleness),
+            expired=of["dropped"] / max(of["dropped"] + of["trained"], 1),
+            cut=of["cut"] / max(of["recorded"], 1),
+        )
+
+
+def next_look(idle_since: float, now: float) -> float:
+    """When an idle worker looks next: its pauses double from the first of IDLE to the second."""
+    first, longest = IDLE
+    time, pause = idle_since, first
+    while time < now and pause < longest:
+        time, pause = time + pause, min(2 * pause, longest)
+    return time if time >= now else time + math.ceil((now - time) / longest) * longest

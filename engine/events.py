@@ -1,9 +1,8 @@
 """A decoupled run as a discrete-event simulation: workers, stragglers, the gate, weights on their way, trainers.
 
-Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as it
-does; a trainer claims, expires and publishes like `AgentProcess`. The episodes of a worker share it: a token of each of
-n decoding ones takes step_seconds + n * row_seconds. A worker keeps a virtual time, the tokens that each of them has
-decoded so far, which tells the next to end; so an event is an episode's end, not a token, and costs a heap operation.
+Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as
+it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`), so that an
+event is an episode's end, not a token.
 
 The run has no last step: what is measured is its steady state. Evaluations, checkpoints and faults are left out, and so
 is the time that switch = "turn" waits for running turns to end.
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mgrpo.engine.config import Config
+from mgrpo.engine.sharing import Sharing
 from mgrpo.engine.workload import Workload
 
 # Seconds between looks into the store, as in worker.py and office.py, whose imports take long.
@@ -53,20 +53,22 @@ class _Query:
 
 
 @dataclass(eq=False)
+class _Episode:
+    query: _Query
+    pause: float  # seconds after it has decoded
+    rows: list[float]
+
+
+@dataclass(eq=False)
 class _Worker:
+    sharing: Sharing[_Episode]
     steps: list[int]  # of the weights it has, by agent; -1: none
-    decoding: list[tuple[float, int, _Query, float, list[float]]] = field(default_factory=list)  # heap by virtual end
-    virtual: float = 0.0  # tokens that an episode has decoded that decodes from the start
-    settled: float = 0.0  # until when `virtual` and the totals are counted
     change: int = 0  # which of the events about its next end is the valid one
     running: int = 0
-    loading: bool = False
     looking: bool = False  # a look is on its way
     looked_at: float = -math.inf
     idle_since: float = 0.0
     ended: list[_Query] = field(default_factory=list)  # a rollout's, to be recorded
-    busy: float = 0.0
-    tokens: float = 0.0
 
 
 @dataclass(eq=False)
@@ -95,7 +97,8 @@ class Run:
         self.random = np.random.default_rng(config.seed)
         self.now, self.serial = 0.0, 0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.workers = [_Worker([-1] * len(self.agents)) for _ in range(workers)]
+        rates = workload.worker.step_seconds, workload.worker.row_seconds
+        self.workers = [_Worker(Sharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
         self.trainers = [_Trainer(i, gpus[name]) for i, name in enumerate(self.agents)]
         self.opened = self.recorded = self.cut = 0
         self.staleness: list[int] = []
@@ -128,7 +131,7 @@ class Run:
                 self._look_later(worker)
 
     def _look_later(self, worker: _Worker) -> None:
-        if worker.looking or worker.loading:
+        if worker.looking or worker.sharing.stopped:
             return
         worker.looking = True
         if worker.running:
@@ -137,15 +140,15 @@ class Run:
 
     def _look(self, worker: _Worker) -> None:
         worker.looking, worker.looked_at = False, self.now
-        if worker.loading:
+        if worker.sharing.stopped:
             return
         outdated = self._outdated(worker)
         if not outdated:
             return self._take(worker)
         if worker.running and self.config.sampling.switch == "episode":
             return  # looks again when it has drained
-        self._settle(worker)
-        worker.loading = True
+        worker.sharing.settle(self.now)
+        worker.sharing.stopped = True
         self._next_end(worker)
         steps = [trainer.step for trainer in self.trainers]
         self._at(self.now + len(outdated) * self.worker.load_seconds, self._loaded, worker, steps)
@@ -155,8 +158,8 @@ class Run:
         return [t.index for t in self.trainers if (worker.steps[t.index] < (t.step if self.learns[t.index] else 0))]
 
     def _loaded(self, worker: _Worker, steps: list[int]) -> None:
-        self._settle(worker)
-        worker.loading, worker.steps = False, steps
+        worker.sharing.settle(self.now)
+        worker.sharing.stopped, worker.steps = False, steps
         self._next_end(worker)
         self._look(worker)
 
@@ -173,7 +176,7 @@ class Run:
         for t in self.trainers:
             if not self.learns[t.index]:  # the same weights under a new number
                 worker.steps[t.index] = t.step
-        self._settle(worker)
+        worker.sharing.settle(self.now)
         for _ in range(count):
             self._begin(worker)
         self._next_end(worker)
@@ -184,53 +187,35 @@ class Run:
         query = _Query(self.opened, self.size, list(worker.steps), [0.0] * len(self.agents))
         self.opened += 1
         worker.running += self.size
-        actions, pauses, rows = self.episodes.draw(self.random, self.size)
-        for k in range(self.size):
-            self.serial += 1
-            episode = (worker.virtual + actions[k], self.serial, query, pauses[k], [of[k] for of in rows])
-            heapq.heappush(worker.decoding, episode)
+        actions, pauses, rows_A = self.episodes.draw(self.random, self.size)
+        for tokens, pause, *rows in zip(actions, pauses, *rows_A, strict=True):
+            worker.sharing.add(tokens, _Episode(query, pause, rows))
         self._at(self.now + self.config.sampling.timeout, self._overdue, worker, query)
 
     # ---- episodes
 
-    def _settle(self, worker: _Worker) -> None:
-        """Counts what was decoded until now."""
-        seconds, decoding = self.now - worker.settled, len(worker.decoding)
-        worker.settled = self.now
-        if decoding and not worker.loading:
-            tokens = seconds / self._token_seconds(decoding)
-            worker.virtual += tokens
-            worker.tokens += tokens * decoding
-            worker.busy += seconds
-
-    def _token_seconds(self, decoding: int) -> float:
-        return self.worker.step_seconds + decoding * self.worker.row_seconds
-
     def _next_end(self, worker: _Worker) -> None:
         worker.change += 1
-        if worker.decoding and not worker.loading:
-            left = worker.decoding[0][0] - worker.virtual
-            end = self.now + left * self._token_seconds(len(worker.decoding))
-            self._at(max(self.now, end), self._decoded, worker, worker.change)
+        left = worker.sharing.left()
+        if left is not None:
+            self._at(self.now + left, self._decoded, worker, worker.change)
 
     def _decoded(self, worker: _Worker, change: int) -> None:
         if change != worker.change:
             return
-        self._settle(worker)
-        worker.virtual = worker.decoding[0][0]
-        while worker.decoding and worker.decoding[0][0] <= worker.virtual:
-            _, _, query, pause, rows = heapq.heappop(worker.decoding)
-            if pause > 0:
-                self._at(self.now + pause, self._end, worker, query, rows)
+        worker.sharing.settle(self.now)
+        for episode in worker.sharing.pop_next():
+            if episode.pause > 0:
+                self._at(self.now + episode.pause, self._end, worker, episode)
             else:
-                self._end(worker, query, rows)
+                self._end(worker, episode)
         self._next_end(worker)
 
-    def _end(self, worker: _Worker, query: _Query, rows: list[float]) -> None:
-        if query.overdue:
-            return
-        query.rows = [a + b for a, b in zip(query.rows, rows, strict=True)]
-        self._leave(worker, query)
+    def _end(self, worker: _Worker, episode: _Episode) -> None:
+        query = episode.query
+        if not query.overdue:
+            query.rows = [a + b for a, b in zip(query.rows, episode.rows, strict=True)]
+            self._leave(worker, query)
 
     def _overdue(self, worker: _Worker, query: _Query) -> None:
         """What has not ended by the timeout has failed."""
@@ -238,9 +223,8 @@ class Run:
         if not left:
             return
         query.overdue = True
-        self._settle(worker)
-        worker.decoding = [episode for episode in worker.decoding if episode[2] is not query]
-        heapq.heapify(worker.decoding)
+        worker.sharing.settle(self.now)
+        worker.sharing.remove(lambda episode: episode.query is query)
         self._next_end(worker)
         self.cut += left
         for _ in range(left):
@@ -324,15 +308,17 @@ class Run:
 
     def _totals(self) -> dict[str, float]:
         for worker in self.workers:
-            self._settle(worker)
-        running = {f"busy {self.agents[t.index]}": t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers}
+            worker.sharing.settle(self.now)
+        running = {
+            f"busy {self.agents[t.index]}": t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers
+        }
         return running | {
             "time": self.now,
             "step": self._done(),
             "recorded": self.recorded,
             "cut": self.cut,
-            "busy": sum(worker.busy for worker in self.workers),
-            "tokens": sum(worker.tokens for worker in self.workers),
+            "busy": sum(worker.sharing.busy for worker in self.workers),
+            "tokens": sum(worker.sharing.tokens for worker in self.workers),
             "dropped": sum(trainer.dropped for trainer in self.trainers),
             "trained": sum(trainer.trained for trainer in self.trainers),
         }
@@ -340,7 +326,7 @@ class Run:
     def _outcome(self, end: dict[str, float]) -> Outcome:
         of = {key: end[key] - self.begin[key] for key in end}
         slots, seconds = self.config.compute.concurrency, of["time"]
-        most = len(self.workers) * seconds * slots / self._token_seconds(slots)
+        most = len(self.workers) * seconds * slots / self.workers[0].sharing.token_seconds(slots)
         return Outcome(
             step_seconds=seconds / of["step"],
             rollouts_per_second=of["recorded"] / seconds,

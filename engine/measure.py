@@ -1,7 +1,7 @@
 """The workload of a simulated run, measured from a decoupled run that took place: its store and its metrics.
 
-What the store holds gives every episode's begin (when its query was taken), its seconds and its sampled tokens, hence how
-many ran beside it. Least squares over all episodes of
+What the store holds gives every episode's begin (when its query was taken), its seconds and its sampled tokens, hence
+how many ran beside it. Least squares over all episodes of
 
     seconds = pause + tokens * (step_seconds + beside * row_seconds)
 
@@ -83,7 +83,7 @@ def _steps(path: Path, end: int) -> list[Row]:
 
 
 def _episodes(config: Config, tables: Mapping[str, Sequence[Row]], end: int) -> Columns:
-    """Of each episode that ended, by query: query, worker, begin, seconds, actions and each agent's trainable tokens."""
+    """Of each episode, by query: query, worker, begin, seconds, actions and each agent's trainable tokens."""
     names, taken = list(config.agents), {row["query"]: row for row in tables["queries"]}
     limits = range(config.queries_per_step, end * config.queries_per_step)
     ended = [row for row in tables["rollouts"] if row["query"] in limits]
@@ -174,9 +174,11 @@ def _rows(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, 
 
 
 def _load_seconds(config: Config, run: Path, tables: Mapping[str, Sequence[Row]], end: int) -> float:
-    """Of one agent's weights. Every worker loads each trained agent's after every step, or skips some when it is late."""
+    """Of one agent's weights. A worker loads each trained agent's after every step, but skips some when late."""
     rows = [row for path in worker_files(run) for row in read_metrics(path) if not is_evaluation(row)]
-    loads = [sum(bool(row[f"{name}/version"] - before[f"{name}/version"]) for name in config.trained)
-             for before, row in itertools.pairwise(rows)]
+    loads = [
+        sum(bool(row[f"{name}/version"] - before[f"{name}/version"]) for name in config.trained)
+        for before, row in itertools.pairwise(rows)
+    ]
     seconds = [row["time/weights"] for _, row in itertools.pairwise(rows)]
     return sum(seconds) / max(sum(loads), 1)

@@ -1,5 +1,6 @@
-"""What a simulated run is made of: its episodes, what its workers and trainers need for them. Given in a TOML file here,
-measured from a run in `measure.py`.
+"""What a simulated run is made of: its episodes, and what its workers and trainers need for them.
+
+It is measured from a run in `measure.py`, or given in a TOML file:
 
     [worker]
     step_seconds = 0.012    # one token of each of n running episodes takes step_seconds + n * row_seconds, so that an
@@ -20,8 +21,8 @@ measured from a run in `measure.py`.
     publish = 8.0                            # seconds
     efficiency = 0.95                        # twice the GPUs have 2 * 0.95 times the rate
 
-Where it simplifies: an episode's calls decode one after another, all agents' tokens cost a worker the same, prompts cost
-it nothing, and all of an episode's pause is at its end.
+Where it simplifies: an episode's calls decode one after another, all agents' tokens cost a worker the same, prompts
+cost it nothing, and all of an episode's pause is at its end.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Worker(Frozen):
 
 
 class Trainer(Frozen, kw_only=True):
-    """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of groups without advantage."""
+    """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of groups no one learns from."""
 
     rate: Positive
     overhead: NonNegative = 0.0

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("check",),
+    ("check", "simulate"),
     ("launch", "local"),
-    ("report", "watch", "agent"),
-    ("curves", "transcript", "worker", "office"),
+    ("report", "watch", "agent", "measure", "events"),
+    ("curves", "transcript", "worker", "office", "workload", "sharing"),
     ("trainer", "records", "tasks", "arrivals"),
     ("rollout", "weights"),
     ("policy", "sampler"),

@@ -1,8 +1,8 @@
 """A decoupled run as a discrete-event simulation: workers, stragglers, the gate, weights on their way, trainers.
 
 Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as
-it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`), so that an
-event is an episode's end, not a token.
+it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`): an event is
+an episode's end, not a token.
 
 The run has no last step: what is measured is its steady state. Evaluations, checkpoints and faults are left out, and so
 is the time that switch = "turn" waits for running turns to end.
@@ -235,17 +235,17 @@ class Run:
         worker.ended.append(query)
         if not worker.running:
             worker.idle_since = self.now
-            self._record(worker, query)
+            self._record(worker, worker.ended)
             return self._look(worker)
         if len(worker.ended) == 1:
-            self._at(self.now + FLUSH, self._record, worker, query)
+            self._at(self.now + FLUSH, self._record, worker, worker.ended)
         if self._room() > 0 and not self._outdated(worker):
             self._look_later(worker)
 
-    def _record(self, worker: _Worker, first: _Query) -> None:
-        if not worker.ended or worker.ended[0] is not first:
-            return
-        ended, worker.ended = worker.ended, []
+    def _record(self, worker: _Worker, ended: list[_Query]) -> None:
+        if worker.ended is not ended:
+            return  # they were, as nothing ran any more
+        worker.ended = []
         self.recorded += len(ended)
         for query in ended:
             query.left -= 1

@@ -11,7 +11,8 @@ overhead and rate from the seconds and tokens of its steps. The first rl step fi
 What one run cannot tell: the two rates apart, when the same number of episodes always ran at once (all is then put on
 row_seconds: more slots promise nothing); what a prompt costs, apart from a pause; how much of the seconds processes on
 the same cores took from each other; the worth of more GPUs than it had (`Trainer.efficiency` is then assumed); and how
-pauses and failures grow with load. An episode that another worker sampled again is dated by its query's second begin.
+pauses and failures grow with load. How long what ends a step had to wait in the store is not
+measured: the simulation looks as often as the processes do. An episode that another worker sampled again is dated by its query's second begin.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def measure(config: Config, until: int | None = None) -> Workload:
         raise ValueError(f"run_dir: {run} given: expected a decoupled run that has taken two rl steps")
     tables = _tables(config)
     ended = _episodes(config, tables, end)
-    token_seconds, pause_N = _rates(ended)
+    token_seconds, pause_N = _rates(ended, ended["query"] // config.queries_per_step)
     edges = [0, *(np.flatnonzero(np.diff(ended["query"])) + 1).tolist(), len(pause_N)]
     rows_AN = np.stack([ended[f"rows {name}"] for name in config.agents])
     trainers = {name: _trainer(config, name, rows, tables) for name, rows in steps.items()}
@@ -105,14 +106,25 @@ def _episodes(config: Config, tables: Mapping[str, Sequence[Row]], end: int) -> 
     }
 
 
-def _rates(ended: Columns) -> tuple[tuple[float, float], np.ndarray]:
-    """(step_seconds, row_seconds) of a worker, and of each episode the seconds beyond those."""
-    beside_N, tokens_N, seconds_N = _beside(ended), ended["actions"], ended["seconds"]
-    columns = [tokens_N * beside_N, tokens_N, np.ones(len(tokens_N))]
-    row, step, _ = least_squares(np.stack(columns, 1), seconds_N)
-    over_N = seconds_N - tokens_N * (step + beside_N * row)
+def _rates(ended: Columns, step_N: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+    """(step_seconds, row_seconds) of a worker, and of each episode the seconds beyond those.
+
+    A machine that others use is faster in some steps than in others; this is no episode's, and is divided out.
+    """
+    tokens_N = ended["actions"]
+    given_NC = np.stack([tokens_N * _beside(ended), tokens_N, np.ones(len(tokens_N))], 1)
+    seconds_N = _even(ended["seconds"], given_NC @ least_squares(given_NC, ended["seconds"]), step_N)
+    row, step, _ = least_squares(given_NC, seconds_N)
+    over_N = seconds_N - given_NC[:, :2] @ [row, step]
     pause_N = np.maximum(over_N, 0)  # noise is cut off below: the mean stays
     return (step, row), pause_N * (max(over_N.mean(), 0) / max(pause_N.mean(), 1e-12))
+
+
+def _even(seconds_N: np.ndarray, fitted_N: np.ndarray, step_N: np.ndarray) -> np.ndarray:
+    """Seconds as they were, had every step the speed of all; in the mean they are unchanged."""
+    fitted_S, seconds_S = np.bincount(step_N, fitted_N), np.bincount(step_N, seconds_N)
+    even_N = seconds_N * (fitted_S / np.maximum(seconds_S, 1e-12))[step_N]
+    return even_N * (seconds_N.sum() / max(even_N.sum(), 1e-12))
 
 
 def _beside(ended: Columns) -> np.ndarray:

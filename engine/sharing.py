@@ -1,7 +1,7 @@
 """Episodes that share a worker, exactly: a token of each of n of them takes step_seconds + n * row_seconds.
 
-All that decode get their tokens at the same pace, so one virtual time serves them all: the tokens that an episode has
-which decodes from the start. One that begins at virtual time v with k tokens to go ends at v + k, whoever comes or goes.
+All that decode get their tokens at the same pace, so one virtual time serves them all: the tokens of an episode that
+decodes from the start. One that begins at virtual time v with k tokens to go ends at v + k, whoever comes or goes.
 """
 
 from __future__ import annotations

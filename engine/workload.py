@@ -68,7 +68,7 @@ class Worker(Frozen):
 
 
 class Trainer(Frozen, kw_only=True):
-    """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of groups no one learns from."""
+    """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of them without advantage."""
 
     rate: Positive
     overhead: NonNegative = 0.0

@@ -1,8 +1,8 @@
 """A decoupled run as a discrete-event simulation: workers, stragglers, the gate, weights on their way, trainers.
 
 Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as
-it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`): an event is
-an episode's end, not a token.
+it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`): an event
+is an episode's end, not a token.
 
 The run has no last step: what is measured is its steady state. Evaluations, checkpoints and faults are left out, and so
 is the time that switch = "turn" waits for running turns to end.
@@ -234,13 +234,17 @@ class Run:
         worker.running -= 1
         worker.ended.append(query)
         if not worker.running:
-            worker.idle_since = self.now
-            self._record(worker, worker.ended)
-            return self._look(worker)
+            worker.looking = True  # but not before it has recorded
+            return self._at(self.now + self.worker.record_seconds, self._drained, worker)
         if len(worker.ended) == 1:
             self._at(self.now + FLUSH, self._record, worker, worker.ended)
         if self._room() > 0 and not self._outdated(worker):
             self._look_later(worker)
+
+    def _drained(self, worker: _Worker) -> None:
+        worker.idle_since = self.now
+        self._record(worker, worker.ended)
+        self._look(worker)
 
     def _record(self, worker: _Worker, ended: list[_Query]) -> None:
         if worker.ended is not ended:

@@ -11,8 +11,7 @@ overhead and rate from the seconds and tokens of its steps. The first rl step fi
 What one run cannot tell: the two rates apart, when the same number of episodes always ran at once (all is then put on
 row_seconds: more slots promise nothing); what a prompt costs, apart from a pause; how much of the seconds processes on
 the same cores took from each other; the worth of more GPUs than it had (`Trainer.efficiency` is then assumed); and how
-pauses and failures grow with load. How long what ends a step had to wait in the store is not
-measured: the simulation looks as often as the processes do. An episode that another worker sampled again is dated by its query's second begin.
+pauses and failures grow with load. An episode that another worker sampled again is dated by its query's second begin.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from mgrpo.engine.display import is_evaluation
 from mgrpo.engine.ledger import open_store
 from mgrpo.engine.rows import worker_files
 from mgrpo.engine.run import read_metrics
+from mgrpo.engine.store import STATUSES
 from mgrpo.engine.workload import Episodes, Trainer, Worker, Workload
 
 Row = Mapping[str, Any]
@@ -53,8 +53,8 @@ def measure(config: Config, until: int | None = None) -> Workload:
     edges = [0, *(np.flatnonzero(np.diff(ended["query"])) + 1).tolist(), len(pause_N)]
     rows_AN = np.stack([ended[f"rows {name}"] for name in config.agents])
     trainers = {name: _trainer(config, name, rows, tables) for name, rows in steps.items()}
-    worker = Worker(token_seconds[0], token_seconds[1], _load_seconds(config, run, tables, end))
-    return Workload(Episodes(ended["actions"], pause_N, rows_AN, edges), worker, trainers)
+    episodes = Episodes(ended["actions"], pause_N, rows_AN, edges)
+    return Workload(episodes, _worker(config, ended, token_seconds, end), trainers)
 
 
 def step_seconds(config: Config, begin: int, end: int) -> float:
@@ -133,13 +133,20 @@ def _beside(ended: Columns) -> np.ndarray:
     for worker in set(ended["worker"].tolist()):
         mine = ended["worker"] == worker
         begins, ends = ended["begin"][mine], (ended["begin"] + ended["seconds"])[mine]
-        times = np.concatenate([begins, ends])
-        order = np.argsort(times, kind="stable")
-        running = np.cumsum(np.repeat([1, -1], len(begins))[order])
-        area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times[order]))])  # episode-seconds until then
-        spent = np.interp(ends, times[order], area) - np.interp(begins, times[order], area)
+        times, running = _timeline(ended, worker)
+        area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times))])  # episode-seconds until then
+        spent = np.interp(ends, times, area) - np.interp(begins, times, area)
         beside_N[mine] = np.maximum(spent / np.maximum(ends - begins, 1e-9), 1.0)
     return beside_N
+
+
+def _timeline(ended: Columns, worker: str) -> tuple[np.ndarray, np.ndarray]:
+    """When a worker's episodes began and ended, in order, and how many ran from then on."""
+    mine = ended["worker"] == worker
+    begins, ends = ended["begin"][mine], (ended["begin"] + ended["seconds"])[mine]
+    times = np.concatenate([begins, ends])
+    order = np.argsort(times, kind="stable")
+    return times[order], np.cumsum(np.repeat([1, -1], len(begins))[order])
 
 
 def least_squares(given_NC: np.ndarray, wanted_N: np.ndarray) -> list[float]:
@@ -185,12 +192,31 @@ def _rows(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, 
     return sum(call["rows"] for call in mine) / sampled * len(steps) * config.queries_per_step
 
 
-def _load_seconds(config: Config, run: Path, tables: Mapping[str, Sequence[Row]], end: int) -> float:
-    """Of one agent's weights. A worker loads each trained agent's after every step, but skips some when late."""
-    rows = [row for path in worker_files(run) for row in read_metrics(path) if not is_evaluation(row)]
-    loads = [
-        sum(bool(row[f"{name}/version"] - before[f"{name}/version"]) for name in config.trained)
-        for before, row in itertools.pairwise(rows)
-    ]
-    seconds = [row["time/weights"] for _, row in itertools.pairwise(rows)]
-    return sum(seconds) / max(sum(loads), 1)
+def _worker(config: Config, ended: Columns, rates: tuple[float, float], end: int) -> Worker:
+    """A worker loads each trained agent's weights after every step, but skips some when late.
+
+    What it does between two lots of episodes beside loading and waiting, mostly writing and recording, is no episode's.
+    """
+    files = worker_files(Path(config.run_dir))
+    rows = [pair for path in files for pair in itertools.pairwise(read_metrics(path)) if pair[1]["step"] < end]
+    rows = [(before, row) for before, row in rows if not is_evaluation(row) and not is_evaluation(before)]
+    versions = [f"{name}/version" for name in config.trained]
+    loads = sum(row[version] != before[version] for before, row in rows for version in versions)
+    weights = sum(row["time/weights"] for _, row in rows)
+    recorded = [sum(row[f"rollouts/{status}"] for status in STATUSES) for _, row in rows]
+    spans = [count / row["perf/rollouts_per_second"] for count, (_, row) in zip(recorded, rows, strict=True)]
+    outside = sum(spans) - weights - sum(row["time/waiting"] for _, row in rows)
+    running, lots = _sampling(ended)
+    each = len(ended["query"])
+    between = outside * each / max(sum(recorded), 1) - running
+    return Worker(*rates, load_seconds=weights / max(loads, 1), record_seconds=max(between, 0) / lots)
+
+
+def _sampling(ended: Columns) -> tuple[float, int]:
+    """Seconds in which a worker's episodes ran, of all workers; and how often one's first began."""
+    seconds, lots = 0.0, 0
+    for worker in set(ended["worker"].tolist()):
+        times, running = _timeline(ended, worker)
+        seconds += float(np.diff(times)[running[:-1] > 0].sum())
+        lots += int((running == 0).sum())
+    return seconds, lots

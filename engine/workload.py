@@ -6,6 +6,7 @@ It is measured from a run in `measure.py`, or given in a TOML file:
     step_seconds = 0.012    # one token of each of n running episodes takes step_seconds + n * row_seconds, so that an
     row_seconds = 0.0001    # episode alone decodes at 1 / (step + row) tokens a second, and a worker at most 1 / row
     load_seconds = 6.0      # to load one agent's new weights
+    record_seconds = 0.1    # to write and record its last episodes, before it looks for others
     gpus = 1                # of one worker
 
     [pause]                 # seconds of an episode in which it does not decode: tools, the judge
@@ -55,11 +56,12 @@ class Skewed(Frozen):
 
 
 class Worker(Frozen):
-    """A rollout worker. seconds: of a token of each of n episodes, step_seconds + n * row_seconds; loads: one agent."""
+    """A rollout worker: the keys of [worker] above."""
 
     step_seconds: NonNegative
     row_seconds: NonNegative
     load_seconds: NonNegative = 0.0
+    record_seconds: NonNegative = 0.0
     gpus: Count = 1
 
     def __post_init__(self) -> None:

@@ -13,17 +13,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mgrpo.engine.config import Config
+from mgrpo.engine.parts import FLUSH, TRAINER_LOOK, WORKER_LOOK, Episode, Query, Trainer, Worker, next_look
 from mgrpo.engine.sharing import Sharing
 from mgrpo.engine.workload import Workload
-
-# Seconds between looks into the store, as in worker.py and office.py, whose imports take long.
-TRAINER_LOOK, WORKER_LOOK, FLUSH, IDLE = 0.1, 0.25, 0.5, (0.02, 1.0)
 
 
 @dataclass(frozen=True)
@@ -43,48 +41,6 @@ class Outcome:
     cut: float
 
 
-@dataclass(eq=False)
-class _Query:
-    number: int
-    left: int  # rollouts that are not recorded
-    steps: list[int]  # of the weights that sample it, by agent
-    rows: list[float]  # tokens to be trained on, by agent
-    overdue: bool = False
-
-
-@dataclass(eq=False)
-class _Episode:
-    query: _Query
-    pause: float  # seconds after it has decoded
-    rows: list[float]
-
-
-@dataclass(eq=False)
-class _Worker:
-    sharing: Sharing[_Episode]
-    steps: list[int]  # of the weights it has, by agent; -1: none
-    change: int = 0  # which of the events about its next end is the valid one
-    running: int = 0
-    looking: bool = False  # a look is on its way
-    looked_at: float = -math.inf
-    idle_since: float = 0.0
-    ended: list[_Query] = field(default_factory=list)  # a rollout's, to be recorded
-
-
-@dataclass(eq=False)
-class _Trainer:
-    index: int
-    gpus: int
-    step: int = 0
-    trained: int = 0
-    dropped: int = 0
-    waiting: bool = True
-    looking: bool = False
-    since: float = 0.0  # when it began to wait, or to train
-    sealed: list[tuple[int, _Query]] = field(default_factory=list)  # heap by number
-    busy: float = 0.0
-
-
 class Run:
     """One simulation of `steps` rl steps. gpus: each agent's trainer's. The same arguments give the same outcome."""
 
@@ -98,8 +54,8 @@ class Run:
         self.now, self.serial = 0.0, 0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         rates = workload.worker.step_seconds, workload.worker.row_seconds
-        self.workers = [_Worker(Sharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
-        self.trainers = [_Trainer(i, gpus[name]) for i, name in enumerate(self.agents)]
+        self.workers = [Worker(Sharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
+        self.trainers = [Trainer(i, gpus[name]) for i, name in enumerate(self.agents)]
         self.opened = self.recorded = self.cut = 0
         self.staleness: list[int] = []
         self.warm = min(config.sampling.max_staleness + 1, steps - 1)  # steps in which the pipeline fills
@@ -130,17 +86,17 @@ class Run:
             if not (worker.running and drains and self._outdated(worker)):
                 self._look_later(worker)
 
-    def _look_later(self, worker: _Worker) -> None:
-        if worker.looking or worker.sharing.stopped:
+    def _look_later(self, worker: Worker) -> None:
+        if worker.looking or worker.recording or worker.sharing.stopped:
             return
         worker.looking = True
         if worker.running:
             return self._at(max(self.now, worker.looked_at + WORKER_LOOK), self._look, worker)
         self._at(next_look(worker.idle_since, self.now), self._look, worker)
 
-    def _look(self, worker: _Worker) -> None:
+    def _look(self, worker: Worker) -> None:
         worker.looking, worker.looked_at = False, self.now
-        if worker.sharing.stopped:
+        if worker.recording or worker.sharing.stopped:
             return
         outdated = self._outdated(worker)
         if not outdated:
@@ -153,11 +109,11 @@ class Run:
         steps = [trainer.step for trainer in self.trainers]
         self._at(self.now + len(outdated) * self.worker.load_seconds, self._loaded, worker, steps)
 
-    def _outdated(self, worker: _Worker) -> list[int]:
+    def _outdated(self, worker: Worker) -> list[int]:
         """Agents of which there are other weights than it has; the frozen ones' are loaded once."""
         return [t.index for t in self.trainers if (worker.steps[t.index] < (t.step if self.learns[t.index] else 0))]
 
-    def _loaded(self, worker: _Worker, steps: list[int]) -> None:
+    def _loaded(self, worker: Worker, steps: list[int]) -> None:
         worker.sharing.settle(self.now)
         worker.sharing.stopped, worker.steps = False, steps
         self._next_end(worker)
@@ -168,7 +124,7 @@ class Run:
         slowest = min(trainer.trained + trainer.dropped for trainer in self.trainers)
         return slowest + (self.config.sampling.max_staleness + 1) * self.batch - self.opened
 
-    def _take(self, worker: _Worker) -> None:
+    def _take(self, worker: Worker) -> None:
         free = -(-(self.config.compute.concurrency - worker.running) // self.size)
         count = min(free, -(-self.batch // len(self.workers)), self._room())
         if count < 1:
@@ -183,24 +139,24 @@ class Run:
         worker.looking = True
         self._at(self.now, self._look, worker)  # there may be more
 
-    def _begin(self, worker: _Worker) -> None:
-        query = _Query(self.opened, self.size, list(worker.steps), [0.0] * len(self.agents))
+    def _begin(self, worker: Worker) -> None:
+        query = Query(self.opened, self.size, list(worker.steps), [0.0] * len(self.agents))
         self.opened += 1
         worker.running += self.size
         actions, pauses, rows_A = self.episodes.draw(self.random, self.size)
         for tokens, pause, *rows in zip(actions, pauses, *rows_A, strict=True):
-            worker.sharing.add(tokens, _Episode(query, pause, rows))
+            worker.sharing.add(tokens, Episode(query, pause, rows))
         self._at(self.now + self.config.sampling.timeout, self._overdue, worker, query)
 
     # ---- episodes
 
-    def _next_end(self, worker: _Worker) -> None:
+    def _next_end(self, worker: Worker) -> None:
         worker.change += 1
         left = worker.sharing.left()
         if left is not None:
             self._at(self.now + left, self._decoded, worker, worker.change)
 
-    def _decoded(self, worker: _Worker, change: int) -> None:
+    def _decoded(self, worker: Worker, change: int) -> None:
         if change != worker.change:
             return
         worker.sharing.settle(self.now)
@@ -211,13 +167,13 @@ class Run:
                 self._end(worker, episode)
         self._next_end(worker)
 
-    def _end(self, worker: _Worker, episode: _Episode) -> None:
+    def _end(self, worker: Worker, episode: Episode) -> None:
         query = episode.query
         if not query.overdue:
             query.rows = [a + b for a, b in zip(query.rows, episode.rows, strict=True)]
             self._leave(worker, query)
 
-    def _overdue(self, worker: _Worker, query: _Query) -> None:
+    def _overdue(self, worker: Worker, query: Query) -> None:
         """What has not ended by the timeout has failed."""
         left = query.left - sum(ended is query for ended in worker.ended)
         if not left:
@@ -230,23 +186,23 @@ class Run:
         for _ in range(left):
             self._leave(worker, query)
 
-    def _leave(self, worker: _Worker, query: _Query) -> None:
+    def _leave(self, worker: Worker, query: Query) -> None:
         worker.running -= 1
         worker.ended.append(query)
         if not worker.running:
-            worker.looking = True  # but not before it has recorded
+            worker.recording = True
             return self._at(self.now + self.worker.record_seconds, self._drained, worker)
         if len(worker.ended) == 1:
             self._at(self.now + FLUSH, self._record, worker, worker.ended)
         if self._room() > 0 and not self._outdated(worker):
             self._look_later(worker)
 
-    def _drained(self, worker: _Worker) -> None:
-        worker.idle_since = self.now
+    def _drained(self, worker: Worker) -> None:
+        worker.recording, worker.idle_since = False, self.now
         self._record(worker, worker.ended)
         self._look(worker)
 
-    def _record(self, worker: _Worker, ended: list[_Query]) -> None:
+    def _record(self, worker: Worker, ended: list[Query]) -> None:
         if worker.ended is not ended:
             return  # they were, as nothing ran any more
         worker.ended = []
@@ -258,7 +214,7 @@ class Run:
 
     # ---- trainers
 
-    def _seal(self, query: _Query) -> None:
+    def _seal(self, query: Query) -> None:
         for trainer in self.trainers:
             share = self.workload.trainers[self.agents[trainer.index]].zero_std
             if self.config.sampling.refill_zero_std and self.random.random() < share:
@@ -267,13 +223,13 @@ class Run:
                 heapq.heappush(trainer.sealed, (query.number, query))
                 self._claim_later(trainer)
 
-    def _claim_later(self, trainer: _Trainer) -> None:
+    def _claim_later(self, trainer: Trainer) -> None:
         if trainer.waiting and not trainer.looking:
             trainer.looking = True
             looks = math.ceil((self.now - trainer.since) / TRAINER_LOOK - 1e-9)
             self._at(max(self.now, trainer.since + looks * TRAINER_LOOK), self._claim, trainer)
 
-    def _claim(self, trainer: _Trainer) -> None:
+    def _claim(self, trainer: Trainer) -> None:
         trainer.looking = False
         self._expire(trainer)
         if len(trainer.sealed) < self.batch:
@@ -287,7 +243,7 @@ class Run:
         learns = self.learns[trainer.index]
         self._at(self.now + (seconds if learns else needs.overhead), self._publish, trainer)
 
-    def _expire(self, trainer: _Trainer) -> None:
+    def _expire(self, trainer: Trainer) -> None:
         oldest = trainer.step - self.config.sampling.max_staleness
         fresh = [item for item in trainer.sealed if item[1].steps[trainer.index] >= oldest]
         stale, trainer.sealed = len(trainer.sealed) - len(fresh), fresh
@@ -295,12 +251,12 @@ class Run:
             heapq.heapify(fresh)
             self._drop(trainer, stale)
 
-    def _drop(self, trainer: _Trainer, count: int) -> None:
+    def _drop(self, trainer: Trainer, count: int) -> None:
         """Other queries may be opened for them."""
         trainer.dropped += count
         self._wake()
 
-    def _publish(self, trainer: _Trainer) -> None:
+    def _publish(self, trainer: Trainer) -> None:
         trainer.busy += self.now - trainer.since
         trainer.waiting, trainer.since = True, self.now
         trainer.step += 1
@@ -313,10 +269,8 @@ class Run:
     def _totals(self) -> dict[str, float]:
         for worker in self.workers:
             worker.sharing.settle(self.now)
-        running = {
-            f"busy {self.agents[t.index]}": t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers
-        }
-        return running | {
+        busy = [t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers]
+        return {f"busy {name}": seconds for name, seconds in zip(self.agents, busy, strict=True)} | {
             "time": self.now,
             "step": self._done(),
             "recorded": self.recorded,
@@ -342,12 +296,3 @@ class Run:
             expired=of["dropped"] / max(of["dropped"] + of["trained"], 1),
             cut=of["cut"] / max(of["recorded"], 1),
         )
-
-
-def next_look(idle_since: float, now: float) -> float:
-    """When an idle worker looks next: its pauses double from the first of IDLE to the second."""
-    first, longest = IDLE
-    time, pause = idle_since, first
-    while time < now and pause < longest:
-        time, pause = time + pause, min(2 * pause, longest)
-    return time if time >= now else time + math.ceil((now - time) / longest) * longest

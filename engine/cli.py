@@ -130,6 +130,22 @@ def bench(name: Literal["kernels", "packing", "store"], quick: bool = False) -> 
     import_module(f"mgrpo.bench.{name}").main(quick)
 
 
+@app.command()
+def simulate(
+    file: File,
+    gpus: Annotated[str, typer.Option(help="numbers between commas, or FIRST..LAST by doubling")] = "64..4096",
+    workload: Annotated[Path | None, typer.Option(help="a TOML file, or a run to measure; else FILE's run")] = None,
+    steps: Annotated[int, typer.Option(help="rl steps to simulate")] = 30,
+    figure: Path = Path("simulation.png"),
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Simulate FILE on so many GPUs: the best split, utilisation, staleness, the bottleneck; then a line of JSON."""
+    config = load_config(file, overrides)
+    print(
+        import_module("mgrpo.engine.simulate").simulate(config, workload or Path(config.run_dir), gpus, steps, figure)
+    )
+
+
 @store.command()
 def init(file: File) -> None:
     """Make the tables and the run of FILE: on a cluster, before anything else."""

@@ -11,10 +11,11 @@ from mgrpo.engine.config import AgentConfig, Config
 from mgrpo.engine.launch import make_sampler, restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
+from mgrpo.engine.office import read_saved
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import keep_memory
 from mgrpo.engine.rollout import Episodes, load_environment
-from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.run import RunDirectory, latest_of
 from mgrpo.engine.tasks import accuracy, eval_jobs, load_tasks
 
 GIB = 2**30
@@ -89,18 +90,36 @@ def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
 
 
 def evaluate(config: Config, checkpoint: Path) -> str:
-    """Held-out accuracy of a checkpoint, in a sentence."""
+    """Held-out accuracy of a checkpoint, or of a run whose agents have their own: of the last of each. In a sentence."""
     keep_memory()
     if not checkpoint.is_dir():
-        raise ValueError(f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/")
+        raise ValueError(
+            f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/, or a run's own"
+        )
     environment = load_environment(config.environment)
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
-    stage, step = restore(policies, RunDirectory.open_checkpoint(checkpoint))
+    told = _restore(policies, checkpoint)
     samplers = {name: make_sampler(policy, config) for name, policy in policies.items()}
     jobs = eval_jobs(load_tasks(environment, "held_out"), config)
     row = accuracy(Episodes(config, environment, dict(samplers)).run(jobs))
     return (
-        f"{checkpoint}: {stage} step {step}: held-out accuracy {row['eval/held_out_accuracy']:.1%} "
+        f"{checkpoint}: {told}: held-out accuracy {row['eval/held_out_accuracy']:.1%} "
         f"(95 % interval {row['eval/low']:.1%} to {row['eval/high']:.1%}) on {row['eval/questions']} questions, "
         f"{row['eval/failed']} of them failed or unscored"
     )
+
+
+def _restore(policies: dict[str, Policy], checkpoint: Path) -> str:
+    """Says what was loaded."""
+    if not (checkpoint / "agents").is_dir():
+        stage, step = restore(policies, RunDirectory.open_checkpoint(checkpoint))
+        return f"{stage} step {step}"
+    told = []
+    for name, policy in policies.items():
+        folder = latest_of(checkpoint / "agents" / name / "checkpoints")
+        if folder is None:
+            raise ValueError(f"--checkpoint: {checkpoint} given: expected a checkpoint of agent {name!r} in it")
+        saved = read_saved(folder)
+        policy.load(folder / name, saved.policy)
+        told.append(f"{name} {saved.stage} step {saved.step}")
+    return ", ".join(told)

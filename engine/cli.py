@@ -21,7 +21,7 @@ store = typer.Typer(no_args_is_help=True, help="Make a run's store, look into it
 app.add_typer(store, name="store")
 
 File = Annotated[Path, typer.Argument(help="the run's TOML file")]
-Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/")]
+Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/; of a decoupled run, its run_dir")]
 Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
 

@@ -61,6 +61,12 @@ class Saved(msgspec.Struct):
     unacked: list[int] = []
 
 
+def read_saved(checkpoint: Path) -> Saved:
+    """What a checkpoint says. Raises ValueError if it is not whole."""
+    state = (RunDirectory.open_checkpoint(checkpoint) / "state.json").read_bytes()
+    return msgspec.structs.replace(msgspec.json.decode(state, type=Saved), folder=str(checkpoint))
+
+
 class Office:
     """The agent's part of a run. As a context it holds the role; ValueError while another process does."""
 
@@ -132,10 +138,7 @@ class Office:
     def latest(self) -> Saved:
         """What the last checkpoint says, verified."""
         checkpoint = self.rundir.latest_checkpoint()
-        if checkpoint is None:
-            return Saved()
-        state = (self.rundir.open_checkpoint(checkpoint) / "state.json").read_bytes()
-        return msgspec.structs.replace(msgspec.json.decode(state, type=Saved), folder=str(checkpoint))
+        return read_saved(checkpoint) if checkpoint is not None else Saved()
 
     def resume(self, saved: Saved) -> None:
         """Make store and metrics agree with the checkpoint."""

@@ -137,7 +137,7 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """The furthest checkpoint, by stage and step; None when there is none. Not verified: see `open_checkpoint`."""
-        return max(self._saved(), key=lambda path: _order(path.name), default=None)
+        return latest_of(self.checkpoints)
 
     @staticmethod
     def open_checkpoint(path: Path) -> Path:
@@ -156,11 +156,8 @@ class RunDirectory:
     def _holds_run(self) -> bool:
         return self.config.exists() or self.latest_checkpoint() is not None or _size(self.metrics) > 0
 
-    def _saved(self) -> list[Path]:
-        return [path for path in self.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
-
     def _prune(self, name: str, keep: int) -> None:
-        saved = sorted(self._saved(), key=lambda path: _order(path.name))
+        saved = sorted(_saved(self.checkpoints), key=lambda path: _order(path.name))
         last = [path.name for path in saved].index(name)
         for path in saved[: max(last + 1 - keep, 0)] + saved[last + 1 :]:
             self._retire(path)
@@ -182,6 +179,15 @@ class RunDirectory:
             getattr(error, "errno", None) or errno.EIO,
             f"checkpoint {name} could not be written: {error} (after {_size(aside)} bytes, {free} free{stays})",
         )
+
+
+def latest_of(checkpoints: Path) -> Path | None:
+    """The furthest of the checkpoints in a folder, by stage and step; None when there is none."""
+    return max(_saved(checkpoints), key=lambda path: _order(path.name), default=None)
+
+
+def _saved(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("*-*") if _NAME.fullmatch(path.name)]
 
 
 class Rows:

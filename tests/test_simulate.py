@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.engine import events, measure, office, parts, simulate, worker
+from mgrpo.engine import events, office, parts, worker
 from mgrpo.engine.config import Config, parse_config
 from mgrpo.engine.sharing import Sharing
 from mgrpo.engine.store import Publication, Store

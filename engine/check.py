@@ -90,7 +90,7 @@ def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
 
 
 def evaluate(config: Config, checkpoint: Path) -> str:
-    """Held-out accuracy of a checkpoint, or of a run whose agents have their own: of the last of each. In a sentence."""
+    """Held-out accuracy of a checkpoint, or of the last one of each agent of a decoupled run. In a sentence."""
     keep_memory()
     if not checkpoint.is_dir():
         raise ValueError(

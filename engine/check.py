@@ -94,7 +94,7 @@ def evaluate(config: Config, checkpoint: Path) -> str:
     keep_memory()
     if not checkpoint.is_dir():
         raise ValueError(
-            f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/, or a run's own"
+            f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/"
         )
     environment = load_environment(config.environment)
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}

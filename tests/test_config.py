@@ -129,7 +129,10 @@ NUMBERS = list(fields(msgspec.inspect.FloatType))
 COUNTS = list(fields(msgspec.inspect.IntType))
 TABLES = [*fields(msgspec.inspect.DictType, msgspec.inspect.StructType), "agents.main", "agents.clerk"]
 CHOICES = fields(msgspec.inspect.LiteralType)
-FROM_0 = ["seed", "steps", "agents.main.lr_warmup_steps", "warmup.steps", "eval.every"]
+FROM_0 = [
+    *["seed", "steps", "restarts", "agents.main.lr_warmup_steps", "warmup.steps", "eval.every"],
+    *["sampling.max_staleness", "sampling.probe_every"],
+]
 FROM_2 = ["algorithm.rollouts", "agents.main.max_context"]
 
 
@@ -161,6 +164,7 @@ def test_a_wrong_type_is_refused_by_key_value_and_type(keys: list[str], values: 
         (">= 0", -0.1, ["algorithm.kl_coef", "algorithm.entropy_coef", "agents.main.weight_decay"]),
         ("> 0", 0.0, within("algorithm", "clip_low clip_high sampler_cap std_eps length_constant")),
         ("> 0", -1e-6, [*within("agents.main", "lr temperature top_p grad_clip"), "warmup.lr", "reward.timeout"]),
+        ("> 0", 0, [*within("sampling", "timeout max_gap"), "store.lease"]),
         ("> 1", 1.0, ["algorithm.dual_clip"]),
         ("< 1", 1.0, ["algorithm.clip_low"]),
         ("<= 1", 1.1, ["agents.main.top_p"]),

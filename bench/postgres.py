@@ -41,6 +41,8 @@ def find_server() -> Path | None:
 class Cluster:
     """A server of its own, with a password, on a unix socket and on loopback; TLS where openssl can make a key."""
 
+    listens = "127.0.0.1"
+
     def __init__(self) -> None:
         programs = find_server()
         assert programs is not None
@@ -62,7 +64,7 @@ class Cluster:
         self.start()
 
     def start(self) -> None:
-        settings = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": self.folder}
+        settings = {"listen_addresses": self.listens, "port": self.port, "unix_socket_directories": self.folder}
         if self.tls:
             settings |= {"ssl": "on", "ssl_cert_file": self.folder / "tls.crt", "ssl_key_file": self.folder / "tls.key"}
         given = (f"-c{key}={value}" for key, value in settings.items())

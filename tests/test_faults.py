@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from faults import SECONDS, STEPS, K, Q, Run, wait_for
-from mgrpo.bench.postgres import PASSWORD, Cluster
+from hosts import HERE, Hosts, Server
+from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
 from mgrpo.engine.ledger import open_store
 
 pytestmark = pytest.mark.faults
@@ -213,3 +215,42 @@ def test_a_second_trainer_of_an_agent_and_one_that_was_taken_for_dead(make, tmp_
     assert first.wait(SECONDS) == 1
     assert "Fenced: trainer:main of run 'run' is held by None" in (run.folder / "out-0.txt").read_text()
     run.check(steps=8)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    two = Hosts()
+    try:
+        two.open()
+    except (subprocess.CalledProcessError, OSError) as error:
+        two.close()
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+    yield two
+    two.close()
+
+
+@pytest.fixture
+def far_server(hosts: Hosts) -> Iterator[Server]:
+    if reason := why_not():
+        pytest.skip(reason)
+    server = Server()
+    yield server
+    server.remove()
+
+
+def test_two_hosts_and_a_cut_cable(make, hosts: Hosts, far_server: Server):
+    """Store and trainers on one host, the worker on the other; the cable is cut until the worker's leases are over."""
+    name = urlsplit(far_server.create()).path.removeprefix("/")
+    url, tls = far_server.url(name, HERE), "auto" if far_server.tls else "off"
+    run = make({"alone": ["0"]}, store={"url": url, "tls": tls, "lease": 2.0}, steps=10)
+    launcher = run.start("train")
+    wait_for(lambda: len(run.steps()) == 2, run)
+    worker = run.start("rollout", "--name", "worker-0", before=hosts.on_the_second())
+    run.wait_for_step(2)
+    with closing(open_store(run.config)) as store:
+        wait_for(lambda: store.status()["leases"], run)
+        with hosts.cut():
+            wait_for(lambda: store.status()["leases"]["worker-0"]["seconds"] < -8.0, run)
+    assert worker.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
+    run.check(steps=10)
+    assert len(run.begun()) == 3

@@ -203,8 +203,8 @@ class Run:
         self._look(worker)
 
     def _record(self, worker: Worker, ended: list[Query]) -> None:
-        if worker.ended is not ended:
-            return  # they were, as nothing ran any more
+        if worker.recording or worker.ended is not ended:
+            return  # nothing runs any more: they are being recorded, or were
         worker.ended = []
         self.recorded += len(ended)
         for query in ended:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.engine import events, office, parts, worker
-from mgrpo.engine.config import Config, parse_config
+from mgrpo.engine import cli, events, measure, office, parts, simulate, worker
+from mgrpo.engine.config import Config, dump_config, parse_config
 from mgrpo.engine.sharing import Sharing
-from mgrpo.engine.store import Publication, Store
+from mgrpo.engine.store import CallRecord, Publication, RolloutRecord, Store
+from mgrpo.engine.trajectories import Position
 from mgrpo.engine.workload import Episodes, Skewed, Trainer, Worker, Workload, read_workload
 
 ONE = {"main": 1}
@@ -38,7 +43,9 @@ def workload(actions: Sequence[float], *trainers: Trainer, pause: float = 0.0, *
     of = np.array(actions, np.float64)
     episodes = Episodes(of, np.full(len(of), pause), np.full((len(trainers), len(of)), 100.0), [0, len(of)])
     names = ["main", "sub"][: len(trainers)]
-    return Workload(episodes, Worker(**{"step_seconds": 0.0, "row_seconds": 0.0} | rates), dict(zip(names, trainers)))
+    return Workload(
+        episodes, Worker(**{"step_seconds": 0.0, "row_seconds": 0.0} | rates), dict(zip(names, trainers, strict=True))
+    )
 
 
 @pytest.fixture
@@ -134,14 +141,22 @@ def test_on_policy_the_slower_agent_is_waited_for(at_once):
 
 
 @pytest.mark.parametrize("overhead", [3.0, 20.0])
-@pytest.mark.parametrize("switch", ["episode", "turn"])
-def test_running_ahead_a_step_is_the_slower_of_sampling_and_training(at_once, overhead, switch):
-    """The trainer, or the worker with all that it may sample at once: twice 8 episodes, 0.2 s a token."""
+def test_running_ahead_a_step_is_the_slower_of_sampling_and_training(at_once, overhead):
+    """While a worker drains before each new weights, one step's episodes run at a time."""
     work = workload([100], Trainer(rate=1e9, overhead=overhead), step_seconds=0.1)
-    ahead = config(sampling={"max_staleness": 1, "switch": switch, "timeout": 1e6})
-    made = events.Run(ahead, work, 1, ONE, 40).run()
+    made = events.Run(config(sampling={"max_staleness": 1, "timeout": 1e6}), work, 1, ONE, 40).run()
     assert made.step_seconds == pytest.approx(max(10.0, overhead), rel=1e-6)
     assert made.staleness_worst == 1
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("overhead", [3.0, 20.0])
+def test_little_s_law_holds_for_steps_in_flight(at_once, overhead, ahead):
+    """New weights come between turns, nothing slows anything: 1 + ahead steps are on their way at once."""
+    work = workload([100], Trainer(rate=1e9, overhead=overhead), step_seconds=0.1)
+    turns = config(sampling={"max_staleness": ahead, "switch": "turn", "timeout": 1e6})
+    made = events.Run(turns, work, 1, ONE, 60).run()
+    assert made.step_seconds == pytest.approx(max(overhead, (10 + overhead) / (1 + ahead)), rel=0.02)
 
 
 def test_a_saturated_worker_decodes_at_its_peak(at_once):
@@ -329,3 +344,242 @@ def test_episodes_of_a_query_are_drawn_from_one_query():
         assert len(set(actions)) == 1 and {np.searchsorted(edges, row, "right") for row in rows[0]} == {actions[0] / 10}
         seen.add(actions[0])
     assert seen == {10.0, 20.0, 30.0}
+
+
+# ---- measured from a run
+
+
+def columns(groups: Sequence[tuple[int, float, float]], worker: str = "w") -> measure.Columns:
+    """Lots of (how many, tokens, seconds) one after the other; each lot is one query."""
+    begins = np.cumsum([0.0, *(seconds + 1 for _, _, seconds in groups)])
+    sizes = [count for count, _, _ in groups]
+    return {
+        "query": np.repeat(np.arange(len(groups)), sizes),
+        "worker": np.repeat(worker, sum(sizes)),
+        "begin": np.repeat(begins[:-1], sizes),
+        "actions": np.repeat([tokens for _, tokens, _ in groups], sizes).astype(float),
+        "seconds": np.repeat([seconds for _, _, seconds in groups], sizes).astype(float),
+    }
+
+
+def test_a_worker_s_rates_and_the_pauses_are_recovered():
+    lots = [(n, k, 3.0 + k * (0.2 + n * 0.05)) for n, k in [(1, 100), (2, 300), (8, 50), (8, 400), (5, 10), (3, 0)]]
+    (step, row), pause_N = measure._rates(columns(lots), np.zeros(27, int))
+    assert (step, row) == pytest.approx((0.2, 0.05))
+    assert pause_N == pytest.approx(3.0)
+
+
+def test_a_slower_hour_of_the_machine_is_no_straggler():
+    """The same episodes at half the speed in every other step."""
+    lots = [(n, k, (1 + i % 2) * (k * (0.2 + n * 0.05))) for i in range(8) for n, k in [(1, 100), (4, 300), (8, 50)]]
+    ended = columns(lots)
+    (step, row), pause_N = measure._rates(ended, ended["query"] // 3)
+    fitted_N = ended["actions"] * (step + measure._beside(ended) * row)
+    assert fitted_N[:13] == pytest.approx(1.5 * ended["seconds"][:13], rel=1e-6)
+    assert pause_N.max() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_one_number_of_episodes_cannot_tell_is_put_on_the_rows():
+    (step, row), _ = measure._rates(columns([(4, 100, 40.0), (4, 300, 120.0)]), np.zeros(8, int))
+    assert (step, row) == pytest.approx((0.0, 0.1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6))
+def test_least_squares_is_the_best_without_negative_parts(seed):
+    """No point of a fine grid around it is better."""
+    random = np.random.default_rng(seed)
+    given_NC, wanted_N = random.normal(size=(12, 3)), random.normal(size=12)
+    best = np.array(measure.least_squares(given_NC, wanted_N))
+    assert (best >= 0).all()
+    error = ((given_NC @ best - wanted_N) ** 2).sum()
+    for other in np.maximum(best + random.normal(size=(200, 3)) * 10.0 ** -random.integers(0, 5, (200, 1)), 0):
+        assert ((given_NC @ other - wanted_N) ** 2).sum() >= error - 1e-9
+
+
+STEPS, Q, K = 4, 2, 2
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Config:
+    """The directory of a run of 4 steps of 2 x 2 episodes with a sub-agent's call each, made by hand."""
+    made = config(("main", "sub"), run_dir=str(tmp_path), topology="local", steps=STEPS, queries_per_step=Q)
+    store = Store(f"sqlite:///{tmp_path}/store.db", "local")
+    store.begin_run(["main", "sub"], K, "print")
+    for name in made.agents:
+        store.hold(f"trainer:{name}", "me", 1000)
+        store.publish(Publication(agent=name, step=0, version=0, trained=0, file="w", checksum="c", size=1), "me")
+    leases = store.take("w", 100, ahead=100, total=STEPS * Q, task_of=str, lease=1000)
+    for lease in leases:
+        for k in range(K):
+            store.record(
+                [RolloutRecord(lease.query, k, "scored", True, 1.0, 6.0)],
+                [call(name, lease.query, k, actions) for name, actions in (("main", 40), ("sub", 20))],
+            )
+    store.close()
+    for name in made.agents:
+        rows = [trainer_row(step, 100.0 * (step + 1)) for step in range(STEPS)]
+        write_rows(tmp_path / "agents" / name, rows)
+    write_rows(tmp_path / "workers" / "w", [worker_row(step) for step in range(STEPS)])
+    (tmp_path / "config.json").write_text(dump_config(made))
+    return made
+
+
+def call(agent: str, query: int, rollout: int, actions: int) -> CallRecord:
+    place, expert = Position(f"{agent}.arrow", 0, 0), None if agent == "main" else 0.5
+    facts = (0, 3 * actions, actions, 1, False, "answer", place, 0, 0, 2 * actions, "ab", "cd")
+    return CallRecord(agent, query, rollout, 0, True, expert, *facts)
+
+
+def trainer_row(step: int, tokens: float) -> dict[str, Any]:
+    """0.5 s and 0.01 s a token in the passes, 0.25 s around them, 2 s to publish."""
+    passes = 0.5 + 0.01 * tokens
+    times = {"time/forward_backward": passes, "time/publish": 2.0, "time/waiting": 7.0, "time/step": passes + 9.25}
+    return {"stage": "rl", "step": step, "tokens_trained": tokens, "zero_std": 0.25} | times
+
+
+def worker_row(step: int) -> dict[str, Any]:
+    """A window of 10 s."""
+    counts = {"rollouts/scored": Q * K, "rollouts/unscored": 0, "rollouts/failed": 0}
+    times = {"perf/rollouts_per_second": Q * K / 10, "time/waiting": 3.0, "time/weights": 0.8}
+    return {"stage": "rl", "step": step, "main/version": step, "sub/version": step} | counts | times
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_measured_from_its_store_and_metrics(finished):
+    """Of its first step nothing is taken."""
+    made = measure.measure(finished)
+    assert made.episodes.actions_N.tolist() == [60.0] * 12
+    assert made.episodes.rows_AN.tolist() == [[80.0] * 12, [40.0] * 12]
+    assert made.episodes.edges == [0, 2, 4, 6, 8, 10, 12]
+    assert made.worker.row_seconds == pytest.approx(6.0 / 60 / 12) and made.worker.step_seconds == 0
+    assert made.worker.load_seconds == pytest.approx(0.4)
+    assert made.worker.record_seconds == pytest.approx(3 * 6.2 - 6.0)  # all episodes ran at once: one lot
+    for name, rows in (("main", 80), ("sub", 40)):
+        trainer = made.trainers[name]
+        assert trainer.rate == pytest.approx(100) and trainer.overhead == pytest.approx(0.75)
+        assert (trainer.publish, trainer.zero_std) == (2.0, 0.25)
+        assert trainer.kept == pytest.approx((200 + 300 + 400) / (3 * Q * K * rows))
+
+
+def test_what_was_measured_can_be_simulated(finished):
+    made = measure.measure(finished)
+    step = events.Run(finished, made, 1, {"main": 1, "sub": 1}, 6).run().step_seconds
+    trained = 0.75 + 2.0 + 3.0  # of main's 300 tokens in the mean
+    sampled = 60 * 4 * made.worker.row_seconds + made.worker.record_seconds + 2 * 0.4
+    assert sampled + trained < step < sampled + trained + 1.2  # and looks into the store
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a decoupled run that has taken two rl steps"):
+        measure.measure(config(run_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="expected a TOML file, or the directory of a run"):
+        simulate.load(config(), tmp_path)
+
+
+# ---- the best split, the bottleneck, the command
+
+
+@pytest.mark.parametrize(
+    ("changes", "bottleneck"),
+    [
+        ({"step_seconds": 1.0}, "sampling"),
+        ({"pause": 500.0}, "pauses"),
+        ({"load_seconds": 500.0}, "weights"),
+        ({"slow": 500.0}, "training sub"),
+    ],
+)
+def test_what_takes_most_of_a_step_is_the_bottleneck(changes, bottleneck):
+    slow = changes.pop("slow", 1.0)
+    work = workload([100], Trainer(rate=1e6), Trainer(rate=1e6, overhead=slow), **{"step_seconds": 0.01} | changes)
+    plan = simulate.best_plan(config(("main", "sub")), work, 8, 4)
+    assert plan.bottleneck == bottleneck
+    assert max(plan.saved.values()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_stragglers_are_named_when_they_are_what_is_waited_for():
+    work = workload([10] * 15 + [5000], Trainer(rate=1e6), step_seconds=0.01)
+    plan = simulate.best_plan(config(queries_per_step=16), work, 8, 10)
+    assert plan.bottleneck == "stragglers"
+
+
+def test_gpus_go_where_the_work_is():
+    """All time is sampling's, then all is training's. Few slots: else who looks first takes more than its share."""
+    light, heavy = Trainer(rate=1e9, efficiency=1), Trainer(rate=10, efficiency=1)
+    batch = config(queries_per_step=64, compute={"max_tokens": 100, "concurrency": 8})
+    sampling = simulate.best_plan(batch, workload([100], light, row_seconds=0.04), 16, 4)
+    training = simulate.best_plan(batch, workload([100], heavy, row_seconds=1e-6), 16, 4)
+    assert sampling.split.workers >= 12 and training.split.workers <= 4
+    for plan in (sampling, training):
+        assert plan.split.workers + sum(plan.split.trainers.values()) == 16
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(3, 300), st.floats(0.05, 0.95), st.integers(1, 4), st.floats(1, 1e6))
+def test_a_split_deals_out_every_gpu(gpus, share, size, rate):
+    work = workload([100], Trainer(rate=rate), Trainer(rate=1000), step_seconds=1.0)
+    work = replace(work, worker=msgspec.structs.replace(work.worker, gpus=size))
+    for split in simulate.splits_of(config(("main", "sub")), work, gpus, share):
+        assert split.workers * size + sum(split.trainers.values()) == gpus
+        assert split.workers >= 1 and min(split.trainers.values()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("64..512", [64, 128, 256, 512]), ("3..20", [3, 6, 12]), ("8,12", [8, 12]), ("7..7", [7])]
+)
+def test_numbers_of_gpus_are_read(text, counts):
+    assert simulate.read_counts(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "x", "1..", "64..2", "0..8", "1,4", "-4..8", "4..x"])
+def test_other_numbers_are_refused(text):
+    with pytest.raises(ValueError, match="--gpus"):
+        simulate.read_counts(text)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    lines = ['run_dir = "run"', "queries_per_step = 4", '[environment]\nuse = "a:b"']
+    lines += [f'[agents.{name}]\nmodel = "m"' for name in ("main", "sub")]
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    return tmp_path / "run.toml"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mgrpo", "simulate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_the_command_prints_a_table_and_json_and_draws(monkeypatch, capsys, file, toml, tmp_path):
+    figure = tmp_path / "out.png"
+    given = ["--gpus", "4..8", "--workload", toml, "--steps", 5, "--figure", figure]
+    assert command(monkeypatch, file, *given, "--set", "sampling.max_staleness=1") == 0
+    head, *lines, drawn, last = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["GPUs", "workers", "main", "sub"] and len(lines) == 2
+    assert drawn == f"figure: {figure}" and figure.read_bytes()[:4] == b"\x89PNG"
+    plans = json.loads(last)
+    assert [plan["gpus"] for plan in plans] == [4, 8]
+    for plan, line in zip(plans, lines, strict=True):
+        assert line.split()[4] == f"{plan['step_seconds']:.4g}" and plan["bottleneck"] in line
+        assert plan["staleness_worst"] <= 1 and 0 < plan["busy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "2"], "--gpus: 2 given: expected 3 or more"),
+        (["--gpus", "8", "--steps", "0"], "--steps: 0 given"),
+        (["--gpus", "8", "--workload", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(monkeypatch, capsys, file, toml, arguments, message):
+    given = arguments if "--workload" in arguments else [*arguments, "--workload", toml]
+    assert command(monkeypatch, file, *given) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error

@@ -93,9 +93,7 @@ def evaluate(config: Config, checkpoint: Path) -> str:
     """Held-out accuracy of a checkpoint, or of the last one of each agent of a decoupled run. In a sentence."""
     keep_memory()
     if not checkpoint.is_dir():
-        raise ValueError(
-            f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/"
-        )
+        raise ValueError(f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/")
     environment = load_environment(config.environment)
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
     told = _restore(policies, checkpoint)

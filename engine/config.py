@@ -44,6 +44,7 @@ class AgentConfig(Frozen):
 
     model: str  # a directory with a transformers causal LM and its tokenizer
     train: bool = True  # false: frozen in the rl stage
+    ranks: Count = 1  # processes that train it together where each agent has its own (topology local); torchrun counts
     # sampling
     temperature: Positive = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -115,6 +116,28 @@ class CheckpointConfig(Frozen):
     keep: Count = 2
 
 
+class StoreConfig(Frozen):
+    """Where the minimal statistics cross."""
+
+    url: str = ""  # "": sqlite:///<run_dir>/store.db; postgresql://user@host/database for agents on several machines
+    password_file: str = ""  # else the environment's MGRPO_STORE_PASSWORD; never in the url
+    tls: Literal["auto", "require", "off"] = "auto"  # auto: require for a host that is not this machine
+    lease: Positive = 60.0  # seconds without a sign of life after which another may take over
+
+
+class SamplingConfig(Frozen):
+    """Rollout processes beside the trainers (topologies local and cluster)."""
+
+    workers: Count = 1  # that `local` starts
+    max_staleness: Whole = 0  # steps by which sampling may run ahead of the slowest trained agent; 0: on-policy
+    switch: Literal["episode", "turn"] = "episode"  # running episodes keep their weights, or change between turns
+    timeout: Positive = 600.0  # seconds after which a query goes on with the rollouts it has, at least 2
+    refill_zero_std: bool = False  # dynamic sampling: groups without any advantage do not count for a step
+    probe_every: Whole = 1  # published versions between checks of the sampler's log-probs; 0: never
+    max_gap: Positive = 0.02  # nats, mean over the probe's tokens, between the trainer's log-probs and the sampler's
+    keep_trajectories: bool = True  # false: files go when all that is in them has been trained on
+
+
 class ComputeConfig(Frozen):
     """Numbers and memory."""
 
@@ -132,7 +155,7 @@ class Config(Frozen):
     run_dir: str
     environment: EnvironmentConfig
     agents: dict[str, AgentConfig]
-    topology: Literal["colocated"] = "colocated"
+    topology: Literal["colocated", "local", "cluster"] = "colocated"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     deterministic: bool = False  # slower kernels where needed; the same run twice gives the same bits
     steps: Whole = 20  # of the rl stage
@@ -143,6 +166,9 @@ class Config(Frozen):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     compute: ComputeConfig = ComputeConfig()
+    store: StoreConfig = StoreConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    restarts: Whole = 3  # of each process of a local run, within the run, before it is given up
 
     @property
     def subs(self) -> list[str]:

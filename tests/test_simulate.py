@@ -510,7 +510,7 @@ def test_stragglers_are_named_when_they_are_what_is_waited_for():
 def test_gpus_go_where_the_work_is():
     """All time is sampling's, then all is training's. Few slots: else who looks first takes more than its share."""
     light, heavy = Trainer(rate=1e9, efficiency=1), Trainer(rate=10, efficiency=1)
-    batch = config(queries_per_step=64, compute={"max_tokens": 100, "concurrency": 8})
+    batch = config(queries_per_step=56, compute={"max_tokens": 100, "concurrency": 8})
     sampling = simulate.best_plan(batch, workload([100], light, row_seconds=0.04), 16, 4)
     training = simulate.best_plan(batch, workload([100], heavy, row_seconds=1e-6), 16, 4)
     assert sampling.split.workers >= 12 and training.split.workers <= 4

@@ -28,6 +28,7 @@ cost it nothing, and all of an episode's pause is at its end.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -83,7 +84,9 @@ class Trainer(Frozen, frozen=True, kw_only=True):
         """Of a step without publishing. A micro-batch is not divided: GPUs beyond their number wait."""
         batches = max(1, -(-int(tokens) // max_tokens))
         rounds = -(-batches // gpus)
-        return self.overhead + tokens / self.rate * (rounds / batches) / self.efficiency ** np.log2(min(gpus, batches))
+        return self.overhead + tokens / self.rate * (rounds / batches) / self.efficiency ** math.log2(
+            min(gpus, batches)
+        )
 
 
 @dataclass(frozen=True)

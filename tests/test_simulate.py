@@ -122,8 +122,8 @@ def test_a_stopped_worker_decodes_nothing_and_goes_on_where_it_was():
 
 def test_on_policy_a_step_is_the_sum_of_its_parts(at_once):
     work = workload(
-        [100], Trainer(rate=80, overhead=7, publish=3, efficiency=1, kept=0.5), step_seconds=0.02, row_seconds=0.01, pause=2.0,
-        load_seconds=5.0, record_seconds=0.5,
+        [100], Trainer(rate=80, overhead=7, publish=3, efficiency=1, kept=0.5), step_seconds=0.02, row_seconds=0.01,
+        pause=2.0, load_seconds=5.0, record_seconds=0.5,
     )  # fmt: skip
     made = events.Run(config(), work, 1, ONE, 6).run()
     sampled, trained = 100 * (0.02 + 8 * 0.01) + 2.0 + 0.5, 7 + 8 * 50 / 80 + 3

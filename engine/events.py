@@ -57,21 +57,19 @@ class Run:
         self.workers = [Worker(Sharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
         self.trainers = [Trainer(i, gpus[name]) for i, name in enumerate(self.agents)]
         self.opened = self.recorded = self.cut = 0
+        self.done = 0  # steps, of the slowest
         self.staleness: list[int] = []
         self.warm = min(config.sampling.max_staleness + 1, steps - 1)  # steps in which the pipeline fills
         self.begin: dict[str, float] = {}
 
     def run(self) -> Outcome:
         self._wake()
-        while self._done() < self.steps:
+        while self.done < self.steps:
             self.now, _, what, arguments = heapq.heappop(self.events)
             what(*arguments)
-            if not self.begin and self._done() >= self.warm:
+            if not self.begin and self.done >= self.warm:
                 self.begin, self.staleness = self._totals(), []
         return self._outcome(self._totals())
-
-    def _done(self) -> int:
-        return min(trainer.step for trainer in self.trainers)
 
     def _at(self, time: float, what: Callable[..., None], *arguments: Any) -> None:
         self.serial += 1
@@ -260,6 +258,7 @@ class Run:
         trainer.busy += self.now - trainer.since
         trainer.waiting, trainer.since = True, self.now
         trainer.step += 1
+        self.done = min(other.step for other in self.trainers)
         trainer.trained += self.batch
         self._wake()
         self._claim_later(trainer)
@@ -272,7 +271,7 @@ class Run:
         busy = [t.busy + (0 if t.waiting else self.now - t.since) for t in self.trainers]
         return {f"busy {name}": seconds for name, seconds in zip(self.agents, busy, strict=True)} | {
             "time": self.now,
-            "step": self._done(),
+            "step": self.done,
             "recorded": self.recorded,
             "cut": self.cut,
             "busy": sum(worker.sharing.busy for worker in self.workers),

@@ -28,6 +28,7 @@ cost it nothing, and all of an episode's pause is at its end.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ DRAWN = 100_000  # episodes that stand for a given distribution
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class Skewed(Frozen):
+class Skewed(Frozen, frozen=True):
     """A log-normal by its mean and the standard deviation of its logarithm: the larger sigma, the heavier the tail."""
 
     mean: NonNegative
@@ -55,7 +56,7 @@ class Skewed(Frozen):
         return self.mean * np.exp(self.sigma * random.standard_normal(count) - self.sigma**2 / 2)
 
 
-class Worker(Frozen):
+class Worker(Frozen, frozen=True):
     """A rollout worker: the keys of [worker] above."""
 
     step_seconds: NonNegative
@@ -69,7 +70,7 @@ class Worker(Frozen):
             raise ValueError("worker.step_seconds, worker.row_seconds: both 0: expected a token to take time")
 
 
-class Trainer(Frozen, kw_only=True):
+class Trainer(Frozen, frozen=True, kw_only=True):
     """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of them without advantage."""
 
     rate: Positive
@@ -83,7 +84,9 @@ class Trainer(Frozen, kw_only=True):
         """Of a step without publishing. A micro-batch is not divided: GPUs beyond their number wait."""
         batches = max(1, -(-int(tokens) // max_tokens))
         rounds = -(-batches // gpus)
-        return self.overhead + tokens / self.rate * (rounds / batches) / self.efficiency ** np.log2(min(gpus, batches))
+        return self.overhead + tokens / self.rate * (rounds / batches) / self.efficiency ** math.log2(
+            min(gpus, batches)
+        )
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,13 @@ class Workload:
         assert len(self.episodes.rows_AN) == len(self.trainers)
 
 
-class _Agent(Trainer, kw_only=True):
+class _Agent(Trainer, frozen=True, kw_only=True):
     actions: Skewed
     calls: Skewed = Skewed(mean=1)
     context: NonNegative = 0.0
 
 
-class _Given(Frozen):
+class _Given(Frozen, frozen=True):
     worker: Worker
     agents: dict[str, _Agent]
     pause: Skewed = Skewed(mean=0)

@@ -122,11 +122,11 @@ def test_a_stopped_worker_decodes_nothing_and_goes_on_where_it_was():
 
 def test_on_policy_a_step_is_the_sum_of_its_parts(at_once):
     work = workload(
-        [100], Trainer(rate=80, overhead=7, publish=3, efficiency=1), step_seconds=0.02, row_seconds=0.01, pause=2.0,
-        load_seconds=5.0, record_seconds=0.5,
+        [100], Trainer(rate=80, overhead=7, publish=3, efficiency=1, kept=0.5), step_seconds=0.02, row_seconds=0.01,
+        pause=2.0, load_seconds=5.0, record_seconds=0.5,
     )  # fmt: skip
     made = events.Run(config(), work, 1, ONE, 6).run()
-    sampled, trained = 100 * (0.02 + 8 * 0.01) + 2.0 + 0.5, 7 + 8 * 100 / 80 + 3
+    sampled, trained = 100 * (0.02 + 8 * 0.01) + 2.0 + 0.5, 7 + 8 * 50 / 80 + 3
     assert made.step_seconds == pytest.approx(5 + sampled + trained, rel=1e-6)
     assert made.workers_busy == pytest.approx(10 / (5 + sampled + trained), rel=1e-6)
     assert made.trainers_busy["main"] == pytest.approx(trained / (5 + sampled + trained), rel=1e-6)
@@ -185,6 +185,21 @@ def test_an_episode_is_cut_at_the_timeout(at_once):
     made = events.Run(config(sampling={"timeout": 60.0}), work, 1, ONE, 4).run()
     assert made.step_seconds == pytest.approx(65, rel=1e-6)
     assert made.cut == 1.0
+
+
+def test_what_had_ended_before_the_timeout_is_not_cut(at_once, monkeypatch):
+    """Half of the episodes; they are recorded only when the last of their worker's has gone."""
+    monkeypatch.setattr(events, "FLUSH", 1e9)
+    work = workload([100, 1e12], Trainer(rate=1e9, overhead=5), step_seconds=0.01)
+    made = events.Run(config(sampling={"timeout": 60.0}), work, 1, ONE, 100).run()
+    assert made.cut == pytest.approx(0.5, abs=0.08)
+    assert made.rollouts_per_second * made.step_seconds == pytest.approx(8)
+
+
+def test_each_agent_s_weights_are_loaded(at_once):
+    work = workload([100], *[Trainer(rate=1e9, overhead=2)] * 2, step_seconds=0.1, load_seconds=3.0)
+    made = events.Run(config(("main", "sub")), work, 1, {"main": 1, "sub": 1}, 6).run()
+    assert made.step_seconds == pytest.approx(10 + 2 + 2 * 3, rel=1e-6)
 
 
 def test_what_is_too_stale_expires_and_is_sampled_anew(at_once):
@@ -466,6 +481,12 @@ def test_a_run_is_measured_from_its_store_and_metrics(finished):
         assert trainer.kept == pytest.approx((200 + 300 + 400) / (3 * Q * K * rows))
 
 
+def test_the_rate_is_that_of_one_of_the_ranks(finished):
+    agents = {name: msgspec.structs.replace(agent, ranks=4) for name, agent in finished.agents.items()}
+    made = measure.measure(msgspec.structs.replace(finished, agents=agents))
+    assert made.trainers["main"].rate == pytest.approx(25)
+
+
 def test_what_was_measured_can_be_simulated(finished):
     made = measure.measure(finished)
     step = events.Run(finished, made, 1, {"main": 1, "sub": 1}, 6).run().step_seconds
@@ -510,7 +531,7 @@ def test_stragglers_are_named_when_they_are_what_is_waited_for():
 def test_gpus_go_where_the_work_is():
     """All time is sampling's, then all is training's. Few slots: else who looks first takes more than its share."""
     light, heavy = Trainer(rate=1e9, efficiency=1), Trainer(rate=10, efficiency=1)
-    batch = config(queries_per_step=64, compute={"max_tokens": 100, "concurrency": 8})
+    batch = config(queries_per_step=56, compute={"max_tokens": 100, "concurrency": 8})
     sampling = simulate.best_plan(batch, workload([100], light, row_seconds=0.04), 16, 4)
     training = simulate.best_plan(batch, workload([100], heavy, row_seconds=1e-6), 16, 4)
     assert sampling.split.workers >= 12 and training.split.workers <= 4

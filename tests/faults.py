@@ -72,7 +72,8 @@ class Run:
         wait_for(lambda: not self.living())
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.wait(SECONDS) == 0, self.told()
+        wait_for(lambda: process.poll() is not None, self)
+        assert process.returncode == 0, self.told()
         assert not self.living()
 
     def told(self) -> str:

@@ -8,7 +8,7 @@ GEOGRAPHY := runs/geography/data
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: train train-full test lint types sanitize fuzz unit clean
+.PHONY: train train-full test lint types sanitize fuzz unit soak clean
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
@@ -42,6 +42,10 @@ fuzz: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(BIN)/pytest -q --durations=10
+
+# 200 random kills in one run of real processes; `unit` makes five.
+soak: $(VENV)/ready
+	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/test_faults.py -k soak
 
 # Rebuilt when what it is built from changes; Python sources are read in place (editable install).
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)

@@ -1,7 +1,8 @@
 """What rank 0 of an agent's trainer does for all of them: the store, the run directory, the published weights.
 
 It holds the role "trainer:<agent>" in the store, which one process at a time can, and moves its deadline in a thread;
-whatever it writes there is refused once another holds the role. A store that is out of reach is tried again.
+whatever it writes there is refused once another holds the role. A store that is out of reach is tried again, and so is
+a full disk below the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mgrpo.engine.config import Config
 from mgrpo.engine.ledger import begin, open_store
 from mgrpo.engine.process import doubling
 from mgrpo.engine.run import RunDirectory
-from mgrpo.engine.store import Fenced, Group, Publication
+from mgrpo.engine.store import Claim, Fenced, Group, Publication
 from mgrpo.engine.tasks import eval_due
 from mgrpo.engine.trajectories import remove
 from mgrpo.engine.weights import Published, publish_weights, remove_old
@@ -79,6 +80,7 @@ class Office:
         self.role, self.holder = f"trainer:{name}", _holder(config)
         self.store = self._patiently(open_store, config)
         self.hand: list[Group] = []  # leased for the step to come
+        self.in_doubt = False  # whether groups may be leased that we do not know of
         self.expired = self.refilled = self.groups = 0
         self.unacked: list[int] = []
         self.file: Published | None = None
@@ -184,15 +186,23 @@ class Office:
         """More groups into the hand. With dynamic sampling one by one: those without any advantage are replaced."""
         missing, refill = self.config.queries_per_step - len(self.hand), self.config.sampling.refill_zero_std
         oldest = step - self.config.sampling.max_staleness
-        claim = self._patiently(
-            self.store.claim, self.name, missing, self.holder, oldest_step=oldest, at_least=1 if refill else missing
-        )
+        claim = self._patiently(self._lease, missing, oldest, 1 if refill else missing)
         useless = self._without_advantage(claim.groups) if refill else set()
         if useless:
             self._patiently(self.store.refill, self.name, useless, self.holder)
         self.hand += [group for group in claim.groups if group.query not in useless]
         self.expired += len(claim.expired)
         self.refilled += len(useless)
+
+    def _lease(self, missing: int, oldest: int, at_least: int) -> Claim:
+        """A call that failed may have leased groups all the same: sealed again, or nobody would train on them."""
+        if self.in_doubt:
+            known = [*self.unacked, *(group.query for group in self.hand)]
+            self.store.release(self.name, self.holder, keep=known)
+        self.in_doubt = True
+        claim = self.store.claim(self.name, missing, self.holder, oldest_step=oldest, at_least=at_least)
+        self.in_doubt = False
+        return claim
 
     def _without_advantage(self, groups: list[Group]) -> set[int]:
         config = self.config
@@ -208,7 +218,7 @@ class Office:
     def publish(self, step: int, version: int, weights: Mapping[str, Tensor] | None, probe: Sequence[float]) -> None:
         """weights: None if they are those of the last publication."""
         if weights is not None:
-            self.file = publish_weights(self.weights, self.name, version, weights)
+            self.file = self._patiently(publish_weights, self.weights, self.name, version, weights)
         assert self.file is not None
         publication = Publication(
             agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **self.file._asdict()

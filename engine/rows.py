@@ -7,6 +7,7 @@ workers say after "workers/", and as time/step the slowest agent's.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter, defaultdict
@@ -100,28 +101,36 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._forget(0)
+        self.rows: list[Row] = []
+        self._file: io.FileIO | None = None
 
     def read(self) -> bool:
         """Brings `rows` up to date; returns whether anything changed."""
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
+        anew = self._open()
+        if self._file is None:
             return False
-        with file:
-            now = os.fstat(file.fileno())
-            if anew := now.st_ino != self._inode or now.st_size < self._read:  # rewound, by a new file in its place
-                self._forget(now.st_ino)
-            file.seek(self._read)
-            text = file.read()
+        text = self._file.readall()
         whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
+        self._file.seek(len(whole) - len(text), os.SEEK_CUR)
         self.rows += map(json.loads, whole.splitlines())
         return bool(whole) or anew
 
-    def _forget(self, inode: int) -> None:
-        self.rows: list[Row] = []
-        self._inode, self._read = inode, 0
+    def _open(self) -> bool:
+        """Whether there is another file than before, as after a rewind.
+
+        Until then the old one is held open: the kernel gives the number of one that is gone to the next.
+        """
+        try:
+            now = self.path.stat()
+            if self._file and os.path.samestat(now, os.fstat(self._file.fileno())) and now.st_size >= self._file.tell():
+                return False
+            old, self._file = self._file, io.FileIO(self.path)
+        except FileNotFoundError:
+            return False
+        if old:
+            old.close()
+        self.rows = []
+        return True
 
 
 def newest(rows: Iterable[Row], stage: str) -> Row:

@@ -108,10 +108,13 @@ class Store(Intake, Accounts):
         self._move(db, agent, useless, holder, "expired", {"reason": "zero_std"})
 
     @writes
-    def release(self, db: sa.Connection, agent: str, holder: str) -> int:
-        """What the agent's trainer leased and did not ack is sealed again. Returns how many groups. Raises Fenced."""
+    def release(self, db: sa.Connection, agent: str, holder: str, keep: Collection[int] = ()) -> int:
+        """What the agent's trainer leased and did not ack is sealed again, but for the queries that it is to keep.
+
+        Returns how many groups. Raises Fenced.
+        """
         self._fence(db, agent, holder)
-        leased = self._of(groups, groups.c.agent == agent, groups.c.state == "leased")
+        leased = self._of(groups, groups.c.agent == agent, groups.c.state == "leased", groups.c.query.not_in(keep))
         return db.execute(sa.update(groups).where(leased).values(state="sealed", holder="")).rowcount
 
     @writes

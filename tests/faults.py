@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,13 +73,15 @@ class Run:
         wait_for(lambda: not self.living())
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.wait(SECONDS) == 0, self.told()
+        wait_for(lambda: process.poll() is not None, self)
+        assert process.returncode == 0, self.told()
         assert not self.living()
 
     def told(self) -> str:
         """What all processes said: for a test that failed."""
         files = [*self.folder.glob("out-*.txt"), *self.path.glob("logs/*.txt")]
-        return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
+        texts = (re.sub(r"(?m)^Loading weights.*\n", "", file.read_text(errors="replace")) for file in files)
+        return "\n".join(f"== {file.name}\n{text[-4000:]}" for file, text in zip(files, texts, strict=True))
 
     def said(self, process: str) -> str:
         file = self.path / "logs" / f"{process}.txt"

@@ -7,6 +7,7 @@ and a mark for each fault that has happened. Nothing in the engine knows of any 
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -45,7 +46,7 @@ class Errands(Environment):
 
 class Plan:
     """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}], and
-    "signal" if it is not to be SIGKILL.
+    "signal" if it is not to be SIGKILL; null: nothing ends, an OSError is raised.
 
     skew: by process, seconds that its clock is wrong; twice: processes that record everything twice; alone: trainers
     that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster.
@@ -102,8 +103,8 @@ def sabotage(plan: Plan, who: str) -> None:
     for number, fault in enumerate(plan.faults):
         if fault["who"] == who and not (plan.folder / f"fault-{number}").exists():
             owner, _, method = fault["method"].partition(".")
-            end = functools.partial(die, plan.folder / f"fault-{number}", fault.get("signal", signal.SIGKILL))
-            kill_at(owners[owner], method, fault["when"], fault["nth"], end)
+            end = functools.partial(fail, plan.folder / f"fault-{number}", fault.get("signal", signal.SIGKILL))
+            fail_at(owners[owner], method, fault["when"], fault["nth"], end)
 
 
 def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
@@ -144,27 +145,29 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     return one_at_a_time
 
 
-def kill_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]) -> None:
+def fail_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]) -> None:
+    """Of claims only those count that brought something."""
     method, calls = getattr(owner, name), 0
 
     @functools.wraps(method)
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if when == "before" and calls == nth:
+        result = method(*args, **kwargs) if when == "after" else None
+        calls += bool(getattr(result, "groups", True))
+        if calls == nth:
+            calls += 1
             end()
-        result = method(*args, **kwargs)
-        if when == "after" and calls == nth:
-            end()
-        return result
+        return result if when == "after" else method(*args, **kwargs)
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, failing)
 
 
-def die(mark: Path, number: int) -> None:
+def fail(mark: Path, number: int | None) -> None:
     """Between two beats: who is stopped within a transaction keeps SQLite's only lock, and all wait for him."""
     with BEAT:
         mark.touch()
+        if number is None:
+            raise OSError(errno.EIO, "the server did all of it, and the reply was lost")
         os.kill(os.getpid(), number)
 
 

@@ -53,14 +53,14 @@ def fault(who: str, method: str, nth: int, when: str = "before") -> dict[str, An
     return {"who": who, "method": method, "when": when, "nth": nth}
 
 
-KILLS = [
+KILLS = [  # of a process each in a life of its own, in the order in which it comes to them
     fault("worker-0", "InProcessSampler.step", 5),  # amid episodes
-    fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
     fault("worker-0", "Store.record", 1, "after"),
+    fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
     fault("main", "Policy.optim_step", 2),  # amid a step
     fault("main", "Policy.save", 2, "after"),  # the checkpoint is not whole
     fault("main", "RunDirectory.save_checkpoint", 2, "after"),  # it is, and nothing is acked
-    fault("clerk", "Store.claim", 5, "after"),
+    fault("clerk", "Store.claim", 2, "after"),
     fault("clerk", "Store.publish", 4, "after"),  # between optimizer step and checkpoint
     fault("clerk", "Store.ack", 3, "after"),
 ]
@@ -89,6 +89,27 @@ def test_a_rank_killed_then_the_launcher_and_a_second_one_meanwhile(make):
     run.check()
     ranks = [line for line in run.journal() if line["event"] == "trained" and line["who"] == "main-1"]
     assert {line["step"] for line in ranks} == set(range(STEPS))
+
+
+LOST = [
+    fault("worker-0", "Store.take", 2, "after"),
+    fault("worker-0", "Store.record", 2, "after"),
+    fault("worker-0", "Store.take_evaluation", 1, "after"),
+    fault("worker-0", "Store.finish_evaluation", 1, "after"),
+    fault("main", "Store.hold", 1, "after"),
+    fault("main", "Store.claim", 2, "after"),
+    fault("main", "Store.ack", 3, "after"),
+    fault("clerk", "Store.publish", 3, "after"),
+    fault("clerk", "Store.claim", 5, "after"),
+]
+
+
+def test_replies_of_the_store_that_are_lost(make):
+    """What was done and not heard of: leased to one who does not know it, published, acked, recorded. All go on."""
+    run = make({"faults": [lost | {"signal": None} for lost in LOST]})
+    run.finish(run.start("train"))
+    run.check()
+    assert len(run.begun()) == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])
@@ -140,16 +161,17 @@ def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_d
     assert len(run.begun()) == 4, "none failed"
 
 
-TMPFS = 'mount -t tmpfs -o size=128k tmpfs "$0" && exec "$@"'
+TMPFS = 'mount -t tmpfs -o size="$0" tmpfs "$1" && shift && exec "$@"'
 
 
-def test_a_full_disk_below_the_trajectories(make):
-    """A file system of 128 KiB, of the run's own, is filled by another and then emptied."""
-    own = ["unshare", "-Urm", "sh", "-c", TMPFS]
+@pytest.mark.parametrize(("below", "size", "waits"), [("trajectories", "128k", "worker"), ("weights", "1m", "trainer")])
+def test_a_full_disk(make, below: str, size: str, waits: str):
+    """A small file system of the run's own is filled by another until somebody noticed, and then emptied."""
+    own = ["unshare", "-Urm", "sh", "-c", TMPFS, size]
     if shutil.which("unshare") is None or subprocess.run([*own, "/mnt", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    run = make(sampling={"workers": 2})
-    folder = run.path / "trajectories"
+    run = make()
+    folder = run.path / below
     folder.mkdir(parents=True)
     launcher = run.start("train", before=[*own, folder])
     run.wait_for_step(2)
@@ -157,11 +179,12 @@ def test_a_full_disk_below_the_trajectories(make):
     with suppress(OSError), within.open("wb", buffering=0) as filler:
         while True:
             filler.write(bytes(1024))
-    wait_for(lambda: "No space left on device" in run.said("worker-0") + run.said("worker-1"), run)
+    logs = [f"{waits}-{name}" for name in ("main", "clerk", "0")]
+    wait_for(lambda: "No space left on device" in "".join(map(run.said, logs)), run)
     within.unlink()
     run.finish(launcher)
     run.check()
-    assert len(run.begun()) == 4
+    assert len(run.begun()) == 3, "nothing was restarted: they waited"
 
 
 def test_a_soak_of_random_kills(make):

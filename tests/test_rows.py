@@ -129,6 +129,18 @@ def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_fac
         assert tail.rows == [7**n for n in range(content[:size].count(b"\n"))]
 
 
+def test_a_tail_knows_a_new_file_though_it_has_the_number_of_the_old(tmp_path):
+    """Replaced twice between two looks: most file systems give the number of the first to the third."""
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
+    path.write_text("100\n")
+    tail = Tail(path)
+    for value in range(101, 121):
+        assert tail.read() and tail.rows[:1] == [value - 1]
+        for content in ("", f"{value}\n{value}\n"):
+            aside.write_text(content)
+            aside.rename(path)
+
+
 # ---- the whole run
 
 

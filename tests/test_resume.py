@@ -237,12 +237,12 @@ IN_RL = [
     Fault("sampler:InProcessSampler.step", "before", 60),
     Fault("store:Store.open_queries", "after", 3),
     Fault("store:Store.record", "before", 3),  # tokens are there, the store knows nothing of them
-    Fault("trainer:AgentTrainer.step", "after", 5),  # one agent is trained, the other is not
+    Fault("trainer:AgentTrainer.train", "after", 5),  # one agent is trained, the other is not
     Fault("policy:Policy.optim_step", "before", 4),
     Fault("policy:Policy.save", "after", 1),  # half a checkpoint
     Fault("run:_seal", "after", 1),  # a whole one that is not yet renamed
     Fault("run:RunDirectory.save_checkpoint", "after", 1),  # renamed, but the store does not know
-    Fault("trainer:AgentTrainer.ack", "after", 3),  # one agent has acked, the other has not
+    Fault("store:Store.ack", "after", 3),  # one agent has acked, the other has not
     Fault("store:Store.reclaim", "after", 1),  # in the middle of resuming
 ]
 IN_WARMUP = [

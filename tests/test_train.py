@@ -21,6 +21,7 @@ from mgrpo.engine.config import Config, parse_config
 from mgrpo.engine.environment import Environment
 from mgrpo.engine.run import RunDirectory, read_metrics
 from mgrpo.engine.store import Store
+from mgrpo.engine.tasks import WARMUP_QUERIES
 from toy import SUMS, make_model, raw_config
 
 Row = dict[str, Any]
@@ -234,7 +235,7 @@ def test_the_warm_up_maximises_the_likelihood_that_transformers_gives_the_script
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     environment: Environment = launch.load_environment(run.config.environment)
     tasks = environment.tasks("train")
-    first = [launch.pick(tasks, run.config.seed, launch.WARMUP_QUERIES + i) for i in range(WARMUP["episodes"])]
+    first = [launch.pick(tasks, run.config.seed, WARMUP_QUERIES + i) for i in range(WARMUP["episodes"])]
     texts = [(task.data["question"], task.data["answer"]) for task in first]
     before = torch.cat([script_logprob(model, tokenizer, *text) for text in texts]).mean().item()
     assert run.warmup[0]["main/logprob_mean"] == pytest.approx(before, abs=1e-4)

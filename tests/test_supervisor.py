@@ -43,7 +43,7 @@ def restarts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def survivors(name: str) -> list[int]:
-    """Processes with the mark that still live, a moment after they were killed: the kernel ends them in its own time."""
+    """Processes with the mark that live on, given a moment: the kernel ends them in its own time."""
     until = time.monotonic() + 5
     while (found := marked_processes(name)) and time.monotonic() < until:
         time.sleep(0.05)

@@ -25,6 +25,7 @@ from mgrpo.engine.environment import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
 
 BEAT = threading.RLock()
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that the launcher notes
 
 
 class Errands(Environment):
@@ -178,9 +179,11 @@ class Forked:
         self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, pass_fds: Sequence[int], **_: Any
     ):
         self.returncode: int | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the copy has handlers of its own
         self.pid = os.fork()
         if not self.pid:
             self._become(command, env, stdout.fileno(), pass_fds[0])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.setpgid(self.pid, self.pid)  # here too: it may not have got there before it is to be killed
 
     def _become(self, command: Sequence[str], env: Mapping[str, str], out: int, lifeline: int) -> None:
@@ -195,6 +198,7 @@ class Forked:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.environ.clear()
             os.environ.update(env)
             act(Plan(Path(command[1])), command[2:])

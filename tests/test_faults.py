@@ -146,16 +146,18 @@ def test_a_store_locked_for_longer_than_a_lease(make):
 
 
 def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_delivered_twice(make):
-    """One worker is stopped amid its episodes until the run has gone on without it; then it records what it had."""
-    plan = {"skew": {"worker-0": 5 * 3600.0, "worker-1": -86400.0, "main": -7200.0}, "twice": ["worker-0", "worker-1"]}
+    """The only worker is stopped with episodes that ended and are not recorded, until another brought the run on."""
     stop = fault("worker-0", "Worker._record", 2) | {"signal": signal.SIGSTOP}
-    run = make({**plan, "faults": [stop]}, sampling={"workers": 2}, store={"lease": 1.0}, steps=8)
+    skew = {"worker-0": 5 * 3600.0, "worker-1": -86400.0, "main": -7200.0}
+    plan = {"faults": [stop], "skew": skew, "twice": ["worker-0", "worker-1"], "alone": ["1"]}
+    run = make(plan, sampling={"workers": 2}, store={"lease": 1.0}, steps=8)
     launcher = run.start("train")
     wait_for((run.folder / "fault-0").exists, run)
     stopped, behind = run.pid("worker-0"), min(run.steps().values())
+    other = run.start("rollout", "--name", "worker-1")
     run.wait_for_step(behind + 2)  # its queries were sampled by the other, to the end
     os.kill(stopped, signal.SIGCONT)
-    run.finish(launcher)
+    assert other.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
     books = run.check(steps=8)
     assert books["rollouts"] == 8 * Q * K
     assert len(run.begun()) == 4, "none failed"
@@ -199,7 +201,7 @@ def test_a_soak_of_random_kills(make):
             more = store.balance()["rollouts"] + chance.randrange(3 * Q * K)
             wait_for(lambda more=more: store.balance()["rollouts"] >= more, run)
             time.sleep(chance.uniform(0.0, 0.2))
-            living = run.living()
+            living = wait_for(run.living, run)
             pid = launcher.pid if number % 20 == 0 else chance.choice([*living])
             died[living.get(pid, "launcher")] += 1
             with suppress(ProcessLookupError):  # it ended by itself just now
@@ -209,7 +211,8 @@ def test_a_soak_of_random_kills(make):
                 launcher = run.start(*resume)
         run.wait_for_step(max(run.steps().values()) + 1)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(SECONDS) == 130, run.told()
+    wait_for(lambda: launcher.poll() is not None, run)
+    assert launcher.returncode == 130, run.told()
     steps = max(run.steps().values()) + 3
     run.finish(run.start(*resume, "--set", f"steps={steps}"))
     run.check(steps=steps)

@@ -134,8 +134,7 @@ class Run:
         for _ in range(count):
             self._begin(worker)
         self._next_end(worker)
-        worker.looking = True
-        self._at(self.now, self._look, worker)  # there may be more
+        self._look_later(worker)
 
     def _begin(self, worker: Worker) -> None:
         query = Query(self.opened, self.size, list(worker.steps), [0.0] * len(self.agents))

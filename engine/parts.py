@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mgrpo.engine.sharing import Sharing
 
 # Seconds between looks into the store, as in worker.py and office.py, whose imports take long.
-TRAINER_LOOK, WORKER_LOOK, FLUSH, IDLE = 0.1, 0.25, 0.5, (0.02, 1.0)
+TRAINER_LOOK, WORKER_LOOK, FLUSH, IDLE = 0.1, 0.25, 0.5, (0.02, 0.2)
 
 
 @dataclass(eq=False)

@@ -36,7 +36,9 @@ from mgrpo.engine.weights import DamagedWeights
 LOOK = 0.25  # seconds between looks into the store while episodes run
 FLUSH = 0.5  # seconds that an ended rollout waits, at most, for others to be recorded with
 PATIENCE = 600.0  # seconds that a store, a disk or weights may be out of reach
-IDLE = (0.02, 1.0)  # seconds between looks when there is nothing to do: at first, and what doubling leads to
+# Seconds between looks when there is nothing to do: at first, and what doubling leads to. Less than LOOK, so that who
+# has nothing comes before who has taken its share and looks for more.
+IDLE = (0.02, 0.2)
 RETRY = (0.5, 15.0)  # likewise, between tries of what failed
 
 log = logging.getLogger(__name__)
@@ -149,8 +151,6 @@ class Worker:
         if room < 1:
             return []
         leases = self._patiently(self._lease, min(room, math.ceil(queries / config.sampling.workers)))
-        if leases:
-            self.looked_at = 0.0  # there may be more
         new = [(lease.query, k) for lease in leases for k in lease.missing if (lease.query, k) not in self.mine]
         self.mine.update(new)
         return [Job(query, k, pick(self.train, config.seed, query)) for query, k in new]

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -21,6 +21,7 @@ from mgrpo.engine.config import Config, load_config
 from mgrpo.engine.database import read_password
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.store import Store
+from mgrpo.engine.trajectories import below
 
 # What processes of one run may see differently, or a resumed run may change.
 OWN = ("run_dir", "steps", "eval", "checkpoint", "compute", "store", "sampling", "restarts")
@@ -102,17 +103,14 @@ def _collect(store: Store, root: Path) -> str:
 def remove(root: str, names: list[str]) -> int:
     """Deletes trajectory files below the root, a local path or fsspec URL; one that is gone is no mistake.
 
-    Returns how many bytes they had. Raises ValueError, and deletes none, when one is not below the root.
+    Unlike `trajectories.remove` also the last of each writer: nobody writes any more. Returns how many bytes they had.
+    Raises ValueError, and deletes none, when one is not below the root.
     """
-    for name in names:
-        path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
-            raise ValueError(f"file {name!r} of the store: expected a path below {root}")
     fs, directory = fsspec.url_to_fs(root)
-    there = [full for name in names if fs.exists(full := f"{directory}/{name}")]
-    freed = sum(fs.size(full) or 0 for full in there)
-    for full in there:
-        fs.rm_file(full)
+    there = [path for path in [below(directory, name) for name in names] if fs.exists(path)]
+    freed = sum(fs.size(path) or 0 for path in there)
+    for path in there:
+        fs.rm_file(path)
     return freed
 
 

@@ -192,7 +192,7 @@ def remove(root: str, files: Iterable[str]) -> list[str]:
 def below(directory: str, name: str) -> str:
     """The path of a file below the directory, its name as the store gave it. Raises ValueError for one elsewhere."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts:
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"file: expected a path below {directory}, got {name!r}")
     return f"{directory}/{name}"
 

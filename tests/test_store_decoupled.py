@@ -248,6 +248,15 @@ def test_what_is_given_back_can_be_taken_at_once(store):
     assert [lease.query for lease in take(store, "c")] == [0, 1]
 
 
+def test_who_has_old_weights_gets_nothing_before_it_has_the_new(store):
+    """Else one could sample with old weights what their successors' publication has just let it take."""
+    gate = {"ahead": Q, "total": 99, "task_of": str, "lease": 60}
+    store.publish(publication(AGENTS[0], 1), "me")
+    old = dict.fromkeys(AGENTS, 0)
+    assert store.take("w", 99, **gate, loaded=old) == store.take("w", 99, **gate, loaded={}) == []
+    assert len(store.take("w", 99, **gate, loaded=old | {AGENTS[0]: 1})) == Q
+
+
 def test_the_gate_follows_the_slowest_agent_and_replaces_what_was_dropped(store):
     def opened(ahead: int, total: int) -> int:
         take(store, ahead=ahead, total=total)

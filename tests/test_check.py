@@ -1,0 +1,42 @@
+"""What a decoupled run's checkpoints are worth: each agent has its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mgrpo.engine import check
+from mgrpo.engine.office import Saved
+from mgrpo.engine.policy import Policy
+from mgrpo.engine.run import RunDirectory
+from toy import make_model, toy_config
+
+
+def save(policy: Policy, run: Path, steps: list[int]) -> None:
+    """Checkpoints as the agent's trainer leaves them, later ones with other weights."""
+    own = RunDirectory(run / "agents" / policy.name)
+    for step in steps:
+
+        def write(folder: Path, step: int = step) -> None:
+            saved = Saved(stage="rl", step=step, policy=policy.save(folder / policy.name))
+            (folder / "state.json").write_bytes(msgspec.json.encode(saved))
+
+        own.save_checkpoint(f"rl-{step:05d}", write, keep=9)
+        for weight in policy.masters.weights.values():
+            weight.data.add_(1.0)
+    own.close()
+
+
+def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config, run = toy_config(tmp_path), tmp_path / "run"
+    policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
+    save(policies["main"], run, [2, 10])
+    with pytest.raises(ValueError, match="expected a checkpoint of agent 'clerk' in it"):
+        check.evaluate(config, run)
+    save(policies["clerk"], run, [4])
+    told = check.evaluate(config, run)
+    assert told.startswith(f"{run}: main rl step 10, clerk rl step 4: held-out accuracy ")
+    assert "on 10 questions" in told

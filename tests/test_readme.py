@@ -20,4 +20,4 @@ def test_the_file_tree_names_every_module_and_no_other() -> None:
         block = tree[tree.index(f"\n{room}/") :]
         block = block[: re.search(r"\n\w+/", block[1:]).end()] if re.search(r"\n\w+/", block[1:]) else block
         named = set(re.findall(r"\b(\w+\.py)\b", block))
-        assert named == {path.name for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
+        assert named == {path.name for path in (ROOT / room).rglob("*.py")} - {"__init__.py"}

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PreTrainedTokenizerFast
 
-from mgrpo.engine import sampler as sampler_module
 from mgrpo.engine.config import AgentConfig, ComputeConfig
 from mgrpo.engine.model import load_model, load_tokenizer
-from mgrpo.engine.sampler import Completion, InProcessSampler, KVCache, Session, draw
+from mgrpo.engine.sampler import Completion, InProcessSampler, Session, inprocess
+from mgrpo.engine.sampler.cache import KVCache
+from mgrpo.engine.sampler.inprocess import draw
 from toy import EOS, make_model
 
 LAST = 1 - 2.0**-53  # the largest number that numpy's generator returns
@@ -216,13 +217,13 @@ def test_a_session_does_not_depend_on_who_is_beside_it_on_slots_or_on_order(kit,
 def through(monkeypatch) -> list[int]:
     """Counts of the tokens of every forward."""
     counts: list[int] = []
-    real = sampler_module.hidden_states
+    real = inprocess.hidden_states
 
     def counted(model, input_ids_T, *args):
         counts.append(len(input_ids_T))
         return real(model, input_ids_T, *args)
 
-    monkeypatch.setattr(sampler_module, "hidden_states", counted)
+    monkeypatch.setattr(inprocess, "hidden_states", counted)
     return counts
 
 
@@ -481,7 +482,7 @@ def test_a_turn_ends_at_its_first_stop_string_end_of_sequence_or_limit(kit, toke
     sampler = kit.sampler(tokenizer=RAGGED, stop=stop, max_new_tokens=max_new, max_context=max_context)
     session = new_session(0, prompt(0, begin))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_module, "draw", Scripted(tokens))
+        patch.setattr(inprocess, "draw", Scripted(tokens))
         turn = one(sampler, session)
     ends = [n for n in range(1, limit + 1) if any(s in RAGGED.decode(tokens[:n]) for s in stop) or tokens[n - 1] == 0]
     length = ends[0] if ends else limit

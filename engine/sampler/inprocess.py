@@ -1,9 +1,9 @@
-"""Sampling: the protocol every sampler meets, and the one that runs inside the process.
+"""Batched sampling inside the process.
 
-The in-process sampler advances all waiting calls together, one token a step, over a flat row of exactly the tokens that
-are new (prompts, observations and single tokens side by side: no padding enters a matmul). Keys and values stay in the
-cache across the turns of a call, and a prompt that a live call already holds is copied, not computed again: the K
-rollouts of a query cost one prefill. New weights come in between turns; what the old ones cached is then computed anew.
+It advances all waiting calls together, one token a step, over a flat row of exactly the tokens that are new (prompts,
+observations and single tokens side by side: no padding enters a matmul). Keys and values stay in the cache across the
+turns of a call, and a prompt that a live call already holds is copied, not computed again: the K rollouts of a query
+cost one prefill. New weights come in between turns; what the old ones cached is then computed anew.
 
 Legend: T new tokens of a step, R calls in it, V vocabulary, H hidden size.
 """
@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,87 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mgrpo.engine.cache import CachedLayout, KVCache
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.model import hidden_states
-from mgrpo.engine.types import Trajectory
+from mgrpo.engine.sampler.cache import CachedLayout, KVCache
+from mgrpo.engine.sampler.protocol import Completion, Session
 
 NO_PROMPT = b""  # of a slot that no other call may copy: every prompt has a token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
-
-
-@dataclass
-class Session:
-    """One call's tokens as they grow, and its own random numbers (independent of who else is sampled beside it)."""
-
-    seed: tuple[int, ...]
-    greedy: bool = False
-    version: int = 0  # the oldest of the weights that sampled it, in optimizer steps
-    version_last: int = 0  # the newest
-    weights_step: int = 0  # the rl step that had led to the oldest
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.random = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
-
-    def begin_turn(self, version: int, weights_step: int) -> None:
-        """The weights that sample the next turn."""
-        if any(self.sampled):
-            self.version, self.version_last = min(self.version, version), max(self.version_last, version)
-            self.weights_step = min(self.weights_step, weights_step)
-        else:
-            self.version, self.version_last, self.weights_step = version, version, weights_step
-
-    def append(self, tokens: list[int], logprobs: list[float] | None = None) -> None:
-        """Add what the agent was shown, or, with log-probs, what it sampled."""
-        self.tokens += tokens
-        self.sampled += [logprobs is not None] * len(tokens)
-        self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
-
-    def trajectory(self) -> Trajectory:
-        return Trajectory(
-            np.array(self.tokens, np.int32),
-            np.array(self.sampled, bool),
-            np.array(self.logprobs, np.float32),
-            self.version,
-            self.version_last,
-            self.weights_step,
-        )
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a turn added to a session. truncated: cut by max_new_tokens or max_context before a stop string."""
-
-    text: str
-    tokens: int
-    truncated: bool
-
-
-class Sampler(Protocol):
-    """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process.
-
-    version, weights_step: of the weights it samples with, in optimizer steps and in rl steps.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    version: int
-    weights_step: int
-
-    @property
-    def pending(self) -> int: ...
-
-    async def act(self, session: Session) -> Completion: ...
-
-    def step(self) -> None: ...
-
-    def close(self, session: Session) -> None: ...
-
-    def update(self, tensors: Mapping[str, Tensor], version: int, weights_step: int) -> bool: ...
-
-    def logprobs(self, tokens: Sequence[int]) -> list[float]: ...
 
 
 @dataclass

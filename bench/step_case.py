@@ -41,11 +41,12 @@ WRITTEN = 0.25  # of a turn; the rest is what a tool returned
 PROMPT = 0.125  # of a trajectory
 ALIGNED, CALLS, SPREAD = 8, 3.0, 1.0  # D; the mean of d_k, which is log-normal with this sigma
 WORDS = f"""\
-The agent mix: main trajectories of {LENGTHS[MAIN][0]} to {LENGTHS[MAIN][1]} tokens, the sub-agent's of {LENGTHS[SUB][0]} to
-{LENGTHS[SUB][1]}, log-uniform, divided by the factor after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}.
-{PROMPT:.1%} of a trajectory is its prompt, {WRITTEN:.0%} of the rest the agent's own tokens. Queries differ in how likely a rollout
-is right: evenly between never and always. No two trajectories are alike. Geography: episodes of the example by its
-scripts, {CARELESSNESS:.0%} of their calls spoilt by a careless mistake, drawn anew for every rollout."""
+The agent mix: main trajectories of {LENGTHS[MAIN][0]} to {LENGTHS[MAIN][1]} tokens, the sub-agent's of {LENGTHS[SUB][0]}
+to {LENGTHS[SUB][1]}, log-uniform, divided by the factor after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean
+{CALLS:g}, aligned to D = {ALIGNED}. {PROMPT:.1%} of a trajectory is its prompt, {WRITTEN:.0%} of the rest the agent's own
+tokens. Queries differ in how likely a rollout is right, evenly between never and always. No two trajectories are alike.
+Geography: episodes of the example by its scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn
+anew for every rollout."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,40 @@ class Case:
 
 def mix(agent: str, model: Path, folder: Path, factor: int, queries: int, rollouts: int, **compute: Any) -> Case:
     """Its groups for one agent, with lengths divided by `factor`. compute: of the config."""
-    config = parse_config(
+    random = np.random.default_rng(len(agent))
+    counts_N = np.ones(queries * rollouts, np.int64) if agent == MAIN else calls_made(queries * rollouts, random)
+    lengths_N = lengths_of(LENGTHS[agent], int(counts_N.sum()), factor, random)
+    turn, vocabulary = max(4, TURNS[agent] // factor), _vocabulary(model)
+    trajectories = [trajectory_of(length, turn, vocabulary, random) for length in lengths_N.tolist()]
+    groups = sealed(agent, trajectories, counts_N.reshape(queries, rollouts), folder)
+    return Case(f"mix/{factor}, {agent}", agent, _config(model, folder, compute), groups, str(folder))
+
+
+def long(model: Path, folder: Path, length: int, rollouts: int, **compute: Any) -> Case:
+    """One query whose rollouts are all of one length and, but for their first half turn, the agent's own tokens."""
+    random, vocabulary = np.random.default_rng(0), _vocabulary(model)
+    tokens = random.integers(1, vocabulary, (rollouts, length + 1)).astype(np.int32)
+    sampled_L = np.arange(length + 1) >= TURNS[MAIN] // 2
+    trajectories = [Trajectory(tokens_L, sampled_L, np.zeros(length + 1, np.float32), 0) for tokens_L in tokens]
+    groups = sealed(MAIN, trajectories, np.ones((1, rollouts), np.int64), folder)
+    return Case(f"{rollouts} x {length}", MAIN, _config(model, folder, compute), groups, str(folder))
+
+
+def _config(model: Path, folder: Path, compute: dict[str, Any]) -> Config:
+    agent = {"model": str(model), "lr": LR}
+    return parse_config(
         {
             "run_dir": str(folder),
             "environment": {"use": "none:None"},
-            "agents": dict.fromkeys((MAIN, SUB), {"model": str(model), "lr": LR}),
-            "algorithm": {"rollouts": rollouts, "aligned_calls": ALIGNED},
+            "agents": {MAIN: agent, SUB: agent},
+            "algorithm": {"aligned_calls": ALIGNED},
             "compute": compute,
         }
     )
-    random = np.random.default_rng(len(agent))
-    counts_N = np.ones(queries * rollouts, np.int64) if agent == MAIN else calls_made(queries * rollouts, random)
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    lengths_N = lengths_of(LENGTHS[agent], int(counts_N.sum()), factor, random)
-    turn = max(4, TURNS[agent] // factor)
-    trajectories = [trajectory_of(length, turn, vocabulary, random) for length in lengths_N.tolist()]
-    groups = sealed(agent, trajectories, counts_N.reshape(queries, rollouts), folder)
-    return Case(f"mix/{factor}, {agent}", agent, config, groups, str(folder))
+
+
+def _vocabulary(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["vocab_size"])
 
 
 def calls_made(rollouts: int, random: np.random.Generator) -> NDArray[np.int64]:
@@ -114,9 +132,7 @@ def trajectory_of(length: int, turn: int, vocabulary: int, random: np.random.Gen
     return Trajectory(tokens_L, sampled_L, np.where(sampled_L, -1, 0).astype(np.float32), 0)
 
 
-def sealed(
-    agent: str, trajectories: Sequence[Trajectory], counts_QK: NDArray[np.int64], folder: Path
-) -> list[Group]:
+def sealed(agent: str, trajectories: Sequence[Trajectory], counts_QK: NDArray[np.int64], folder: Path) -> list[Group]:
     """Written to the folder, and grouped by query: counts_QK of them for each rollout."""
     writer = TrajectoryWriter(str(folder), agent)
     placed = iter(list(zip(trajectories, writer.append(trajectories), strict=True)))

@@ -109,7 +109,7 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
         per_device_train_batch_size=size,
         gradient_accumulation_steps=len(recorded) * rollouts // size,
         num_generations=rollouts,
-        max_completion_length=max(len(t) for made in recorded.values() for t, _ in made),
+        max_completion_length=round(algorithm.length_constant),  # what dr_grpo divides by; nothing is cut
         temperature=agent.temperature,
         loss_type={"trajectory": "grpo", "constant": "dr_grpo"}[algorithm.length_norm],
         scale_rewards="none",

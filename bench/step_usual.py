@@ -151,9 +151,7 @@ def pad(samples: Sequence[Weighed], max_tokens: int, dtype: torch.dtype, device:
     """Micro-batches of as many sequences as fit, were all as long as the step's longest."""
     longest = max(len(_tokens(sample)) for sample in samples)
     size = max(1, max_tokens // longest)
-    return [
-        _collate(samples[first : first + size], longest, dtype, device) for first in range(0, len(samples), size)
-    ]
+    return [_collate(samples[first : first + size], longest, dtype, device) for first in range(0, len(samples), size)]
 
 
 def _collate(samples: Sequence[Weighed], longest: int, dtype: torch.dtype, device: torch.device) -> Padded:

@@ -40,13 +40,13 @@ TURNS = {MAIN: 1024, SUB: 256}  # tokens from where an agent writes to where it 
 WRITTEN = 0.25  # of a turn; the rest is what a tool returned
 PROMPT = 0.125  # of a trajectory
 ALIGNED, CALLS, SPREAD = 8, 3.0, 1.0  # D; the mean of d_k, which is log-normal with this sigma
+_MAIN, _SUB = ("{} to {}".format(*LENGTHS[agent]) for agent in (MAIN, SUB))
 WORDS = f"""\
-The agent mix: main trajectories of {LENGTHS[MAIN][0]} to {LENGTHS[MAIN][1]} tokens, the sub-agent's of {LENGTHS[SUB][0]}
-to {LENGTHS[SUB][1]}, log-uniform, divided by the factor after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean
-{CALLS:g}, aligned to D = {ALIGNED}. {PROMPT:.1%} of a trajectory is its prompt, {WRITTEN:.0%} of the rest the agent's own
-tokens. Queries differ in how likely a rollout is right, evenly between never and always. No two trajectories are alike.
-Geography: episodes of the example by its scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn
-anew for every rollout."""
+The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, log-uniform, divided by the
+factor after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. {PROMPT:.1%} of a
+trajectory is its prompt, {WRITTEN:.0%} of the rest the agent's own tokens. Queries differ in how likely a rollout is
+right, evenly between never and always. No two trajectories are alike. Geography: episodes of the example by its
+scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn anew for every rollout."""
 
 
 @dataclass(frozen=True)

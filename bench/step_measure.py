@@ -63,8 +63,8 @@ class Watched(Policy):
 
     def optim_step(self, lr: float) -> float:
         if self.gradient is not None:
-            weights = self.masters.weights.items()
-            self.gradient |= {name: w.grad.clone() for name, w in weights if w.grad is not None}
+            for name, weight in self.masters.weights.items():
+                self.gradient[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
         return super().optim_step(lr)
 
 
@@ -105,18 +105,21 @@ def measure(case: Case, folder: Path, rounds: int) -> Measured:
     policy = Watched(case.agent, case.config.agents[case.agent], case.config.compute)
     trainer = AgentTrainer(case.config, policy, case.trajectories)
     device, other = policy.model.device, distinct(case)
-    runs = {name: partial(step, way, case, policy, trainer) for name, way in WAYS.items() if other[name]}
+    runs: dict[str, Candidate] = {
+        name: partial(step, way, case, policy, trainer) for name, way in WAYS.items() if other[name]
+    }
     tokens, work = useful(case, policy.model)
     ceiling = matmul_ceiling(device, policy.dtype)
     with trl_beside(case, folder) as trl:
-        tried = {name: trial(name, run, partial(gradient_of, run, policy), device) for name, run in runs.items()}
-        rows = compared(tried)
+        gradients: dict[str, Callable[[], Gradient]] = {n: partial(gradient_of, run, policy) for n, run in runs.items()}
         if isinstance(trl, Trl):
-            rows |= compared({USUAL: tried[USUAL], TRL: trial(TRL, trl, trl.gradient, device)})
-            runs[TRL] = trl
-        else:
-            rows[TRL] = Row(TRL, why=trl)
-        del tried
+            runs[TRL], gradients[TRL] = trl, trl.gradient
+        rows, truth = {TRL: Row(TRL, why=str(trl))}, Gradient()
+        for name, run in runs.items():
+            row, gradient = trial(name, run, gradients[name], device)
+            truth = truth or gradient  # the usual way's is the first
+            rows[name] = replace(row, difference=distance(gradient, truth) if gradient else None)
+        del truth, gradient
         timings = interleave(
             {n: run for n, run in runs.items() if not rows[n].why}, rounds=rounds, device=device, warmup=0
         )
@@ -147,15 +150,6 @@ def trial(name: str, run: Candidate, gradient: Callable[[], Gradient], device: t
         why = f"out of memory: {error}".splitlines()[0]
     release(device)  # here, where the fault and the tensors its traceback holds are gone
     return Row(name, why=why), {}
-
-
-def compared(tried: Mapping[str, tuple[Row, Gradient]]) -> dict[str, Row]:
-    """With the differences from the usual way's gradient, where both are there."""
-    truth = tried[USUAL][1]
-    return {
-        name: replace(row, difference=distance(gradient, truth) if gradient and truth else None)
-        for name, (row, gradient) in tried.items()
-    }
 
 
 def release(device: torch.device) -> None:

@@ -65,7 +65,7 @@ def flop(model: PreTrainedModel, lengths: list[int], actions: int) -> float:
     head = model.get_output_embeddings().weight.numel()
     inputs = model.get_input_embeddings().weight.numel()
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    layers = sum(weight.numel() for weight in model.parameters()) - inputs - (0 if tied else head)
+    layers = sum(w.numel() for w in model.parameters() if w.dim() == 2) - inputs - (0 if tied else head)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * size
     return 6.0 * (layers * sum(lengths) + head * actions + attention * sum(length**2 for length in lengths))

@@ -100,6 +100,7 @@ def _copied(case: Case, weighted: Weighted) -> list[Weighed]:
     config, samples = case.config, list[Weighed]()
     times = {call.position: int(m) for call, m in zip(weighted.calls, weighted.multiplicities, strict=True)}
     aligned = 1 if case.agent == MAIN else config.algorithm.aligned_calls
+    asked = sum(any(r.status == "scored" for r in group.rollouts) for group in case.groups)
     for group in case.groups:
         scored = {r.rollout: r for r in group.rollouts if r.status == "scored"}
         calls = [call for call in group.calls if call.rollout in scored for _ in range(times[call.position])]
@@ -107,17 +108,17 @@ def _copied(case: Case, weighted: Weighted) -> list[Weighed]:
             rewards = [main_reward(scored[call.rollout], config.reward) for call in calls]
         else:
             rewards = [sub_reward(call, scored[call.rollout], config.reward) for call in calls]
-        share = 1 / (len(case.groups) * len(scored) * aligned)
-        samples += _normalised(case, calls, rewards, share)
+        if calls:
+            samples += _normalised(case, calls, rewards, 1 / (asked * len(scored) * aligned))
     return samples
 
 
 def _normalised(case: Case, calls: list[CallRecord], rewards: list[float], share: float) -> list[Weighed]:
-    mean, std = (np.mean(rewards), np.std(rewards)) if rewards else (0.0, 0.0)
+    mean, std = np.mean(rewards), np.std(rewards)
     trajectories = read(case.trajectories, [call.position for call in calls])
     samples = []
     for trajectory, reward in zip(trajectories, rewards, strict=True):
-        actions = sum(trajectory.sampled.tolist())
+        actions = max(1, sum(trajectory.sampled.tolist()))
         advantage = (reward - mean) / std if std > case.config.algorithm.std_eps else 0.0
         norm = {"trajectory": actions, "constant": case.config.algorithm.length_constant}
         samples.append(Weighed(trajectory, float(advantage), share / norm[case.config.algorithm.length_norm]))
@@ -149,7 +150,7 @@ class Padded:
 
 def pad(samples: Sequence[Weighed], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Padded]:
     """Micro-batches of as many sequences as fit, were all as long as the step's longest."""
-    longest = max(len(_tokens(sample)) for sample in samples)
+    longest = max((len(_tokens(sample)) for sample in samples), default=1)
     size = max(1, max_tokens // longest)
     return [_collate(samples[first : first + size], longest, dtype, device) for first in range(0, len(samples), size)]
 

@@ -80,7 +80,7 @@ part tests 150 "$PYTHON" -m pytest -q -m gpu --durations=5 "${compiled[@]}"
 bench kernels 250
 [[ ! -f bench/packing.py ]] || bench packing 60
 bench step 200
-[[ ! bench/results/gpu-step.png -nt bench/gpu.sh || $OUT -ef bench/results ]] || cp bench/results/gpu-step.png "$OUT"
+[[ $OUT -ef bench/results || ! -f bench/results/gpu-step.png ]] || cp bench/results/gpu-step.png "$OUT"
 part reference 60 "$PYTHON" -m pytest -q tests/test_kernels_*.py
 
 echo "== $SECONDS s; results in $OUT"

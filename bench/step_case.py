@@ -42,10 +42,10 @@ PROMPT = 0.125  # of a trajectory
 ALIGNED, CALLS, SPREAD = 8, 3.0, 1.0  # D; the mean of d_k, which is log-normal with this sigma
 _MAIN, _SUB = ("{} to {}".format(*LENGTHS[agent]) for agent in (MAIN, SUB))
 WORDS = f"""\
-The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, log-uniform, divided by the
-factor after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. {PROMPT:.1%} of a
-trajectory is its prompt, {WRITTEN:.0%} of the rest the agent's own tokens. Queries differ in how likely a rollout is
-right, evenly between never and always. No two trajectories are alike. Geography: episodes of the example by its
+The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, log-uniform, divided by the factor
+after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. {PROMPT:.1%} of a trajectory is its prompt,
+{WRITTEN:.0%} of the rest the agent's own tokens. Queries differ in how many rollouts are right, evenly from none to all; all
+or none leave the main agent no advantage. No two trajectories are alike. Geography: episodes of the example by its
 scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn anew for every rollout."""
 
 
@@ -138,14 +138,22 @@ def sealed(agent: str, trajectories: Sequence[Trajectory], counts_QK: NDArray[np
     placed = iter(list(zip(trajectories, writer.append(trajectories), strict=True)))
     writer.close()
     random, queries = np.random.default_rng(0), len(counts_QK)
-    chances_Q1 = (np.arange(queries)[:, None] + 0.5) / queries
-    right_QK = random.random(counts_QK.shape) < chances_Q1  # drawn first: the same for both agents
     groups = []
     for query, counts_K in enumerate(counts_QK.tolist()):
-        rollouts = [RolloutRecord(query, k, "scored", True, float(r), 0.0) for k, r in enumerate(right_QK[query])]
+        right = right_of(query, queries, len(counts_K))
+        rollouts = [RolloutRecord(query, k, "scored", True, float(k < right), 0.0) for k in range(len(counts_K))]
         calls = [c for k, count in enumerate(counts_K) for c in _records(agent, query, k, count, placed, random)]
         groups.append(Group(query, "", 0, rollouts, calls))
     return groups
+
+
+def right_of(query: int, queries: int, rollouts: int) -> int:
+    """How many rollouts of a query are right.
+
+    Were a query's chance of that uniform, so were their number: from 0 to K, and 2 of K + 1 groups left no advantage.
+    The quantiles at the first quarters of equal shares make it one of 3 or 4 queries where K is 6, nearest to that.
+    """
+    return int((query + 0.25) / queries * (rollouts + 1))
 
 
 def _records(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from mgrpo.bench.harness import Candidate, Result, Timing, extra_bytes, interlea
 from mgrpo.bench.step_case import Case
 from mgrpo.bench.step_models import flop
 from mgrpo.bench.step_trl import Trl, Unavailable
-from mgrpo.bench.step_usual import USUAL, WAYS, Way, samples_of, step
+from mgrpo.bench.step_usual import OURS, USUAL, WAYS, Way, samples_of, step
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import matmul_ceiling
 from mgrpo.engine.trainer import AgentTrainer
@@ -31,7 +32,8 @@ attention, the head for the agent's own tokens, forward and backward) over the t
 Extra memory: the peak during a step above what was held before it. Difference: of the gradient, before clipping, from
 the usual way's: of all weights the largest relative one in the 2-norm."""
 
-Gradient = dict[str, Tensor]
+Gradient = Mapping[str, Tensor]
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,30 +58,44 @@ class Measured:
     ceiling: float
 
 
-class Watched(Policy):
-    """Keeps the gradient of a step before it is clipped, if it is asked to."""
+class Comparison:
+    """Keeps the first gradient that it is shown, and tells how far the last one was from it."""
 
-    gradient: Gradient | None = None
+    def __init__(self, weights: Gradient):
+        self.truth = {name: torch.zeros_like(w) for name, w in weights.items()}  # here, not while memory is measured
+        self.shown, self.difference = 0, 0.0
 
-    def optim_step(self, lr: float) -> float:
-        if self.gradient is not None:
-            for name, weight in self.masters.weights.items():
-                self.gradient[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-        return super().optim_step(lr)
-
-
-def gradient_of(run: Candidate, policy: Watched) -> Gradient:
-    """Of one step that it takes, by the weights' names."""
-    policy.gradient = found = {}
-    run()
-    policy.gradient = None
-    return found
+    def __call__(self, gradient: Gradient) -> None:
+        if not self.shown:
+            for name, kept in self.truth.items():
+                kept.copy_(gradient[name])
+        self.shown += 1
+        self.difference = distance(gradient, self.truth)
 
 
 def distance(gradient: Gradient, truth: Gradient) -> float:
     """Of all weights the largest relative distance in the 2-norm."""
     assert gradient.keys() == truth.keys()
-    return max(float((gradient[name] - true).norm() / true.norm().clamp(min=1e-30)) for name, true in truth.items())
+    return max(_distance(gradient[name], true) for name, true in truth.items())
+
+
+def _distance(got: Tensor, true: Tensor) -> float:
+    """In pieces: a difference as large as an embedding would show in the peak memory."""
+    pieces = zip(got.flatten().split(PIECE), true.flatten().split(PIECE), strict=True)
+    squared = sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
+    return math.sqrt(squared) / max(float(true.norm()), 1e-30)
+
+
+class Watched(Policy):
+    """Shows the gradient of a step, before it is clipped, to whoever looks."""
+
+    look: Callable[[Gradient], None] | None = None
+
+    def optim_step(self, lr: float) -> float:
+        if self.look is not None:
+            weights = self.masters.weights.items()
+            self.look({name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights})
+        return super().optim_step(lr)
 
 
 def useful(case: Case, model: PreTrainedModel) -> tuple[int, float]:
@@ -108,25 +124,32 @@ def measure(case: Case, folder: Path, rounds: int) -> Measured:
     runs: dict[str, Candidate] = {
         name: partial(step, way, case, policy, trainer) for name, way in WAYS.items() if other[name]
     }
-    tokens, work = useful(case, policy.model)
-    ceiling = matmul_ceiling(device, policy.dtype)
+    work, ceiling = useful(case, policy.model), matmul_ceiling(device, policy.dtype)
     with trl_beside(case, folder) as trl:
-        gradients: dict[str, Callable[[], Gradient]] = {n: partial(gradient_of, run, policy) for n, run in runs.items()}
         if isinstance(trl, Trl):
-            runs[TRL], gradients[TRL] = trl, trl.gradient
-        rows, truth = {TRL: Row(TRL, why=str(trl))}, Gradient()
-        for name, run in runs.items():
-            row, gradient = trial(name, run, gradients[name], device)
-            truth = truth or gradient  # the usual way's is the first
-            rows[name] = replace(row, difference=distance(gradient, truth) if gradient else None)
-        del truth, gradient
-        timings = interleave(
-            {n: run for n, run in runs.items() if not rows[n].why}, rounds=rounds, device=device, warmup=0
-        )
+            runs[TRL] = trl
+        rows = try_all(runs, policy, trl)
+        tried = {name: run for name, run in runs.items() if not rows[name].why}
+        timings = interleave(tried, rounds=rounds, device=device, warmup=0)
     rows = {name: replace(row, timing=timings.get(name)) for name, row in rows.items()}
-    del policy, trainer, runs
+    del policy, trainer, runs, tried, trl
     release(device)
-    return Measured(case, _filled(rows), tokens, work, ceiling)
+    return Measured(case, _filled(rows), *work, ceiling)
+
+
+def try_all(runs: Mapping[str, Candidate], policy: Watched, trl: Trl | str) -> dict[str, Row]:
+    """One step of each, in which its gradient and its memory are looked at."""
+    for name in {OURS, TRL} & runs.keys():
+        runs[name]()  # now the optimizers have their moments
+    policy.look = look = Comparison(policy.masters.weights)
+    if isinstance(trl, Trl):
+        trl.look = look
+    rows = {name: trial(name, run, look, policy.model.device) for name, run in runs.items()}
+    policy.look = None
+    if isinstance(trl, Trl):
+        trl.look = None
+        return rows
+    return rows | {TRL: Row(TRL, why=trl)}
 
 
 @contextmanager
@@ -141,15 +164,14 @@ def trl_beside(case: Case, folder: Path) -> Iterator[Trl | str]:
         yield trl
 
 
-def trial(name: str, run: Candidate, gradient: Callable[[], Gradient], device: torch.device) -> tuple[Row, Gradient]:
-    """One step for its gradient, one for its memory."""
+def trial(name: str, run: Candidate, look: Comparison, device: torch.device) -> Row:
     try:
-        found = gradient()
-        return Row(name, extra=extra_bytes(run, device)), found
+        extra = extra_bytes(run, device)
+        return Row(name, extra=extra, difference=look.difference)
     except torch.OutOfMemoryError as error:
         why = f"out of memory: {error}".splitlines()[0]
     release(device)  # here, where the fault and the tensors its traceback holds are gone
-    return Row(name, why=why), {}
+    return Row(name, why=why)
 
 
 def release(device: torch.device) -> None:

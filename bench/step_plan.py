@@ -48,24 +48,24 @@ class Plan:
 SHORT, FULL = {"compile": True}, {"activation_checkpointing": True}
 LONG = (
     Long("Qwen3-0.6B", QWEN3_06B, 1 << 14, 4, (11_900, 11.1), SHORT),
-    Long("Qwen3-0.6B", QWEN3_06B, 1 << 16, 2, (10_200, 26.8), FULL),
+    Long("Qwen3-0.6B", QWEN3_06B, 1 << 16, 4, (10_200, 26.8), FULL),
     Long("Qwen3-1.7B", QWEN3_17B, 1 << 14, 4, None, FULL),
-    Long("Qwen3-1.7B", QWEN3_17B, 1 << 16, 2, None, FULL),
+    Long("Qwen3-1.7B", QWEN3_17B, 1 << 16, 4, None, FULL),
 )
 FASTER, SMALLER, TRL_FASTER, PRIME_FASTER, MFU = 5.0, 0.5, 2.0, 2.0, 40.0
 
 _GPU = Plan(
-    "Qwen3-0.6B", QWEN3_06B, 8, 2, 8, {"max_tokens": 16384, "activation_checkpointing": True}, 4, 3, seconds=100
+    "Qwen3-0.6B", QWEN3_06B, 8, 3, 6, {"max_tokens": 16384, "activation_checkpointing": True}, 4, 3, seconds=100
 )
-_GPU_QUICK = Plan("Qwen3-0.6B", QWEN3_06B, 32, 2, 4, {"max_tokens": 8192}, 1, 2, seconds=20)
-_CPU = Plan("SmolLM2-135M", SMOLLM2_135M, 32, 2, 6, {"max_tokens": 1024}, 3, 3)
+_GPU_QUICK = Plan("Qwen3-0.6B", QWEN3_06B, 32, 3, 6, {"max_tokens": 8192}, 1, 2, seconds=20)
+_CPU = Plan("SmolLM2-135M", SMOLLM2_135M, 64, 3, 6, {"max_tokens": 1024}, 3, 3)
 _CPU_QUICK = Plan(
     "a tiny Llama",
     TINY,
-    64,
-    2,
-    4,
-    {"max_tokens": 1024},
+    128,
+    3,
+    6,
+    {"max_tokens": 512},
     2,
     2,
     tuple(f"agents.{agent}.model=runs/geography/data/tiny" for agent in ("main", "sub")),

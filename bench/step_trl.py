@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -39,15 +40,15 @@ class _Gate(TrainerCallback):
     def __init__(self) -> None:
         self.go: SimpleQueue[bool] = SimpleQueue()
         self.done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self.gradient: dict[str, Tensor] | None = None  # of the next step, if it is wanted
+        self.look: Callable[[dict[str, Tensor]], None] | None = None  # whom to show the gradients
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.go.get():
             raise _Stopped
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        if self.gradient is not None:
-            self.gradient |= {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+        if self.look is not None:
+            self.look({name: p.grad for name, p in model.named_parameters()})
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.done.put(None)
@@ -76,13 +77,14 @@ class Trl:
         if (fault := self.gate.done.get()) is not None:
             raise fault
 
-    def gradient(self) -> dict[str, Tensor]:
-        """Of one step, by the weights' names."""
-        found: dict[str, Tensor] = {}
-        self.gate.gradient = found
-        self()
-        self.gate.gradient = None
-        return found
+    @property
+    def look(self) -> Callable[[dict[str, Tensor]], None] | None:
+        """Who is shown the gradient of each step, by the weights' names."""
+        return self.gate.look
+
+    @look.setter
+    def look(self, look: Callable[[dict[str, Tensor]], None] | None) -> None:
+        self.gate.look = look
 
     def close(self) -> None:
         self.gate.go.put(False)
@@ -118,7 +120,7 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=agent.weight_decay,
-        max_grad_norm=agent.grad_clip,
+        max_grad_norm=1e9,  # measured, but never clipped: the gradient is shown after that
         shuffle_dataset=False,
         max_steps=STEPS,
         logging_strategy="no",

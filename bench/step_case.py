@@ -44,8 +44,8 @@ _MAIN, _SUB = ("{} to {}".format(*LENGTHS[agent]) for agent in (MAIN, SUB))
 WORDS = f"""\
 The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, log-uniform, divided by the factor
 after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. Of a trajectory
-{PROMPT:.1%} is its prompt, of the rest {WRITTEN:.0%} the agent's own tokens. Queries differ in how many rollouts are right,
-evenly from none to all; all or none leave the main agent no advantage. No two trajectories are alike.
+{PROMPT:.1%} is its prompt, of the rest {WRITTEN:.0%} the agent's own tokens. Queries differ in how many rollouts are
+right, evenly from none to all; all or none leave the main agent no advantage. No two trajectories are alike.
 Geography: episodes of the example by its scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn
 anew for every rollout."""
 

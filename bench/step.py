@@ -16,9 +16,19 @@ from pathlib import Path
 import torch
 
 from mgrpo.bench.harness import Result, Timing, figure, interleave, json_line, report, summed
-from mgrpo.bench.step_case import SUB, WORDS, Case, geography, long, mix
+from mgrpo.bench.step_case import RECORDED, SUB, WORDS, Case, geography, long, mix, recorded
 from mgrpo.bench.step_figure import draw
-from mgrpo.bench.step_measure import MEANING, TRL, Measured, measure, release, results_of, show_case, useful
+from mgrpo.bench.step_measure import (
+    MEANING,
+    TRL,
+    Measured,
+    measure,
+    release,
+    require_useful,
+    results_of,
+    show_case,
+    useful,
+)
 from mgrpo.bench.step_models import make_model
 from mgrpo.bench.step_plan import FASTER, LONG, SMALLER, TRL_FASTER, Long, Plan, long_results, plan_for
 from mgrpo.bench.step_usual import OURS, USUAL
@@ -78,9 +88,14 @@ class Session:
 
     def geography(self) -> None:
         """Both agents of the example."""
-        overrides = (f"compute.device={self.device}", *self.plan.overrides)
+        count, tiny = self.plan.geography, self.plan.overrides
         try:
-            cases = geography(self.folder, self.plan.geography, overrides)
+            if (RECORDED / "config.json").is_file() and not tiny:  # of another model
+                cases = recorded(RECORDED, count)
+            else:
+                cases = geography(self.folder, count, (f"compute.device={self.device}", *tiny))
+            for case in cases:
+                require_useful(case)
         except ValueError as missing:
             name = "geography, main: TRL's time over ours"
             self.results.append(figure(name, None, "x", at_least=TRL_FASTER, why=str(missing)))

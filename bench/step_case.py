@@ -1,9 +1,10 @@
 """What `mgrpo bench step` trains on: sealed groups of one agent, their trajectories in files, as a trainer finds them.
 
-Two sources. *Geography*: episodes of the example's own environment, played by its scripts, with another draw of
-careless mistakes for every rollout of a question; real texts, tools, rewards and d_k, the same for everyone who has run
-`prepare.py`. *The agent mix*: random tokens with the lengths of agents of a long horizon. Lengths and d_k are the
-quantiles of their distributions, dealt in random order, so that few rollouts stand for many.
+Three sources. *A recorded run* of the geography example, if there is one: what was sampled in the middle of its rl.
+*Geography* as its scripts play it, with another draw of careless mistakes for every rollout of a question: real texts,
+tools, rewards and d_k, the same for everyone who has run `prepare.py`. *The agent mix*: random tokens with the lengths
+of agents of a long horizon. Lengths and d_k are the quantiles of their distributions, dealt in random order, so that
+few rollouts stand for many.
 
 Legend: N trajectories or rollouts, L tokens of a trajectory.
 """
@@ -18,22 +19,24 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from mgrpo.engine.config import Config, load_config, parse_config
+from mgrpo.engine.config import Config, load_config, parse_config, read_dump
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.records import write_rollouts
 from mgrpo.engine.rollout import Demonstrations, Job, load_environment
 from mgrpo.engine.sampler import Sampler
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.trajectories import Position, TrajectoryWriter
+from mgrpo.engine.transcript import copied_store
 from mgrpo.engine.types import MAIN, Task, Trajectory
 
 SUB = "sub"
 LR = 1e-30  # so small that no weight moves: every step begins at the same ones, and costs what any other does
-GEOGRAPHY = Path("examples/geography/train.toml")
+GEOGRAPHY, RECORDED = Path("examples/geography/train.toml"), Path("runs/geography/train")
 CARELESSNESS = 0.4  # of a call: of a question's rollouts some are right then, and some are not
 LENGTHS = {MAIN: (8192, 32768), SUB: (205, 4096)}  # tokens of a trajectory: bounds of a log-uniform distribution
 TURNS = {MAIN: 1024, SUB: 256}  # tokens from where an agent writes to where it writes again
@@ -46,8 +49,8 @@ The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, l
 after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. Of a trajectory
 {PROMPT:.1%} is its prompt, of the rest {WRITTEN:.0%} the agent's own tokens. Queries differ in how many rollouts are
 right, evenly from none to all; all or none leave the main agent no advantage. No two trajectories are alike.
-Geography: episodes of the example by its scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn
-anew for every rollout."""
+Geography: episodes recorded in the middle of {RECORDED}, if that is there; else played by the
+example's scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn anew for every rollout."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,24 @@ def geography(folder: Path, queries: int, overrides: Sequence[str] = ()) -> list
     return [
         Case(f"geography, {agent}", agent, config, _grouped(agent, records, calls), str(folder))
         for agent in config.agents
+    ]
+
+
+def recorded(run: Path, queries: int) -> list[Case]:
+    """A case for each agent of a run, of the first queries of its middle rl step. Raises ValueError if it has none."""
+    config = read_dump((run / "config.json").read_text())
+    agents = {name: msgspec.structs.replace(agent, lr=LR) for name, agent in config.agents.items()}
+    config = msgspec.structs.replace(config, agents=agents)
+    first = config.steps // 2 * config.queries_per_step
+    with copied_store(run, config) as store:
+        asked = [query for query in range(first, first + config.queries_per_step) if store.rollouts_of(query)][:queries]
+        rollouts = [rollout for query in asked for rollout in store.rollouts_of(query)]
+        calls = [call for query in asked for call in store.calls_of(query)]
+    if not rollouts:
+        raise ValueError(f"{run}: no rollout of queries from {first} on, expected those of an rl step")
+    return [
+        Case(f"geography recorded, {agent}", agent, config, _grouped(agent, rollouts, calls), str(run / "trajectories"))
+        for agent in agents
     ]
 
 

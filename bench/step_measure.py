@@ -34,6 +34,7 @@ the usual way's: of all weights the largest relative one in the 2-norm."""
 
 Gradient = Mapping[str, Tensor]
 PIECE = 1 << 20
+LEAST = Way(copies=False, merged=True, dropped=True)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,15 @@ class Watched(Policy):
         return super().optim_step(lr)
 
 
+def require_useful(case: Case) -> None:
+    """Raises ValueError if no trajectory has a gradient."""
+    if not samples_of(LEAST, case):
+        raise ValueError(f"{case.name}: expected rollouts of different rewards, there is nothing to train on")
+
+
 def useful(case: Case, model: PreTrainedModel) -> tuple[int, float]:
     """Tokens and flop that a step cannot do without."""
-    samples = samples_of(Way(copies=False, merged=True, dropped=True), case)
+    samples = samples_of(LEAST, case)
     trajectories = [s.trajectory for s in samples if isinstance(s.trajectory, Trajectory)]
     lengths = [t.rows for t in trajectories]
     return sum(lengths), flop(model, lengths, sum(int(t.sampled.sum()) for t in trajectories))

@@ -62,10 +62,9 @@ def flop(model: PreTrainedModel, lengths: list[int], actions: int) -> float:
     """Of a forward and backward that computes nothing needlessly: layers for all tokens, causal attention within each
     sequence of these lengths, the head for the actions. 6 flop a weight and token; recomputed ones do not count."""
     config = model.config
-    head = model.get_output_embeddings().weight.numel()
-    inputs = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    layers = sum(w.numel() for w in model.parameters() if w.dim() == 2) - inputs - (0 if tied else head)
+    head = config.vocab_size * config.hidden_size
+    outside = head if config.tie_word_embeddings else 2 * head  # the table of inputs needs no matmul
+    layers = sum(w.numel() for w in model.parameters() if w.dim() == 2) - outside
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * size
     return 6.0 * (layers * sum(lengths) + head * actions + attention * sum(length**2 for length in lengths))

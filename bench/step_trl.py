@@ -46,9 +46,9 @@ class _Gate(TrainerCallback):
         if not self.go.get():
             raise _Stopped
 
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **given: Any) -> None:
         if self.look is not None:
-            self.look({name: p.grad for name, p in model.named_parameters()})
+            self.look({name: p.grad for name, p in given["model"].named_parameters()})
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.done.put(None)
@@ -99,7 +99,9 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a part of it that cannot be imported
         raise Unavailable(f"trl: {str(error).splitlines()[0]}") from error
     recorded = _recorded(case)
-    (rollouts,) = {len(made) for made in recorded.values()}
+    rollouts = max(len(made) for made in recorded.values())
+    if any(len(made) != rollouts for made in recorded.values()):
+        raise Unavailable("TRL wants equally many rollouts of every query")
     algorithm, agent, compute = case.config.algorithm, case.config.agents[case.agent], case.config.compute
     size = _micro_batch(recorded, compute.max_tokens)
     cpu = not torch.cuda.is_available()

@@ -11,7 +11,7 @@ Legend: B sequences, L tokens of the longest, P tokens of a packed row, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -252,7 +252,7 @@ def _packed_loss(way: Way, case: Case, policy: Policy, batch: Batch) -> Tensor:
     layout = Packed(batch.cu_seqlens_B1, batch.max_seqlen)
     logprobs_L = policy.actor(batch.input_ids_P, batch.positions_P, layout, work)
     gain_L = clipped(case, logprobs_L, None, batch.advantages_P[kept_P])
-    return cast(Tensor, -(gain_L * batch.weights_P[kept_P]).sum())
+    return -(gain_L * batch.weights_P[kept_P]).sum()
 
 
 # ---- the loss
@@ -282,6 +282,3 @@ def _trajectory(sample: Weighed) -> Trajectory:
 def _tokens(sample: Weighed) -> list[int]:
     tokens: list[int] = _trajectory(sample).tokens.tolist()
     return tokens
-
-
-Step = Callable[[], None]

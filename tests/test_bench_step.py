@@ -29,6 +29,7 @@ from mgrpo.bench.step_case import ALIGNED, LENGTHS, Case, calls_made, mix
 from mgrpo.bench.step_measure import SAME, TRL, Watched, distance, distinct, measure
 from mgrpo.bench.step_models import TINY, flop, make_model
 from mgrpo.bench.step_usual import OURS, USUAL, WAYS, Way, samples_of, step
+from mgrpo.engine import launch
 from mgrpo.engine import trainer as trainer_module
 from mgrpo.engine.store import CallRecord
 from mgrpo.engine.trainer import AgentTrainer
@@ -36,6 +37,9 @@ from mgrpo.engine.trajectories import TrajectoryWriter
 from mgrpo.engine.types import MAIN
 from numerics import within_rule
 from test_exactness import LONGEST, Actors, actors, make_case, naive_loss, wide_pack
+from test_train import Recording
+from toy import make_model as make_toy
+from toy import toy_config
 
 __all__ = ["actors"]  # a fixture
 CPU = torch.device("cpu")
@@ -198,6 +202,34 @@ def test_geography_is_played_from_its_scripts_and_its_rollouts_differ(tmp_path, 
     assert [[c.digest for c in g.calls] for case in cases for g in case.groups] == [
         [c.digest for c in g.calls] for case in again for g in case.groups
     ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded")
+    make_toy(folder / "model")
+    config = toy_config(folder, eval={"questions": 1})
+    launch.train(config, False, Recording())
+    return Path(config.run_dir)
+
+
+def test_a_recorded_run_is_trained_on_as_it_was(run):
+    main, clerk = step_case.recorded(run, 2)
+    for case in (main, clerk):
+        assert [group.query for group in case.groups] == [3, 4]  # of the second of three steps of three queries
+        trajectories = [s.trajectory for s in samples_of(Way(copies=False), case)]
+        assert [t.digest for t in trajectories] == [c.digest for group in case.groups for c in group.calls]
+    assert sum(len(group.calls) for group in main.groups) == 8
+    policy = Watched("main", main.config.agents["main"], main.config.compute)
+    found = gradients(main, policy)
+    assert all(distance(gradient, found[USUAL]) < 1e-4 for gradient in found.values())
+
+
+def test_what_has_no_advantage_is_refused(run):
+    (case, _) = step_case.recorded(run, 1)
+    alike = [replace(r, correct=1.0, format=True) for r in case.groups[0].rollouts]
+    with pytest.raises(ValueError, match="geography recorded, main: expected rollouts of different rewards"):
+        step_measure.require_useful(replace(case, groups=[replace(case.groups[0], rollouts=alike)]))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -151,7 +151,7 @@ def try_all(runs: Mapping[str, Candidate], policy: Watched, trl: Trl | str) -> d
     policy.look = look = Comparison(policy.masters.weights)
     if isinstance(trl, Trl):
         trl.look = look
-    rows = {name: trial(name, run, look, policy.model.device) for name, run in runs.items()}
+    rows = {name: trial(name, run, look, policy) for name, run in runs.items()}
     policy.look = None
     if isinstance(trl, Trl):
         trl.look = None
@@ -171,12 +171,14 @@ def trl_beside(case: Case, folder: Path) -> Iterator[Trl | str]:
         yield trl
 
 
-def trial(name: str, run: Candidate, look: Comparison, device: torch.device) -> Row:
+def trial(name: str, run: Candidate, look: Comparison, policy: Policy) -> Row:
+    device = policy.model.device
     try:
         extra = extra_bytes(run, device)
         return Row(name, extra=extra, difference=look.difference)
     except torch.OutOfMemoryError as error:
         why = f"out of memory: {error}".splitlines()[0]
+    policy.optimizer.zero_grad(set_to_none=True)  # of half a step
     release(device)  # here, where the fault and the tensors its traceback holds are gone
     return Row(name, why=why)
 

@@ -260,7 +260,9 @@ def _packed_loss(way: Way, case: Case, policy: Policy, batch: Batch) -> Tensor:
 
 def plain_logprobs(logits_XV: Tensor, targets_X: Tensor, policy: Policy) -> Tensor:
     """log p of the targets, in at least float32."""
-    logits_XV = logits_XV.to(_wide(policy)) / policy.agent.temperature
+    logits_XV = logits_XV.to(_wide(policy))
+    if policy.agent.temperature != 1:
+        logits_XV = logits_XV / policy.agent.temperature
     return logits_XV.log_softmax(-1).gather(-1, targets_X[..., None])[..., 0]
 
 

@@ -31,6 +31,7 @@ from mgrpo.bench.step_models import TINY, flop, make_model
 from mgrpo.bench.step_usual import OURS, USUAL, WAYS, Way, samples_of, step
 from mgrpo.engine import launch
 from mgrpo.engine import trainer as trainer_module
+from mgrpo.engine.model import Packed
 from mgrpo.engine.store import CallRecord
 from mgrpo.engine.trainer import AgentTrainer
 from mgrpo.engine.trajectories import TrajectoryWriter
@@ -152,7 +153,7 @@ def test_the_gradient_depends_on_what_the_ways_are_given(tmp_path):
 # ---- what is trained on
 
 
-@pytest.mark.parametrize("rollouts", [12, 16, 64, 1000])
+@pytest.mark.parametrize("rollouts", [12, 18, 64, 1000])
 def test_the_mix_is_as_it_says(rollouts):
     counts_N = calls_made(rollouts, np.random.default_rng(0))
     assert abs(counts_N.mean() - 3) <= 0.1
@@ -298,6 +299,28 @@ def test_a_comparison_is_with_the_first_gradient():
     assert look.difference == pytest.approx(0.1)
     look(truth)
     assert look.difference == 0
+
+
+def test_a_way_that_runs_out_of_memory_is_told_and_leaves_nothing_behind(tmp_path):
+    model = make_model(tmp_path / "model", TINY | SMALL)
+    case = mix(MAIN, model, tmp_path, 128, 2, 4, device="cpu", dtype="float32", max_tokens=256)
+    policy = Watched(case.agent, case.config.agents[case.agent], case.config.compute)
+    truth = gradients(case, policy)[USUAL]
+    policy.look = look = step_measure.Comparison(truth)
+    look(truth)
+
+    def fail() -> None:
+        policy.model(input_ids=torch.ones(1, 3, dtype=torch.int64), layout=one_sequence(3)).logits.sum().backward()
+        raise torch.OutOfMemoryError("no room\nfor more")
+
+    assert step_measure.trial("big", fail, look, policy).why == "out of memory: no room"
+    trainer = AgentTrainer(case.config, policy, case.trajectories)
+    row = step_measure.trial("ours", lambda: step(WAYS[OURS], case, policy, trainer), look, policy)
+    assert row.why is None and row.difference < 1e-4
+
+
+def one_sequence(length: int) -> Packed:
+    return Packed(torch.tensor([0, length], dtype=torch.int32), length)
 
 
 def test_without_trl_its_rows_say_so(tiny, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""One case of `mgrpo bench step`: every way tried once for its gradient and once for its memory, then all in turns."""
+"""One case of `mgrpo bench step`: every way once for its gradient and its memory, then all in turns."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Single-agent data only: TRL has no sub-agents, and wants equally many rollouts of every query. Its `rollout_func` hands
 out the recorded tokens, so nothing is sampled; its rewards are our advantages, which it centres once more (no change)
-and does not scale. At its fastest for this: no reference model, no second forward, activations kept where ours are.
+and does not scale. No reference model, no second forward, activations kept where ours are; else as it is by default:
+fp32 weights, bf16 by autocast.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One optimisation step the usual way, and on the way from there to the engine's: one elimination after the other.
 
-The usual way is what public trainers of groups do (TRL, verl and those built on them): rollouts copied until every one
-has D calls, Python lists padded to the longest of the step, micro-batches of equally many sequences, the log-probs of
-all of them once more before the update, logits for every token. Written plainly and without anything of the engine but
-the model, its fp32 master weights and the optimizer, which are the same for all; and the random choice of the copies,
-which has to be. The last way is the engine's own step.
+The usual way is what public trainers of groups do, each some of it: rollouts copied until every one has D calls, Python
+lists padded to the longest of the step (TRL too), micro-batches of equally many sequences, the log-probs of all of them
+once more before the update (verl; TRL only where it must), logits for every token. Written plainly and without anything
+of the engine but the model, its fp32 master weights and the optimizer, which are the same for all; and the random choice
+of the copies, which has to be. From "no padding" on attention is the engine's, the last way is its own step.
 
 Legend: B sequences, L tokens of the longest, P tokens of a packed row, H hidden size, V vocabulary.
 """

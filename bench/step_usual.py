@@ -3,8 +3,8 @@
 The usual way is what public trainers of groups do, each some of it: rollouts copied until every one has D calls, Python
 lists padded to the longest of the step (TRL too), micro-batches of equally many sequences, the log-probs of all of them
 once more before the update (verl; TRL only where it must), logits for every token. Written plainly and without anything
-of the engine but the model, its fp32 master weights and the optimizer, which are the same for all; and the random choice
-of the copies, which has to be. From "no padding" on attention is the engine's, the last way is its own step.
+of the engine but the model, its fp32 master weights and the optimizer, the same for all, and the random choice of the
+copies, which has to be. From "no padding" on attention is the engine's; the last way is its own step.
 
 Legend: B sequences, L tokens of the longest, P tokens of a packed row, H hidden size, V vocabulary.
 """

@@ -79,6 +79,8 @@ mapfile -t compiled < <(grep -l 'mark\.gpu' tests/test_*.py)
 part tests 150 "$PYTHON" -m pytest -q -m gpu --durations=5 "${compiled[@]}"
 bench kernels 250
 [[ ! -f bench/packing.py ]] || bench packing 60
+bench step 200
+[[ $OUT -ef bench/results || ! -f bench/results/gpu-step.png ]] || cp bench/results/gpu-step.png "$OUT"
 part reference 60 "$PYTHON" -m pytest -q tests/test_kernels_*.py
 
 echo "== $SECONDS s; results in $OUT"

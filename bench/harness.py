@@ -185,6 +185,10 @@ def report(
         if r.target or not targets_only
     )
     show(f"{bench} at {commit()} on {machine(device)}", ("name", "value", "unit", "target", ""), rows)
+    print(json_line(bench, results, device), flush=True)
+
+
+def json_line(bench: str, results: Sequence[Result], device: torch.device = CPU) -> str:
+    """What a benchmark says to programs."""
     line = {"bench": bench, "commit": commit(), "machine": machine(device), "results": [asdict(r) for r in results]}
-    print(json.dumps(line))
-    sys.stdout.flush()
+    return json.dumps(line)

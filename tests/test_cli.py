@@ -353,7 +353,7 @@ def test_a_benchmark_that_there_is_not_is_refused_by_name(mgrpo: Mgrpo):
     result = mgrpo("bench", "kernel")
     assert result.code == 2
     told = re.sub(r"[│\s]+", " ", " ".join(result.err))  # out of its frame
-    assert "'kernel' is not" in told and "'kernels'" in told
+    assert "'kernel' is not" in told and all(f"'{name}'" in told for name in ("kernels", "packing", "step", "store"))
 
 
 def test_the_installed_command_tells_a_mistake_in_one_line(file: Path):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgrpo.engine.config import AgentConfig, Config
-from mgrpo.engine.launch import make_sampler, restore
+from mgrpo.engine.launch import restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
 from mgrpo.engine.office import read_saved
@@ -97,7 +97,7 @@ def evaluate(config: Config, checkpoint: Path) -> str:
     environment = load_environment(config.environment)
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
     told = _restore(policies, checkpoint)
-    samplers = {name: make_sampler(policy, config) for name, policy in policies.items()}
+    samplers = {name: policy.sampler() for name, policy in policies.items()}
     jobs = eval_jobs(load_tasks(environment, "held_out"), config)
     row = accuracy(Episodes(config, environment, dict(samplers)).run(jobs))
     return (
@@ -118,6 +118,6 @@ def _restore(policies: dict[str, Policy], checkpoint: Path) -> str:
         if folder is None:
             raise ValueError(f"--checkpoint: {checkpoint} given: expected a checkpoint of agent {name!r} in it")
         saved = read_saved(folder)
-        policy.load(folder / name, saved.policy)
+        policy.load_state(folder / name)
         told.append(f"{name} {saved.stage} step {saved.step}")
     return ", ".join(told)

@@ -20,7 +20,7 @@ def save(policy: Policy, run: Path, steps: list[int]) -> None:
     for step in steps:
 
         def write(folder: Path, step: int = step) -> None:
-            saved = Saved(stage="rl", step=step, policy=policy.save(folder / policy.name))
+            saved = Saved(stage="rl", step=step, policy=policy.save_state(folder / policy.name))
             (folder / "state.json").write_bytes(msgspec.json.encode(saved))
 
         own.save_checkpoint(f"rl-{step:05d}", write, keep=9)

@@ -255,6 +255,7 @@ def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Another of its kind, on the CPU, whose weights are yet to be filled in."""
     with no_init_weights():
         made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
+    made.tie_weights()
     _without_dropout(made)
     return made.eval()
 

@@ -248,8 +248,10 @@ class Fused:
             names["kl_sum"] = "kl"
         sums = torch.stack([found.metrics[name] for name in ("rows", *names)])
         rows, *totals = t.accelerator.reduce(sums, reduction="sum").tolist()
+        if not rows:
+            return
         log = t._metrics["train" if t.model.training else "eval"]
-        means = {name: total / max(rows, 1) for name, total in zip(names.values(), totals, strict=True)}
+        means = {name: total / rows for name, total in zip(names.values(), totals, strict=True)}
         means["clip_ratio/region_mean"] = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
         for name, mean in means.items():
             log[name].append(mean)

@@ -189,8 +189,8 @@ def load_model(
     return model
 
 
-def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
-    """A caller's causal LM, where it is, made to run over flat rows: attention by layout, no dropout; split over ranks.
+def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None) -> tuple[Actor, torch.dtype]:
+    """A caller's causal LM, where it is, and its dtype; laid out, and split over ranks if there are several.
 
     Of compute only device and compile are asked; "auto" is where the model is. Raises ValueError as `lay_out`, or if it
     is sharded already, or in a dtype that we have no matmuls for.
@@ -209,7 +209,7 @@ def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGrou
         nn.Module.to(model, device)
     else:
         split(actor, device, dtype, group)
-    return actor
+    return actor, dtype
 
 
 def lay_out(model: PreTrainedModel) -> None:

@@ -62,8 +62,8 @@ class Policy:
             self.tokenizer: PreTrainedTokenizerBase | None = tokenizer or load_tokenizer(name, agent)
             self.actor, self.dtype = load_actor(name, agent, compute, group), getattr(torch, compute.dtype)
         else:
-            self.tokenizer, self.dtype = tokenizer, model.dtype
-            self.actor = take_over(model, compute, group)
+            self.tokenizer = tokenizer
+            self.actor, self.dtype = take_over(model, compute, group)
         self.model: PreTrainedModel = self.actor.model
         self.version = 0
         self.sync_seconds = 0.0
@@ -142,7 +142,7 @@ class Policy:
             passes.exchange_gradients(self.actor, i == len(given) - 1)
             rows = found[i] if len(given) == 1 else passes.rows(self.actor, batch, self.agent.temperature)
             passes.backward(rows, slopes[i])
-        total = sum(distributed.gather(float(loss), float, self.group))
+        total = sum(distributed.gather(float(loss.detach()), float, self.group))
         return Output(metrics | {"loss": total}, [logprobs.detach() for logprobs, _ in leaves])
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class Policy:
         written, failure = None, None
         try:
             written = publish_weights(root, self.name, self.version, weights) if self.rank == 0 else None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             failure = error
         distributed.require_success(f"{root}", failure, self.group)
         published: Published = distributed.broadcast(written, Published, self.group)

@@ -133,7 +133,7 @@ def sequences(batches: list[Batch]) -> list[dict[str, list[Any]]]:
     """The columns of each sequence of each micro-batch."""
     found = []
     for batch in batches:
-        columns = {name: value for name, value in vars(batch).items() if name.endswith("_P")}
+        columns = {name: value for name, value in vars(batch).items() if name.endswith("_P") and value is not None}
         for start, stop in itertools.pairwise(batch.cu_seqlens_B1.tolist()):
             found.append({name: value[start:stop].tolist() for name, value in columns.items()})
     return found

@@ -321,7 +321,7 @@ def test_gradients_are_the_naive_ones(actors, seed, norm, ratio):
     assert_same(our_gradients(actors, case), naive_gradients(actors, case, padded=seed % 3 > 0))
 
 
-def no_merge(weighed: list[Weighed], *, by_sampler_logprobs: bool) -> list[Weighed]:
+def no_merge(weighed: list[Weighed], **_: bool) -> list[Weighed]:
     return weighed
 
 

@@ -84,7 +84,7 @@ def run_flat(model: PreTrainedModel) -> None:
         return work(hidden_PH.to(head.weight.dtype), head.weight, head.bias)
 
     either.__wrapped__ = forward  # type: ignore[attr-defined]  # whose signature `generate` looks at
-    model.forward = types.MethodType(either, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(either, model)
 
 
 class Fused:
@@ -92,14 +92,18 @@ class Fused:
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.trainer: Any = self  # for types: the rest of it is TRL's
-        for model in (self.trainer.model, self.trainer.ref_model):
+        for model in (self._trl.model, self._trl.ref_model):
             if model is not None:
-                run_flat(self.trainer.accelerator.unwrap_model(model))
+                run_flat(self._trl.accelerator.unwrap_model(model))
+
+    @property
+    def _trl(self) -> Any:
+        """Itself; what it has of TRL is without types."""
+        return self
 
     def _is_ours(self, inputs: dict[str, Any]) -> bool:
         """Whether the fused loss says what TRL's options ask."""
-        t = self.trainer
+        t = self._trl
         return (
             t.loss_type in (*PER_SEQUENCE, "dapo")
             and "pixel_values" not in inputs
@@ -142,13 +146,13 @@ class Fused:
                 ref_logprobs_N=row(inputs.get("ref_per_token_logps")) if objective.kl_coef else None,
                 cu_seqlens=flat.layout.cu_seqlens,
                 bias_V=bias_V,
-                temperature=self.trainer.temperature,
+                temperature=self._trl.temperature,
             )
 
         return work
 
     def _objective(self) -> Objective:
-        t = self.trainer
+        t = self._trl
         return Objective(
             clip_low=t.epsilon_low,
             clip_high=t.epsilon_high,
@@ -161,7 +165,7 @@ class Fused:
 
     def _weights(self, mask_BT: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What each token counts in the loss, every denominator included."""
-        t = self.trainer
+        t = self._trl
         training = t.model.training
         if t.loss_type == "dapo":
             count = inputs["num_items_in_batch"].clamp(min=1.0) / t.accelerator.num_processes
@@ -180,12 +184,12 @@ class Fused:
         """Of each token, times the weight for the sampler's own rounding: the clipped term is homogeneous in them."""
         advantages = inputs["advantages"]
         advantages_BT = (advantages[:, None] if advantages.ndim == 1 else advantages).expand(mask_BT.shape)
-        if self.trainer.use_vllm and self.trainer.vllm_importance_sampling_correction:
+        if self._trl.use_vllm and self._trl.vllm_importance_sampling_correction:
             advantages_BT = advantages_BT * inputs["importance_sampling_ratio"]
         return advantages_BT
 
     def _run(self, model: Any, flat: Flat, work: Callable[..., Result]) -> Result:
-        with self.trainer.accelerator.autocast():
+        with self._trl.accelerator.autocast():
             found: Result = model(flat=flat, work=work)
         return found
 
@@ -202,7 +206,7 @@ class Fused:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, over flat rows: (B, logits_to_keep) log-probs, entropies if asked; 0 at padding."""
         if compute_aux_loss or any(value is not None for value in rest.values()):
-            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc,no-any-return]
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model,
                 input_ids,
                 attention_mask,
@@ -232,7 +236,7 @@ class Fused:
                 weight_VH,
                 flat.targets[live_P],
                 bias_V=bias_V,
-                temperature=self.trainer.temperature,
+                temperature=self._trl.temperature,
             )
 
         found = self._run(model, flat, work)
@@ -242,7 +246,7 @@ class Fused:
 
     def _log_metrics(self, found: Loss) -> None:
         """Means over the rows of all processes, by TRL's names."""
-        t = self.trainer
+        t = self._trl
         names = {"entropy_sum": "entropy", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
         if t.beta:
             names["kl_sum"] = "kl"

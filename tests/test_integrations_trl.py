@@ -183,7 +183,7 @@ def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
     out = tmp_path_factory.mktemp("out")
     made = [make(kind, folder, out, beta=0.1) for kind in (OurTrainer, trl.GRPOTrainer)]
     for trainer in made:
-        trainer.current_gradient_accumulation_steps = 2
+        trainer.current_gradient_accumulation_steps = 3  # of steps of which a generation has two
     return SimpleNamespace(ours=made[0], theirs=made[1])
 
 

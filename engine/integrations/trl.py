@@ -6,7 +6,7 @@ sequence's last action, and sequences of advantage 0 where there is no KL term, 
 gradient are formed together (`mgrpo.kernels.linear_grpo_loss`). Losses and gradients are TRL's, up to rounding.
 
 Departs from TRL in what it logs: of "entropy", "clip_ratio/…" and "kl" (without the ratio that corrects it) the means,
-over the rows that were computed, each row counting once; not the least and the greatest of a sequence, nor CISPO's clip.
+over the rows that were computed, each counting once; not the least and the greatest of a sequence, nor CISPO's clip.
 What one pass over rows cannot say (`_is_ours`) TRL computes as ever, from our packed log-probs.
 
 Checked against trl 1.16, in one process. Not for models that PEFT or a sharding strategy has wrapped.

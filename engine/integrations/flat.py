@@ -35,14 +35,14 @@ class Flat(NamedTuple):
 
 
 def flatten(input_ids_BC: Tensor, valid_BC: Tensor, action_BC: Tensor) -> Flat:
-    """The tokens that some action follows, as rows. valid, action (B, C) bool; the valid ones of a row lie together.
+    """The tokens that some action follows, as rows. valid, action (B, C) bool, C > 1; the valid of a sequence together.
 
-    Without any action the first two tokens of the first sequence: something must run.
+    Without any action one token of the first sequence: something must run.
     """
     follows_BC = action_BC.flip(1).cummax(1).values.flip(1)
     kept = valid_BC[:, :-1] & follows_BC[:, 1:]
     if not kept.any():
-        kept[0, int(valid_BC[0].int().argmax())] = True
+        kept[0, min(int(valid_BC[0].int().argmax()), kept.shape[1] - 1)] = True
     lengths_B = kept.sum(1)
     lengths_B = lengths_B[lengths_B > 0]
     ends_B = lengths_B.cumsum(0)
@@ -67,5 +67,5 @@ def run_flat(model: PreTrainedModel) -> None:
         hidden_PH = hidden_states(self, flat.input_ids, flat.positions, flat.layout)
         return work(hidden_PH.to(head.weight.dtype), head.weight, head.bias)
 
-    either.__wrapped__ = forward  # type: ignore[attr-defined]  # whose signature `generate` looks at
+    either.__wrapped__ = type(model).forward  # type: ignore[attr-defined]  # whose signature trainers look at
     model.forward = types.MethodType(either, model)

@@ -30,7 +30,7 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class Fused:
-    """A mixin before `GRPOTrainer`."""
+    """A mixin before `GRPOTrainer`. Raises ValueError for a model that cannot be run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -107,7 +107,7 @@ class ChatLoop(Environment):
         """
         raise NotImplementedError
 
-    async def prompt(self, call: Call) -> str:
+    async def prompt(self, call: Call) -> str:  # type: ignore[override]  # an environment's methods may be async
         self._talks[call] = talk = _Talk(self.play, call.task)
         weakref.finalize(call, _end, talk.running)  # of an episode that fails nobody asks the score
         messages = await talk.asked()
@@ -115,7 +115,7 @@ class ChatLoop(Environment):
             raise ValueError("play: it ended without a word to chat")
         return self._written(messages)
 
-    async def parse(self, call: Call, text: str) -> Action:
+    async def parse(self, call: Call, text: str) -> Action:  # type: ignore[override]
         talk = self._talks[call]
         talk.answer(text.removesuffix(self.end))
         talk.said = await talk.asked()

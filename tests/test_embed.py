@@ -19,7 +19,7 @@ from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mgrpo.engine import Batch, Objective, Policy, advantages, align, distributed, pack
+from mgrpo.engine import Batch, ComputeConfig, Objective, Policy, advantages, align, distributed, pack
 from mgrpo.engine.sampler import Session
 from mgrpo.engine.weights import load_weights
 from ranks import free_port
@@ -327,6 +327,13 @@ def test_sampling_needs_a_tokenizer_and_reads_the_trained_weights(folder: Path) 
 
     asyncio.run(play())
     assert session.logprobs[2:] == pytest.approx(policy.logprobs(session.tokens)[1:], abs=1e-5) and session.sampled[2:]
+
+
+def test_a_directory_brings_model_and_tokenizer(folder: Path) -> None:
+    policy = Policy.of(folder, max_context=64, compute=ComputeConfig(dtype="float32", device="cpu"))
+    tokens = [5, 9, 1, 30]
+    assert policy.sampler().logprobs(tokens) == pytest.approx(policy.logprobs(tokens), abs=1e-5)
+    assert policy.name == "policy" and policy.dtype == torch.float32
 
 
 # ---- groups

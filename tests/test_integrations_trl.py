@@ -254,11 +254,14 @@ def test_log_probs_for_the_ratio_are_trls_in_any_chunks(pair: SimpleNamespace) -
 def test_only_what_an_action_follows_is_run() -> None:
     ids = torch.arange(14).reshape(2, 7)
     valid = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]).bool()
-    action = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
+    action = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0]]).bool()
     flat = flatten(ids, valid, action)
-    assert flat.input_ids.tolist() == [1, 2, 3] and flat.targets.tolist() == [2, 3, 4]
-    assert flat.positions.tolist() == [0, 1, 2] and flat.layout.cu_seqlens.tolist() == [0, 3]
-    assert flat.put(torch.tensor([5.0, 6.0, 7.0]), 4).tolist() == [[6, 7, 0, 0], [0, 0, 0, 0]]
+    assert flat.input_ids.tolist() == [1, 2, 3, 7, 8] and flat.targets.tolist() == [2, 3, 4, 8, 9]
+    assert flat.positions.tolist() == [0, 1, 2, 0, 1] and flat.layout.cu_seqlens.tolist() == [0, 3, 5]
+    assert flat.layout.max_seqlen == 3 and flat.take(ids).tolist() == flat.targets.tolist()
+    assert flat.put(torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0]), 4).tolist() == [[6, 7, 0, 0], [0, 0, 0, 0]]
+    nothing = flatten(ids, valid, torch.zeros_like(action))
+    assert nothing.input_ids.tolist() == [1] and nothing.layout.cu_seqlens.tolist() == [0, 1]
 
 
 def test_the_model_still_generates_as_it_did(pair: SimpleNamespace) -> None:

@@ -8,17 +8,20 @@ Legend: N trajectories, Q queries, P (query, rollout) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
-from mgrpo import _packing
 from mgrpo.engine.config import AlgorithmConfig, RewardConfig
+from mgrpo.engine.groups import Advantages, advantages, align
+from mgrpo.engine.planning import each_of
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.types import MAIN
-from mgrpo.kernels import group_advantages
+from mgrpo.engine.usercode import load_function
+
+ADVANTAGE = "algorithm.advantage"
 
 
 @dataclass(frozen=True)
@@ -78,25 +81,29 @@ def weigh(
             counts_P.append(len(made))
             keys_P.append(_key(agent_index, group.query, number))
         offsets_Q1.append(len(calls))
-    multiplicities = _packing.align(
-        np.array(counts_P, np.int64), copies, algorithm.alignment, seed, np.array(keys_P, np.uint64)
-    )
-    normalised = group_advantages(
-        torch.tensor(rewards, dtype=torch.float64),
-        torch.tensor(offsets_Q1),
-        torch.from_numpy(multiplicities),
-        baseline=algorithm.baseline,
-        scale=algorithm.scale,
-        eps=algorithm.std_eps,
-    )
-    return Weighted(
-        calls,
-        np.array(rewards),
-        normalised.values_R.numpy(),
-        multiplicities,
-        np.array(shares),
-        normalised.zero_std_G.numpy(),
-    )
+    multiplicities = align(counts_P, copies, algorithm.alignment, seed, np.array(keys_P, np.uint64))
+    estimated = _estimate(np.array(rewards), np.array(offsets_Q1), multiplicities, algorithm)
+    return Weighted(calls, np.array(rewards), estimated.values, multiplicities, np.array(shares), estimated.zero_std)
+
+
+def _estimate(
+    rewards_N: np.ndarray, offsets_Q1: np.ndarray, weights_N: np.ndarray, algorithm: AlgorithmConfig
+) -> Advantages:
+    """By the estimator of the config; one of the user's own says the values only."""
+    a = algorithm
+    ours = advantages(rewards_N, offsets_Q1, weights_N, baseline=a.baseline, scale=a.scale, eps=a.std_eps)
+    own = estimator(algorithm)
+    if own is None:
+        return ours
+    values_N = each_of(ADVANTAGE, own(rewards_N, offsets_Q1, weights_N), len(rewards_N), np.float64)
+    if not np.isfinite(values_N).all():
+        raise ValueError(f"{ADVANTAGE}: {values_N[~np.isfinite(values_N)][0]} returned: expected finite advantages")
+    return ours._replace(values=values_N)
+
+
+def estimator(algorithm: AlgorithmConfig) -> Callable[..., Any] | None:
+    """The user's own, if there is one. Raises ValueError if it cannot be found."""
+    return load_function(algorithm.advantage, ADVANTAGE) if algorithm.advantage else None
 
 
 def _key(agent_index: int, query: int, rollout: int) -> int:

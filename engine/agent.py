@@ -71,7 +71,7 @@ class AgentProcess:
     def _restore(self) -> Saved:
         saved: Saved = distributed.broadcast(self.office.latest() if self.office else None, Saved)
         if saved.folder:
-            self.policy.load(Path(saved.folder) / self.name, saved.policy)
+            self.policy.load_state(Path(saved.folder) / self.name)
         if self.office:
             self.office.resume(saved)
         return saved
@@ -142,9 +142,9 @@ class AgentProcess:
     def _save(self, stage: str, step: int) -> None:
         """Everything before (stage, step), atomically; then the store may know."""
         if self.office:
-            self.office.save(stage, step, self.policy.save)
+            self.office.save(stage, step, self.policy.save_state)
         else:
-            self.policy.save()
+            self.policy.save_state()
 
 
 @dataclass

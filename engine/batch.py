@@ -10,7 +10,7 @@ Legend: N trajectories, P rows of a micro-batch, B its sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,7 +51,8 @@ class Batch:
     """One micro-batch. Row i is a token whose successor, targets_P[i], is predicted.
 
     input_ids, positions, targets (P,) int64; cu_seqlens (B+1,) int32; advantages, weights (P,) float32 (weight 0: the
-    row does not count); sampler_logprobs (P,) float32.
+    row does not count); log-probs (P,) float32, in nats: the sampler's, of the weights that the ratio is against, of
+    the KL's reference.
     """
 
     input_ids_P: Tensor
@@ -61,7 +62,9 @@ class Batch:
     max_seqlen: int
     advantages_P: Tensor
     weights_P: Tensor
-    sampler_logprobs_P: Tensor
+    sampler_logprobs_P: Tensor | None = None
+    old_logprobs_P: Tensor | None = None
+    ref_logprobs_P: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids_P)
@@ -72,16 +75,17 @@ def drop(weighed: Sequence[Weighed], *, keep_zero_advantage: bool) -> list[Weigh
     return [w for w in weighed if w.weight != 0 and (keep_zero_advantage or w.advantage != 0) and w.trajectory.rows > 0]
 
 
-def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool) -> list[Weighed]:
+def merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool, by_advantage: bool = False) -> list[Weighed]:
     """Make identical trajectories one: weights summed, advantages averaged by weight.
 
     Exact because every term of the loss is linear in the weight, and the policy term is positively homogeneous in the
-    advantage among those of one sign. by_sampler_logprobs: they are alike only if the sampler's log-probs are too.
+    advantage among those of one sign. by_sampler_logprobs, by_advantage: they are alike only if the sampler's log-probs
+    are too, or the advantages, of which a user's own objective may be any function.
     """
     merged: dict[tuple[str, float], Weighed] = {}
     for w in weighed:
         digest = w.trajectory.sampler_digest if by_sampler_logprobs else w.trajectory.digest
-        key = (digest, float(np.sign(w.advantage)))
+        key = (digest, w.advantage if by_advantage else float(np.sign(w.advantage)))
         first = merged.get(key)
         if first is None:
             merged[key] = w
@@ -123,20 +127,27 @@ def pack(
         {"sampler_logprobs": [t.logprobs for t in trajectories]},
     )
     (filled,) = packing.fill_batches(share, given, arena)
-    return [_batch(flat) for flat in filled]
+    return [as_batch(flat) for flat in filled]
 
 
-def _batch(flat: dict[str, np.ndarray]) -> Batch:
-    return Batch(
-        input_ids_P=torch.from_numpy(flat["input_ids"]),
-        positions_P=torch.from_numpy(flat["positions"]),
-        targets_P=torch.from_numpy(flat["targets"]),
-        cu_seqlens_B1=torch.from_numpy(flat["cu_seqlens"]),
-        max_seqlen=int(flat["max_seqlen"]),
-        advantages_P=torch.from_numpy(flat["advantages"]),
-        weights_P=torch.from_numpy(flat["weights"]),
-        sampler_logprobs_P=torch.from_numpy(flat["sampler_logprobs"]),
-    )
+def as_batch(batch: Batch | packing.MicroBatch) -> Batch:
+    """What `packing.pack` gives as tensors, over the same memory. Raises ValueError for a prefix tree."""
+    if isinstance(batch, Batch):
+        return batch
+    if "cu_seqlens" not in batch:
+        raise ValueError(f"batch: columns {sorted(batch)} given: expected a micro-batch of pack, with tree=False")
+    names = [field.name for field in fields(Batch) if field.name.endswith("_P")]
+    columns = {name: torch.from_numpy(batch[name[:-2]]) for name in names if name[:-2] in batch}
+    cu_seqlens_B1 = torch.from_numpy(batch["cu_seqlens"])
+    return Batch(cu_seqlens_B1=cu_seqlens_B1, max_seqlen=int(batch["max_seqlen"]), **columns)
+
+
+def one_sequence(tokens: Sequence[int], device: torch.device) -> Batch:
+    """A micro-batch in which every token after the first counts."""
+    ids_T, rows = torch.tensor(tokens, device=device), len(tokens) - 1
+    positions_P, ones_P = torch.arange(rows, device=device), torch.ones(rows, device=device)
+    cu_seqlens_B1 = torch.tensor([0, rows], dtype=torch.int32, device=device)
+    return Batch(ids_T[:-1], positions_P, ids_T[1:], cu_seqlens_B1, rows, ones_P, ones_P)
 
 
 def make_arena(device: torch.device) -> _packing.Arena:

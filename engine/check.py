@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mgrpo.engine.advantage import estimator
 from mgrpo.engine.config import AgentConfig, Config
-from mgrpo.engine.launch import make_sampler, restore
+from mgrpo.engine.launch import restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
+from mgrpo.engine.objective import objective
 from mgrpo.engine.office import read_saved
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import keep_memory
@@ -24,6 +26,8 @@ GIB = 2**30
 def describe(config: Config) -> str:
     """Processes, devices, work and memory of a run, in plain lines. Raises ValueError for what could not run."""
     environment = load_environment(config.environment)
+    objective(config.algorithm)
+    estimator(config.algorithm)
     train, held_out = (len(load_tasks(environment, split)) for split in ("train", "held_out"))
     lines = [
         f"topology   {config.topology}: {processes(config)}",
@@ -97,7 +101,7 @@ def evaluate(config: Config, checkpoint: Path) -> str:
     environment = load_environment(config.environment)
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
     told = _restore(policies, checkpoint)
-    samplers = {name: make_sampler(policy, config) for name, policy in policies.items()}
+    samplers = {name: policy.sampler() for name, policy in policies.items()}
     jobs = eval_jobs(load_tasks(environment, "held_out"), config)
     row = accuracy(Episodes(config, environment, dict(samplers)).run(jobs))
     return (
@@ -118,6 +122,6 @@ def _restore(policies: dict[str, Policy], checkpoint: Path) -> str:
         if folder is None:
             raise ValueError(f"--checkpoint: {checkpoint} given: expected a checkpoint of agent {name!r} in it")
         saved = read_saved(folder)
-        policy.load(folder / name, saved.policy)
+        policy.load_state(folder / name)
         told.append(f"{name} {saved.stage} step {saved.step}")
     return ", ".join(told)

@@ -70,6 +70,7 @@ class AlgorithmConfig(Frozen):
     baseline: Literal["mean", "leave_one_out", "median"] = "mean"
     scale: Literal["std", "none"] = "std"
     std_eps: Positive = 1e-6
+    advantage: str = ""  # else "file.py:function" of yours: (rewards, bounds of groups, weights) -> advantages, arrays
     length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
     length_constant: Positive = 64.0  # action tokens; the divisor of length_norm = "constant"
     importance: Literal["token", "sequence", "trajectory"] = "token"
@@ -81,6 +82,7 @@ class AlgorithmConfig(Frozen):
     entropy_coef: NonNegative = 0.0
     sampler_cap: Positive | None = None  # truncated importance weight; null: sampler and trainer are taken as equal
     epochs: Count = 1  # optimizer steps on each batch
+    objective: str = ""  # else "file.py:function" of yours: (rows, settings) -> loss terms, see mgrpo.kernels.Objective
 
 
 class RewardConfig(Frozen):
@@ -203,7 +205,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     agents = raw.get("agents")
     if isinstance(agents, dict):
         for name, agent in agents.items():  # one by one: the library does not name the key of a dictionary's value
-            _convert(agent, AgentConfig, f"agents.{name}")
+            parse_agent(name, agent)
     config = _convert(raw, Config, "")
     _check_plain(raw, "")
     if MAIN not in config.agents:
@@ -214,6 +216,11 @@ def parse_config(raw: dict[str, Any]) -> Config:
     if not config.trained and config.steps:
         raise ValueError("config: agents: train = false for all given: expected at least one to train, or steps = 0")
     return config
+
+
+def parse_agent(name: str, raw: Any) -> AgentConfig:
+    """Check one agent's keys. Raises ValueError naming the key, the value and what was expected."""
+    return _convert(raw, AgentConfig, f"agents.{name}")
 
 
 def dump_config(config: Config) -> str:
@@ -294,8 +301,13 @@ def _absolute(config: Config) -> Config:
         name: msgspec.structs.replace(agent, model=str(Path(agent.model).resolve()))
         for name, agent in config.agents.items()
     }
-    module, _, name = config.environment.use.rpartition(":")
-    use = f"{Path(module).resolve()}:{name}" if module.endswith(".py") else config.environment.use
-    environment = msgspec.structs.replace(config.environment, use=use)
+    environment = msgspec.structs.replace(config.environment, use=_absolute_name(config.environment.use))
+    own = {key: _absolute_name(getattr(config.algorithm, key)) for key in ("advantage", "objective")}
+    algorithm = msgspec.structs.replace(config.algorithm, **own)
     run_dir = str(Path(config.run_dir).resolve())
-    return msgspec.structs.replace(config, run_dir=run_dir, agents=agents, environment=environment)
+    return msgspec.structs.replace(config, run_dir=run_dir, agents=agents, environment=environment, algorithm=algorithm)
+
+
+def _absolute_name(use: str) -> str:
+    module, _, name = use.rpartition(":")
+    return f"{Path(module).resolve()}:{name}" if module.endswith(".py") else use

@@ -22,7 +22,6 @@ from mgrpo.engine.report import draw
 from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rollout import Demonstrations, Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import RunDirectory
-from mgrpo.engine.sampler import InProcessSampler
 from mgrpo.engine.store import Store
 from mgrpo.engine.tasks import accuracy, eval_due, eval_jobs, load_tasks, pick, warmup_jobs
 from mgrpo.engine.trainer import AgentTrainer, Row
@@ -54,7 +53,7 @@ class Colocated:
         self.environment = load_environment(config.environment)
         self.tasks = {split: load_tasks(self.environment, split) for split in ("train", "held_out")}
         self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
-        self.samplers = {name: make_sampler(policy, config) for name, policy in self.policies.items()}
+        self.samplers = {name: policy.sampler() for name, policy in self.policies.items()}
         self.episodes = Episodes(config, self.environment, dict(self.samplers))
         self.demonstrations = Demonstrations(config, self.environment, dict(self.samplers))
         self.store = Store(run.store_url, run=config.topology)
@@ -169,7 +168,7 @@ class Colocated:
         """Everything before (stage, step), atomically; then the store may know."""
 
         def write(folder: Path) -> None:
-            agents = {name: policy.save(folder / name) for name, policy in self.policies.items()}
+            agents = {name: policy.save_state(folder / name) for name, policy in self.policies.items()}
             (folder / "state.json").write_text(json.dumps({"stage": stage, "step": step, "agents": agents}))
 
         self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
@@ -196,12 +195,8 @@ def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
     if sorted(state["agents"]) != sorted(policies):
         raise ValueError(f"{checkpoint}: agents {sorted(state['agents'])} found, expected {sorted(policies)}")
     for name, policy in policies.items():
-        policy.load(checkpoint / name, state["agents"][name])
+        policy.load_state(checkpoint / name)
     return state["stage"], state["step"]
-
-
-def make_sampler(policy: Policy, config: Config) -> InProcessSampler:
-    return InProcessSampler(policy.model, policy.tokenizer, policy.agent, config.compute.concurrency, policy.version)
 
 
 def prefix(agent: str, row: Row) -> Row:

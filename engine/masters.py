@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 
 class Masters:
-    """fp32 master weights of a model's parameters, and their gradients. A model in fp32 is its own master."""
+    """fp32 master weights of a model's parameters, and their gradients.
+
+    What is float32 or wider, or is not trained (requires_grad is false), is its own master.
+    """
 
     def __init__(self, model: nn.Module):
         self.params = dict(model.named_parameters())
         self.weights = {name: self._master(param) for name, param in self.params.items()}
+        self.trained = [weight for weight in self.weights.values() if weight.requires_grad]
 
     def _master(self, param: nn.Parameter) -> nn.Parameter:
-        if param.dtype == torch.float32:
+        if param.dtype != torch.bfloat16 or not param.requires_grad:
             return param
         master = nn.Parameter(param.detach().float())
 

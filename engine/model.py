@@ -1,109 +1,36 @@
-"""Causal LMs of `transformers`, run over packed tokens.
+"""Causal LMs of `transformers`, loaded or taken over from a caller, checked, and split over ranks.
 
-One attention function is registered for all of them. It asks a *layout*, handed down through the model's forward, how
-the tokens of the flat row (1, T) attend to each other: `Packed` for training (sequences side by side, no padding), the
-sampler's own layout for decoding (tokens of many calls against a key-value cache).
-
-Legend: T tokens of the flat row, A query heads, G key-value heads, D head size, H hidden size, B sequences.
+Legend: T tokens of a flat row, A query heads, G key-value heads, D head size, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.varlen import varlen_attn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
-from mgrpo.engine.attention import buckets, causal_attention
 from mgrpo.engine.config import AgentConfig, ComputeConfig
-from mgrpo.engine.distributed import ranks
+from mgrpo.engine.distributed import mesh, ranks
+from mgrpo.engine.layout import Layout, Packed, UnsupportedAttention, attention, hidden_states
+from mgrpo.engine.shards import local
 
 Result = TypeVar("Result")
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for broken files
-
-
-class Layout(Protocol):
-    """How the tokens of one flat row attend. q (A, T, D), k and v (G, T, D) -> (T, A, D)."""
-
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
-
-
-class Packed:
-    """B sequences side by side, each causal in itself. cu_seqlens (B+1,) int32, from 0 to T."""
-
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self.buckets = [] if cu_seqlens.is_cuda else buckets(cu_seqlens.diff().tolist())
-
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        if q_ATD.is_cuda:
-            return self._attend_cuda(q_ATD, k_GTD, v_GTD, scale)
-        repeat = q_ATD.shape[0] // k_GTD.shape[0]
-        k_ATD, v_ATD = k_GTD.repeat_interleave(repeat, 0), v_GTD.repeat_interleave(repeat, 0)
-        return causal_attention(q_ATD, k_ATD, v_ATD, scale, self.buckets).transpose(0, 1)
-
-    def _attend_cuda(self, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        out_TAD = varlen_attn(
-            q_ATD.transpose(0, 1).contiguous(),
-            k_GTD.transpose(0, 1).contiguous(),
-            v_GTD.transpose(0, 1).contiguous(),
-            self.cu_seqlens,
-            self.cu_seqlens,
-            self.max_seqlen,
-            self.max_seqlen,
-            scale=scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=True,
-        )
-        assert isinstance(out_TAD, Tensor)
-        return out_TAD
-
-
-class UnsupportedAttention(Exception):
-    """A model asks for more than plain causal attention."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    layout: Layout,
-    scaling: float,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out."""
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedAttention("has attention with soft-capping or sinks")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    out_TAD = layout.attend(layer, query[0], key[0], value[0], scaling)
-    return out_TAD.unsqueeze(0), None
-
-
-AttentionInterface.register("mgrpo", _attention)
-
-
-def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states (T, H) of the flat row, before the head."""
-    out = model.base_model(input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
-    return out.last_hidden_state[0]
 
 
 class Actor(nn.Module):
@@ -126,30 +53,36 @@ class Actor(nn.Module):
         return work(hidden_TH, head.weight, head.bias)
 
 
-def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, *, master: bool = True) -> Actor:
+def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
     """An agent's model on its device, as `load_model` makes it; split over the ranks if there are several.
 
-    Split, each rank holds its rows of every weight, in float32 as a master, else in the compute dtype. A device then
-    never holds more than one layer whole, but each rank's host for a moment the model in the compute dtype.
+    Split, each rank holds its rows of every weight, in float32, as masters. A device then never holds more than one
+    layer whole, but each rank's host for a moment the model in the compute dtype.
     """
     device = pick_device(compute)
-    alone = ranks() == 1
+    alone = ranks(group) == 1
     actor = Actor(load_model(name, agent, compute, device if alone else torch.device("cpu")))
     if compute.compile:
         compile_layers(actor.model)
     if not alone:
-        _split(actor, device, getattr(torch, compute.dtype), master)
+        split(actor, device, getattr(torch, compute.dtype), group)
     return actor
 
 
-def _split(actor: Actor, device: torch.device, dtype: torch.dtype, master: bool) -> None:
-    """FSDP2 of each decoder layer and of the rest; gradients are sums over the ranks, in float32."""
-    mesh = init_device_mesh(device.type, (ranks(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+def split(
+    actor: Actor, device: torch.device, dtype: torch.dtype, group: ProcessGroup | None, *, master: bool = True
+) -> None:
+    """FSDP2 of each decoder layer and of the rest; gradients are sums over the ranks, in float32 or wider.
+
+    master: so are the rows that a rank holds, else in the compute dtype.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    over = mesh(device, group)
     for module in (*decoder_layers(actor.model), actor):
         if master:
-            module.float()
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.to(wide)
+        sharded = fully_shard(module, mesh=over, mp_policy=policy)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)  # the mean is in the loss weights
         sharded.set_force_sum_reduction_for_comms(True)  # else a product before the sum, which gloo has not
@@ -157,7 +90,7 @@ def _split(actor: Actor, device: torch.device, dtype: torch.dtype, master: bool)
 
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile of each decoder layer, for any number of tokens; attention, which reads lengths, stays as it is."""
-    AttentionInterface.register("mgrpo", torch.compiler.disable(_attention))
+    AttentionInterface.register("mgrpo", torch.compiler.disable(attention))
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
@@ -247,15 +180,91 @@ def load_model(
     loading: dict[str, Any] = loaded[1]
     if loading["missing_keys"]:  # else they would be drawn at random
         raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the trainer must see the distribution that the sampler saw
+    _without_dropout(model)
     nn.Module.to(model, device)
     model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
     if compute.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _probe(name, model)
+    _probe(f"agents.{name}.model", model)
     return model
+
+
+def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None) -> tuple[Actor, torch.dtype]:
+    """A caller's causal LM, where it is, and its dtype; laid out, and split over ranks if there are several.
+
+    Of compute only device and compile are asked; "auto" is where the model is. Raises ValueError as `lay_out`, or if it
+    is sharded already, or in a dtype that we have no matmuls for.
+    """
+    _require_model(model)
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise ValueError("model: one that is sharded given: expected it whole on every rank, the policy shards it")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"model: one in {model.dtype} given: expected one of {DTYPES}")
+    lay_out(model)
+    device, dtype = model.device if compute.device == "auto" else pick_device(compute), model.dtype
+    actor = Actor(model)
+    if compute.compile:
+        compile_layers(model)
+    if ranks(group) == 1:
+        nn.Module.to(model, device)
+    else:
+        split(actor, device, dtype, group)
+    return actor, dtype
+
+
+def lay_out(model: PreTrainedModel) -> None:
+    """Let a caller's model run over flat rows: its attention asks a layout where there is one, and it has no dropout.
+
+    All else that it does it still does. Raises ValueError if it is wrapped already, or of a kind that `load_model`
+    refuses; its attention is then the caller's again.
+    """
+    _require_model(model)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("mgrpo")
+    try:
+        _probe("model", model)
+    except ValueError:
+        model.set_attn_implementation(before)
+        raise
+    _without_dropout(model)
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise ValueError(f"model: {kind} given: expected a PreTrainedModel of transformers, not wrapped")
+
+
+@torch.no_grad()
+def frozen_copy(
+    actor: Actor, masters: Mapping[str, Tensor], compute: ComputeConfig, dtype: torch.dtype, group: ProcessGroup | None
+) -> Actor:
+    """The model as it is now, in the compute dtype; over ranks, each holds its rows."""
+    alone = ranks(group) == 1
+    kept = copy.deepcopy(actor) if alone else Actor(_blank(actor.model, dtype))
+    if compute.compile:  # neither copies what was compiled
+        compile_layers(kept.model)
+    if not alone:
+        split(kept, actor.model.device, dtype, group, master=False)
+        for param, weight in zip(kept.parameters(), masters.values(), strict=True):
+            local(param).copy_(local(weight))
+    return kept.requires_grad_(False)
+
+
+def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Another of its kind, on the CPU, whose weights are yet to be filled in."""
+    with no_init_weights():
+        made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
+    made.tie_weights()
+    _without_dropout(made)
+    return made.eval()
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    """The trainer must see the distribution that the sampler saw."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 class _Watched(Packed):
@@ -269,12 +278,12 @@ class _Watched(Packed):
 
 
 @torch.no_grad()
-def _probe(name: str, model: PreTrainedModel) -> None:
+def _probe(whose: str, model: PreTrainedModel) -> None:
     """Some models scale or cap their logits, or attend in other ways: compare four tokens' logits, and refuse those."""
     ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
     positions_T = torch.arange(4, device=model.device)
     layout = _Watched(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
-    what = f"agents.{name}.model: {type(model).__name__}"
+    what = f"{whose}: {type(model).__name__}"
     try:
         out = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
         if layout.layers < model.config.num_hidden_layers:

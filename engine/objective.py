@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from mgrpo.engine.config import AlgorithmConfig
+from mgrpo.engine.usercode import load_function
 from mgrpo.kernels import Objective
 
 
 def objective(algorithm: AlgorithmConfig) -> Objective:
-    """The rl stage's objective."""
+    """The rl stage's objective. Raises ValueError if a function of the user's own cannot be found."""
     return Objective(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
@@ -23,6 +24,7 @@ def objective(algorithm: AlgorithmConfig) -> Objective:
         kl=algorithm.kl,
         entropy_coef=algorithm.entropy_coef,
         sampler_cap=algorithm.sampler_cap,
+        rule=load_function(algorithm.objective, "algorithm.objective") if algorithm.objective else None,
     )
 
 

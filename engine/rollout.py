@@ -7,18 +7,14 @@ advance whatever turns are waiting together. Tokens stay ids: only what the envi
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import logging
 import math
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +37,7 @@ from mgrpo.engine.types import (
     Trajectory,
     Turn,
 )
+from mgrpo.engine.usercode import load_name
 
 POLL = 0.25  # seconds after which a stream of episodes asks for more, though none of its own went on
 log = logging.getLogger(__name__)
@@ -333,29 +330,11 @@ def _check_score(episode: Episode, score: Score) -> None:
 
 def load_environment(config: EnvironmentConfig) -> Environment:
     """Construct the user's environment. Raises ValueError if it cannot be found or made."""
-    module_name, _, name = config.use.rpartition(":")
-    if not module_name:
-        raise ValueError(f"environment.use: {config.use!r} given: expected file.py:Class or package.module:Class")
-    cls = getattr(_load_module(module_name), name, None)
+    cls = load_name(config.use, "environment.use", "Class")
     if not (isinstance(cls, type) and issubclass(cls, Environment)):
-        raise ValueError(f"environment.use: {name!r} in {module_name} is {cls!r}: expected a subclass of Environment")
+        module, _, name = config.use.rpartition(":")
+        raise ValueError(f"environment.use: {name!r} in {module} is {cls!r}: expected a subclass of Environment")
     try:
         return cls(**config.options)
     except TypeError as error:
         raise ValueError(f"environment.options: {config.options} given: {error}") from error
-
-
-def _load_module(name: str) -> Any:
-    if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
-            raise ValueError(f"environment.use: {name!r} given: {error}") from error
-    if not Path(name).is_file():
-        raise ValueError(f"environment.use: {name} is no file, expected a Python file")
-    spec = importlib.util.spec_from_file_location(f"mgrpo_environment_{Path(name).stem}", name)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses of the file look themselves up here
-    spec.loader.exec_module(module)
-    return module

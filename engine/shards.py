@@ -20,18 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mgrpo.engine.distributed import rank, ranks
-
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that this rank holds of a tensor, in place; all of them if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], rank: int) -> None:
     """This rank's rows of each tensor, DTensors split by rows or (on one rank) plain ones."""
-    mine = {name: local(t.detach()).contiguous() for name, t in tensors.items() if t.ndim or rank() == 0}
-    save_file(mine, _file(folder, stem, rank()))
+    mine = {name: local(t.detach()).contiguous() for name, t in tensors.items() if t.ndim or rank == 0}
+    save_file(mine, _file(folder, stem, rank))
 
 
 class Shards:
@@ -77,7 +75,8 @@ def _first_row(tensor: Tensor) -> int:
     """Of those this rank holds: rows are dealt in equal runs, the last ones shorter or empty."""
     if not isinstance(tensor, DTensor):
         return 0
-    run = -(-tensor.shape[0] // ranks())
-    first = min(rank() * run, tensor.shape[0])
+    ranks = tensor.device_mesh
+    run = -(-tensor.shape[0] // ranks.size())
+    first = min(ranks.get_local_rank() * run, tensor.shape[0])
     assert len(tensor.to_local()) == min(run, tensor.shape[0] - first), "not split by rows"
     return first

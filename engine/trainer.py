@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from mgrpo import _packing
-from mgrpo.engine import distributed
-from mgrpo.engine.advantage import Weighted, weigh
+from mgrpo.engine.advantage import Weighted, estimator, weigh
 from mgrpo.engine.batch import Weighed, drop, make_arena, merge, pack
 from mgrpo.engine.config import Config
 from mgrpo.engine.objective import objective, token_weights
-from mgrpo.engine.policy import Policy, learning_rate
+from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import matmul_ceiling
+from mgrpo.engine.schedule import learning_rate
 from mgrpo.engine.store import CallRecord, Group
 from mgrpo.engine.trajectories import read
 from mgrpo.engine.types import MAIN, Trajectory
@@ -44,6 +44,7 @@ class AgentTrainer:
         self.arena = make_arena(policy.model.device)
         self.index = list(config.agents).index(self.name)
         self.objective = objective(config.algorithm)
+        estimator(config.algorithm)  # one that cannot be found is told of now, not when the first groups are sealed
 
     def train(self, step: int, groups: list[Group]) -> Row:
         """Train on a step's groups; returns the agent's metrics, without its name before them."""
@@ -98,20 +99,19 @@ def optimise(
     read: the trajectories that were given as records of them. arena: memory for the micro-batches, used again by the
     next call.
     """
-    everything = objective.kl_coef != 0 or objective.entropy_coef != 0
-    live = drop(weighed, keep_zero_advantage=everything)
-    unique = merge(live, by_sampler_logprobs=objective.sampler_cap is not None)
-    ranks, rank = distributed.ranks(), distributed.rank()
-    batches = pack(unique, max_tokens, read=read, ranks=ranks, rank=rank, arena=arena)
+    live = drop(weighed, keep_zero_advantage=objective.needs_every_row)
+    own = objective.rule is not None
+    unique = merge(live, by_sampler_logprobs=own or objective.sampler_cap is not None, by_advantage=own)
+    batches = pack(unique, max_tokens, read=read, ranks=policy.ranks, rank=policy.rank, arena=arena)
     started = time.monotonic()
     row = policy.step(batches, objective, lr, epochs)
     seconds = time.monotonic() - started
     rows = sum(w.trajectory.rows for w in unique) * epochs
-    ceiling = ranks * matmul_ceiling(policy.model.device, policy.dtype)
+    ceiling = policy.ranks * matmul_ceiling(policy.model.device, policy.dtype)
     return row | {
         "trajectories": len(weighed),
         "trajectories_trained": len(unique),
-        "micro_batches": len(batches) * ranks,
+        "micro_batches": len(batches) * policy.ranks,
         "tokens_trained": rows,
         "perf/tokens_per_second": rows / seconds,
         "perf/mfu": 6 * rows * policy.parameters / seconds / ceiling,

@@ -9,12 +9,14 @@ from .advantages import Advantages, group_advantages
 from .logprob import linear_logprob, token_logprob
 from .loss import Loss, grpo_loss, linear_grpo_loss
 from .metrics import merge_metrics
-from .objective import Objective
+from .objective import Objective, Rule, RuleRows
 
 __all__ = [
     "Advantages",
     "Loss",
     "Objective",
+    "Rule",
+    "RuleRows",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",

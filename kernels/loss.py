@@ -2,8 +2,8 @@
 
 Departs from the standard method: rows that add nothing never reach the head, and the fused form makes the gradient in
 the forward, chunk by chunk (three matmuls, no logits kept); its backward only scales. Shared ratios (`sequence`,
-`trajectory`) need every log-prob of a sequence first, hence one forward matmul more, unless old log-probs and sampler
-weights are absent: on-policy the ratio is 1 and the slopes are known beforehand.
+`trajectory`) and a caller's rule need every log-prob of a sequence first, hence one forward matmul more, unless old
+log-probs and sampler weights are absent: on-policy the ratio is 1 and the slopes are known beforehand.
 
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
@@ -21,7 +21,7 @@ from .logprob import TokenLogprob
 from .metrics import row_metrics
 from .narrow import scale_in_place
 from .objective import Objective
-from .rows import Coefficients, Rows, live_rows, policy_terms, slopes, total_loss, uses_sampler_weight
+from .rows import Coefficients, Rows, live_rows, policy_terms, rule_slopes, slopes, total_loss, uses_sampler_weight
 from .shard import Shard, check_sharded_head
 
 SPENT = (
@@ -87,9 +87,10 @@ def linear_grpo_loss(
 ) -> Loss:
     """loss = sum_i loss_weights[i] * l_i,  l_i = -clipped term * sampler weight + kl_coef * kl_i - entropy_coef * H_i.
 
-    Source: M-GRPO (arXiv 2511.13288), Eqs. 8-17; settings in `Objective`. Row i predicts targets_N[i]: the caller has
-    shifted. Every denominator, multiplicity and length normaliser is inside loss_weights_N; weight 0: the row does not
-    count, and nothing else of it is read. Log-probs, in nats, are those of (hidden @ weight^T + bias) / temperature.
+    Source: M-GRPO (arXiv 2511.13288), Eqs. 8-17; settings in `Objective`; its rule, if any, says l_i instead. Row i
+    predicts targets_N[i]: the caller has shifted. Every denominator, multiplicity and length normaliser is inside
+    loss_weights_N; weight 0: the row does not count, and nothing else of it is read. Log-probs, in nats, are those of
+    (hidden @ weight^T + bias) / temperature.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64, of one dtype unless under autocast; bias (V,);
     targets (N,) int64; advantages, loss weights, the log-probs, all constants, (N,) float; temperature a number or
@@ -201,7 +202,10 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: Rows, objective: Objective) -> Tensor:
-        ctx.save_for_backward(*slopes(logprobs_L, live, objective))
+        if objective.rule is not None:
+            ctx.save_for_backward(*rule_slopes(logprobs_L, entropy_L, live, objective))
+        else:
+            ctx.save_for_backward(*slopes(logprobs_L, live, objective))
         return total_loss(logprobs_L, entropy_L, live, objective)
 
     @staticmethod
@@ -255,7 +259,10 @@ class _LinearGrpo(torch.autograd.Function):
 def _coefficients(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: Plan, live: Rows, objective: Objective
 ) -> Coefficients:
-    """Slopes of the rows: a token's from its own log-prob, shared ones from a sweep over all rows before."""
+    """Slopes of the rows: a token's from its own log-prob, shared ones or a rule's from a sweep before."""
+    if objective.rule is not None:
+        found = sweep(hidden_NH, weight_VH, bias_V, plan)
+        return Coefficients(*rule_slopes(found.logprobs_L, found.entropy_L, live, objective))
     policy_slope_L: Tensor | None = None
     if objective.importance != "token":
         if live.old_L is None and not uses_sampler_weight(live, objective):

@@ -1,8 +1,9 @@
 """The objective: its settings, and per row its value and its slope in closed form.
 
 Everything here works on vectors over rows, never on the vocabulary, so both losses (from logits, from the head's
-input) share it. The clip is written in the log domain: `A * exp(clamp(log rho))` equals `min(rho A, clip(rho) A)`,
-and no overflowing ratio meets a zero. The literal form is in `reference.py`; the tests hold the two together.
+input) share it, and a caller's `Rule` may take its place. The clip is written in the log domain: `A * exp(clamp(log
+rho))` equals `min(rho A, clip(rho) A)`, and no overflowing ratio meets a zero. The literal form is in `reference.py`;
+the tests hold the two together.
 
 Legend: L live rows.
 """
@@ -10,13 +11,32 @@ Legend: L live rows.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Importance = Literal["token", "sequence", "trajectory"]
 Kl = Literal["k1", "k2", "k3"]
+
+
+class RuleRows(NamedTuple):
+    """What a rule sees of the rows that count, (L,) each, float32, or float64 for float64 inputs; nats.
+
+    logprobs, entropies: of the weights that are trained, differentiable. Constants: advantages; weights, by which the
+    rule's terms are multiplied afterwards; old (on-policy: the log-probs, detached); sampler, ref: None if not given.
+    segments: the sequence of each row, int64 in [0, sequences); None without cu_seqlens.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    advantages: Tensor
+    weights: Tensor
+    old: Tensor
+    sampler: Tensor | None
+    ref: Tensor | None
+    segments: Tensor | None
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,9 @@ class Objective:
     entropy_coef: bonus (a negative one is a penalty).
     sampler_cap: rows are weighted by min(exp(old - sampler), sampler_cap), a constant in the gradient. inf: not
         truncated. None: not weighted, the gap is still measured.
+    rule: a caller's own term of each row, in the place of all of the above, which it is told: rule(rows, objective) ->
+        (L,) terms to minimise, differentiable in the log-probs, and in the entropies if it likes. It sees all rows of a
+        micro-batch that count, as vectors; loss and gradient stay fused, at one matmul more.
     Raises ValueError that names the field.
     """
 
@@ -41,6 +64,7 @@ class Objective:
     kl: Kl = "k3"
     entropy_coef: float = 0.0
     sampler_cap: float | None = 2.0
+    rule: "Rule | None" = None
 
     def __post_init__(self) -> None:
         _require("clip_low", self.clip_low, lambda x: 0 <= x <= 1, "a number in [0, 1]")
@@ -55,6 +79,13 @@ class Objective:
             raise ValueError(f"importance: got {self.importance!r}, expected one of {get_args(Importance)}")
         if self.kl not in get_args(Kl):
             raise ValueError(f"kl: got {self.kl!r}, expected one of {get_args(Kl)}")
+        if not (self.rule is None or callable(self.rule)):
+            raise ValueError(f"rule: got {self.rule!r}, expected a function or None")
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether rows of advantage 0 have a gradient."""
+        return self.kl_coef != 0 or self.entropy_coef != 0 or self.rule is not None
 
     @property
     def log_low(self) -> float:
@@ -70,6 +101,9 @@ class Objective:
     def log_dual(self) -> float:
         """log(dual_clip), inf when off."""
         return math.inf if self.dual_clip is None else math.log(self.dual_clip)
+
+
+Rule = Callable[[RuleRows, Objective], Tensor]
 
 
 def _require(field: str, value: object, holds: Callable[[float], bool], expected: str) -> None:

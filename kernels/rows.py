@@ -1,7 +1,7 @@
 """The rows of a loss: which of them count, what each carries, and its loss and slope under an objective.
 
 A row that adds nothing to the loss's gradient is left out before the head is touched (`live_rows`): weight 0, or
-advantage 0 with neither KL nor entropy term, unless it shares the ratio of a sequence that has some advantage.
+advantage 0 with neither KL nor entropy term nor rule, unless it shares the ratio of a sequence that has some advantage.
 
 Legend: N all rows, L live rows, S sequences.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import KL_TERMS, Objective, policy_gain
+from .objective import KL_TERMS, Objective, RuleRows, policy_gain
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rows:
 def live_rows(rows: Rows, objective: Objective) -> Tensor:
     """Whether each row can add to the gradient, or shares the ratio of one that can.  (N,) bool."""
     counted_N = rows.weights_L != 0
-    if objective.kl_coef != 0 or objective.entropy_coef != 0:
+    if objective.needs_every_row:
         return counted_N
     useful_N = counted_N & (rows.advantages_L != 0)
     if objective.importance == "token":
@@ -116,7 +116,9 @@ class Coefficients:
 
 
 def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    """sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i).  0-dim."""
+    """sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i), or the rule's terms.  0-dim."""
+    if objective.rule is not None:
+        return rule_loss(logprobs_L, entropy_L, rows, objective)
     loss_L = policy_terms(logprobs_L, rows, objective).loss_L
     if objective.kl_coef != 0:
         loss_L = loss_L + objective.kl_coef * rows.weights_L * kl_terms(logprobs_L, rows, objective)[0]
@@ -129,3 +131,30 @@ def kl_terms(logprobs_L: Tensor, rows: Rows, objective: Objective) -> tuple[Tens
     """KL estimate of each row and its derivative, unweighted."""
     assert rows.ref_L is not None
     return KL_TERMS[objective.kl](logprobs_L - rows.ref_L)
+
+
+def rule_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> Tensor:
+    """sum_i weight_i * rule_i.  0-dim.  Raises ValueError for terms that are not one of each row."""
+    assert objective.rule is not None
+    if not len(logprobs_L):
+        return logprobs_L.sum()
+    old_L = logprobs_L.detach() if rows.old_L is None else rows.old_L
+    constants = (rows.advantages_L, rows.weights_L, old_L, rows.sampler_L, rows.ref_L, rows.segment_L, rows.sequences)
+    terms_L = objective.rule(RuleRows(logprobs_L, entropy_L, *constants), objective)
+    given = tuple(terms_L.shape) if isinstance(terms_L, Tensor) else repr(terms_L)
+    if given != tuple(logprobs_L.shape):
+        raise ValueError(f"rule: got terms of {given}, expected a tensor of shape {tuple(logprobs_L.shape)}")
+    return (rows.weights_L * terms_L).sum()
+
+
+def rule_slopes(
+    logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective
+) -> tuple[Tensor, Tensor | None]:
+    """`slopes` of a rule, by autograd over the vectors."""
+    with torch.enable_grad():
+        leaves = [values_L.detach().requires_grad_() for values_L in (logprobs_L, entropy_L)]
+        loss = rule_loss(leaves[0], leaves[1], rows, objective)
+    if not loss.requires_grad:
+        return torch.zeros_like(logprobs_L), None
+    by_logprob_L, by_entropy_L = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return torch.zeros_like(logprobs_L) if by_logprob_L is None else by_logprob_L, by_entropy_L

@@ -22,7 +22,7 @@ from mgrpo.engine.batch import Batch, Weighed, drop, make_arena, merge, pack, pr
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.types import Trajectory
-from mgrpo.kernels import Objective, merge_metrics
+from mgrpo.kernels import Objective
 from toy import make_model, toy_config
 
 # few values, so that trajectories repeat; all sums of the numbers are exact in float64, and the numbers in float32
@@ -133,7 +133,7 @@ def sequences(batches: list[Batch]) -> list[dict[str, list[Any]]]:
     """The columns of each sequence of each micro-batch."""
     found = []
     for batch in batches:
-        columns = {name: value for name, value in vars(batch).items() if name.endswith("_P")}
+        columns = {name: value for name, value in vars(batch).items() if name.endswith("_P") and value is not None}
         for start, stop in itertools.pairwise(batch.cu_seqlens_B1.tolist()):
             found.append({name: value[start:stop].tolist() for name, value in columns.items()})
     return found
@@ -274,10 +274,10 @@ def test_ranks_together_have_the_gradient_of_one_and_dummies_none(policy, object
     parameters = list(policy.masters.params.values())
 
     def run(batches: list[Batch]) -> tuple[torch.Tensor, dict[str, float]]:
-        losses = [policy.forward_backward(batch, objective) for batch in batches]
+        found = policy.forward_backward(batches, objective)
         gradient = torch.cat([p.grad.flatten() for p in parameters])
         policy.optimizer.zero_grad()
-        return gradient, merge_metrics([loss.metrics for loss in losses])
+        return gradient, found.metrics
 
     whole, metrics = run(pack(weighed, 16))
     parts = [run(pack(weighed, 16, ranks=4, rank=rank)) for rank in range(4)]

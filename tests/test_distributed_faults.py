@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mgrpo.engine import distributed
-from mgrpo.engine import policy as policies
+from mgrpo.engine import state as policy_state
 from mgrpo.engine.run import RunDirectory
 from mgrpo.kernels import Objective
 from ranks import assert_end_with_an_error, start
@@ -35,20 +35,20 @@ def step_on(folder: Path) -> Iterator[None]:
 
 def die_while_saving(folder: Path) -> Iterator[None]:
     """Rank 1 with its weights written but not its moments."""
-    policy, write = make(folder, True), policies.write_shards
+    policy, write = make(folder, True), policy_state.write_shards
     policy.step(mine(batches(0)), Objective(sampler_cap=None), 1e-3)
     yield
 
-    def die(aside: Path, stem: str, tensors: Any) -> None:
+    def die(aside: Path, stem: str, tensors: Any, rank: int) -> None:
         if stem == "moments":
             os.kill(os.getpid(), signal.SIGKILL)
-        write(aside, stem, tensors)
+        write(aside, stem, tensors, rank)
 
     if distributed.rank() == 1:
-        policies.write_shards = die
-        policy.save()
+        policy_state.write_shards = die
+        policy.save_state()
     run = RunDirectory(folder / "run")
-    run.save_checkpoint("rl-00001", lambda aside: policy.save(aside / "main") and None, keep=1)
+    run.save_checkpoint("rl-00001", lambda aside: policy.save_state(aside / "main") and None, keep=1)
     yield
 
 

@@ -25,12 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from mgrpo.engine import distributed
-from mgrpo.engine import policy as policies
+from mgrpo.engine import state as policy_state
 from mgrpo.engine.batch import Batch, Weighed, pack
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.shards import local
+from mgrpo.engine.state import moments
 from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
 from ranks import run_ranks
@@ -92,9 +93,7 @@ def weights(policy: Policy) -> Found:
 
 
 def gradients(policy: Policy, given: list[Batch], objective: Objective) -> Found:
-    for i, batch in enumerate(given):
-        policy._exchange_gradients(i == len(given) - 1)
-        policy.forward_backward(batch, objective)
+    policy.forward_backward(given, objective)
     found = {name: whole(weight.grad) for name, weight in policy.masters.weights.items()}
     policy.optimizer.zero_grad()
     return found
@@ -104,8 +103,9 @@ def state(policy: Policy) -> Found:
     """All that a checkpoint holds."""
     assert policy.reference is not None
     kept = {name: whole(weight) for name, weight in policy.reference.named_parameters()}
-    moments = {name: whole(moment) for name, moment in policy._moments().items()}
-    return keyed("weight", weights(policy)) | keyed("moment", moments) | keyed("reference", kept)
+    remembered = moments(policy.optimizer, policy.masters.weights)
+    remembered = {name: whole(moment) for name, moment in remembered.items()}
+    return keyed("weight", weights(policy)) | keyed("moment", remembered) | keyed("reference", kept)
 
 
 def keyed(kind: str, tensors: Found) -> Found:
@@ -139,16 +139,14 @@ def checkpoints(folder: Path, out: Path, before: Path | None) -> None:
     """Go on from another number of ranks' checkpoint, and leave one of our own."""
     policy = make(folder, True, "bfloat16", weight_decay=0.1)
     if before is not None:
-        policy.load(before / "policy", json.loads((before / "saved.json").read_text()))
+        policy.load_state(before / "policy")
         keep(out, "loaded", state(policy))
     else:
         policy.keep_reference()
     version = policy.version
     policy.step(mine(batches(0)), KL, LR, epochs=2)
-    saved = policy.save(out / "policy" if distributed.rank() == 0 else None)
+    saved = policy.save_state(out / "policy" if distributed.rank() == 0 else None)
     assert saved == {"version": version + 2}
-    if distributed.rank() == 0:
-        (out / "saved.json").write_text(json.dumps(saved))
     keep(out, "saved", state(policy))
 
 
@@ -223,7 +221,7 @@ def test_a_checkpoint_loads_on_more_ranks(folder: Path, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_checkpoint_loads_on_one_rank(folder: Path, ranks: int) -> None:
     policy = make(folder, True, "bfloat16")
-    policy.load(folder / str(ranks) / "policy", json.loads((folder / str(ranks) / "saved.json").read_text()))
+    policy.load_state(folder / str(ranks) / "policy")
     assert same(state(policy), load_file(folder / f"{ranks}/saved.safetensors")) and policy.version == 2 * ranks
     for name, param in policy.model.named_parameters():
         assert torch.equal(param, policy.masters.weights[name].bfloat16())
@@ -304,7 +302,7 @@ def dummies_alone_move_nothing(folder: Path) -> None:
 def other_numbers_of_micro_batches_are_refused(folder: Path) -> None:
     policy = make(folder, True)
     given = mine(batches(0))
-    with pytest.raises(ValueError, match=r"micro-batches, epochs: \[\[2, 1\], \[1, 1\]\] given by the ranks"):
+    with pytest.raises(ValueError, match=r"micro-batches: \[2, 1\] given by the ranks"):
         policy.step(given[: 2 - distributed.rank()], PLAIN, LR)
 
 
@@ -321,13 +319,13 @@ def a_write_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
     agent = make(folder, True)
     patch = pytest.MonkeyPatch()
     if distributed.rank() == 1:
-        patch.setattr(policies, "write_shards", fail)
+        patch.setattr(policy_state, "write_shards", fail)
         with pytest.raises(OSError, match="No space left on device"):
-            agent.save()
+            agent.save_state()
     else:
         run = RunDirectory(folder / "run")
         with pytest.raises(OSError, match=r"rl-00001 could not be written: .*rank 1 of 2 failed: .*No space"):
-            run.save_checkpoint("rl-00001", lambda aside: agent.save(aside / "main") and None, keep=1)
+            run.save_checkpoint("rl-00001", lambda aside: agent.save_state(aside / "main") and None, keep=1)
         assert not list(run.checkpoints.iterdir())
         run.close()
     patch.undo()

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mgrpo import _packing
-from mgrpo.engine import policy as policy_module
-from mgrpo.engine import trainer
+from mgrpo.engine import passes, trainer
 from mgrpo.engine.advantage import weigh
 from mgrpo.engine.batch import Batch, Weighed, pack
 from mgrpo.engine.config import AgentConfig, AlgorithmConfig, RewardConfig
@@ -203,7 +202,7 @@ def multiplicities_of(case: Case) -> dict[Position, float]:
 class Recorder(Policy):
     """Keeps each epoch's gradient, and instead of an optimizer's goes a given step: the next epoch is off-policy."""
 
-    def optim_step(self, lr: float) -> float:
+    def optim_step(self, lr: float | None = None) -> float:
         self.gradients.append({name: gradient(weight) for name, weight in self.masters.params.items()})
         self.model.zero_grad()
         self.model.load_state_dict(self.moved)
@@ -322,7 +321,7 @@ def test_gradients_are_the_naive_ones(actors, seed, norm, ratio):
     assert_same(our_gradients(actors, case), naive_gradients(actors, case, padded=seed % 3 > 0))
 
 
-def no_merge(weighed: list[Weighed], *, by_sampler_logprobs: bool) -> list[Weighed]:
+def no_merge(weighed: list[Weighed], **_: bool) -> list[Weighed]:
     return weighed
 
 
@@ -345,7 +344,7 @@ OFF = {  # a trajectory without an action has no row once it is trimmed, so drop
     "drop": [(trainer, "drop", no_drop), trim],
     "merge": [(trainer, "merge", no_merge)],
     "trim": [trim],
-    "compact": [(policy_module, "linear_grpo_loss", full_logits_loss)],
+    "compact": [(passes, "linear_grpo_loss", full_logits_loss)],
     "all": [(trainer, "drop", no_drop), (trainer, "merge", no_merge), trim],
 }
 

@@ -58,7 +58,7 @@ KILLS = [  # of a process each in a life of its own, in the order in which it co
     fault("worker-0", "Store.record", 1, "after"),
     fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
     fault("main", "Policy.optim_step", 2),  # amid a step
-    fault("main", "Policy.save", 2, "after"),  # the checkpoint is not whole
+    fault("main", "Policy.save_state", 2, "after"),  # the checkpoint is not whole
     fault("main", "RunDirectory.save_checkpoint", 2, "after"),  # it is, and nothing is acked
     fault("clerk", "Store.claim", 2, "after"),
     fault("clerk", "Store.publish", 4, "after"),  # between optimizer step and checkpoint

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from mgrpo.engine.config import AgentConfig, ComputeConfig
-from mgrpo.engine.model import Packed, hidden_states, load_model, load_tokenizer, pick_device
+from mgrpo.engine.layout import Packed, hidden_states
+from mgrpo.engine.model import load_model, load_tokenizer, pick_device
 from toy import make_model
 
 CPU = ComputeConfig(dtype="float32", device="cpu")

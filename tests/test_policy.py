@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from mgrpo.engine.batch import Batch, Weighed, pack
 from mgrpo.engine.config import AgentConfig, ComputeConfig
-from mgrpo.engine.model import Packed, compile_layers
-from mgrpo.engine.policy import Policy, learning_rate
+from mgrpo.engine.layout import Packed
+from mgrpo.engine.model import compile_layers
+from mgrpo.engine.policy import Policy
+from mgrpo.engine.schedule import learning_rate
+from mgrpo.engine.state import moments
 from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
 from toy import make_model, toy_config
@@ -53,11 +56,14 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 
 def gradients(policy: Policy, given: list[Batch], objective: Objective = PLAIN) -> dict[str, Tensor]:
     """Of all micro-batches together, in fp32 as the masters hold it."""
-    for batch in given:
-        policy.forward_backward(batch, objective)
+    policy.forward_backward(given, objective)
     found = {name: weight.grad for name, weight in policy.masters.weights.items()}
     policy.optimizer.zero_grad()
     return found
+
+
+def moments_of(policy: Policy) -> dict[str, Tensor]:
+    return moments(policy.optimizer, policy.masters.weights)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -111,10 +117,9 @@ def test_the_rate_given_is_the_rate_used(folder):
 
 def test_a_step_makes_what_gained_likelier_and_what_lost_unlikelier(folder):
     policy, given = make(folder), batches()
-    before = [policy.forward_backward(batch, PLAIN).logprobs_N for batch in given]
-    policy.optimizer.zero_grad()
+    before = policy.forward(given)
     policy.step(given, PLAIN, lr=1e-3)
-    after = [policy.forward_backward(batch, PLAIN).logprobs_N for batch in given]
+    after = policy.forward(given)
     changes = zip(given, before, after, strict=True)
     assert sum(float((b.advantages_P * (new - old)).sum()) for b, old, new in changes) > 0
 
@@ -172,11 +177,11 @@ def test_a_step_without_micro_batches_decays_the_moments_as_a_zero_gradient_does
     nothing = [replace(b, advantages_P=torch.zeros_like(b.advantages_P)) for b in batches()]
     zero.step(nothing, PLAIN, 1e-3)
     assert row == {"loss": 0, "grad_norm": 0.0, "lr": 1e-3}
-    assert same(weights(policy), weights(zero)) and same(policy._moments(), zero._moments())
+    assert same(weights(policy), weights(zero)) and same(moments_of(policy), moments_of(zero))
     fresh = make(folder)
     fresh.step(batches(), PLAIN, 1e-3)
     name = "exp_avg/model.norm.weight"
-    torch.testing.assert_close(policy._moments()[name], 0.9 * fresh._moments()[name])
+    torch.testing.assert_close(moments_of(policy)[name], 0.9 * moments_of(fresh)[name])
     assert not same(weights(policy), weights(fresh))  # momentum goes on
 
 
@@ -185,7 +190,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm_and_reported_as_it_was(fold
     for clip in (1e9, 0.01):
         policy = make(folder, grad_clip=clip)
         norms[clip] = policy.step(batches(), PLAIN, 1e-3)["grad_norm"]
-        first = [v for key, v in policy._moments().items() if key.startswith("exp_avg/")]
+        first = [v for key, v in moments_of(policy).items() if key.startswith("exp_avg/")]
         used = torch.cat([v.flatten() for v in first]).norm().item() / 0.1  # 1 - beta_1
         assert used == pytest.approx(min(clip, norms[clip]), rel=1e-3)
     assert norms[1e9] == pytest.approx(norms[0.01]) and norms[1e9] > 0.1
@@ -221,23 +226,24 @@ def test_a_step_after_load_is_the_step_without_it_to_the_bit(folder, tmp_path, d
     policy.keep_reference()
     for seed in range(2):
         policy.step(batches(seed=seed), KL, 1e-3)
-    saved = policy.save(tmp_path / "policy")
+    assert policy.save_state(tmp_path / "policy") == {"version": 2}
     other.step(batches(seed=7), PLAIN, 1e-2)  # whatever it was before
-    other.load(tmp_path / "policy", msgspec.json.decode(msgspec.json.encode(saved)))
+    other.load_state(tmp_path / "policy")
     assert other.version == policy.version == 2
-    assert same(weights(policy), weights(other)) and same(policy._moments(), other._moments())
+    assert same(weights(policy), weights(other)) and same(moments_of(policy), moments_of(other))
     assert same(policy.model.state_dict(), other.model.state_dict())
     rows = [p.step(batches(seed=3), KL, 1e-3, epochs=2) for p in (policy, other)]
     assert rows[0] == rows[1] and rows[0]["kl_mean"] > 0
-    assert same(weights(policy), weights(other)) and same(policy._moments(), other._moments())
+    assert same(weights(policy), weights(other)) and same(moments_of(policy), moments_of(other))
     assert same(policy.model.state_dict(), other.model.state_dict())
 
 
 def test_a_policy_before_its_first_step_can_be_saved_and_loaded(folder, tmp_path):
     policy, other = make(folder), make(folder)
     other.step(batches(), PLAIN, 1e-3)
-    other.load(tmp_path / "p", policy.save(tmp_path / "p"))
-    assert other.version == 0 and other.reference is None and not other._moments()
+    policy.save_state(tmp_path / "p")
+    other.load_state(tmp_path / "p")
+    assert other.version == 0 and other.reference is None and not moments_of(other)
     assert same(weights(policy), weights(other))
 
 
@@ -253,9 +259,9 @@ def test_a_policy_before_its_first_step_can_be_saved_and_loaded(folder, tmp_path
 def test_another_models_file_is_refused_before_anything_is_changed(folder, tmp_path, changes, message):
     policy, other = make(folder), make(make_model(tmp_path / "other", **SIZES | changes))
     before = weights(policy)
-    saved = other.save(tmp_path / "p")
+    other.save_state(tmp_path / "p")
     with pytest.raises(ValueError, match=message) as raised:
-        policy.load(tmp_path / "p", saved)
+        policy.load_state(tmp_path / "p")
     assert str(tmp_path / "p") in str(raised.value)
     assert same(weights(policy), before)
 
@@ -275,7 +281,8 @@ def test_the_reference_stays_where_it_was_kept(folder, tmp_path, dtype):
     assert same(policy.reference.state_dict(), kept) and not same(policy.model.state_dict(), kept)
     assert not any(param.requires_grad or param.grad is not None for param in policy.reference.parameters())
     other = make(folder, dtype)
-    other.load(tmp_path / "p", policy.save(tmp_path / "p"))
+    policy.save_state(tmp_path / "p")
+    other.load_state(tmp_path / "p")
     assert other.reference is not None and same(other.reference.state_dict(), kept)
 
 

@@ -239,7 +239,7 @@ IN_RL = [
     Fault("store:Store.record", "before", 3),  # tokens are there, the store knows nothing of them
     Fault("trainer:AgentTrainer.train", "after", 5),  # one agent is trained, the other is not
     Fault("policy:Policy.optim_step", "before", 4),
-    Fault("policy:Policy.save", "after", 1),  # half a checkpoint
+    Fault("policy:Policy.save_state", "after", 1),  # half a checkpoint
     Fault("run:_seal", "after", 1),  # a whole one that is not yet renamed
     Fault("run:RunDirectory.save_checkpoint", "after", 1),  # renamed, but the store does not know
     Fault("store:Store.ack", "after", 3),  # one agent has acked, the other has not
@@ -336,7 +336,7 @@ def test_a_second_ctrl_c_ends_at_once(lab, begun, whole, target: str):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("policy:Policy.save", "before", 2), "checkpoint rl-00002 could not be written: .*rl-00000 .* stays"),
+        (Fault("policy:Policy.save_state", "before", 2), "rl-00002 could not be written: .*rl-00000 .* stays"),
         (Fault("run:_append", "before", 3), "cannot append metrics: .*metrics.jsonl"),
         (Fault("trajectories:_write_all", "before", 6), r"cannot append trajectories: .*\.arrow"),
         (Fault("store:Store.record", "before", 2), "store"),

@@ -5,21 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo.engine import shards
 from mgrpo.engine.shards import Shards, write_shards
 
 
 def write_as_ranks(folder: Path, parts: list[dict[str, Tensor]]) -> None:
     for rank, tensors in enumerate(parts):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shards, "rank", lambda rank=rank: rank)
-            write_shards(folder, "weights", tensors)
+        write_shards(folder, "weights", tensors, rank)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 3))

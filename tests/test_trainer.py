@@ -194,6 +194,43 @@ def test_a_penalty_keeps_what_has_no_advantage(world):
 # ---- who is trained
 
 
+OBJECTIVES = """
+import torch
+
+def clipped(rows, settings):
+    ratio = (rows.logprobs - rows.old).exp()
+    held = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return -torch.minimum(ratio * rows.advantages, held * rows.advantages)
+
+def by_size(rows, settings):
+    # not linear in the advantage, and not zero where it is
+    return (1 + rows.advantages.square()) * rows.logprobs
+"""
+
+
+def test_an_objective_of_the_users_own(world, tmp_path):
+    """Ours, written out by the user, trains as ours does, to the last weight but for rounding."""
+    (tmp_path / "mine.py").write_text(OBJECTIVES)
+    world.query(0, MIXED)
+    groups = world.store.claim("main", 1, holder="me").groups
+    ours, theirs = world.trainer(), world.trainer(algorithm={"objective": f"{tmp_path}/mine.py:clipped"})
+    rows = [trainer.train(0, groups) for trainer in (ours, theirs)]
+    assert about(rows[1], loss=rows[0]["loss"], grad_norm=rows[0]["grad_norm"], ratio_mean=1.0)
+    for one, other in zip(weights(ours).values(), weights(theirs).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_an_objective_of_the_users_own_sees_every_advantage_as_it_is(world, tmp_path):
+    """Identical trajectories of other advantages stay apart, and those of none count."""
+    (tmp_path / "mine.py").write_text(OBJECTIVES)
+    trainer = world.trainer(algorithm={"objective": f"{tmp_path}/mine.py:by_size"})
+    world.query(0, [{"correct": c, "main": "short"} for c in (1.0, 0.5, 0.0, 1.0)])
+    row = world.step(trainer, 0)
+    assert row["trajectories"] == 4 and row["trajectories_trained"] == 3
+    world.query(1, ALIKE)
+    assert world.step(trainer, 1)["trajectories_trained"] == 1
+
+
 def test_the_step_takes_its_queries_and_the_rate_of_its_number(world):
     for query in range(5):
         world.query(query, MIXED)

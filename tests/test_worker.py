@@ -21,7 +21,8 @@ import torch
 from mgrpo.engine import worker as worker_module
 from mgrpo.engine.arrivals import Heartbeat
 from mgrpo.engine.config import Config, parse_config
-from mgrpo.engine.model import Packed, hidden_states, load_model, load_tokenizer
+from mgrpo.engine.layout import Packed, hidden_states
+from mgrpo.engine.model import load_model, load_tokenizer
 from mgrpo.engine.rollout import Episodes, Job, load_environment
 from mgrpo.engine.run import read_metrics
 from mgrpo.engine.sampler import InProcessSampler

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgrpo.engine.config import AgentConfig
-from mgrpo.engine.model import hidden_states
+from mgrpo.engine.layout import hidden_states
 from mgrpo.engine.sampler.cache import CachedLayout, KVCache
 from mgrpo.engine.sampler.protocol import Completion, Session
 

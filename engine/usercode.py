@@ -1,0 +1,49 @@
+"""What a configuration names by import path: "file.py:name" or "package.module:name"."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def load_name(path: str, key: str, kind: str) -> Any:
+    """The object of that import path, None if its module has none of that name.
+
+    Raises ValueError, naming the key, if it is no import path (kind: "Class" or "function") or there is no such module.
+    """
+    module, _, name = path.rpartition(":")
+    if not module:
+        raise ValueError(f"{key}: {path!r} given: expected file.py:{kind} or package.module:{kind}")
+    return getattr(_load_module(module, key), name, None)
+
+
+@cache
+def load_function(path: str, key: str) -> Callable[..., Any]:
+    """A function by its import path, the same one each time. Raises ValueError, naming the key, if it cannot be."""
+    found = load_name(path, key, "function")
+    if not callable(found):
+        module, _, name = path.rpartition(":")
+        raise ValueError(f"{key}: {name!r} in {module} is {found!r}: expected a function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _load_module(name: str, key: str) -> Any:
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
+            raise ValueError(f"{key}: {name!r} given: {error}") from error
+    if not Path(name).is_file():
+        raise ValueError(f"{key}: {name} is no file, expected a Python file")
+    spec = importlib.util.spec_from_file_location(f"mgrpo_user_{Path(name).stem}", name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the file look themselves up here
+    spec.loader.exec_module(module)
+    return module

@@ -190,11 +190,15 @@ class Policy:
         Rank 0 names the folder, which must not be there and which all ranks must see; the others' argument is ignored.
         No rank returns before all have written. Raises OSError or SafetensorError on every rank if any could not write.
         """
-        if distributed.rank() == 0:
-            assert folder is not None
-            folder.mkdir()
-        folder = Path(distributed.broadcast(str(folder), str))
         failure: Exception | None = None
+        try:
+            if distributed.rank() == 0:
+                assert folder is not None
+                folder.mkdir()
+        except OSError as error:
+            failure = error
+        distributed.require_success("checkpoint", failure)
+        folder = Path(distributed.broadcast(str(folder), str))
         try:
             write_shards(folder, "weights", self.masters.weights)
             write_shards(folder, "moments", self._moments())

@@ -28,7 +28,7 @@ LAYERS = (
     ("roster",),
     ("database",),
     ("schema", "distributed"),
-    ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process"),
+    ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "boards"),
     ("config", "environment"),
     ("types",),
     ("__init__",),

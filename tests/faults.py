@@ -21,7 +21,7 @@ from toy import make_model, raw_config
 
 SCRIPT = Path(__file__).with_name("faulty.py")
 STEPS, Q, K = 6, 2, 2
-SECONDS = 60.0  # to wait for anything
+SECONDS = 300.0  # to wait for anything
 
 
 class Run:

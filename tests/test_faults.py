@@ -300,6 +300,7 @@ def test_sigterm_to_every_process_at_once(make):
     worker have no launcher, as on a cluster. All finish what they are at and save, and nothing is trained again."""
     run = make({"alone": ["main", "0"]}, checkpoint={"every": 1000})
     launcher = run.start("train")
+    wait_for((run.path / "config.json").exists, run)  # the launcher has begun the run
     parts = [run.start("agent", "--name", "main"), run.start("rollout", "--name", "worker-0")]
     run.wait_for_step(2)
     clerk = run.pid("clerk")

@@ -1,13 +1,15 @@
 """`mgrpo bench store`: what the store takes in and hands out, from 1 to 32 worker processes, with durability on.
 
-Each worker does what one does in a run, as fast as it can: it takes QUERIES queries and records all their rollouts,
-with every call, in one batch. Then as many processes claim groups with their records and ack them. Every commit is
-forced to the disk (SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine.
+Each worker does what one does in a run, as fast as it can: it takes as many queries as fill a sampler (96 episodes at
+once, the default of compute.concurrency) and records their rollouts, with every call, in BATCHES batches, as episodes
+end in clusters. Then as many processes claim groups with their records and ack them. Every commit is forced to the disk
+(SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 import uuid
@@ -22,7 +24,8 @@ from mgrpo.engine.store import CallRecord, Publication, RolloutRecord, Store
 from mgrpo.engine.trajectories import Position
 
 AGENTS = ("main", "search")
-ROLLOUTS, SUBS, QUERIES = 8, 2, 4  # K; the sub-agent's calls in each; queries of a batch
+ROLLOUTS, SUBS = 8, 2  # K; the sub-agent's calls in each
+QUERIES, BATCHES = 12, 3  # taken at once; in which they are recorded
 TARGETS = {("sqlite", 8): 2000.0, ("postgresql", 8): 5000.0}  # rollouts/s, by workers
 SCALING, SECONDS = (1, 2, 4, 8, 16, 32), 5.0
 QUICK_SCALING, QUICK_SECONDS = (1, 8), 2.0
@@ -80,13 +83,14 @@ def measure(
         made = ask(pipes[:count], Task("rollouts", url, run, 0, seconds))
         used = ask(pipes[:count], Task("groups", url, run, 0, seconds / 2))
         rates = [sum(done.operations for done in each) / elapsed for each, elapsed in (made, used)]
-        batches = sum(done.operations for done in made[0]) / (QUERIES * ROLLOUTS)
-        split = [1e3 * sum(times) / batches for times in zip(*((d.first, d.second) for d in made[0]), strict=True)]
-        rows.append((str(count), *(f"{value:.4g}" for value in (*rates, *split)), ""))
+        takes = sum(done.operations for done in made[0]) / (QUERIES * ROLLOUTS)
+        taking, recording = (1e3 * sum(seconds) / takes for seconds in zip(*(d[2:] for d in made[0]), strict=True))
+        rows.append((str(count), *(f"{value:.4g}" for value in (*rates, taking, recording / BATCHES)), ""))
         results.append(rollouts_per_second(backend, count, rates[0]))
         results.append(figure(f"{backend}, {count} workers: groups claimed and acked", rates[1], "groups/s"))
     columns = ("workers", "rollouts/s", "groups/s", "ms a take", "ms a record", "")
-    show(f"\n{backend}: {QUERIES} queries x {ROLLOUTS} rollouts x {1 + SUBS} calls a batch", columns, rows)
+    size = f"{QUERIES} queries x {ROLLOUTS} rollouts x {1 + SUBS} calls"
+    show(f"\n{backend}: {size} a take, recorded in {BATCHES} batches", columns, rows)
     return results
 
 
@@ -146,30 +150,40 @@ def serve(pipe: Connection) -> None:
 
 
 def work(store: Store, task: Task) -> Done:
-    count, spent, me = 0, [0.0, 0.0], uuid.uuid4().hex
+    """Until the time is over, or there is no group left."""
+    count, first, second, once = 0, 0.0, 0.0, sample if task.kind == "rollouts" else train
     while time.time() < task.begin + task.seconds:
+        done, *seconds = once(store)
+        count, first, second = count + done, first + seconds[0], second + seconds[1]
+        if not done:
+            break
+    return Done(count, time.time(), first, second)
+
+
+def sample(store: Store) -> tuple[int, float, float]:
+    """Rollouts taken and recorded, and the seconds of both."""
+    started = time.perf_counter()
+    leases = store.take(f"worker-{os.getpid()}", QUERIES, ahead=1 << 40, total=1 << 40, task_of=str, lease=3600)
+    taken, recording = time.perf_counter() - started, 0.0
+    keys = [(lease.query, rollout) for lease in leases for rollout in lease.missing]
+    for batch in (episodes(keys[first::BATCHES]) for first in range(BATCHES)):
         started = time.perf_counter()
-        if task.kind == "rollouts":
-            leases = store.take(me, QUERIES, ahead=1 << 40, total=1 << 40, task_of=str, lease=3600)
-            taken, batch = time.perf_counter(), episodes([lease.query for lease in leases])
-            recording = time.perf_counter()
-            store.record(*batch)
-            count += len(batch[0])
-        else:
-            groups = store.claim("main", QUERIES, HOLDER).groups
-            taken = recording = time.perf_counter()
-            if not groups:
-                break
-            store.ack("main", [group.query for group in groups], HOLDER)
-            count += len(groups)
-        spent[0] += taken - started
-        spent[1] += time.perf_counter() - recording
-    return Done(count, time.time(), *spent)
+        store.record(*batch)
+        recording += time.perf_counter() - started
+    return len(keys), taken, recording
 
 
-def episodes(queries: Sequence[int]) -> tuple[list[RolloutRecord], list[CallRecord]]:
-    """All rollouts of the queries, with numbers as long as real ones."""
-    keys = [(query, rollout) for query in queries for rollout in range(ROLLOUTS)]
+def train(store: Store) -> tuple[int, float, float]:
+    """Groups claimed and acked, and the seconds of both."""
+    started = time.perf_counter()
+    groups = store.claim("main", QUERIES, HOLDER).groups
+    claimed = time.perf_counter()
+    store.ack("main", [group.query for group in groups], HOLDER)
+    return len(groups), claimed - started, time.perf_counter() - claimed
+
+
+def episodes(keys: Sequence[tuple[int, int]]) -> tuple[list[RolloutRecord], list[CallRecord]]:
+    """Records of (query, rollout), with numbers as long as real ones."""
     made = [("main", 0), *(("search", number) for number in range(SUBS))]
     return (
         [RolloutRecord(query, rollout, "scored", True, 0.5, 12.5) for query, rollout in keys],

@@ -11,18 +11,23 @@ sealed, whatever the other agents do. How far sampling may run ahead is the stor
 
 from __future__ import annotations
 
+import errno
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
+
 from mgrpo.engine import distributed
 from mgrpo.engine.config import Config
+from mgrpo.engine.ledger import files_of
 from mgrpo.engine.model import load_tokenizer, pick_device
-from mgrpo.engine.office import PATIENCE, Office, Order, Saved
+from mgrpo.engine.office import PATIENCE, RETRY, Office, Order, Saved
 from mgrpo.engine.policy import Policy
-from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, make_deterministic
+from mgrpo.engine.process import Interrupted, ctrl_c, doubling, keep_memory, make_deterministic
 from mgrpo.engine.records import demonstrated, rollout_counts
 from mgrpo.engine.rollout import Demonstrations, load_environment
 from mgrpo.engine.sampler import Sampler, Session
@@ -30,12 +35,15 @@ from mgrpo.engine.tasks import load_tasks, warmup_jobs
 from mgrpo.engine.trainer import AgentTrainer, Row
 from mgrpo.engine.weights import probe_tokens
 
+log = logging.getLogger(__name__)
+
 
 def run_agent(config: Config, name: str) -> None:
     """Train one agent until its last step, as one of torchrun's ranks or alone.
 
-    Raises Interrupted after Ctrl-C; ValueError for bad input, or while another process acts for the agent; Fenced when
-    another has taken over; OSError when store or disk stay out of reach; RuntimeError when another rank is gone.
+    Raises Interrupted after Ctrl-C or SIGTERM; ValueError for bad input, or while another process acts for the agent;
+    Fenced when another has taken over; OSError when store or disk stay out of reach; RuntimeError when another rank is
+    gone.
     """
     with ctrl_c() as interrupted, distributed.joined(pick_device(config.compute), 2 * PATIENCE):
         office = Office(config, name, interrupted) if distributed.rank() == 0 else None
@@ -51,7 +59,7 @@ class AgentProcess:
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
         self.policy = Policy(name, config.agents[name], config.compute)
-        self.trainer = AgentTrainer(config, self.policy, f"{config.run_dir}/trajectories")
+        self.trainer = AgentTrainer(config, self.policy, files_of(config, "trajectories"))
         self.published = -1  # the version whose weights are in a file
 
     def run(self) -> None:
@@ -140,11 +148,38 @@ class AgentProcess:
         raise Interrupted(f"agent {self.name}: stopped before {stage} step {step}")
 
     def _save(self, stage: str, step: int) -> None:
-        """Everything before (stage, step), atomically; then the store may know."""
+        """Everything before (stage, step), atomically; then the store may know. All wait for a full disk."""
+        give_up = time.monotonic() + PATIENCE
+        for pause in doubling(*RETRY):
+            if not (failure := self._try_to_save(stage, step)):
+                break
+            if distributed.broadcast(time.monotonic() + pause > give_up, bool):
+                raise OSError(errno.EIO, failure)
+            if self.office:
+                log.warning("%s; trying again in %.1f s", failure, pause)
+            time.sleep(pause)
         if self.office:
-            self.office.save(stage, step, self.policy.save_state)
-        else:
-            self.policy.save_state()
+            self.office.ack(stage, step)
+
+    def _try_to_save(self, stage: str, step: int) -> str:
+        """What failed, on whichever rank; "" if nothing did. The ranks write their rows when rank 0 has come to it."""
+        failure, together = "", False
+
+        def write(folder: Path) -> dict[str, Any]:
+            nonlocal together
+            together = distributed.broadcast(True, bool)
+            return self.policy.save_state(folder)
+
+        try:
+            if self.office:
+                self.office.save(stage, step, write)
+            elif distributed.broadcast(None, bool):
+                self.policy.save_state()
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
+        if self.office and not together:
+            distributed.broadcast(False, bool)
+        return next(filter(None, distributed.gather(failure, str)), "")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Thread
 
 from torch import Tensor
@@ -114,14 +114,14 @@ class Heartbeat:
 
 
 class Window:
-    """What a worker did since its last row of metrics."""
+    """What a worker did since its last row of metrics. busy: seconds that its samplers took for rollouts, in all."""
 
-    def __init__(self, arrivals: Arrivals) -> None:
-        self.arrivals, self.recorded = arrivals, 0
+    def __init__(self, arrivals: Arrivals, busy: Callable[[], float]) -> None:
+        self.arrivals, self.busy, self.recorded = arrivals, busy, 0
         self._begin()
 
     def _begin(self) -> None:
-        self.began, self.waited, self.arrivals.seconds = time.monotonic(), 0.0, 0.0
+        self.began, self.waited, self.arrivals.seconds, self.busy_before = time.monotonic(), 0.0, 0.0, self.busy()
         self.counts: Counter[str] = Counter()
         self.actions, self.recorded_since = 0, 0
         self.staleness: list[int] = []
@@ -143,6 +143,7 @@ class Window:
             **self.counts,
             "perf/rollouts_per_second": self.recorded_since / seconds,
             "perf/tokens_per_second": self.actions / seconds,
+            "time/rollout": self.busy() - self.busy_before,
             "time/waiting": self.waited,
             "time/weights": self.arrivals.seconds,
             "staleness_mean": sum(self.staleness) / max(len(self.staleness), 1),

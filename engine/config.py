@@ -122,6 +122,7 @@ class StoreConfig(Frozen):
     """Where the minimal statistics cross."""
 
     url: str = ""  # "": sqlite:///<run_dir>/store.db; postgresql://user@host/database for agents on several machines
+    files: str = ""  # "": run_dir; where weights and trajectories lie, of this run alone: a path or s3://bucket/run
     password_file: str = ""  # else the environment's MGRPO_STORE_PASSWORD; never in the url
     tls: Literal["auto", "require", "off"] = "auto"  # auto: require for a host that is not this machine
     lease: Positive = 60.0  # seconds without a sign of life after which another may take over
@@ -304,8 +305,17 @@ def _absolute(config: Config) -> Config:
     environment = msgspec.structs.replace(config.environment, use=_absolute_name(config.environment.use))
     own = {key: _absolute_name(getattr(config.algorithm, key)) for key in ("advantage", "objective")}
     algorithm = msgspec.structs.replace(config.algorithm, **own)
-    run_dir = str(Path(config.run_dir).resolve())
-    return msgspec.structs.replace(config, run_dir=run_dir, agents=agents, environment=environment, algorithm=algorithm)
+    run_dir, files = str(Path(config.run_dir).resolve()), config.store.files
+    if files and "://" not in files:
+        files = str(Path(files).resolve())
+    return msgspec.structs.replace(
+        config,
+        run_dir=run_dir,
+        agents=agents,
+        environment=environment,
+        algorithm=algorithm,
+        store=msgspec.structs.replace(config.store, files=files),
+    )
 
 
 def _absolute_name(use: str) -> str:

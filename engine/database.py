@@ -12,8 +12,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, wraps
 from ipaddress import ip_address
 from pathlib import Path
@@ -27,6 +29,8 @@ from mgrpo.engine.schema import SCHEMA_VERSION, metadata, schema
 PASSWORD = "MGRPO_STORE_PASSWORD"
 ATTEMPTS = 8
 RETRIED = ("40001", "40P01")  # serialization_failure, deadlock_detected
+LOCKED = 60.0  # seconds that SQLite waits for its lock, before whoever called may try again
+WRITING = 120  # the byte of SQLite's shared memory file that whoever writes has locked
 CREATION = 7239540712  # advisory lock: of several processes that find no tables one creates them
 URL_OPTIONS = {"host", "port", "sslrootcert"}
 PATIENCE = {  # seconds; a server behind a cut link must not hold us for the hours that TCP would
@@ -112,7 +116,8 @@ class Database:
                     attempt += 1
                 elif error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
                     reason = " ".join(str(error.orig).split())
-                    raise OSError(errno.EIO, f"store {self.name}: {reason}") from error
+                    who = _writer(self._engine.url.database or "") if "is locked" in reason else ""
+                    raise OSError(errno.EIO, f"store {self.name}: {reason}{who}") from error
                 else:
                     raise
 
@@ -186,7 +191,7 @@ def _postgresql(parsed: sa.URL) -> sa.URL:
 
 def _engine(url: sa.URL, password: str | None, tls: Tls) -> sa.Engine:
     if url.drivername == "sqlite":
-        engine = sa.create_engine(url, connect_args={"timeout": 60})
+        engine = sa.create_engine(url, connect_args={"timeout": LOCKED})
         sa.event.listen(engine, "connect", _configure)
         sa.event.listen(engine, "begin", _begin)
         return engine
@@ -248,6 +253,20 @@ def _clock(dialect: str) -> sa.ColumnElement[float]:
     if dialect == "sqlite":
         return sa.literal_column("(julianday('now') - 2440587.5) * 86400.0", sa.Double)
     return sa.literal_column("CAST(extract(epoch FROM clock_timestamp()) AS double precision)", sa.Double)
+
+
+def _writer(file: str) -> str:
+    """In words, which process holds the lock of a SQLite file; "" where no kernel tells, or nobody does any more.
+
+    One that is stopped in a transaction (SIGSTOP, a debugger) holds it until it goes on, and nothing is lost by that.
+    """
+    with suppress(OSError):
+        lock = rf"^\d+: POSIX +ADVISORY +WRITE (\d+) \w+:\w+:{os.stat(f'{file}-shm').st_ino} (\d+) (\d+)$"
+        for pid, first, last in re.findall(lock, Path("/proc/locks").read_text(), re.MULTILINE):
+            if int(first) <= WRITING <= int(last):
+                state = re.search(r"(?m)^State:\s+\w \((.*)\)$", Path(f"/proc/{pid}/status").read_text())
+                return f": process {pid} writes" + (f" ({state[1]})" if state else "")
+    return ""
 
 
 def _reading(connection: sa.Connection) -> sa.Connection:

@@ -102,17 +102,19 @@ class Intake(Roster):
         loaded: by agent the step of the weights that the worker has; it gets nothing while there are later ones, which
         may be what opened the gate.
         """
-        agents, size = self._begun(db, lock=True)
-        if loaded is not None and any(p.step > loaded.get(a, -1) for a, p in self._publications(db).items()):
-            return []
+        agents, size = self._begun(db)
         lapsed = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count}))
+        latest = db.execute(_standing(self.now), {"this": self.run}).all()  # no older than what opened the lapsed ones
+        if loaded is not None and any(row.step > loaded.get(row.agent, -1) for row in latest):
+            return []
         if lapsed:
             mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(lapsed)))
             db.execute(mine.values(worker=worker, taken=self.now, deadline=self.now + lease))
-        first, limit, step, now = self._gate(db, agents, ahead, total)
-        new = [(query, task_of(query)) for query in range(first, min(limit, first + count - len(lapsed)))]
+        again = self._leases(db, lapsed)
+        limit, step, now = _gate(latest, agents, ahead, total)
+        new = [(query, task_of(query)) for query in self._numbers(db, limit, count - len(lapsed))]
         self._open(db, new, agents, (step, size, False, worker, now, now + lease, 0))
-        return self._leases(db, lapsed) + [Lease(query, task, list(range(size))) for query, task in new]
+        return again + [Lease(query, task, list(range(size))) for query, task in new]
 
     @writes
     def extend(self, db: sa.Connection, worker: str, lease: float) -> int:
@@ -175,16 +177,16 @@ class Intake(Roster):
         made = [(self.run, query, agent, "open", "", "", 0) for query, _ in tasks for agent in agents]
         self._insert_rows(db, groups, made)
 
-    def _gate(self, db: sa.Connection, agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, int, float]:
-        """The next query's number, the number before which to stop, the rl step of the weights there are, and now."""
-        latest = db.execute(_standing(self.now), {"this": self.run}).all()
-        live = [row for row in latest if row.trained < total]
-        if {row.agent for row in latest} != set(agents) or not live:
-            return 0, 0, 0, 0.0
-        slowest = min(row.trained + row.dropped for row in live)
-        needed = total + max(row.dropped for row in live)
-        step = min(row.step for row in latest)
-        return latest[0].opened, min(slowest + ahead, needed), step, latest[0].now
+    def _numbers(self, db: sa.Connection, limit: int, count: int) -> range:
+        """New query numbers. Only who may get some locks the run, last of all: who holds it waits for nobody.
+
+        The limit is the gate's of a moment before, when the worker's weights were the newest: no later one counts.
+        """
+        if not limit or not count:
+            return range(0)
+        self._begun(db, lock=True)
+        first = db.scalar(_OPENED, {"this": self.run}) or 0
+        return range(first, min(limit, first + count))
 
     def _leases(self, db: sa.Connection, taken: Sequence[int]) -> list[Lease]:
         if not taken:
@@ -234,3 +236,14 @@ class Intake(Roster):
         for query, number in sorted(Counter(query for query, _ in late).items()):
             one = self._of(queries, queries.c.query == query)
             db.execute(sa.update(queries).where(one).values(late=queries.c.late + number))
+
+
+def _gate(latest: Sequence[Any], agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, float]:
+    """By what `_standing` read: the query number before which to stop, 0 if all are opened; the rl step of the weights
+    there are; and now."""
+    live = [row for row in latest if row.trained < total]
+    if {row.agent for row in latest} != set(agents) or not live:
+        return 0, 0, 0.0
+    slowest = min(row.trained + row.dropped for row in live)
+    limit = min(slowest + ahead, total + max(row.dropped for row in live))
+    return limit if limit > latest[0].opened else 0, min(row.step for row in latest), latest[0].now

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mgrpo.engine.config import Config, dump_config, read_dump
 from mgrpo.engine.display import Display
+from mgrpo.engine.ledger import files_of
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
 from mgrpo.engine.records import demonstrated, rollout_counts, write_rollouts
@@ -57,7 +58,7 @@ class Colocated:
         self.episodes = Episodes(config, self.environment, dict(self.samplers))
         self.demonstrations = Demonstrations(config, self.environment, dict(self.samplers))
         self.store = Store(run.store_url, run=config.topology)
-        root = str(run.trajectories)
+        root = files_of(config, "trajectories")
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
         self.trainers = [AgentTrainer(config, policy, root) for policy in self.policies.values()]
         self.unacked: dict[str, list[int]] = {name: [] for name in config.agents}

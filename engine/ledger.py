@@ -6,25 +6,20 @@ password comes from the environment alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import msgspec
 import sqlalchemy as sa
 
-from mgrpo.engine.config import Config, load_config
+from mgrpo.engine.config import Config, load_config, read_dump
 from mgrpo.engine.database import read_password
+from mgrpo.engine.resume import fingerprint
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.store import Store
 from mgrpo.engine.trajectories import below
-
-# What processes of one run may see differently, or a resumed run may change.
-OWN = ("run_dir", "steps", "eval", "checkpoint", "compute", "store", "sampling", "restarts")
 
 
 def open_store(config: Config) -> Store:
@@ -38,12 +33,9 @@ def open_store(config: Config) -> Store:
     return Store(config.store.url, Path(config.run_dir).name, password=password, tls=config.store.tls)
 
 
-def fingerprint(config: Config) -> str:
-    """Of all that must be the same for every process of a run: 16 bytes of blake2b in hex."""
-    shared = {key: value for key, value in msgspec.to_builtins(config).items() if key not in OWN}
-    for agent in shared["agents"].values():
-        del agent["ranks"]
-    return hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=16).hexdigest()
+def files_of(config: Config, kind: str, run_dir: str | Path = "") -> str:
+    """The root of the run's "weights" or "trajectories", for fsspec. run_dir: where it is now, if it was moved."""
+    return f"{config.store.files or run_dir or config.run_dir}/{kind}"
 
 
 def begin(store: Store, config: Config) -> None:
@@ -80,23 +72,33 @@ def collect(target: str, run_dir: Path | None = None) -> str:
     appending to one of the files, and for a file outside the run.
     """
     folder = run_dir or _run_dir(target)
-    if not (folder / "trajectories").is_dir():
-        raise ValueError(f"gc: {folder} given: expected a run directory with trajectories")
+    root = _trajectories(target, folder)
+    fs, directory = fsspec.url_to_fs(root)
+    if not fs.isdir(directory):
+        raise ValueError(f"gc: {folder} given: expected a run directory with trajectories, in {root}")
     run = RunDirectory(folder, resume=True)  # colocated and local runs hold its lock
     try:
         with _stores(target) as stores:
             file = Path(target.removeprefix("sqlite:///")).absolute()
             own = "://" not in target or file == folder.absolute() / "store.db"  # other databases may hold other runs
             mine = [store for store in stores if own or store.run == folder.name]
-            return "\n".join(_collect(store, run.trajectories) for store in mine) or f"{target}: no run {folder.name!r}"
+            return "\n".join(_collect(store, root) for store in mine) or f"{target}: no run {folder.name!r}"
     finally:
         run.close()
 
 
-def _collect(store: Store, root: Path) -> str:
+def _trajectories(target: str, folder: Path) -> str:
+    """Their root, as the run's file says or, where the target is a URL, its copy in the run directory."""
+    if "://" not in target:
+        return files_of(load_config(target), "trajectories")
+    copy = folder / "config.json"
+    return files_of(read_dump(copy.read_text()), "trajectories", folder) if copy.exists() else f"{folder}/trajectories"
+
+
+def _collect(store: Store, root: str) -> str:
     _check_idle(store)
     names = store.garbage()
-    freed = remove(str(root), names)
+    freed = remove(root, names)
     return f"run {store.run}: {len(names)} files of {store.forget(names)} calls deleted, {freed} bytes"
 
 

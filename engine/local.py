@@ -69,7 +69,10 @@ def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
         look = _every(LOOK, lambda: watch.look(supervisor.states()))
         supervisor.run(look)
     watch.look(supervisor.states())
-    draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
+    try:
+        draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
+    except OSError as error:  # the run is whole without it
+        display.say(f"no figure: {error}; `mgrpo report {run.path}` draws it")
 
 
 def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:

@@ -2,7 +2,7 @@
 
 It holds the role "trainer:<agent>" in the store, which one process at a time can, and moves its deadline in a thread;
 whatever it writes there is refused once another holds the role. A store that is out of reach is tried again, and so is
-a full disk below the weights.
+a full disk, below whatever it writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mgrpo.engine.advantage import weigh
 from mgrpo.engine.config import Config
-from mgrpo.engine.ledger import begin, open_store
+from mgrpo.engine.ledger import begin, files_of, open_store
 from mgrpo.engine.process import doubling
 from mgrpo.engine.run import RunDirectory
 from mgrpo.engine.store import Claim, Fenced, Group, Publication
@@ -31,7 +31,7 @@ from mgrpo.engine.trajectories import remove
 from mgrpo.engine.weights import Published, publish_weights, remove_old
 
 LOOK = 0.1  # seconds between two looks for sealed groups
-PATIENCE = 600.0  # seconds that the store may be out of reach
+PATIENCE = 600.0  # seconds that the store may be out of reach, or a disk full
 RETRY = (0.5, 15.0)  # seconds between tries: at first, and what doubling leads to
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ class Office:
         self.config, self.name, self.interrupted = config, name, interrupted
         self.index = list(config.agents).index(name)
         run = Path(config.run_dir)
-        self.rundir = RunDirectory(run / "agents" / name, resume=True)
-        self.weights, self.trajectories = f"{run}/weights", f"{run}/trajectories"
+        self.rundir = self._patiently(RunDirectory, run / "agents" / name, resume=True)
+        self.weights, self.trajectories = files_of(config, "weights"), files_of(config, "trajectories")
         self.role, self.holder = f"trainer:{name}", _holder(config)
         self.store = self._patiently(open_store, config)
         self.hand: list[Group] = []  # leased for the step to come
@@ -149,10 +149,10 @@ class Office:
         self._patiently(self.store.release, self.name, self.holder)
         published = saved.step if saved.stage == "rl" else -1
         self._patiently(self.store.rewind, self.name, published, self.holder)
-        self.rundir.rewind_metrics(saved.step, saved.stage)
+        self._patiently(self.rundir.rewind_metrics, saved.step, saved.stage)
 
     def save(self, stage: str, step: int, write_policy: Callable[[Path], dict[str, Any]]) -> None:
-        """A whole checkpoint; then the groups in it are acked."""
+        """A whole checkpoint. Raises OSError, and leaves those before it, when it cannot be written."""
 
         def write(folder: Path) -> None:
             policy = write_policy(folder / self.name)
@@ -160,6 +160,9 @@ class Office:
             (folder / "state.json").write_bytes(msgspec.json.encode(saved))
 
         self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
+
+    def ack(self, stage: str, step: int) -> None:
+        """After `save`: the store may know which groups are in the checkpoint."""
         self.saved = (stage, step)
         self._patiently(self.store.ack, self.name, self.unacked, self.holder)
         self.unacked = []
@@ -239,7 +242,7 @@ class Office:
     def log(self, stage: str, step: int, row: dict[str, float], started: float) -> None:
         row["time/step"] = time.monotonic() - started
         row["perf/peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self.rundir.log_metrics({"stage": stage, "step": step, **row})
+        self._patiently(self.rundir.log_metrics, {"stage": stage, "step": step, **row})
 
 
 def _holder(config: Config) -> str:

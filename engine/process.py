@@ -1,4 +1,4 @@
-"""Settings of the whole process: memory, determinism, Ctrl-C, its launcher and the log.
+"""Settings of the whole process: memory, determinism, being asked to end, its launcher and the log.
 
 Imports torch where it is needed only: a launcher does without.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -26,8 +27,11 @@ LIFELINE = "MGRPO_LIFELINE"  # the read end of a pipe that only the launcher can
 RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun's are told its way
 
 
+AGAIN = 1.0  # seconds: sooner it is the same request, as where a batch system signals launcher and trainers alike
+
+
 class Interrupted(Exception):
-    """Ctrl-C: what was begun was finished and saved."""
+    """Asked to end: what was begun was finished and saved."""
 
 
 def die_with_launcher() -> None:
@@ -103,18 +107,40 @@ def log_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed. The first asks for an orderly end, the second raises KeyboardInterrupt."""
-    pressed = False
+    """Yields whether an end was asked for. The first time it is to be an orderly one, the second raises
+    KeyboardInterrupt."""
 
-    def press(_number: int, _frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
+    def told(times: int, number: int) -> None:
+        if times > 1:
             raise KeyboardInterrupt
-        pressed = True
-        print("Ctrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)
+        how = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        with suppress(OSError):  # nobody listens, or the disk with the log is full
+            print(f"{how}: finishing this step and saving; press again to stop at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, press)
+    with asked_to_end(told) as times:
+        yield lambda: times() > 0
+
+
+@contextmanager
+def asked_to_end(told: Callable[[int, int], None] = lambda times, number: None) -> Iterator[Callable[[], int]]:
+    """Yields how often an end was asked for: by Ctrl-C, by SIGTERM as from Slurm and containers, or by SIGHUP.
+
+    told: hears of each time, and of the signal's number, within its handler.
+    """
+    count, last = 0, -math.inf
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal count, last
+        if time.monotonic() - last >= AGAIN:
+            count, last = count + 1, time.monotonic()
+            told(count, number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: pressed
+        yield lambda: count
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,13 @@
-"""What of a run's configuration may change when it goes on."""
+"""What of a run's configuration may change when it goes on, or differ between its processes.
+
+Two uses of one rule: a run directory holds the config it was begun with, so that a key can be named; the store holds a
+fingerprint, as its processes may see neither the same files nor the store by the same URL.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,12 @@ def check_unchanged(before: Config, now: Config) -> None:
             )
     if list(before.agents) != list(now.agents):  # their places seed what they draw
         raise ValueError(f"resume: agents: {list(now.agents)} given: expected the order {list(before.agents)}")
+
+
+def fingerprint(config: Config) -> str:
+    """Of all that must be the same for every process of a run: 16 bytes of blake2b in hex."""
+    shared = {key: value for key, value in _fixed(config).items() if not key.startswith(("store.", "run_dir"))}
+    return hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fixed(config: Config) -> dict[str, Any]:

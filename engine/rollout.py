@@ -85,6 +85,7 @@ class Episodes:
         self.config, self.environment, self.samplers, self.timeout = config, environment, samplers, timeout
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
+        self.busy = 0.0  # seconds that the samplers took, in all
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
@@ -124,7 +125,9 @@ class Episodes:
         """Every coroutine went as far as it can: advance the sampler with the most calls waiting."""
         busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
         if busiest.pending:
+            began = time.monotonic()
             busiest.step()
+            self.busy += time.monotonic() - began
         elif running:  # they wait for the user's async code, or for servers
             self.asked.clear()
             asked = asyncio.create_task(self.asked.wait())

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgrpo.engine.boards import STAGES
 from mgrpo.engine.config import Config
 from mgrpo.engine.display import is_evaluation
-from mgrpo.engine.run import STAGES, read_metrics
+from mgrpo.engine.run import read_metrics
 
 Row = dict[str, Any]
 Place = tuple[int, int, bool]  # of a row: stage, step, and whether it is the step's (an evaluation comes before it)

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ import msgspec
 import sqlalchemy as sa
 from safetensors import SafetensorError
 
+from mgrpo.engine.boards import STAGES, Boards
 from mgrpo.engine.trajectories import fsync
 
-STAGES = ("warmup", "rl")  # in the order in which a run goes through them
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")  # of a checkpoint
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")  # torch.save reports a full disk so
 
@@ -58,12 +59,10 @@ class RunDirectory:
             raise ValueError(f"run_dir: {self.path} holds a run; pass --resume to go on, or choose another run_dir")
         self._clear_aside()
         self._metrics = Rows(self.metrics)
-        self._boards: dict[str, Any] = {}
-        self._purge: dict[str, int] = {}
+        self._boards = Boards(self.tensorboard)
 
     def close(self) -> None:
-        for board in self._boards.values():
-            board.close()
+        self._boards.close()
         self._metrics.close()
         self._lock.close()
 
@@ -76,14 +75,11 @@ class RunDirectory:
         """Appends one row: "stage" (of STAGES), "step" (int) and anything JSON or a scalar array can say.
 
         NaN and infinities become null. Its numbers go to TensorBoard under their keys, "warmup/" before the warm-up's.
+        Raises OSError when there is no room: then the file is as it was, and the row may be logged again.
         """
         assert row.get("stage") in STAGES and isinstance(row.get("step"), int), row
-        plain = self._metrics.append(row)
-        board, prefix = self._board(row["stage"]), "warmup/" if row["stage"] == "warmup" else ""
-        for key, value in plain.items():
-            if key != "step" and isinstance(value, int | float):
-                board.add_scalar(prefix + key, value, row["step"])
-        board.flush()
+        self._boards.show(_plain(row))  # first: to show a number twice does no harm
+        self._metrics.append(row)
 
     def rewind_metrics(self, step: int, stage: str) -> None:
         """Drops every row from (stage, step) on, here and in TensorBoard: that step is about to run again."""
@@ -92,19 +88,7 @@ class RunDirectory:
         _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics.close()
         self._metrics = Rows(self.metrics)
-        for board in self._boards.values():
-            board.close()
-        self._boards = {}
-        self._purge = {stage: step} | dict.fromkeys(STAGES[cut[0] + 1 :], 0)
-
-    def _board(self, stage: str) -> Any:
-        """A writer, hence a folder, per stage: purging takes all tags from a step on, and each stage counts from 0."""
-        if stage not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-            folder = str(self.tensorboard / stage)
-            self._boards[stage] = SummaryWriter(folder, purge_step=self._purge.get(stage))
-        return self._boards[stage]
+        self._boards.rewind(step, stage)
 
     # ---- checkpoints
 
@@ -232,8 +216,9 @@ def locked(path: Path) -> io.FileIO:
         holder = file.read().decode().strip() or "unknown"
         file.close()
         raise ValueError(f"run_dir: {path.parent} is in use by process {holder}") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n".encode())
+    with suppress(OSError):  # on a full disk the name is missing, and the lock is held all the same
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
     return file
 
 
@@ -251,6 +236,7 @@ def _append(file: io.FileIO, line: bytes) -> None:
     try:
         while line:
             line = line[file.write(line) :]
+        os.fsync(file)  # a network's file system may say only now that it has no room
     except OSError as error:
         file.truncate(size)
         raise OSError(error.errno, f"cannot append metrics: {error.strerror}", str(file.name)) from error

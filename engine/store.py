@@ -11,9 +11,10 @@ Workers lease queries with a deadline and record every rollout once, whoever sam
 deadline: its successor acks what its checkpoint contains and releases the rest. Colocated runs open their queries
 themselves, lease none, and `reclaim` what a checkpoint lacks.
 
-Every method is one transaction, may be called again, and locks in the order runs, roles, queries, groups, each by
-number, so that on PostgreSQL two seldom wait for each other in a circle; if they do, one is tried again. Raises OSError
-when the store cannot be reached or written: then nothing has happened, or all of it, and the call can be repeated.
+Every method is one transaction, may be called again, and locks in the order roles, queries, groups, each by number, and
+a run last, so that on PostgreSQL two seldom wait for each other in a circle; if they do, one is tried again. Raises
+OSError when the store cannot be reached or written: then nothing has happened, or all of it, and the call can be
+repeated.
 """
 
 from __future__ import annotations

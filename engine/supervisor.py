@@ -17,12 +17,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgrpo.engine.process import LIFELINE, Interrupted
+from mgrpo.engine.process import AGAIN, LIFELINE, Interrupted, asked_to_end
 
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 600.0  # seconds for a process to finish its step and save, once it was asked to
@@ -92,9 +92,9 @@ class Supervised:
             self.members.append(self._start(log, head, environment))
 
     def _start(self, log: Path, head: str, environment: Mapping[str, str]) -> Member:
-        with log.open("ab") as out:
-            out.write(head.encode())
-            out.flush()
+        with log.open("ab", buffering=0) as out:
+            with suppress(OSError):  # the disk is full: what runs there waits, so must this
+                out.write(head.encode())
             process = subprocess.Popen(
                 self.task.command,
                 env={**os.environ, **environment, LIFELINE: str(self.lifeline)},
@@ -142,7 +142,7 @@ class Supervisor:
         have ended by then: asked by SIGINT to finish and save, after `grace` seconds or a second signal told by
         SIGTERM, and then killed.
         """
-        with _signals() as asked:
+        with asked_to_end() as asked:
             try:
                 while not all(task.done for task in self.tasks):
                     for task in self.tasks:
@@ -185,34 +185,16 @@ class Supervisor:
         for number, seconds in ((signal.SIGINT, grace), (signal.SIGTERM, LAST_GRACE)):
             for member in self._living():
                 member.process.send_signal(number)  # to it alone: what it started is its own to end
-            until, before = time.monotonic() + seconds, asked()
-            while self._living() and time.monotonic() < until and asked() == before:
+            begun, before = time.monotonic(), asked()
+            while self._living() and (waited := time.monotonic() - begun) < seconds:
+                if asked() > before and waited >= AGAIN:  # sooner they would take the next one for the same request
+                    break
                 time.sleep(POLL)
         for task in self.tasks:
             task.kill()
 
     def _living(self) -> list[Member]:
         return [member for task in self.tasks for member in task.living()]
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Yields how many signals that end a process have come; none of them ends this one."""
-    count = 0
-
-    def note(_number: int, _frame: object) -> None:
-        nonlocal count
-        count += 1
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: count
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _ended(pid: int) -> bool:

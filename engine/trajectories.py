@@ -180,13 +180,21 @@ def remove(root: str, files: Iterable[str]) -> list[str]:
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     paths = {name: below(directory, name) for name in files}
-    there = {os.path.basename(path) for path in fs.ls(directory, detail=False, refresh=True)}
+    there = {os.path.basename(path) for path in listing(fs, directory)}
     last = {_writer(name): name for name in sorted(there, key=_number)}
     gone = [name for name in paths if name not in last.values()]
     for name in gone:
         with contextlib.suppress(FileNotFoundError):  # by one who came first
             fs.rm_file(paths[name])
     return gone
+
+
+def listing(fs: Any, directory: str) -> list[str]:
+    """What lies in a directory. In an object store one in which nothing lies is not there."""
+    try:
+        return list(fs.ls(directory, detail=False, refresh=True))
+    except FileNotFoundError:
+        return []
 
 
 def below(directory: str, name: str) -> str:
@@ -227,7 +235,7 @@ def _source(fs: Any, directory: str, name: str) -> Any:
 
 def _first_free(fs: Any, root: str, agent: str) -> int:
     pattern = re.compile(rf"{re.escape(agent)}-(\d+)\.arrow")
-    matches = (pattern.fullmatch(os.path.basename(path)) for path in fs.ls(root, detail=False, refresh=True))
+    matches = (pattern.fullmatch(os.path.basename(path)) for path in listing(fs, root))
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from mgrpo.engine.advantage import main_reward, weigh
 from mgrpo.engine.config import Config
-from mgrpo.engine.ledger import open_store
+from mgrpo.engine.ledger import files_of, open_store
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord, Store
 from mgrpo.engine.trajectories import read
@@ -82,7 +82,7 @@ class Transcripts:
         """The main agent's call, then the calls it made of each sub-agent."""
         order = [MAIN, *self.config.subs]
         mine = sorted((c for c in calls if c.rollout == rollout.rollout), key=lambda call: order.index(call.agent))
-        trajectories = read(str(self.run / "trajectories"), [call.position for call in mine])
+        trajectories = read(files_of(self.config, "trajectories", self.run), [call.position for call in mine])
         scored = rollout.status == "scored"
         found = f"correct {rollout.correct:g}" if scored else f"{rollout.status}: {visible(rollout.error)}"
         head = Text(f"rollout {rollout.rollout}: {found}, {rollout.seconds:.1f} s", style="bold")

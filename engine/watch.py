@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mgrpo.engine.boards import STAGES
 from mgrpo.engine.config import Config
 from mgrpo.engine.display import Display
 from mgrpo.engine.rows import Place, Row, Tail, merge, newest, place_of, prefixed, worker_files
-from mgrpo.engine.run import STAGES
+
+SCARCE = 1 << 20  # bytes; with less room the processes wait for more, and may not even be able to log that
 
 
 class Watch:
@@ -75,7 +78,9 @@ class Watch:
 
     def _notes(self, states: Mapping[str, str]) -> list[str]:
         rates = [rate(name, newest(tail.rows, self.stage)) for name, tail in self.workers.items()]
-        return [note for note in rates if note] + [f"{name} {s}" for name, s in states.items() if s != "running"]
+        free = shutil.disk_usage(self.run).free
+        full = [f"the disk is full: {free} bytes free in {self.run}"] if free < SCARCE else []
+        return full + [note for note in rates if note] + [f"{name} {s}" for name, s in states.items() if s != "running"]
 
 
 def rate(worker: str, row: Mapping[str, Any]) -> str:

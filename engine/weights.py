@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mgrpo.engine.trajectories import below, fsync
+from mgrpo.engine.trajectories import below, fsync, listing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
@@ -113,7 +113,7 @@ def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
     Only for the one trainer that acts for the agent.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
-    written = {path: fs.modified(path) for path in fs.ls(f"{directory}/{agent}", detail=False, refresh=True)}
+    written = {path: fs.modified(path) for path in listing(fs, f"{directory}/{agent}")}
     whole = [path for path in written if re.fullmatch(r"v\d+-[0-9a-f]{8}\.safetensors", os.path.basename(path))]
     kept = set(sorted(whole, key=lambda path: written[path])[-NEWEST:]) | {f"{directory}/{name}" for name in named}
     old = sorted(written.keys() - kept)

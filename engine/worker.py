@@ -22,6 +22,7 @@ from typing import ParamSpec, TypeVar
 
 from mgrpo.engine.arrivals import Arrivals, Heartbeat, Window
 from mgrpo.engine.config import Config
+from mgrpo.engine.ledger import files_of
 from mgrpo.engine.model import load_model, load_tokenizer
 from mgrpo.engine.process import doubling, keep_memory, make_deterministic
 from mgrpo.engine.records import rollout_counts, write_rollouts
@@ -67,15 +68,15 @@ class Worker:
         folder = Path(run_dir) / "workers" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.lock, self.metrics = locked(folder / "lock"), Rows(folder / "metrics.jsonl")
-        self.arrivals = Arrivals(config, store, samplers, f"{run_dir}/weights")
-        self.writers = {a: TrajectoryWriter(f"{run_dir}/trajectories", f"{a}-{name}") for a in config.agents}
+        self.arrivals = Arrivals(config, store, samplers, files_of(config, "weights"))
+        self.writers = {a: TrajectoryWriter(files_of(config, "trajectories"), f"{a}-{name}") for a in config.agents}
         self.heartbeat = Heartbeat(store, name, config.store.lease)
         self.mine: set[tuple[int, int]] = set()  # queries' rollouts that run here, or ended and are not recorded yet
         self.ended: list[Rollout] = []  # to be recorded
         self.ended_at = self.looked_at = 0.0
         self.in_doubt = False  # whether queries may be leased that we do not know of
         self.stop: Callable[[], bool] = lambda: False
-        self.window = Window(self.arrivals)
+        self.window = Window(self.arrivals, lambda: self.episodes.busy)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Works until the run is at its end, or until `stop`: then running episodes are dropped and leases given back.
@@ -186,7 +187,7 @@ class Worker:
         self.mine -= {(rollout.query, rollout.rollout) for rollout in rollouts}
         self.ended = []
         if self.window.recorded_since >= self.config.queries_per_step * self.config.algorithm.rollouts:
-            self.metrics.append(self.window.row())
+            self._patiently(self.metrics.append, self.window.row())
 
     def _write(self) -> tuple[list[RolloutRecord], list[CallRecord]]:
         try:
@@ -205,12 +206,14 @@ class Worker:
         """Greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
         began, self.heartbeat.evaluating = time.monotonic(), True
         self._patiently(self._bring_back, step)
-        jobs, rollouts = iter([eval_jobs(self.held_out, self.config)]), list[Rollout]()
+        jobs, rollouts, busy = iter([eval_jobs(self.held_out, self.config)]), list[Rollout](), self.episodes.busy
         self.episodes.stream(lambda _: self._unless_stopped(next(jobs, [])), rollouts.append)
+        self.episodes.busy = busy  # with rollouts: this is time/eval
         result = accuracy(rollouts)
         self._patiently(self.store.finish_evaluation, step, self.name, result)
         self.heartbeat.evaluating = False
-        self.metrics.append({"stage": "rl", "step": step, **result, "time/eval": time.monotonic() - began})
+        row = {"stage": "rl", "step": step, **result, "time/eval": time.monotonic() - began}
+        self._patiently(self.metrics.append, row)
 
     def _bring_back(self, step: int) -> None:
         try:
@@ -250,10 +253,10 @@ class Worker:
         self.heartbeat.end()
         try:
             self.store.give_back(self.name)
+            if self.window.recorded_since:
+                self.metrics.append(self.window.row())
         except OSError as error:
-            log.warning("leases not given back, they lapse: %s", error)
-        if self.window.recorded_since:
-            self.metrics.append(self.window.row())
+            log.warning("leases lapse by themselves, or a row of metrics is missing: %s", error)
         for writer in self.writers.values():
             writer.close()
         self.metrics.close()

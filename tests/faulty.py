@@ -18,8 +18,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from mgrpo.engine.environment import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
@@ -45,12 +50,36 @@ class Errands(Environment):
         return Score(True, chance.random(), tuple(CallScore(True, chance.random()) for _ in episode.calls))
 
 
+class Bucket(AbstractFileSystem):
+    """An object store in a folder: whole files that are there at once, and nothing is appended to."""
+
+    protocol = "bucket"
+    local = LocalFileSystem(auto_mkdir=True)
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        return self.local.ls(path, detail)
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return self.local.info(path)
+
+    def modified(self, path: str) -> Any:
+        return self.local.modified(path)
+
+    def rm_file(self, path: str) -> None:
+        self.local.rm_file(path)
+
+    def _open(self, path: str, mode: str = "rb", *_: Any, autocommit: bool = True, **__: Any) -> Any:
+        assert mode in ("rb", "wb", "xb"), mode
+        return self.local._open(path, mode, autocommit=autocommit)
+
+
 class Plan:
     """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}], and
-    "signal" if it is not to be SIGKILL; null: nothing ends, an OSError is raised.
+    "signal" if it is not to be SIGKILL; null: nothing ends, an OSError is raised. "within": also within a transaction.
 
     skew: by process, seconds that its clock is wrong; twice: processes that record everything twice; alone: trainers
-    that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster.
+    that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster. locked: seconds that
+    SQLite's lock is waited for at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +90,7 @@ class Plan:
         self.twice: list[str] = raw.get("twice", [])
         self.alone: list[str] = raw.get("alone", [])
         self.lone: bool = raw.get("lone", False)
+        self.locked: float = raw.get("locked", 60.0)
 
     def note(self, event: str, **what: Any) -> None:
         """One line, whole: several processes append to the journal."""
@@ -86,8 +116,10 @@ def act(plan: Plan, arguments: Sequence[str]) -> None:
 
 
 def sabotage(plan: Plan, who: str) -> None:
-    from mgrpo.engine import agent, office, policy, run, sampler, store, trainer, worker
+    from mgrpo.engine import agent, database, office, policy, run, sampler, store, trainer, worker
 
+    database.LOCKED = plan.locked
+    fsspec.register_implementation("bucket", Bucket)
     trainer.matmul_ceiling = lambda *_: 1.0  # takes a second, for one number in the metrics
     if plan.lone:
         office._holder = lambda _: f"holder-{os.getpid()}"
@@ -104,7 +136,9 @@ def sabotage(plan: Plan, who: str) -> None:
     for number, fault in enumerate(plan.faults):
         if fault["who"] == who and not (plan.folder / f"fault-{number}").exists():
             owner, _, method = fault["method"].partition(".")
-            end = functools.partial(fail, plan.folder / f"fault-{number}", fault.get("signal", signal.SIGKILL))
+            between = nullcontext() if fault.get("within") else BEAT
+            how = fault.get("signal", signal.SIGKILL)
+            end = functools.partial(fail, plan.folder / f"fault-{number}", how, between)
             fail_at(owners[owner], method, fault["when"], fault["nth"], end)
 
 
@@ -163,9 +197,9 @@ def fail_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]
     setattr(owner, name, failing)
 
 
-def fail(mark: Path, number: int | None) -> None:
+def fail(mark: Path, number: int | None, between: AbstractContextManager[Any]) -> None:
     """Between two beats: who is stopped within a transaction keeps SQLite's only lock, and all wait for him."""
-    with BEAT:
+    with between:
         mark.touch()
         if number is None:
             raise OSError(errno.EIO, "the server did all of it, and the reply was lost")

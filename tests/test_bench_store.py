@@ -40,11 +40,10 @@ def test_without_a_server_it_says_so(tiny, capsys, monkeypatch):
 
 
 def test_what_is_measured_is_what_a_run_does(tmp_path):
-    """A worker's batch closes its queries, whole, and the trainers' side takes out what went in."""
+    """A worker's batches close its queries, whole, and the trainers' side takes out what went in."""
     url = f"sqlite:///{tmp_path}/store.db"
     store = Store(url, bench.begin(url))
-    leases = store.take("w", bench.QUERIES, ahead=99, total=99, task_of=str, lease=9)
-    store.record(*bench.episodes([lease.query for lease in leases]))
+    assert bench.sample(store)[0] == bench.QUERIES * bench.ROLLOUTS
     books = store.balance()
     assert books["calls"] == 3 * books["rollouts"] == 3 * bench.QUERIES * bench.ROLLOUTS
     assert books["agents"]["main"]["sealed"] == bench.QUERIES

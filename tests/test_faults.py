@@ -15,17 +15,19 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 
 from faults import SECONDS, STEPS, K, Q, Run, wait_for
+from faulty import Bucket
 from hosts import HERE, Hosts, Server
 from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
-from mgrpo.engine.ledger import open_store
+from mgrpo.engine.ledger import collect, open_store
 
 pytestmark = pytest.mark.faults
 
@@ -163,30 +165,159 @@ def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_d
     assert len(run.begun()) == 4, "none failed"
 
 
-TMPFS = 'mount -t tmpfs -o size="$0" tmpfs "$1" && shift && exec "$@"'
+TMPFS = 'mount -t tmpfs -o size="$0" tmpfs "$1" && echo ready && exec sleep 10000'
+
+
+class SmallDisk:
+    """A small file system at a folder, which those see that `within` begins; `seen` is where all others see it."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        folder.mkdir(parents=True)
+        own = ["unshare", "-Urm", "sh", "-c", TMPFS, size, folder]
+        self.holder = subprocess.Popen(own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert self.holder.stdout is not None
+        if self.holder.stdout.readline() != b"ready\n":
+            pytest.skip("no mount namespaces here")
+        self.within = ["nsenter", f"--target={self.holder.pid}", "--user", "--mount", "--preserve-credentials"]
+        self.folder, self.seen = folder, Path(f"/proc/{self.holder.pid}/root{folder}")
+
+    @contextmanager
+    def filled(self, room: int = 0) -> Iterator[None]:
+        """Another takes all of it but `room` bytes."""
+        with suppress(OSError), (self.seen / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        os.truncate(self.seen / "filler", (self.seen / "filler").stat().st_size - room)
+        yield
+        (self.seen / "filler").unlink()
+
+    def keep(self) -> None:
+        """What it held lies in the folder itself from now on."""
+        shutil.copytree(self.seen, self.folder, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, str], SmallDisk]]:
+    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        pytest.skip("no unshare, or no nsenter")
+    disks: list[SmallDisk] = []
+
+    def begin(folder: Path, size: str) -> SmallDisk:
+        disks.append(SmallDisk(folder, size))
+        return disks[-1]
+
+    yield begin
+    for disk in disks:
+        disk.holder.kill()
+        disk.holder.communicate()
 
 
 @pytest.mark.parametrize(("below", "size", "waits"), [("trajectories", "128k", "worker"), ("weights", "1m", "trainer")])
-def test_a_full_disk(make, below: str, size: str, waits: str):
-    """A small file system of the run's own is filled by another until somebody noticed, and then emptied."""
-    own = ["unshare", "-Urm", "sh", "-c", TMPFS, size]
-    if shutil.which("unshare") is None or subprocess.run([*own, "/mnt", "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
+def test_a_full_disk(make, small_disk, below: str, size: str, waits: str):
+    """It is filled by another until somebody noticed, and then emptied."""
     run = make()
-    folder = run.path / below
-    folder.mkdir(parents=True)
-    launcher = run.start("train", before=[*own, folder])
+    disk = small_disk(run.path / below, size)
+    launcher = run.start("train", before=disk.within)
     run.wait_for_step(2)
-    within = Path(f"/proc/{launcher.pid}/root{folder}/filler")
-    with suppress(OSError), within.open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(1024))
-    logs = [f"{waits}-{name}" for name in ("main", "clerk", "0")]
-    wait_for(lambda: "No space left on device" in "".join(map(run.said, logs)), run)
-    within.unlink()
+    with disk.filled():
+        logs = [f"{waits}-{name}" for name in ("main", "clerk", "0")]
+        wait_for(lambda: "No space left on device" in "".join(map(run.said, logs)), run)
     run.finish(launcher)
     run.check()
     assert len(run.begun()) == 3, "nothing was restarted: they waited"
+
+
+def test_a_full_disk_below_checkpoints_and_metrics(make, small_disk):
+    """Both trainers wait, all ranks: at whatever has no room first, then at a checkpoint where a row has room."""
+    run = make(ranks=2, steps=16, checkpoint={"every": 1})
+    disk = small_disk(run.path / "agents", "8m")
+    launcher = run.start("train", before=disk.within)
+    logs = ("trainer-main-0", "trainer-clerk")
+    for room, told in ((0, "No space left on device"), (64 << 10, "could not be written")):
+        run.wait_for_step(min(run.steps().values(), default=0) + 2)
+        already = [len(run.said(log)) for log in logs]
+        with disk.filled(room):
+            for log, begin in zip(logs, already, strict=True):
+                wait_for(lambda log=log, told=told, begin=begin: told in run.said(log)[begin:], run)
+    run.finish(launcher)
+    disk.keep()
+    run.check(steps=16)
+    assert len(run.begun()) == 4, "nothing was restarted: they waited"
+    assert "trying again in" not in run.said("trainer-main-1"), "rank 0 says it for all"
+
+
+def test_a_full_disk_below_sqlite(make, small_disk, tmp_path: Path):
+    """SQLite follows links, so that from here it would not find the file before all is over."""
+    disk = small_disk(tmp_path / "small", "2m")
+    run = make(store={"url": f"sqlite:///{disk.folder}/store.db"})
+    launcher = run.start("train", before=disk.within)
+    wait_for(lambda: any(line.get("step", 0) >= 2 for line in run.journal()), run)
+    with disk.filled():
+        everybody = ("trainer-main", "trainer-clerk", "worker-0")
+        wait_for(lambda: "database or disk is full; trying again in" in "".join(map(run.said, everybody)), run)
+    run.finish(launcher)
+    disk.keep()
+    run.check()
+    assert len(run.begun()) == 3, "nothing was restarted: they waited"
+
+
+def test_weights_and_trajectories_in_an_object_store(make, tmp_path: Path):
+    """A whole run with processes killed while they write there, and what is left of it thrown away."""
+    kills = [
+        fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
+        fault("main", "Store.publish", 3),  # so are weights
+        fault("clerk", "Store.ack", 2, "after"),
+    ]
+    run = make({"faults": kills}, store={"files": f"bucket://{tmp_path}/bucket"})
+    run.finish(run.start("train"))
+    run.check()
+    assert not [*run.path.glob("weights/*"), *run.path.glob("trajectories/*")]
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    written = {kind: len([*(tmp_path / "bucket" / kind).rglob("*-*")]) for kind in ("weights", "trajectories")}
+    assert written["weights"] <= 2 * 3, "old ones were deleted as it ran"
+    assert collect(str(run.file)).startswith(f"run local: {written['trajectories'] - 2} files")
+    assert len([*(tmp_path / "bucket" / "trajectories").iterdir()]) == 2, "of the two that nobody knows"
+
+
+def test_a_process_stopped_while_it_writes(make):
+    """It keeps SQLite's only lock. The others wait and say for whom; when it goes on nothing is lost or done twice."""
+    stop = fault("main", "Store._fence", 6, "after") | {"signal": signal.SIGSTOP, "within": True}
+    run = make({"faults": [stop], "locked": 0.3}, store={"lease": 1.0})
+    launcher = run.start("train")
+    wait_for((run.folder / "fault-0").exists, run)
+    stopped = run.pid("main")
+    for process in ("trainer-clerk", "worker-0"):
+        told = f"database is locked: process {stopped} writes (stopped); trying again in"
+        wait_for(lambda process=process, told=told: told in run.said(process), run)
+    os.kill(stopped, signal.SIGCONT)
+    run.finish(launcher)
+    run.check()
+    assert len(run.begun()) == 3, "nothing was restarted: they waited"
+
+
+def test_sigterm_to_every_process_at_once(make):
+    """As Slurm sends it some time before it kills, also to those whose launcher asks them in its own way. Main and the
+    worker have no launcher, as on a cluster. All finish what they are at and save, and nothing is trained again."""
+    run = make({"alone": ["main", "0"]}, checkpoint={"every": 1000})
+    launcher = run.start("train")
+    wait_for((run.path / "config.json").exists, run)  # the launcher has begun the run
+    parts = [run.start("agent", "--name", "main"), run.start("rollout", "--name", "worker-0")]
+    run.wait_for_step(2)
+    clerk = run.pid("clerk")
+    for pid in (clerk, launcher.pid, *(part.pid for part in parts)):
+        os.kill(pid, signal.SIGTERM)
+    for process in (launcher, *parts):
+        wait_for(lambda process=process: process.poll() is not None, run)
+    assert [process.returncode for process in (launcher, *parts)] == [130] * 3, run.told()
+    assert "SIGTERM: finishing this step and saving" in run.said("trainer-clerk")
+    again = [run.start("train", "--resume"), run.start("agent", "--name", "main")]
+    again.append(run.start("rollout", "--name", "worker-0"))
+    for process in again:
+        wait_for(lambda process=process: process.poll() is not None, run)
+    assert [process.returncode for process in again] == [0] * 3, run.told()
+    run.check()
+    steps = Counter((line["who"], line["step"]) for line in run.journal() if line["event"] == "trained")
+    assert steps == {(name, step): 1 for name in ("main", "clerk") for step in range(STEPS)}
 
 
 def test_a_soak_of_random_kills(make):

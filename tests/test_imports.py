@@ -29,7 +29,7 @@ LAYERS = (
     ("roster", "wrappers"),
     ("database",),
     ("schema", "distributed"),
-    ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode"),
+    ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode", "boards"),
     ("config", "environment"),
     ("types",),
 )

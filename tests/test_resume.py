@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from mgrpo.engine import cli, launch, trainer
 from mgrpo.engine.config import parse_config
+from mgrpo.engine.process import AGAIN
 from mgrpo.engine.run import RunDirectory, read_metrics
 from mgrpo.engine.store import Store
 from mgrpo.engine.trajectories import read
@@ -65,6 +66,13 @@ def interrupt(*_: Any) -> None:
 
 def interrupt_twice(*_: Any) -> None:
     interrupt()
+    time.sleep(AGAIN)
+    interrupt()
+
+
+def terminate(*_: Any) -> None:
+    """As Slurm and containers do; and another that signals for them does it too, in the same moment."""
+    os.kill(os.getpid(), signal.SIGTERM)
     interrupt()
 
 
@@ -312,10 +320,12 @@ def test_ctrl_c_finishes_the_step_saves_it_and_exits_130(lab, begun, whole, targ
     goes_on(lab, run, whole)
 
 
-def test_ctrl_c_in_the_warm_up_finishes_its_step(lab, whole):
-    run = lab.folder / "ctrl-c-warmup"
-    code, text = lab.run(run, fault=Fault("policy:Policy.optim_step", "before", 3, "interrupt"))
+@pytest.mark.parametrize(("action", "named"), [("interrupt", "Ctrl-C"), ("terminate", "SIGTERM")])
+def test_an_end_asked_for_in_the_warm_up_finishes_its_step(lab, whole, action: str, named: str):
+    run = lab.folder / f"{action}-warmup"
+    code, text = lab.run(run, fault=Fault("policy:Policy.optim_step", "before", 3, action))
     assert (code, numbers(run)) == (130, numbers(whole)[:2]), text
+    assert f"{named}: finishing this step and saving" in text
     goes_on(lab, run, whole)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +231,15 @@ def test_a_watched_run_is_told_once_and_again_when_it_was_taken_back(config: Con
     append(agent_file(config, "main"), trained(1))
     watch.look({})
     assert display.told[5:] == [("rl", 0), ("rl", 1)]
+
+
+def test_a_full_disk_is_told_where_its_processes_may_have_no_room_to_log_it(config: Config, monkeypatch):
+    display = Recorder()
+    write(agent_file(config, "main"), [trained(0, "warmup")])
+    for free, notes in ((1 << 20, []), (4096, [f"the disk is full: 4096 bytes free in {config.run_dir}"])):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        Watch(config, display).look({"worker-0": "running"})
+        assert display.notes == notes
 
 
 def test_a_run_that_goes_on_is_shown_from_where_it_is(config: Config):

@@ -23,6 +23,7 @@ from sqlalchemy import make_url
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from mgrpo.engine import run as run_module
+from mgrpo.engine.boards import Boards
 from mgrpo.engine.run import RunDirectory, read_metrics
 from mgrpo.engine.store import Store
 
@@ -41,7 +42,7 @@ def no_tensorboard(monkeypatch) -> None:
         def flush(self) -> None: ...
         def close(self) -> None: ...
 
-    monkeypatch.setattr(RunDirectory, "_board", lambda self, stage: Board())
+    monkeypatch.setattr(Boards, "_writer", lambda self, stage: Board())
 
 
 def content(text: str) -> Callable[[Path], None]:
@@ -140,7 +141,7 @@ def expected(value: object) -> object:
 def test_rows_come_back_and_rewinding_keeps_exactly_those_before(logged, data):
     stage, step = data.draw(st.sampled_from(["warmup", "rl"])), data.draw(st.integers(0, 6))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDirectory, "_board", lambda self, stage: EmptyBoard())
+        patch.setattr(Boards, "_writer", lambda self, stage: EmptyBoard())
         run = RunDirectory(folder)
         plain = [{"stage": s, "step": n} | row for s, n, row in logged]
         for row in plain:
@@ -402,6 +403,49 @@ def test_a_full_disk_for_real_however_the_writer_says_it(run):
     assert all("checkpoint rl-00002 could not be written" in line and "rl-00001 (" in line for line in lines)
     assert names(run) == ["rl-00001"]
     RunDirectory.open_checkpoint(run.checkpoints / "rl-00001")
+
+
+ROWS = """
+import resource, sys
+from mgrpo.engine.run import RunDirectory
+run = RunDirectory(sys.argv[1], resume=True)
+row = lambda step: {"stage": "rl", "step": step, "main/reward": float(step), "text": "x" * 5000}
+room = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+newest = lambda: max(run.tensorboard.glob("rl/*"), key=lambda path: path.stat().st_mtime_ns).stat().st_size
+run.log_metrics(row(0))
+for step in range(1, 9):
+    for size in [lambda: 0, lambda: newest() + 5 * step, lambda: run.metrics.stat().st_size + 600 * step]:
+        room(size())
+        try:
+            run.log_metrics(row(step))
+        except OSError as error:
+            print(step, error)
+    room(resource.RLIM_INFINITY)
+    run.log_metrics(row(step))
+"""
+
+
+def test_rows_are_logged_again_when_there_is_room_and_stand_there_once(run):
+    """Torn at many places, in TensorBoard's files and in ours."""
+    run.close()
+    child = subprocess.run([sys.executable, "-c", ROWS, str(run.path)], check=True, capture_output=True, text=True)
+    failed = [(line.split()[0], "cannot tell TensorBoard" in line) for line in child.stdout.splitlines()]
+    assert [step for step, _ in failed] == [str(step) for step in range(1, 9) for _ in range(3)]
+    assert [board for _, board in failed[::3]] == [True] * 8 and [board for _, board in failed[2::3]] == [False] * 8
+    assert [row["step"] for row in read_metrics(run.metrics)] == list(range(9))
+    assert sorted({*scalars(run, "rl", "main/reward")}) == [(step, float(step)) for step in range(9)]
+
+
+def test_what_a_file_system_says_only_when_it_is_forced_is_no_row(run, no_tensorboard, monkeypatch):
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.log_metrics({"stage": "rl", "step": 0})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        run.log_metrics({"stage": "rl", "step": 1})
+    run.log_metrics({"stage": "rl", "step": 1})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1]
 
 
 def test_a_config_that_cannot_be_written_leaves_the_old(run, monkeypatch):

@@ -62,9 +62,17 @@ def store(connect: Connect) -> Store:
 
 
 def take(
-    store: Store, worker: str = "w", count: int = 99, ahead: int = 2 * Q, total: int = 99, lease: float = 60
+    store: Store,
+    worker: str = "w",
+    count: int = 99,
+    ahead: int = 2 * Q,
+    total: int = 99,
+    lease: float = 60,
+    loaded: dict[str, int] | None = None,
 ) -> list[Lease]:
-    return store.take(worker, count, ahead=ahead, total=total, task_of=lambda q: f"task {q}", lease=lease)
+    return store.take(
+        worker, count, ahead=ahead, total=total, task_of=lambda q: f"task {q}", lease=lease, loaded=loaded
+    )
 
 
 def finish(store: Store, query: int, step: int = 0) -> None:

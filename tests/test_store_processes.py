@@ -7,16 +7,24 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from mgrpo.bench.postgres import PASSWORD
-from test_store_decoupled import AGENTS, K, Q, balanced
+from mgrpo.engine import database
+from mgrpo.engine.store import Store
+from test_store_decoupled import AGENTS, K, Q, balanced, begin, finish, publication, take
 
 STEPS = 8
 PROCESS = f"""
 import os, random, sys, time, uuid
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from mgrpo.engine import database
+from mgrpo.engine.store import Store
 from test_store_decoupled import AGENTS, K, Q, Store, episode, publication, take
 url, role, name = sys.argv[1:]
 store = Store(url, "run", password=os.environ["MGRPO_STORE_PASSWORD"])
@@ -76,3 +84,87 @@ def test_workers_and_trainers_of_one_run_with_workers_killed(connect):
     books = store.balance()
     assert balanced(store) and books["rollouts"] == STEPS * Q * K
     assert all(counts["acked"] == counts["opened"] == STEPS * Q for counts in books["agents"].values())
+
+
+def test_many_take_while_trainers_publish(connect):
+    """No number goes to two or is left out, and with weights of step s nothing is sampled that a later one let pass."""
+    store, ahead, steps, takers = begin(connect()), 2 * Q, 30, 4
+    got: list[tuple[int, int]] = []  # numbers, and the step of the weights that their worker had
+
+    def work(mine, name: str) -> None:
+        while len(got) < steps * Q:
+            loaded = {agent: p.step for agent, p in mine.publications().items()}
+            for lease in take(mine, name, 3, ahead=ahead, total=steps * Q, loaded=loaded):
+                got.append((lease.query, min(loaded.values())))
+                finish(mine, lease.query, min(loaded.values()))
+
+    def train(mine, agent: str) -> None:
+        for step in range(steps):
+            while not mine.claim(agent, Q, "me", at_least=Q).groups:
+                time.sleep(0.001)
+            mine.publish(publication(agent, step + 1), "me")
+
+    threads = [threading.Thread(target=work, args=(connect(), f"w{number}"), daemon=True) for number in range(takers)]
+    threads += [threading.Thread(target=train, args=(connect(), agent), daemon=True) for agent in AGENTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(query for query, _ in got) == list(range(steps * Q))
+    assert [(query, step) for query, step in got if query >= step * Q + ahead] == []
+    assert balanced(store)
+
+
+@pytest.mark.parametrize("news", ["another takes", "trainers publish", "both"])
+def test_what_happens_while_one_takes(server, news: str):
+    """On PostgreSQL others may act between the look at the gate and the lock. (SQLite lets in one at a time.)"""
+    url = server.create()
+    with closing(Store(url, "run", password=PASSWORD)) as store, closing(Store(url, "run", password=PASSWORD)) as other:
+        begin(store)
+        numbers, theirs = store._numbers, []
+
+        def late(*args):
+            if news != "trainers publish":
+                theirs.extend(lease.query for lease in take(other, "other", 1, ahead=Q))
+            if news != "another takes":
+                for agent in AGENTS:
+                    other.publish(publication(agent, 1), "me")
+            return numbers(*args)
+
+        store._numbers = late
+        mine = [lease.query for lease in take(store, "w", ahead=Q, loaded=dict.fromkeys(AGENTS, 0))]
+        assert (theirs, mine) == (([0], [1]) if theirs else ([], [0, 1])), "those of the gate that it saw, once each"
+        store._numbers = numbers
+        assert take(store, "w", ahead=Q, loaded=dict.fromkeys(AGENTS, 0)) == []
+        assert balanced(store)
+
+
+STOPPED = """
+with store._engine.connect() as db, db.begin():
+    store._fence(db, "main", "me")
+    print("in it", flush=True)
+    os.kill(os.getpid(), __import__("signal").SIGSTOP)
+    db.exec_driver_sql("UPDATE publications SET version = 77")
+"""
+
+
+def test_a_process_stopped_in_a_transaction_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    """Whoever waits for it is told in the end for whom it waited."""
+    monkeypatch.setattr(database, "LOCKED", 0.2)
+    url = f"sqlite:///{tmp_path}/store.db"
+    with closing(Store(url, "run")) as store:
+        begin(store)
+        child = start(STOPPED, url, "main")
+        assert child.stdout is not None and child.stdout.readline() == "in it\n"
+        stopped = "State:\tT"
+        while stopped not in Path(f"/proc/{child.pid}/status").read_text():
+            time.sleep(0.01)
+        for write in (lambda: store.publish(publication("search", 1), "me"), lambda: take(store)):
+            with pytest.raises(OSError, match=rf"database is locked: process {child.pid} writes \(stopped\)$"):
+                write()
+        assert store.publications()["search"].step == 0, "who only reads is not held up"
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(60) == 0
+        store.publish(publication("search", 1), "me")
+        assert store.publications()["main"].version == 77 and store.publications()["search"].step == 1
+        assert balanced(store)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.engine import supervisor
-from mgrpo.engine.process import Interrupted
+from mgrpo.engine.process import AGAIN, Interrupted
 from mgrpo.engine.supervisor import Supervisor, Task
 
 MARK = "MGRPO_TEST_MARK"
@@ -241,7 +241,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str):
         wait_for((tmp_path / "ready").exists)
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: told)
-        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # this soon: the same request once more
+        time.sleep(2 * AGAIN)
+        assert survivors(mark) != []
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press)

@@ -9,15 +9,18 @@ import copy
 import errno
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mgrpo.engine import rollout as rollout_module
 from mgrpo.engine import worker as worker_module
 from mgrpo.engine.arrivals import Heartbeat
 from mgrpo.engine.config import Config, parse_config
@@ -387,6 +390,24 @@ def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path
 
 
 # ---- evaluations
+
+
+def test_the_rows_say_how_long_the_samplers_took_for_rollouts(tmp_path, monkeypatch):
+    """By a clock that only a sampler's step moves: an evaluation's steps are not among them."""
+    world = World(tmp_path)
+    worker, seconds, clock = world.worker(), Counter[bool](), SimpleNamespace(monotonic=lambda: seconds.total())
+    monkeypatch.setattr(rollout_module, "time", clock)
+    step = InProcessSampler.step
+
+    def counted(self):
+        seconds[worker.heartbeat.evaluating] += 1
+        return step(self)
+
+    monkeypatch.setattr(InProcessSampler, "step", counted)
+    worker.run(world)
+    rows = read_metrics(world.run_dir / "workers" / "w" / "metrics.jsonl")
+    assert min(seconds.values()) > 0 and len(seconds) == 2
+    assert sum(row.get("time/rollout", 0.0) for row in rows) == seconds[False]
 
 
 def test_evaluations_are_greedy_and_of_the_weights_of_their_step(tmp_path):

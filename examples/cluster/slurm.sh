@@ -25,7 +25,7 @@ train() {
 # sample NODE: one worker per GPU, started again when it fails
 sample() {
   srun --nodes=1 --ntasks=8 --gpus-per-task=1 --nodelist="$1" \
-    bash -c 'trap "exit 130" INT; until mgrpo rollout "$1"; do sleep 5; done' worker "$config" &
+    bash -c 'trap "exit 130" INT TERM; until mgrpo rollout "$1"; do sleep 5; done' worker "$config" &
   jobs=$((jobs + 1))
 }
 

@@ -92,7 +92,7 @@ class Watched(Policy):
 
     look: Callable[[Gradient], None] | None = None
 
-    def optim_step(self, lr: float) -> float:
+    def optim_step(self, lr: float | None = None) -> float:
         if self.look is not None:
             weights = self.masters.weights.items()
             self.look({name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights})

@@ -238,7 +238,7 @@ def _concatenate(samples: Sequence[Weighed], dtype: torch.dtype, device: torch.d
 def _packed_update(way: Way, case: Case, policy: Policy, samples: Sequence[Weighed]) -> None:
     for batch in pack_lists(samples, case.config.compute.max_tokens, _wide(policy), policy.model.device):
         if way.fused:
-            policy.forward_backward(batch, objective(case.config.algorithm))
+            policy.forward_backward([batch], objective(case.config.algorithm))
         else:
             _packed_loss(way, case, policy, batch).backward()
 

@@ -93,13 +93,13 @@ class Trl:
 
 
 def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
+    recorded = _recorded(case)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a part of it that cannot be imported
         raise Unavailable(f"trl: {str(error).splitlines()[0]}") from error
-    recorded = _recorded(case)
     rollouts = max(len(made) for made in recorded.values())
     if any(len(made) != rollouts for made in recorded.values()):
         raise Unavailable("TRL wants equally many rollouts of every query")

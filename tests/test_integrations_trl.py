@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from toy import make_model
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
 datasets = pytest.importorskip("datasets", reason="needs datasets, which trl brings")
 
+from mgrpo.bench import trl_step  # noqa: E402
 from mgrpo.engine.integrations.flat import flatten  # noqa: E402
 from mgrpo.engine.integrations.trl import Fused  # noqa: E402
 
@@ -119,7 +121,7 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KLS = {"no-kl": {"beta": 0.0}, "kl": {"beta": 0.1, "use_bias_correction_kl": False}, "corrected-kl": {"beta": 0.1}}
 
 
-@pytest.mark.parametrize(("loss_type", "level", "kl"), itertools.product(LOSSES, ("token", "sequence"), KLS))
+@pytest.mark.parametrize(("loss_type", "level", "kl"), list(itertools.product(LOSSES, ("token", "sequence"), KLS)))
 def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: str, kl: str) -> None:
     """Four steps of two micro-batches each: on-policy and off-policy, at weights that have moved."""
     found = {}
@@ -270,3 +272,10 @@ def test_the_model_still_generates_as_it_did(pair: SimpleNamespace) -> None:
     given = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 8}
     ours, theirs = (trainer.model.generate(**given) for trainer in (pair.ours, pair.theirs))
     assert torch.equal(ours, theirs) and ours.shape[1] > 4
+
+
+def test_the_benchmark_ends_in_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    trl_step.main(quick=True)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bench"] == "trl_step" and len(found["results"]) == 6
+    assert all(result["value"] > 0 for result in found["results"] if "memory" not in result["name"])

@@ -132,6 +132,15 @@ def test_without_any_reference_a_kl_term_is_refused(folder: Path) -> None:
         policy_of(folder).forward_backward(packed(), Objective(kl_coef=0.1))
 
 
+def test_old_log_probs_of_an_earlier_pass_are_one_for_each_micro_batch(folder: Path) -> None:
+    policy = policy_of(folder)
+    old = [logprobs_P - 0.05 for logprobs_P in policy.forward(packed())]
+    found = policy.forward_backward(packed(), Objective(sampler_cap=None), old)
+    assert found.metrics["ratio_mean"] == pytest.approx(np.exp(0.05))
+    with pytest.raises(ValueError, match="shorter"):
+        policy.forward_backward(packed(), Objective(sampler_cap=None), old[:-1])
+
+
 def test_forward_is_the_log_probs_of_what_was_chosen(folder: Path) -> None:
     policy, plain, given = policy_of(folder), load(folder), trajectories()
     truth = {tuple(t[1:].tolist()): plain_logprobs(plain, t)[0].detach() for t in given["tokens"]}
@@ -403,6 +412,7 @@ def train_two_and_one(rank: int, folder: Path, truth: list[list[Tensor]], out: P
     if rank < 2:
         policy.step(batches, Objective(sampler_cap=None), epochs=2)
     policy.forward_backward_custom(batches, squares)
+    policy.forward_backward_custom(packed(999, ranks=policy.ranks, rank=policy.rank), squares)
     policy.optim_step()
     for weight, expected in zip(whole(policy), truth[rank // 2], strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-9)
@@ -427,7 +437,8 @@ def test_two_policies_under_a_foreign_process_group(folder: Path, tmp_path: Path
         policy = policy_of(folder)
         if shared:
             policy.step(packed(), Objective(sampler_cap=None), epochs=2)
-        policy.forward_backward_custom(packed(), squares)
+        for _ in range(2):
+            policy.forward_backward_custom(packed(), squares)
         policy.optim_step()
         truth.append(whole(policy))
     run_foreign(train_two_and_one, 3, folder, truth, tmp_path)

@@ -245,7 +245,9 @@ def _check_servers(name: str, config: Config) -> None:
     if config.topology == "colocated":
         raise ValueError(f"{key}: given with topology = 'colocated': expected 'local' or 'cluster'")
     if config.topology == "cluster" and not vllm.urls:
-        raise ValueError(f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself")
+        raise ValueError(
+            f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself"
+        )
     if config.algorithm.sampler_cap is None:
         raise ValueError(
             f"{key}: given without algorithm.sampler_cap: expected a number, as 2.0: the servers' log-probs are not "

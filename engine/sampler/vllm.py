@@ -100,6 +100,11 @@ class VLLMSampler:
         """The rl step of a version: of weights that did not move, the server knows the first only."""
         return self.steps.get(version, said)
 
+    def counts(self) -> dict[str, float]:
+        """For the metrics: servers in service, how often one was taken out, and tokens that another went on from."""
+        ready, faults = len(self.fleet.ready()), self.fleet.faults
+        return {"servers": ready, "server_faults": faults, "tokens_replayed": self.replayed}
+
     # ---- turns
 
     async def act(self, session: Session) -> Completion:
@@ -218,7 +223,9 @@ class VLLMSampler:
             async with asyncio.timeout(self.fleet.vllm.timeout):
                 scores = await asyncio.gather(*(self._scores(server, tokens, version) for server in servers))
         except (*FAULTS, Fault) as error:
-            raise ConnectionError(f"agents.{self.name}.vllm: log-probs of version {version}: {reason(error)}") from error
+            raise ConnectionError(
+                f"agents.{self.name}.vllm: log-probs of version {version}: {reason(error)}"
+            ) from error
         return {server.url: score for server, score in zip(servers, scores, strict=True)}
 
     async def _scores(self, server: Server, tokens: Sequence[int], version: int) -> list[float]:

@@ -48,6 +48,9 @@ class Guard:
             return await self._answer(send, 200, {"label": self.label})
         if wanted == ("POST", adapter.LABEL):
             return await self._set_label(scope, receive, send)
+        if wanted == ("POST", adapter.STOP):
+            await self._answer(send, 200, {"label": self.label})
+            end()
         await self._once(scope, receive, send, headers.get(adapter.REQUEST_ID.lower()))
 
     def _knows(self, authorization: str) -> bool:
@@ -99,6 +102,11 @@ class Guard:
         headers = [(b"content-type", b"application/json"), (adapter.LABEL_HEADER.encode(), self.label.encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+def end() -> None:
+    """Without a goodbye and as a failure, so that it is started again; vLLM's other processes end when this one has."""
+    os._exit(1)
 
 
 def _digest(token: str) -> bytes:

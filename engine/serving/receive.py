@@ -42,9 +42,9 @@ class Extension:
         """Whether a trainer's weights and way of sending them (JSON) fit this server: {}, or {"error": …}."""
         given, config = json.loads(text), self.vllm_config.model_config
         ways = {"logprobs_mode": config.logprobs_mode, "transfer": self.vllm_config.weight_transfer_config.backend}
-        for key, wanted in {"logprobs_mode": "processed_logprobs", "transfer": given["transfer"]}.items():
-            if ways[key] != wanted:
-                return {"error": f"it was started with {key} {ways[key]!r}: expected {wanted!r}"}
+        for key, way in {"logprobs_mode": "processed_logprobs", "transfer": given["transfer"]}.items():
+            if ways[key] != way:
+                return {"error": f"it was started with {key} {ways[key]!r}: expected {way!r}"}
         wanted = expected(config.hf_config, str(config.dtype).removeprefix("torch."))
         return {"error": error} if (error := misfit(wanted, given["weights"])) else {}
 

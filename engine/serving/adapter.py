@@ -39,9 +39,8 @@ OPEN = frozenset(
     }
 )
 # with the token only
-INFO = "/server_info?config_format=json"
 PAUSE = "/pause?mode=keep&clear_cache=true"  # kept calls' keys and values are computed again, by the new weights
-RESUME, PAUSED = "/resume", "/is_paused"
+RESUME = "/resume"
 INIT, START, UPDATE, FINISH = (
     "/init_weight_transfer_engine",
     "/start_weight_update",
@@ -49,7 +48,10 @@ INIT, START, UPDATE, FINISH = (
     "/finish_weight_update",
 )
 WORLD = "/get_world_size"
-SLEEP, WAKE, ASLEEP = "/sleep?level={level}&mode=keep", "/wake_up", "/is_sleeping"
+SLEEP = "/sleep?level=2&mode=keep"  # weights and cache are dropped: it is woken with new weights
+WAKE_WEIGHTS, WAKE_CACHE = "/wake_up?tags=weights", "/wake_up?tags=kv_cache"
+WORKERS = "/collective_rpc"
+STOP = "/mgrpo/stop"
 
 LABEL_HEADER = "x-mgrpo-version"
 LABEL_COMMENT = ": mgrpo-version "  # begins a line of a stream
@@ -90,6 +92,14 @@ def read_label(text: str) -> tuple[int, int] | None:
         raise ValueError(f"weights' label {text!r}: expected VERSION/STEP or {UNSET!r}")
     version, step = text.split("/")
     return int(version), int(step)
+
+
+async def set_label(app: Any, text: str) -> str:
+    """Name the weights in a running server, from within its process; returns the label that its engines all report."""
+    engine = app.state.engine_client
+    await engine.update_weight_version(text)
+    found: str = await engine.get_weight_version()
+    return found
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -216,7 +226,7 @@ def arguments(
         *("--generation-config", "vllm"),  # no defaults from the model's folder
         *("--middleware", "mgrpo.engine.serving.guard.Guard"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),
-        *(("--worker-extension-cls", "mgrpo.engine.serving.receive.Extension") if transfer == "tcp" else ()),
+        *("--worker-extension-cls", "mgrpo.engine.serving.receive.Extension"),
         *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
         *extra,
     ]

@@ -1,0 +1,65 @@
+"""New weights into an agent's running servers: the trainer's side of vLLM's weight transfer.
+
+Running calls are kept, never aborted: a server that was paused goes on with them, and computes their keys and values
+again by the new weights. One way is chosen for all servers (`adapter.TRANSFERS`):
+
+tcp   a worker calls back and takes them while it samples (`serving/stream.py`); the pause is for the loading alone.
+nccl  vLLM's own, between GPUs: one broadcast to all servers, which are paused for it (`serving/native.py`).
+ipc   vLLM's own, for servers on the GPU of the trainer, which is one process.
+
+A server that does not answer is left out and keeps its weights and their label. Once it answers again, or was started
+again, it is among those that `behind` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from mgrpo.engine.serving import adapter, stream
+from mgrpo.engine.serving.native import Native
+from mgrpo.engine.serving.remote import Manifest, Remote, each
+
+
+class Transfer:
+    """Brings the weights of one agent to its servers.
+
+    manifest: of each weight, by the name that `update` will be given, its shape and dtype. timeout: seconds that a
+    server may take to answer, or to take in some of a tensor. Raises ValueError for a kind or a url that is none.
+    """
+
+    def __init__(self, urls: Sequence[str], token: str, kind: str, manifest: Manifest, timeout: float = 60.0):
+        if kind not in adapter.TRANSFERS:
+            raise ValueError(f"transfer {kind!r}: expected one of {', '.join(adapter.TRANSFERS)}")
+        self.servers = [Remote(url, token, timeout) for url in urls]
+        self.kind, self.manifest = kind, manifest
+        self.carry = stream.carry if kind == "tcp" else Native(kind, manifest).carry
+        self.newest = adapter.UNSET
+
+    def update(self, tensors: Iterable[tuple[str, Tensor]], version: int, step: int) -> list[str]:
+        """Bring weights to every server that lacks them; returns the urls of those that took them.
+
+        tensors, one at a time, are used up whatever happens: gathering them may be a collective. Raises ValueError for
+        a server with another model, another token or an unsupported version; all else is a warning.
+        """
+        self.newest = adapter.label(version, step)
+        rest = iter(tensors)
+        try:
+            ready = each(lambda server: server.check(self.manifest, self.kind), self._lacking())
+            return [server.url for server in self.carry(ready, rest, version, step)]
+        finally:
+            for _ in rest:
+                pass
+
+    def behind(self) -> list[str]:
+        """Urls of the servers that answer, but have not the newest weights: `update` would bring them."""
+        return [server.url for server in self._lacking()]
+
+    def sleep(self) -> None:
+        """The servers give their GPU's memory back. The next `update` wakes them."""
+        each(Remote.sleep, self.servers)
+
+    def _lacking(self) -> list[Remote]:
+        answering = each(Remote.look, self.servers)
+        return [server for server in answering if server.label != self.newest or server.asleep]

@@ -1,0 +1,144 @@
+"""Inside a vLLM worker: new weights arrive while it samples, and are put in between two pauses' ends.
+
+The transfer engine `tcp` receives in a thread, into memory of its own, and touches the model only when all of it is
+there: an update that breaks off leaves the old weights whole, and a server is paused for as long as the loading takes,
+not for as long as the network does. That costs the weights' size once more in main memory.
+
+Loaded as a worker extension (`--worker-extension-cls`), which registers the engine and adds `check`, for servers that
+use vLLM's own engines (`nccl`, `ipc`) too.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from mgrpo.engine.serving import wire
+
+Manifest = dict[str, tuple[str, list[int]]]  # of each weight its dtype, without "torch.", and its shape
+
+
+class Extension:
+    """Methods that every worker of a server has beside vLLM's own, to be called by `/collective_rpc`."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def check(self, text: str) -> dict[str, str]:
+        """Whether a trainer's weights and way of sending them (JSON) fit this server: {}, or {"error": …}."""
+        given, config = json.loads(text), self.vllm_config.model_config
+        ways = {"logprobs_mode": config.logprobs_mode, "transfer": self.vllm_config.weight_transfer_config.backend}
+        for key, way in {"logprobs_mode": "processed_logprobs", "transfer": given["transfer"]}.items():
+            if ways[key] != way:
+                return {"error": f"it was started with {key} {ways[key]!r}: expected {way!r}"}
+        wanted = expected(config.hf_config, str(config.dtype).removeprefix("torch."))
+        return {"error": error} if (error := misfit(wanted, given["weights"])) else {}
+
+
+def expected(config: PretrainedConfig, dtype: str) -> Manifest:
+    """What a trainer of this model sends: the parameters as transformers names them, a tied head not among them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: (dtype, list(parameter.shape)) for name, parameter in model.named_parameters()}
+
+
+def misfit(wanted: Manifest, given: Manifest) -> str:
+    """Empty if they are the same, else a sentence about the first weight, by name, that is not."""
+    for name in sorted(wanted.keys() | given.keys()):
+        one, other = (list(of[name]) if name in of else None for of in (wanted, given))
+        if one != other:
+            return f"weight {name!r} is {other}: expected {one}, as the server's model has"
+    return ""
+
+
+@dataclass
+class Begin(WeightTransferInitInfo):
+    """Nothing is agreed on beforehand."""
+
+
+@dataclass
+class Call(WeightTransferUpdateInfo):
+    """Whom to call for the weights, and what to say."""
+
+    host: str
+    port: int
+    secret: str
+    timeout: float  # seconds without a byte
+
+
+class ReceiveEngine(WeightTransferEngine):
+    """The engine `tcp`."""
+
+    init_info_cls, update_info_cls = Begin, Call
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.thread = ThreadPoolExecutor(1, "weights")
+        self.arriving: Future[dict[str, Tensor]] | None = None
+
+    def init_transfer_engine(self, init_info: Begin) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self.arriving = None
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Returns at once. Departs from the base class, which would wait for an accelerator."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Call) -> None:
+        self.arriving = self.thread.submit(_receive, update_info)
+
+    def finish_weight_update(self) -> None:
+        """Load what arrived. Raises what receiving it raised, and leaves the model then as it was.
+
+        Without anything to wait for it does nothing: so ends an update that an earlier trainer left open.
+        """
+        arriving, self.arriving = self.arriving, None
+        if arriving is not None:
+            load(self.model, self.model_config, arriving.result())
+
+    def shutdown(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _receive(call: Call) -> dict[str, Tensor]:
+    with closing(socket.create_connection((call.host, call.port), call.timeout)) as connection:
+        wire.send_secret(connection, call.secret)
+        return dict(wire.receive_tensors(connection))
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
+    """Put a whole set of weights into a model that runs, in the memory that it has them in."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(tensors.items())
+    finalize_layerwise_reload(model, config)
+    head = getattr(model, "lm_head", None)
+    if (
+        getattr(config.hf_config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight.device.type == "cpu"
+    ):
+        # A tied head is loaded with the embedding; its packed copy for the CPU is made anew by nobody else.
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+WeightTransferEngineFactory.register_engine("tcp", ReceiveEngine)

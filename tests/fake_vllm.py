@@ -110,8 +110,8 @@ class FakeVLLM:
     async def _listen(self) -> None:
         app = web.Application(middlewares=[self._guard])
         app.router.add_get(adapter.LABEL, self._label)
-        app.router.add_get(adapter.VERSION, lambda _: _json({"version": self.vllm}))
-        app.router.add_get(adapter.MODELS, lambda _: _json({"data": [{"id": "x", "max_model_len": self.length}]}))
+        app.router.add_get(adapter.VERSION, self._version)
+        app.router.add_get(adapter.MODELS, self._models)
         app.router.add_post(adapter.GENERATE, self._generate)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await self.runner.setup()
@@ -143,6 +143,12 @@ class FakeVLLM:
     async def _label(self, _: web.Request) -> web.Response:
         return web.json_response({"label": self._text})
 
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": self.vllm})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "x", "max_model_len": self.length}]})
+
     # ---- turns
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -171,8 +177,8 @@ class FakeVLLM:
         return web.json_response({"choices": [choice]}, headers={adapter.LABEL_HEADER: self._text})
 
     def _logps(self, tokens: list[int], temperature: float, top_p: float) -> np.ndarray:
-        assert self.label is not None
-        return logps(self.model_version(self.label[0]), tokens, temperature, top_p, self.vocabulary)
+        version = self.label[0] if self.label else 0
+        return logps(self.model_version(version), tokens, temperature, top_p, self.vocabulary)
 
     async def _stream(self, request: web.Request, body: Any, misdeed: tuple[str, Any]) -> web.StreamResponse:
         kind, what = misdeed
@@ -259,10 +265,6 @@ class FakeVLLM:
             yield token, float(values[token]), finish
             if not self.pace:
                 await asyncio.sleep(0)
-
-
-async def _json(value: Any) -> web.Response:
-    return web.json_response(value)
 
 
 def truth(trajectory: Any, temperature: float = 1.0, top_p: float = 1.0, vocabulary: int = 257) -> np.ndarray:

@@ -36,7 +36,7 @@ class Kit:
 
     def __init__(self, folder: Path) -> None:
         self.model = str(folder)
-        self.tokenizer = load_tokenizer("main", AgentConfig(model=self.model))
+        self.tokenizer = load_tokenizer("main", AgentConfig(model=self.model, max_context=256))
         self.servers: list[FakeVLLM] = []
         self.samplers: list[VLLMSampler] = []
 
@@ -46,10 +46,13 @@ class Kit:
 
     def sampler(self, *servers: FakeVLLM, concurrency: int = 300, timeout: float = 30.0, **agent: Any) -> VLLMSampler:
         vllm = VLLMConfig(timeout=timeout, patience=agent.pop("patience", 30.0))
-        config = AgentConfig(model=self.model, vllm=vllm, **{"max_new_tokens": 12, "stop": ["\n"]} | agent)
+        limits = {"max_new_tokens": 12, "stop": ["\n"], "max_context": 256}
+        config = AgentConfig(model=self.model, vllm=vllm, **limits | agent)
         urls = [server.url for server in servers]
-        self.samplers.append(VLLMSampler("main", config, self.tokenizer, urls, concurrency))
-        return self.samplers[-1]
+        sampler = VLLMSampler("main", config, self.tokenizer, urls, concurrency)
+        self.samplers.append(sampler)
+        wait_for(lambda: sampler.fleet.error is not None or all(server.up for server in sampler.fleet.servers))
+        return sampler
 
     def end(self) -> None:
         for sampler in self.samplers:
@@ -151,7 +154,7 @@ def test_hundreds_of_turns_at_once_are_balanced_within_the_limit_over_connection
     sessions = [session(seed) for seed in range(256)]
     check(sampler, sessions, play(sampler, sessions, turns=2, seconds=120))
     assert sum(len(server.requests) for server in servers) == 512
-    assert max(server.most for server in servers) <= 40 and sampler.fleet.faults == 0
+    assert max(server.most for server in servers) <= 52 and sampler.fleet.faults == 0
     assert sum(len(server.connections) for server in servers) < 256
 
 
@@ -289,16 +292,12 @@ def test_when_no_server_comes_back_the_error_names_them_and_what_is_wrong(kit):
         play(sampler, [session(1)])
 
 
-def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit):
+def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit, monkeypatch):
     server = kit.serve()
-    server.misdeeds.extend([MISDEEDS["NaN"]] * 100)
-    sampler = kit.sampler(server)
-    fleet_module.LONGEST, longest = 0.02, fleet_module.LONGEST
-    try:
-        with pytest.raises(ConnectionError, match=rf"a turn failed .* on {server.url}: Fault: log-prob nan"):
-            play(sampler, [session(1)])
-    finally:
-        fleet_module.LONGEST = longest
+    server.misdeeds.extend([lie(scores(math.nan))] * 100)
+    monkeypatch.setattr(fleet_module, "LONGEST", 0.02)
+    with pytest.raises(ConnectionError, match=rf"a turn failed .* on {server.url}: Fault: log-prob nan"):
+        play(kit.sampler(server), [session(1)])
 
 
 def test_a_server_that_stays_silent_while_another_turn_of_its_gets_tokens_does_not_hang(kit):
@@ -329,12 +328,12 @@ def test_a_deaf_server_is_taken_out_and_its_turns_go_elsewhere(kit, monkeypatch)
     [
         ({"token": TOKEN}, r"401: expected another token in the environment's MGRPO_SERVER_TOKEN"),
         ({"vllm": "0.11.2"}, r"is vLLM 0\.11\.2: expected 0\.32"),
-        ({"length": 100}, r"--max-model-len 100: expected at least agents\.main\.max_context = 1024"),
+        ({"length": 100}, r"--max-model-len 100: expected at least agents\.main\.max_context = 256"),
     ],
 )
 def test_a_server_that_can_never_serve_is_an_error_at_once(kit, options, message):
     sampler = kit.sampler(kit.serve(), kit.serve(**options))
-    time.sleep(0.2)
+    wait_for(lambda: sampler.fleet.error is not None)
     with pytest.raises(ValueError, match=message):
         play(sampler, [session(0)])
     with pytest.raises(ValueError, match=message):
@@ -421,8 +420,9 @@ def test_a_server_that_comes_back_with_old_weights_waits_for_the_trainer(kit):
     servers[1].kill()
     servers[1].label = None  # as one starts
     servers[1].start()
+    wait_for(lambda: len(sampler.fleet.ready()) == 1)
     play(sampler, [session(seed) for seed in range(6)])
-    assert not servers[1].requests or servers[1].requests == []
+    assert not servers[1].requests
     assert (sampler.version, sampler.weights_step) == (2, 2)
 
 

@@ -4,7 +4,7 @@ A task per server asks it, TICK by TICK, which weights it has. Only servers with
 that missed an update, or has just started and has none of the trainer's, waits until the trainer has brought it up to
 date. Whatever goes wrong with a server is a *fault*: it is taken out of service, its running turns are given to others,
 and it is asked again after a pause that doubles. A turn goes to the server that holds the cache of those before it,
-else to the one with the fewest.
+unless that has far more than another, and else to the one with the fewest.
 
 All of it runs in the event loop of the sampler's thread, but what is said to be for any.
 """
@@ -29,6 +29,7 @@ from mgrpo.engine.serving import adapter
 
 TICK = 0.1  # seconds between two looks at a server
 ASK = 10.0  # seconds that a server may take to say which weights it has
+SLACK = 4  # turns that a server may have beyond twice as many as another, and still be given its own
 LONGEST = 5.0  # seconds between two tries to reach one that is out of service
 URLS, TOKEN = "MGRPO_SERVERS", "MGRPO_SERVER_TOKEN"  # of the environment: {"agent": [url, …]} from `local`; the secret
 FAULTS = (aiohttp.ClientError, OSError)  # of a connection; OSError includes TimeoutError
@@ -98,7 +99,7 @@ class Fleet:
         return [server for server in up if server.version == best]
 
     async def pick(self, home: Server | None) -> Server:
-        """The server for a turn: `home`, which holds its cache, if it is ready.
+        """The server for a turn: `home`, which holds its cache, if it is ready and has not far more than another.
 
         Waits while none is. Raises ConnectionError when none was up for vllm.patience seconds, ValueError when that
         would not help.
@@ -107,7 +108,8 @@ class Fleet:
             if self.error:
                 raise self.error
             if ready := self.ready():
-                return home if home in ready else min(ready, key=lambda server: len(server.turns))
+                least = min(ready, key=lambda server: len(server.turns))
+                return home if home in ready and len(home.turns) <= 2 * len(least.turns) + SLACK else least
             if self.lost is not None and self.now() - self.lost > self.vllm.patience:
                 raise ConnectionError(self.describe())
             await self.changed.wait()
@@ -133,7 +135,7 @@ class Fleet:
 
     async def _watch(self, server: Server) -> None:
         while True:
-            if server.up and server.turns and self.now() - server.heard > self.vllm.timeout:
+            if server.turns and self.now() - server.heard > self.vllm.timeout:
                 self._hangs(server)
             if server.up or self.now() >= server.due:
                 await self._ask(server)

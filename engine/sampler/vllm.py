@@ -28,9 +28,10 @@ from typing import Any, TypeVar
 
 import aiohttp
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config import AgentConfig
+from mgrpo.engine.model import read_model_config
 from mgrpo.engine.sampler.fleet import FAULTS, Fleet, Server, reason
 from mgrpo.engine.sampler.protocol import Completion, Ending, Session
 from mgrpo.engine.sampler.turn import Fault, Turn
@@ -55,7 +56,7 @@ class VLLMSampler:
         self, name: str, agent: AgentConfig, tokenizer: PreTrainedTokenizerBase, urls: Sequence[str], concurrency: int
     ) -> None:
         self.name, self.agent, self.tokenizer = name, agent, tokenizer
-        self.vocabulary = int(AutoConfig.from_pretrained(agent.model).vocab_size)
+        self.vocabulary = int(read_model_config(name, agent)["vocab_size"])
         self.ending = Ending(tokenizer, agent.stop)
         self.homes: dict[int, Server] = {}  # by id of a session
         self.steps: dict[int, int] = {}  # rl step of a version, as published
@@ -174,6 +175,7 @@ class VLLMSampler:
         headers = {adapter.REQUEST_ID: secrets.token_hex(16)}
         with self.fleet.turn(server) as alarm:
             async with alarm, self.fleet.post(server, adapter.GENERATE, body, headers) as response:
+                await self.fleet.check(response)
                 turn.begin(response.headers.get(adapter.LABEL_HEADER, ""))
                 try:
                     finish = await self._read(server, turn, response)

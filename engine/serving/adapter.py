@@ -215,13 +215,12 @@ def arguments(
     data_parallel: int = 1,
     extra: Iterable[str] = (),
 ) -> list[str]:
-    """The command of one server."""
+    """The command of one server. Not `vllm serve`: the build for CPUs lacks the metadata that it looks for."""
     return [
-        *(sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype, "--max-model-len", str(max_context)),
         *("--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size", str(data_parallel)),
-        *("--api-server-count", "1"),  # the guard's state is one process'
         *("--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm"),  # no defaults from the model's folder
         *("--middleware", "mgrpo.engine.serving.guard.Guard"),

@@ -30,8 +30,8 @@ class Guard:
 
     def __init__(self, app: App):
         token = os.environ.get(TOKEN)
-        if not token:
-            raise ValueError(f"{TOKEN} is not set: expected the token that control of this server needs")
+        if not token or not token.isascii():
+            raise ValueError(f"{TOKEN} is not set to ASCII: expected the token that control of this server needs")
         self.app, self.digest = app, _digest(token)
         self.label = adapter.UNSET
         self.running: set[str] = set()
@@ -111,7 +111,7 @@ def end() -> None:
 
 def _digest(token: str) -> bytes:
     """Of a fixed length, whatever was given: a comparison tells nothing by the time it takes."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _headers(scope: Message) -> dict[str, str]:

@@ -116,7 +116,7 @@ class Client:
 
     def start_weight_update(self) -> None:
         self.begun = True
-        self._all(Remote.start)
+        self._all(lambda server: server.post(adapter.START))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         handles = update_info.get("ipc_handles")

@@ -35,8 +35,9 @@ Manifest = dict[str, tuple[str, list[int]]]  # of each weight its dtype, without
 class Extension:
     """Methods that every worker of a server has beside vLLM's own, to be called by `/collective_rpc`."""
 
-    model_runner: Any
     vllm_config: Any
+    weight_transfer_engine: Any
+    _weight_update_active: bool
 
     def check(self, text: str) -> dict[str, str]:
         """Whether a trainer's weights and way of sending them (JSON) fit this server: {}, or {"error": …}."""
@@ -47,6 +48,12 @@ class Extension:
                 return {"error": f"it was started with {key} {ways[key]!r}: expected {way!r}"}
         wanted = expected(config.hf_config, str(config.dtype).removeprefix("torch."))
         return {"error": error} if (error := misfit(wanted, given["weights"])) else {}
+
+    def abandon(self) -> None:
+        """Give up an update that was left open. Nothing of it is in the model: only for the engine `tcp`."""
+        assert isinstance(self.weight_transfer_engine, ReceiveEngine)
+        self.weight_transfer_engine.arriving = None
+        self._weight_update_active = False
 
 
 def expected(config: PretrainedConfig, dtype: str) -> Manifest:
@@ -104,13 +111,10 @@ class ReceiveEngine(WeightTransferEngine):
         self.arriving = self.thread.submit(_receive, update_info)
 
     def finish_weight_update(self) -> None:
-        """Load what arrived. Raises what receiving it raised, and leaves the model then as it was.
-
-        Without anything to wait for it does nothing: so ends an update that an earlier trainer left open.
-        """
-        arriving, self.arriving = self.arriving, None
-        if arriving is not None:
-            load(self.model, self.model_config, arriving.result())
+        """Load what arrived. Raises what receiving it raised, and leaves the model then as it was."""
+        assert self.arriving is not None, "finish_weight_update before update_weights"
+        load(self.model, self.model_config, self.arriving.result())
+        self.arriving = None
 
     def shutdown(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)

@@ -70,14 +70,6 @@ class Remote:
     def workers(self) -> int:
         return int(self._call("GET", adapter.WORLD)["world_size"])
 
-    def start(self) -> None:
-        """Begin an update; one that an earlier trainer left open is ended first."""
-        try:
-            self.post(adapter.START)
-        except ServerError:
-            self.post(adapter.FINISH)
-            self.post(adapter.START)
-
     def pause(self) -> None:
         """Running calls are kept. It samples nothing until `resume`."""
         if self.asleep:

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from torch import Tensor
 
 from mgrpo.engine.serving import adapter, wire
-from mgrpo.engine.serving.remote import Remote, each
+from mgrpo.engine.serving.remote import Remote, ServerError, each
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Line:
     def open(self) -> None:
         """Have the workers call. Raises OSError when they do not all do so in time."""
         address, count, secret = self.server.own_address(), self.server.workers(), secrets.token_hex(32)
-        self.server.start()
+        self._start()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with closing(socket.create_server((address, 0), family=family)) as listener:
             call = {
@@ -69,6 +69,14 @@ class Line:
             while len(self.workers) < count:
                 listener.settimeout(max(until - time.monotonic(), 0.01))
                 self._greet(listener.accept()[0], secret)
+
+    def _start(self) -> None:
+        """Begin an update. One that was left open, when it broke off or its trainer died, is given up first."""
+        try:
+            self.server.post(adapter.START)
+        except ServerError:
+            self.server.post(adapter.WORKERS, {"method": "abandon"})
+            self.server.post(adapter.START)
 
     def _greet(self, caller: socket.socket, secret: str) -> None:
         """Keep it if it is a worker."""

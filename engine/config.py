@@ -52,7 +52,7 @@ class VLLMConfig(Frozen):
     data_parallel: Count = 1  # copies of the weights in one server
     gpus: list[str] = []  # of all its servers together, as CUDA_VISIBLE_DEVICES names them; none: dealt like others
     arguments: list[str] = []  # more for `vllm serve`
-    transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"  # how weights get there; auto: by the GPUs of both sides
+    transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"  # how weights get there; auto: by the GPUs, with urls tcp
     timeout: Positive = 60.0  # seconds without a token, whatever it was asked, after which a server hangs
     patience: Positive = 600.0  # seconds that none may be there, as when they start
 
@@ -248,6 +248,9 @@ def _check_servers(name: str, config: Config) -> None:
         raise ValueError(
             f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself"
         )
+    wanted = vllm.servers * vllm.tensor_parallel * vllm.data_parallel
+    if vllm.gpus and len(vllm.gpus) != wanted:
+        raise ValueError(f"{key}.gpus: {vllm.gpus} given: expected {wanted}, for servers x tensor x data_parallel")
     if config.algorithm.sampler_cap is None:
         raise ValueError(
             f"{key}: given without algorithm.sampler_cap: expected a number, as 2.0: the servers' log-probs are not "

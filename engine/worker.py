@@ -29,6 +29,7 @@ from mgrpo.engine.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout import Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import Rows, locked
 from mgrpo.engine.sampler import InProcessSampler, Sampler
+from mgrpo.engine.serving.place import find
 from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
 from mgrpo.engine.tasks import accuracy, eval_due, eval_jobs, load_tasks, pick
 from mgrpo.engine.trajectories import TrajectoryWriter
@@ -278,9 +279,8 @@ def _make_sampler(name: str, config: Config) -> InProcessSampler:
 
 
 def _make_client(name: str, config: Config) -> VLLMSampler:
-    from mgrpo.engine.sampler.fleet import server_urls
     from mgrpo.engine.sampler.vllm import VLLMSampler
 
     agent = config.agents[name]
-    urls, concurrency = server_urls(name, agent), config.compute.concurrency
+    urls, concurrency = find(name, agent).urls, config.compute.concurrency
     return VLLMSampler(name, agent, load_tokenizer(name, agent), urls, concurrency)

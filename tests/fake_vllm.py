@@ -11,7 +11,7 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -267,12 +267,13 @@ class FakeVLLM:
                 await asyncio.sleep(0)
 
 
-def truth(trajectory: Any, temperature: float = 1.0, top_p: float = 1.0, vocabulary: int = 257) -> np.ndarray:
-    """(versions tried,) -> which version's log-probs each sampled token has; -1 where none of 0..9 has."""
-    tokens = [int(token) for token in trajectory.tokens]
-    found = []
+def truth(
+    trajectory: Any, temperature: float = 1.0, top_p: float = 1.0, vocabulary: int = 257, versions: Iterable[int] = range(10)
+) -> np.ndarray:
+    """(A,) int: of which of the versions each sampled token's log-prob is; -1: of none."""
+    tokens, found = [int(token) for token in trajectory.tokens], []
     for at in np.flatnonzero(trajectory.sampled):
-        values = [logps(v, tokens[:at], temperature, top_p, vocabulary)[tokens[at]] for v in range(10)]
-        close = [v for v, value in enumerate(values) if math.isclose(value, trajectory.logprobs[at], abs_tol=1e-5)]
+        values = {v: logps(v, tokens[:at], temperature, top_p, vocabulary)[tokens[at]] for v in versions}
+        close = [v for v, value in values.items() if math.isclose(value, trajectory.logprobs[at], abs_tol=1e-5)]
         found.append(close[0] if close else -1)
     return np.array(found)

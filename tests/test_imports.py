@@ -21,6 +21,7 @@ LAYERS = (
     ("trainer", "records", "tasks", "arrivals", "sharing"),
     ("rollout", "weights"),
     ("policy", "sampler"),
+    ("serving",),
     ("batch", "objective", "advantage", "ledger"),
     ("rows",),
     ("model", "store", "run", "packing", "shards", "masters", "supervisor"),

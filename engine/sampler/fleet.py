@@ -26,12 +26,12 @@ import msgspec
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.sampler.turn import Fault
 from mgrpo.engine.serving import adapter
+from mgrpo.engine.serving.guard import TOKEN
 
 TICK = 0.1  # seconds between two looks at a server
 ASK = 10.0  # seconds that a server may take to say which weights it has
 SLACK = 4  # turns that a server may have beyond twice as many as another, and still be given its own
 LONGEST = 5.0  # seconds between two tries to reach one that is out of service
-URLS, TOKEN = "MGRPO_SERVERS", "MGRPO_SERVER_TOKEN"  # of the environment: {"agent": [url, …]} from `local`; the secret
 FAULTS = (aiohttp.ClientError, OSError)  # of a connection; OSError includes TimeoutError
 
 log = logging.getLogger(__name__)
@@ -219,12 +219,3 @@ class Fleet:
 
 def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def server_urls(name: str, agent: AgentConfig) -> list[str]:
-    """Where an agent's servers are: as configured, or as the launcher of a local run said. Raises ValueError if not."""
-    assert agent.vllm is not None
-    urls = agent.vllm.urls or json.loads(os.environ.get(URLS, "{}")).get(name, [])
-    if not urls:
-        raise ValueError(f"agents.{name}.vllm.urls: [] given: expected the servers' URLs, or a launcher's {URLS}")
-    return list(urls)

@@ -69,4 +69,4 @@ def server_task(
     )
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     environment = adapter.environment(transfer) | visible | dict(settings or {}) | {TOKEN: token()}
-    return Task(name, command, lambda attempt: [environment])
+    return Task(name, command, lambda attempt: [environment], service=True)

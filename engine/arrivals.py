@@ -64,8 +64,9 @@ class Arrivals:
     def bring(self, publications: Mapping[str, Publication]) -> bool:
         """Loads them; False while turns run that hold some up: then no new turn begins, and this is to be called again.
 
-        Servers have the newest of theirs, or False. Raises GapError when a probe fails; DamagedWeights or OSError when a file cannot be read, ValueError when one is
-        of another model: then the sampler keeps what it has.
+        False too until servers have the newest of theirs, whichever was asked for. Raises GapError when a probe fails;
+        DamagedWeights or OSError when a file cannot be read, ValueError when one is of another model: then the sampler
+        keeps what it has.
         """
         began = time.monotonic()
         arrived = [self._bring(name, publications[name]) for name in publications.keys() & self.samplers.keys()]

@@ -42,8 +42,8 @@ class EnvironmentConfig(Frozen):
 class VLLMConfig(Frozen):
     """vLLM servers that sample an agent, in place of the rollout workers themselves. Topologies local and cluster.
 
-    Its trainer puts new weights into them while they sample: a turn that was running goes on with the new ones, whatever
-    sampling.switch says. Each token is recorded with the version that sampled it, and algorithm.sampler_cap must be set.
+    Its trainer puts new weights into them while they sample: turns that run go on with the new ones, whatever
+    sampling.switch says. Which versions had a part in a call is recorded, and algorithm.sampler_cap must be set.
     """
 
     urls: list[Annotated[str, Meta(pattern=r"^https?://[^/@]+$")]] = []  # that run already; none: `local` starts them

@@ -138,8 +138,8 @@ class Supervisor:
         self.tasks = [Supervised(task, logs, self._pipe[0]) for task in tasks]
 
     def run(self, tick: Callable[[], None] = lambda: None, grace: float = GRACE) -> None:
-        """To be called once. Returns when every task, but services, ended with status 0; `tick` is called about ten times
-        a second.
+        """To be called once. Returns when every task that is no service ended with status 0. `tick` is called about ten
+        times a second.
 
         Raises ChildProcessError naming the process that failed once too often, how it ended and the last lines of its
         log, and Interrupted after SIGINT, SIGTERM or SIGHUP; either way, and for whatever `tick` raises, all processes

@@ -87,8 +87,9 @@ class Worker:
     def run(self, stop: Callable[[], bool]) -> None:
         """Works until the run is at its end, or until `stop`: then running episodes are dropped and leases given back.
 
-        To be called once. Raises GapError when a sampler's log-probs are not its trainer's; OSError or ValueError when
-        the store, the disk or published weights stay out of reach or damaged, or weights are of another model.
+        To be called once. Raises GapError when a sampler's log-probs are not its trainer's; NoServer when an agent's
+        servers stay away; OSError or ValueError when the store, the disk or published weights stay out of reach or
+        damaged, or weights are of another model.
         """
         self.stop = stop
         try:

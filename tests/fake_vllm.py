@@ -191,6 +191,8 @@ class FakeVLLM:
         response.enable_chunked_encoding()
         await response.prepare(request)
         out, spans, pending = [], [], []  # type: list[int], list[list[Any]], list[float]
+        if kind == "slow":
+            await asyncio.sleep(what)
         async for token, logprob, finish in self._tokens(body):
             if kind in ("cut", "hang"):
                 await self._at(len(out), kind, what)
@@ -268,7 +270,11 @@ class FakeVLLM:
 
 
 def truth(
-    trajectory: Any, temperature: float = 1.0, top_p: float = 1.0, vocabulary: int = 257, versions: Iterable[int] = range(10)
+    trajectory: Any,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    vocabulary: int = 257,
+    versions: Iterable[int] = range(10),
 ) -> np.ndarray:
     """(A,) int: of which of the versions each sampled token's log-prob is; -1: of none."""
     tokens, found = [int(token) for token in trajectory.tokens], []

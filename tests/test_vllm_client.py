@@ -21,6 +21,7 @@ from mgrpo.engine.config import AgentConfig, VLLMConfig
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.sampler import Completion, Session
 from mgrpo.engine.sampler import fleet as fleet_module
+from mgrpo.engine.sampler.fleet import NoServer
 from mgrpo.engine.sampler.protocol import Ending
 from mgrpo.engine.sampler.turn import Fault, Turn
 from mgrpo.engine.sampler.vllm import VLLMSampler
@@ -287,7 +288,7 @@ def test_when_no_server_comes_back_the_error_names_them_and_what_is_wrong(kit):
         server.kill()
     kit.servers.clear()
     with pytest.raises(
-        ConnectionError, match=rf"agents\.main\.vllm: no server for 0\.3 s: {servers[0].url}: .*{servers[1].url}: "
+        NoServer, match=rf"agents\.main\.vllm: no server for 0\.3 s: {servers[0].url}: .*{servers[1].url}: "
     ):
         play(sampler, [session(1)])
 
@@ -296,7 +297,7 @@ def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit, monkeypa
     server = kit.serve()
     server.misdeeds.extend([lie(scores(math.nan))] * 100)
     monkeypatch.setattr(fleet_module, "LONGEST", 0.02)
-    with pytest.raises(ConnectionError, match=rf"a turn failed .* on {server.url}: Fault: log-prob nan"):
+    with pytest.raises(NoServer, match=rf"a turn failed .* on {server.url}: Fault: log-prob nan"):
         play(kit.sampler(server), [session(1)])
 
 
@@ -304,7 +305,7 @@ def test_a_server_that_stays_silent_while_another_turn_of_its_gets_tokens_does_n
     server = kit.serve(pace=0.1)
     sampler = kit.sampler(server, timeout=0.5, stop=[])
     sessions = [session(seed) for seed in range(3)]
-    server.misdeeds.extend([("", None), ("", None), ("slow", None)])
+    server.misdeeds.extend([("", None), ("", None), ("slow", 0.9)])
     check(sampler, sessions, play(sampler, sessions))
     assert sampler.fleet.faults == 0 and len(server.requests) == 3
 

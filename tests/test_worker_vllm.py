@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from fake_vllm import FakeVLLM, logps, truth
@@ -185,7 +184,6 @@ def test_a_server_whose_weights_are_not_the_trainers_ends_the_run_by_the_probe(s
 
 def test_when_no_server_comes_back_the_worker_ends_with_their_urls(served):
     world = served()
-    world.config.agents["main"].vllm
     agents = {
         name: msgspec.structs.replace(agent, vllm=msgspec.structs.replace(agent.vllm, patience=0.3))
         for name, agent in world.config.agents.items()
@@ -199,7 +197,7 @@ def test_when_no_server_comes_back_the_worker_ends_with_their_urls(served):
         return world()
 
     url = world.fakes["clerk"][0].url
-    with pytest.raises(ConnectionError, match=rf"agents\.clerk\.vllm: no server for 0\.3 s: {url}"):
+    with pytest.raises(fleet.NoServer, match=rf"agents\.clerk\.vllm: no server for 0\.3 s: {url}"):
         world.worker().run(stop)
     assert [lease.query for lease in world.take("another", 9)] == list(range(Q))
 
@@ -228,9 +226,8 @@ def test_weights_that_did_not_move_are_of_the_newest_step(served, monkeypatch):
         return Served.publish(world, name, step)
 
     monkeypatch.setattr(world, "publish", publish)
-    monkeypatch.setattr(world, "check", lambda: World.check(world))
     world.worker().run(world)
-    world.check()
+    World.check(world)
     assert all(c.step == c.query // Q for c in world.calls)
     assert {c.version for c in world.calls if c.agent == "clerk"} == {0}
 
@@ -239,11 +236,3 @@ def test_without_servers_nothing_that_talks_to_them_is_imported():
     code = "import sys, mgrpo.engine.worker, mgrpo.engine.agent, mgrpo.engine.local; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "mgrpo.engine.worker" in loaded and not {"aiohttp", "vllm"} & set(loaded)
-
-
-def test_the_oldest_weights_of_a_span_count_for_staleness(served):
-    world = served({"max_staleness": 1}, pace=0.005)
-    world.worker().run(world)
-    world.check(Q)
-    staleness = np.array([call.step - call.query // Q for call in world.calls])
-    assert (staleness >= -1).all()

@@ -37,6 +37,10 @@ FAULTS = (aiohttp.ClientError, OSError)  # of a connection; OSError includes Tim
 log = logging.getLogger(__name__)
 
 
+class NoServer(RuntimeError):
+    """None was in service for as long as one may wait: no OSError, that one would wait for once more."""
+
+
 @dataclass(eq=False)
 class Server:
     """One server, as it was last heard of."""
@@ -101,23 +105,22 @@ class Fleet:
     async def pick(self, home: Server | None) -> Server:
         """The server for a turn: `home`, which holds its cache, if it is ready and has not far more than another.
 
-        Waits while none is. Raises ConnectionError when none was up for vllm.patience seconds, ValueError when that
-        would not help.
+        Waits while none is; raises as `check_hope`.
         """
         while True:
-            if self.error:
-                raise self.error
+            self.check_hope(self.now())
             if ready := self.ready():
                 least = min(ready, key=lambda server: len(server.turns))
                 return home if home in ready and len(home.turns) <= 2 * len(least.turns) + SLACK else least
-            if self.lost is not None and self.now() - self.lost > self.vllm.patience:
-                raise ConnectionError(self.describe())
             await self.changed.wait()
 
-    def describe(self) -> str:
-        """Of every server what is wrong with it."""
-        whys = "; ".join(f"{server.url}: {'in service' if server.up else server.why}" for server in self.servers)
-        return f"agents.{self.name}.vllm: no server for {self.vllm.patience:g} s: {whys}"
+    def check_hope(self, now: float) -> None:
+        """Raises NoServer when none was up for vllm.patience seconds, ValueError when no patience would help."""
+        if self.error:
+            raise self.error
+        if self.lost is not None and now - self.lost > self.vllm.patience:
+            whys = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
+            raise NoServer(f"agents.{self.name}.vllm: no server for {self.vllm.patience:g} s: {whys}")
 
     @contextmanager
     def turn(self, server: Server) -> Iterator[asyncio.Timeout]:

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.model import read_model_config
-from mgrpo.engine.sampler.fleet import FAULTS, Fleet, Server, reason
+from mgrpo.engine.sampler.fleet import FAULTS, Fleet, NoServer, Server, reason
 from mgrpo.engine.sampler.protocol import Completion, Ending, Session
 from mgrpo.engine.sampler.turn import Fault, Turn
 from mgrpo.engine.serving import adapter
@@ -91,10 +91,9 @@ class VLLMSampler:
     def expect(self, version: int, step: int) -> None:
         """These were published: who has them is preferred, and what they sample is of that rl step.
 
-        Raises ValueError when a server can never serve.
+        Raises NoServer when none was there for vllm.patience seconds; ValueError when one can never serve.
         """
-        if self.fleet.error:
-            raise self.fleet.error
+        self.fleet.check_hope(self.loop.time())
         self.fleet.wanted, self.steps[version] = version, step
 
     def _step(self, version: int, said: int) -> int:
@@ -111,7 +110,7 @@ class VLLMSampler:
     async def act(self, session: Session) -> Completion:
         """Sample until a stop string, the end-of-sequence token or a limit; the tokens are appended to the session.
 
-        Raises ConnectionError when no server was there for vllm.patience seconds; ValueError when one refuses for good.
+        Raises NoServer when none was there for vllm.patience seconds; ValueError when one refuses for good.
         """
         allowed = min(self.agent.max_new_tokens, self.agent.max_context - len(session.tokens))
         if allowed < 1:
@@ -156,7 +155,7 @@ class VLLMSampler:
         """The turn goes on elsewhere; or there, if it closed an idle connection just as it was used again."""
         if failed > TRIES:
             message = f"agents.{self.name}.vllm: a turn failed {failed} times, last on {server.url}: {reason(error)}"
-            raise ConnectionError(message) from error
+            raise NoServer(message) from error
         self.replayed += len(turn.tokens)
         if failed > 1 or not isinstance(error, aiohttp.ServerDisconnectedError):
             self.fleet.fault(server, reason(error))

@@ -289,7 +289,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_trainer_engine", Engine)
     monkeypatch.setattr(native, "_source", lambda manifest, tensors: tensors)
     monkeypatch.setattr(
-        native.Native, "_meeting", lambda self, client: "ipc" if self.kind == "ipc" else 1 + sum(client.workers)
+        native.Native, "_meeting", lambda self: "ipc" if self.kind == "ipc" else 1 + sum(self.client.workers)
     )
 
 

@@ -23,6 +23,7 @@ from mgrpo.engine.sampler.transfer import Transfer
 from mgrpo.engine.serving import adapter
 from mgrpo.engine.serving.server import free_ports, server_task, token, url
 
+CONTEXT = 256
 START = 300.0  # seconds that a server may take to come up, on a machine that has much else to do
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}  # GiB of keys and values
 QUICK = ("--enforce-eager", "--max-num-seqs", "64")
@@ -31,7 +32,7 @@ QUICK = ("--enforce-eager", "--max-num-seqs", "64")
 class RunningServer:
     """One server's processes, to be killed, stopped and started again at the same port."""
 
-    def __init__(self, model: Path, dtype: str, log: Path, context: int = 256):
+    def __init__(self, model: Path, dtype: str, log: Path):
         self.port, self.log = free_ports(1)[0], log
         self.url = url(self.port)
         self.task = server_task(
@@ -39,7 +40,7 @@ class RunningServer:
             str(model),
             self.port,
             dtype=dtype,
-            max_context=context,
+            max_context=CONTEXT,
             transfer="tcp",
             extra=QUICK,
             settings=SMALL,
@@ -159,7 +160,7 @@ class Trainer:
     """A policy whose weights move a little at every step, in place of one that learns."""
 
     def __init__(self, model: Path, dtype: str, temperature: float = 1.0):
-        agent = AgentConfig(model=str(model), temperature=temperature)
+        agent = AgentConfig(model=str(model), temperature=temperature, max_context=CONTEXT)
         self.policy = Policy("main", agent, ComputeConfig(dtype=dtype, device="cpu"))
         self.manifest = {
             name: (tuple(param.shape), self.policy.dtype) for name, param in self.policy.masters.params.items()

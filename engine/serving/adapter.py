@@ -226,6 +226,7 @@ def arguments(
         *("--middleware", "mgrpo.engine.serving.guard.Guard"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),
         *("--worker-extension-cls", "mgrpo.engine.serving.receive.Extension"),
+        "--enable-scale-out",  # tokens in, tokens out
         *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
         *extra,
     ]

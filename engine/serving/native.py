@@ -34,6 +34,7 @@ class Native:
     def __init__(self, kind: str, manifest: Manifest):
         self.kind, self.manifest = kind, manifest
         self.members: list[Remote] = []
+        self.client = Client([])
         self.engine: Any = None
 
     def carry(
@@ -60,7 +61,7 @@ class Native:
     def _unharmed(self) -> list[Remote]:
         """After a failure: the servers, if none had begun. Else they are told to end."""
         servers, self.members = self.members, []
-        if not self.engine.client.begun:
+        if not self.client.begun:
             return servers
         each(Remote.stop, servers)
         return []
@@ -68,15 +69,14 @@ class Native:
     def _join(self, servers: list[Remote]) -> None:
         """Meet the servers' workers, unless they are those met last."""
         if servers == self.members and all(server.joined for server in servers):
-            self.engine.client.begun = False
             return
         self.members = servers
-        client = Client(servers)
-        self.engine = _trainer_engine(self._meeting(client), client, _source(self.manifest, iter(())))
+        self.client = Client(servers)
+        self.engine = _trainer_engine(self._meeting(), self.client, _source(self.manifest, iter(())))
         for server in servers:
             server.joined = True
 
-    def _meeting(self, client: Client) -> Any:
+    def _meeting(self) -> Any:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -84,14 +84,14 @@ class Native:
         size = max(BUFFER, largest)
         if self.kind == "ipc":
             return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=size)
-        address = client.servers[0].own_address()
+        address = self.members[0].own_address()
         with socket.create_server((address, 0)) as free:
             port = free.getsockname()[1]
         return NCCLTrainerInitInfo(
             rank=0,
             master_address=address,
             master_port=port,
-            world_size=1 + sum(client.workers),
+            world_size=1 + sum(self.client.workers),
             packed_buffer_size_bytes=size,
         )
 
@@ -102,7 +102,7 @@ class Client:
     def __init__(self, servers: Sequence[Remote]):
         self.servers = list(servers)
         self.workers = [server.workers() for server in servers]
-        self.begun = False
+        self.begun = False  # an update, that has not been finished
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offsets = {server: 1 + sum(self.workers[:i]) for i, server in enumerate(self.servers)}
@@ -128,6 +128,7 @@ class Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all(lambda server: server.post(adapter.FINISH))
+        self.begun = False
 
     def _all(self, act: Callable[[Remote], object]) -> None:
         """Raises what the first raised with which it failed."""

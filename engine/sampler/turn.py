@@ -1,8 +1,8 @@
 """A turn while servers sample it: what is kept of what they say, and when it is whole.
 
 What they say is not trusted: what can be no token or no log-prob, or is more than was asked for, is a `Fault`, and what
-came before it stays. The same `Ending` decides as in the in-process sampler, over the whole turn: a stop string of which
-one server wrote the begin and another the end is noticed here only.
+came before it stays. The same `Ending` decides as in the in-process sampler, over the whole turn: a stop string that
+one server began and another ended is noticed here only.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class VLLMConfig(Frozen):
     gpus: list[str] = []  # of all its servers together, as CUDA_VISIBLE_DEVICES names them; none: dealt like others
     arguments: list[str] = []  # more for `vllm serve`
     transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"  # how weights get there; auto: by the GPUs, with urls tcp
-    timeout: Positive = 60.0  # seconds without a token, whatever it was asked, after which a server hangs
+    timeout: Positive = 120.0  # seconds without a token, whatever it was asked, after which a server hangs
     patience: Positive = 600.0  # seconds that none may be there, as when they start
 
 

@@ -66,7 +66,7 @@ class Orders:
 
     def order(self, step: int) -> Order:
         self.empty -= 1
-        return Order() if self.empty >= 0 else Order([Group("main", 0, "", [], [])])
+        return Order() if self.empty >= 0 else Order([Group(0, "a", 0, [], [])])
 
 
 def test_weights_go_to_the_servers_when_they_moved_and_only_then(process: AgentProcess):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psutil
 import pytest
 
-from mgrpo.engine.config import dump_config
+from mgrpo.engine.config import dump_config, read_dump
 from mgrpo.engine.ledger import open_store
 from mgrpo.engine.rows import read_rows
 from mgrpo.engine.run import read_metrics
@@ -32,12 +35,10 @@ def begin(folder: Path, **changes: Any) -> tuple[subprocess.Popen[bytes], Any]:
     """`mgrpo train`, both agents sampled by a server each."""
     make_model(folder / "model", tie=False, **SIZES)
     config = toy_config(folder, topology="local", **{"steps": STEPS, "warmup": {"steps": 1, "episodes": 8}} | changes)
-    text = dump_config(config).replace('"vllm": null', '"vllm": {"arguments": ["--enforce-eager", "--max-num-seqs", "16"]}')
+    text = dump_config(config).replace(
+        '"vllm": null', '"vllm": {"arguments": ["--enforce-eager", "--max-num-seqs", "16"]}'
+    )
     text = text.replace('"sampler_cap": null', '"sampler_cap": 2.0')
-    import msgspec
-
-    from mgrpo.engine.config import read_dump
-
     config = read_dump(text)
     script = (
         "import sys\nfrom mgrpo.engine.config import read_dump\nfrom mgrpo.engine.display import make_display\n"
@@ -104,10 +105,6 @@ def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path: 
 
 def server_of(folder: Path, agent: str) -> int:
     """The number of the server's process, by what it says of where it listens."""
-    import re
-
-    import psutil
-
     ports = {
         int(found[1])
         for found in re.finditer(r"http://127\.0\.0\.1:(\d+)", (folder / f"run/logs/server-{agent}-0.txt").read_text())

@@ -21,7 +21,7 @@ LAYERS = (
     ("trainer", "records", "tasks", "arrivals", "sharing"),
     ("rollout", "weights"),
     ("policy", "sampler"),
-    ("batch", "objective", "advantage", "ledger"),
+    ("batch", "objective", "advantage", "ledger", "serving"),
     ("rows",),
     ("model", "store", "run", "packing", "shards", "masters", "supervisor"),
     ("intake", "accounts", "resume"),

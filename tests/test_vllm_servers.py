@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +141,25 @@ def test_turns_end_where_ours_end(servers, models):
 
 
 def test_a_call_whose_caller_went_away_is_aborted(servers):
-    """So its id is free again, long before it could have come to its end."""
-    server, body = (
-        servers["bfloat16", True],
-        adapter.generate_body(TOKENS[:5], max_tokens=250, temperature=1.0, top_p=1.0, stop=[], eos=0),
-    )
+    """Its id, which nobody may use while it runs, is soon free again."""
+    server = servers["bfloat16", True]
+    long = {"max_tokens": 250, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
+    body = json.dumps(adapter.generate_body(TOKENS[:5], **long))
+    headers = {"Content-Type": "application/json", adapter.REQUEST_ID: "went-away"}
     host, _, port = server.url.removeprefix("http://").partition(":")
-    identity = {"Content-Type": "application/json", adapter.REQUEST_ID: "went-away"}
 
-    def begin() -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(host, int(port), timeout=60)
-        connection.request("POST", adapter.GENERATE, json.dumps(body), identity)
-        return connection.getresponse()
+    def status(connection: http.client.HTTPConnection) -> int:
+        connection.request("POST", adapter.GENERATE, body, headers)
+        return connection.getresponse().status
+
+    with closing(http.client.HTTPConnection(host, int(port), timeout=60)) as first:
+        assert status(first) == 200
+        with closing(http.client.HTTPConnection(host, int(port), timeout=60)) as second:
+            assert status(second) == 409
+    until = time.monotonic() + 10
+    while status(http.client.HTTPConnection(host, int(port), timeout=60)) == 409:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", ["/pause", "/update_weights", "/collective_rpc", "/sleep", "/reset_prefix_cache"])
@@ -165,9 +173,7 @@ def test_a_wrong_token_a_wrong_model_and_an_old_version_are_refused(servers, mod
     with pytest.raises(ValueError, match="the token is wrong"):
         trainer.push(Transfer([server.url], "another", "tcp", trainer.manifest))
     other = Trainer(make_model(tmp_path / "other", **SIZES | {"hidden_size": 128}), "float32")
-    with pytest.raises(
-        ValueError, match=r"weight 'model\.embed_tokens\.weight' is \['float32', \[257, 128\]\]: expected"
-    ):
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' is \['float32', \[257, 128\]\]: expected"):
         other.push(other.transfer(server))
     with pytest.raises(ValueError, match=r"weight 'lm_head\.weight' is .*: expected None"):
         untied = Trainer(models[False], "float32")

@@ -21,11 +21,11 @@ TOKEN = "the token"
 class FakeServer:
     """calls: the control endpoints in the order of their calls. fails: path -> what is done instead of answering."""
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, token: str = TOKEN) -> None:
         self.calls: list[str] = []
         self.bodies: list[tuple[str, Any]] = []
         self.fails: dict[str, Callable[[], int]] = {}  # returns a status
-        self.workers, self.version, self.misfit = workers, "0.32.0", ""
+        self.workers, self.token, self.version, self.misfit = workers, token, "0.32.0", ""
         self.acts = dict(self.ACTS)
         self.label, self.paused, self.open = adapter.UNSET, False, False
         self.arriving: list[dict[str, Tensor]] = []
@@ -36,7 +36,7 @@ class FakeServer:
     def answer(self, path: str, body: Any, token: str) -> tuple[int, Any]:
         self.bodies.append((path, body))
         if path not in (adapter.LABEL, adapter.VERSION) or body is not None:
-            if token != f"Bearer {TOKEN}":
+            if token != f"Bearer {self.token}":
                 return 401, {"error": "no"}
             self.calls.append(path)
         if path in self.fails:

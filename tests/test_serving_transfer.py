@@ -167,6 +167,13 @@ def test_a_server_that_was_started_again_is_checked_and_brought_up(servers: list
     assert servers[0].calls == FIRST + FIRST and servers[1].calls == FIRST
 
 
+def test_waiting_ends_when_all_answer_or_the_time_is_over(servers: list[FakeServer]):
+    assert transfer_to(servers).wait(60.0) == []
+    with serve(FakeServer()) as gone:
+        pass
+    assert transfer_to([*servers, gone]).wait(0.6) == [gone.url]
+
+
 def test_another_version_of_vllm_is_refused(servers: list[FakeServer]):
     servers[1].version = "0.11.2"
     with pytest.raises(ValueError, match=rf"{servers[1].url} is vLLM 0\.11\.2: expected 0\.32"):

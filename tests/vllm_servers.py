@@ -24,9 +24,8 @@ from mgrpo.engine.serving import adapter
 from mgrpo.engine.serving.server import free_ports, server_task, token, url
 
 CONTEXT = 256
-START = 300.0  # seconds that a server may take to come up, on a machine that has much else to do
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}  # GiB of keys and values
-QUICK = ("--enforce-eager", "--max-num-seqs", "64")
+START = 600.0  # seconds that a server may take to come up, on a machine that has much else to do
+QUICK = ("--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(1 << 27))
 
 
 class RunningServer:
@@ -43,7 +42,6 @@ class RunningServer:
             max_context=CONTEXT,
             transfer="tcp",
             extra=QUICK,
-            settings=SMALL,
         )
         self.start()
 

@@ -13,6 +13,8 @@ again, it is among those that `behind` lists.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch import Tensor
 from mgrpo.engine.serving import adapter, stream
 from mgrpo.engine.serving.native import Native
 from mgrpo.engine.serving.remote import Manifest, Remote, each
+
+LOOK = 0.5  # seconds between two looks at servers that start
 
 
 class Transfer:
@@ -54,12 +58,24 @@ class Transfer:
 
     def behind(self) -> list[str]:
         """Urls of the servers that answer, but have not the newest weights: `update` would bring them."""
-        return [server.url for server in self._lacking()]
+        return [server.url for server in self._lacking(logging.DEBUG)]
+
+    def wait(self, seconds: float) -> list[str]:
+        """Until all servers answer, as they do once they have loaded their model, but no longer than so many seconds.
+
+        Returns the urls of those that do not.
+        """
+        until = time.monotonic() + seconds
+        while len(answering := each(Remote.look, self.servers, logging.DEBUG)) < len(self.servers):
+            if time.monotonic() > until:
+                break
+            time.sleep(LOOK)
+        return [server.url for server in self.servers if server not in answering]
 
     def sleep(self) -> None:
         """The servers give their GPU's memory back. The next `update` wakes them."""
         each(Remote.sleep, self.servers)
 
-    def _lacking(self) -> list[Remote]:
-        answering = each(Remote.look, self.servers)
+    def _lacking(self, level: int = logging.WARNING) -> list[Remote]:
+        answering = each(Remote.look, self.servers, level)
         return [server for server in answering if server.label != self.newest or server.asleep]

@@ -127,7 +127,7 @@ def _receive(call: Call) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(model: torch.nn.Module, config: Any, tensors: dict[str, Tensor]) -> None:
+def load(model: Any, config: Any, tensors: dict[str, Tensor]) -> None:
     """Put a whole set of weights into a model that runs, in the memory that it has them in."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload

@@ -123,8 +123,8 @@ class Remote:
         return ServerError(f"{self.url}{path}: status {error.code}: {error.read(500).decode(errors='replace')}")
 
 
-def each(act: Callable[[Remote], object], servers: Iterable[Remote]) -> list[Remote]:
-    """Do it with all servers at a time; those with which it went well. The others are left out, with a warning.
+def each(act: Callable[[Remote], object], servers: Iterable[Remote], level: int = logging.WARNING) -> list[Remote]:
+    """Do it with all servers at a time; those with which it went well. The others are left out, which is logged.
 
     Raises the ValueError of the first for which there is one, when all are done.
     """
@@ -137,5 +137,5 @@ def each(act: Callable[[Remote], object], servers: Iterable[Remote]) -> list[Rem
             future.result()
             well.append(server)
         except OSError as error:
-            log.warning("server left out: %s", error)
+            log.log(level, "server left out: %s", error)
     return well

@@ -71,4 +71,4 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data

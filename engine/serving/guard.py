@@ -14,6 +14,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mgrpo.engine.process import die_with_launcher
 from mgrpo.engine.serving import adapter
 
 TOKEN = "MGRPO_SERVER_TOKEN"
@@ -32,6 +33,7 @@ class Guard:
         token = os.environ.get(TOKEN)
         if not token or not token.isascii():
             raise ValueError(f"{TOKEN} is not set to ASCII: expected the token that control of this server needs")
+        die_with_launcher()
         self.app, self.digest = app, _digest(token)
         self.label = adapter.UNSET
         self.running: set[str] = set()

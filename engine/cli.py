@@ -125,8 +125,8 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def bench(name: Literal["kernels", "packing", "store"], quick: bool = False) -> None:
-    """Measure the kernels, the packer or the store: tables, then one line of JSON. --quick: in a minute."""
+def bench(name: Literal["kernels", "packing", "store", "rollout"], quick: bool = False) -> None:
+    """Measure the kernels, the packer, the store or rollouts: tables, then one line of JSON. --quick: in a minute."""
     import_module(f"mgrpo.bench.{name}").main(quick)
 
 

@@ -482,7 +482,7 @@ def test_a_probe_of_other_weights_than_asked_for_is_none(kit):
         sampler.probe([1, 2, 3], 1)
     sampler.fleet.servers[0].version = 1  # it moved on, and we have not heard of it
     with pytest.raises(ConnectionError, match="other weights meanwhile"):
-        sampler._wait(sampler._probe([1, 2, 3], 1))
+        sampler.wait(sampler._probe([1, 2, 3], 1))
 
 
 # ---- where a turn ends

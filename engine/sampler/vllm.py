@@ -64,16 +64,16 @@ class VLLMSampler:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True, name=f"vllm-{name}")
         self.thread.start()
-        self.fleet, self.free = self._wait(self._open(urls, concurrency))
+        self.fleet, self.free = self.wait(self._open(urls, concurrency))
 
     async def _open(self, urls: Sequence[str], concurrency: int) -> tuple[Fleet, asyncio.Semaphore]:
         return Fleet(self.name, self.agent, urls), asyncio.Semaphore(concurrency)
 
-    def _wait(self, work: Coroutine[Any, Any, R]) -> R:
+    def wait(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def stop(self) -> None:
-        self._wait(self.fleet.close())
+        self.wait(self.fleet.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -214,7 +214,7 @@ class VLLMSampler:
 
         Raises ConnectionError when one fails, or has other weights when it answers.
         """
-        return self._wait(self._probe(tokens, version))
+        return self.wait(self._probe(tokens, version))
 
     async def _probe(self, tokens: Sequence[int], version: int) -> dict[str, list[float]]:
         servers = [server for server in self.fleet.ready() if server.version == version]

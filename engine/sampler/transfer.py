@@ -34,8 +34,7 @@ class Transfer:
     """
 
     def __init__(self, urls: Sequence[str], token: str, kind: str, manifest: Manifest, timeout: float = 60.0):
-        if kind not in adapter.TRANSFERS:
-            raise ValueError(f"transfer {kind!r}: expected one of {', '.join(adapter.TRANSFERS)}")
+        adapter.check_transfer(kind)
         self.servers = [Remote(url, token, timeout) for url in urls]
         self.kind, self.manifest = kind, manifest
         self.carry = stream.carry if kind == "tcp" else Native(kind, manifest).carry

@@ -65,6 +65,12 @@ def check_version(found: str, where: str) -> None:
         raise ValueError(f"{where} is vLLM {found}: expected {' or '.join(SUPPORTED)}, which this release was made for")
 
 
+def check_transfer(kind: str) -> None:
+    """Raises ValueError for one that there is not."""
+    if kind not in TRANSFERS:
+        raise ValueError(f"transfer {kind!r}: expected one of {', '.join(TRANSFERS)}")
+
+
 def installed() -> str:
     """The version of vLLM in this environment. Raises ValueError when there is none, or none that is supported."""
     for package in PACKAGES:

@@ -67,6 +67,11 @@ def test_the_command_of_a_server(installed: Installed):
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
 
 
+def test_no_two_servers_draw_the_same_numbers(installed: Installed):
+    seeds = {value(server_task("s", "model", 1, **OPTIONS).command, "--seed") for _ in range(8)}  # type: ignore[arg-type]
+    assert len(seeds) == 8
+
+
 def test_only_ipc_lets_servers_unpickle():
     assert adapter.environment("ipc").keys() - adapter.environment("nccl").keys() == {
         "VLLM_ALLOW_INSECURE_SERIALIZATION"

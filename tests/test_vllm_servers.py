@@ -88,7 +88,7 @@ def test_updates_while_64_calls_run_lose_none_and_mix_versions_as_recorded(serve
         truth[label] = {name: weight.clone() for name, weight in trainer.policy.masters.weights.items()}
 
     update()
-    streams = [Stream(server.url, TOKENS[: 4 + i % 30], max_tokens=200, seed=i) for i in range(64)]
+    streams = [Stream(server.url, TOKENS[: 4 + i % 30], max_tokens=200) for i in range(64)]
     while not all(stream.tokens for stream in streams):
         time.sleep(0.05)
     for _ in range(3):
@@ -118,7 +118,7 @@ def test_the_guards_lines_bound_what_the_last_chunk_says(servers, models):
     transfer = trainer.transfer(server)
     trainer.step(0.1)
     trainer.push(transfer)
-    streams = [Stream(server.url, TOKENS[:8], max_tokens=200, seed=i) for i in range(16)]
+    streams = [Stream(server.url, TOKENS[:8], max_tokens=200) for i in range(16)]
     while not all(stream.tokens for stream in streams):
         time.sleep(0.05)
     trainer.step(0.1)

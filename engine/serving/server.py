@@ -21,6 +21,10 @@ def token() -> str:
     return os.environ.setdefault(TOKEN, secrets.token_urlsafe(32))
 
 
+def new_seed() -> int:
+    return secrets.randbelow(2**31)
+
+
 def free_ports(count: int) -> list[int]:
     """So many ports of the loopback interface that nobody listens at."""
     with ExitStack() as held:
@@ -41,7 +45,7 @@ def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
     adapter.check_transfer(transfer)
     if not os.environ.get(TOKEN):
         raise ValueError(f"{TOKEN} is not set: expected the token that trainers give for it")
-    command = adapter.arguments(model, transfer=transfer, **options)
+    command = adapter.arguments(model, transfer=transfer, seed=new_seed(), **options)
     os.execve(command[0], command, os.environ | adapter.environment(transfer))
 
 
@@ -77,6 +81,7 @@ def server_task(
         dtype=dtype,
         max_context=max_context,
         transfer=transfer,
+        seed=new_seed(),
         tensor_parallel=tensor_parallel,
         data_parallel=data_parallel,
         extra=extra,

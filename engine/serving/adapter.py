@@ -123,8 +123,8 @@ def generate_body(
 ) -> dict[str, Any]:
     """A turn: sample after `tokens` until a stop string, `eos` or `max_tokens`. temperature 0: greedy.
 
-    The tokens that end a turn are among those returned; the text is the caller's to decode. No seed is sent: a server for
-    CPUs dies when a seeded call is set back to be computed again, as a pause does (its generators have no offset).
+    The tokens that end a turn are among those returned; the text is the caller's to decode. No seed is sent: a server
+    for CPUs dies when a seeded call is set back to be computed again, as a pause does (its generators have no offset).
     """
     return {
         "token_ids": list(tokens),

@@ -55,6 +55,11 @@ class Transfer:
             for _ in rest:
                 pass
 
+    @property
+    def stalled(self) -> float:
+        """Seconds that the last updates kept a server from sampling, of the one that waited longest."""
+        return max((server.stalled for server in self.servers), default=0.0)
+
     def behind(self) -> list[str]:
         """Urls of the servers that answer, but have not the newest weights: `update` would bring them."""
         return [server.url for server in self._lacking(logging.DEBUG)]

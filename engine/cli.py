@@ -146,6 +146,34 @@ def simulate(
     )
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a directory with a transformers causal LM")],
+    transfer: Annotated[str, typer.Option(help="how new weights come: tcp, nccl or ipc")] = "nccl",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "bfloat16",
+    max_context: int = 1024,
+    tensor_parallel: int = 1,
+    data_parallel: int = 1,
+    extra: Annotated[list[str], typer.Argument(metavar="-- …", help="more arguments for vLLM")] = [],  # noqa: B006
+) -> None:
+    """Become a vLLM server for trainers that know the token in this environment's MGRPO_SERVER_TOKEN."""
+    from mgrpo.engine.serving.server import become_server
+
+    become_server(
+        model,
+        transfer=transfer,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_context=max_context,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        extra=extra,
+    )
+
+
 @store.command()
 def init(file: File) -> None:
     """Make the tables and the run of FILE: on a cluster, before anything else."""

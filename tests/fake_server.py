@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import create_connection
 from typing import Any, ClassVar
@@ -124,7 +124,8 @@ def serve(fake: FakeServer) -> Iterator[FakeServer]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            with suppress(BrokenPipeError):  # who asked has not waited
+                self.wfile.write(data)
 
         do_GET = do_POST = do
 

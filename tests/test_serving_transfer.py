@@ -167,6 +167,18 @@ def test_a_server_that_was_started_again_is_checked_and_brought_up(servers: list
     assert servers[0].calls == FIRST + FIRST and servers[1].calls == FIRST
 
 
+def test_a_server_is_stalled_from_its_pause_to_its_resumption(servers: list[FakeServer]):
+    def slow(server: FakeServer, body: Any) -> tuple[int, Any]:
+        time.sleep(0.2)
+        return server.finish(body)
+
+    transfer = transfer_to(servers)
+    assert transfer.stalled == 0.0 and transfer_to([]).stalled == 0.0
+    servers[1].acts[adapter.FINISH] = slow
+    update(transfer, 1)
+    assert transfer.stalled >= 0.2
+
+
 def test_waiting_ends_when_all_answer_or_the_time_is_over(servers: list[FakeServer]):
     assert transfer_to(servers).wait(60.0) == []
     with serve(FakeServer()) as gone:

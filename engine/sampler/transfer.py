@@ -34,8 +34,7 @@ class Transfer:
     """
 
     def __init__(self, urls: Sequence[str], token: str, kind: str, manifest: Manifest, timeout: float = 60.0):
-        if kind not in adapter.TRANSFERS:
-            raise ValueError(f"transfer {kind!r}: expected one of {', '.join(adapter.TRANSFERS)}")
+        adapter.check_transfer(kind)
         self.servers = [Remote(url, token, timeout) for url in urls]
         self.kind, self.manifest = kind, manifest
         self.carry = stream.carry if kind == "tcp" else Native(kind, manifest).carry
@@ -55,6 +54,11 @@ class Transfer:
         finally:
             for _ in rest:
                 pass
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the last updates kept a server from sampling, of the one that waited longest."""
+        return max((server.stalled for server in self.servers), default=0.0)
 
     def behind(self) -> list[str]:
         """Urls of the servers that answer, but have not the newest weights: `update` would bring them."""

@@ -65,6 +65,12 @@ def check_version(found: str, where: str) -> None:
         raise ValueError(f"{where} is vLLM {found}: expected {' or '.join(SUPPORTED)}, which this release was made for")
 
 
+def check_transfer(kind: str) -> None:
+    """Raises ValueError for one that there is not."""
+    if kind not in TRANSFERS:
+        raise ValueError(f"transfer {kind!r}: expected one of {', '.join(TRANSFERS)}")
+
+
 def installed() -> str:
     """The version of vLLM in this environment. Raises ValueError when there is none, or none that is supported."""
     for package in PACKAGES:
@@ -114,11 +120,11 @@ def generate_body(
     top_p: float,
     stop: Sequence[str],
     eos: int,
-    seed: int | None = None,
 ) -> dict[str, Any]:
     """A turn: sample after `tokens` until a stop string, `eos` or `max_tokens`. temperature 0: greedy.
 
-    The tokens that end a turn are among those returned; the text is the caller's to decode.
+    The tokens that end a turn are among those returned; the text is the caller's to decode. No seed is sent: a server
+    for CPUs dies when a seeded call is set back to be computed again, as a pause does (its generators have no offset).
     """
     return {
         "token_ids": list(tokens),
@@ -131,7 +137,6 @@ def generate_body(
             "stop_token_ids": [eos],
             "ignore_eos": True,  # `eos` alone ends it, not what the model's generation_config adds
             "skip_special_tokens": False,  # stop strings may name them
-            "seed": seed,
             "logprobs": 0,  # of the sampled token alone
         },
     }
@@ -211,17 +216,21 @@ def arguments(
     dtype: str,
     max_context: int,
     transfer: str,
+    seed: int,
     tensor_parallel: int = 1,
     data_parallel: int = 1,
     extra: Iterable[str] = (),
 ) -> list[str]:
-    """The command of one server. Not `vllm serve`: the build for CPUs lacks the metadata that it looks for."""
+    """The command of one server. Not `vllm serve`: the build for CPUs lacks the metadata that it looks for.
+
+    seed: another for each server, or they draw the same numbers.
+    """
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype, "--max-model-len", str(max_context)),
         *("--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size", str(data_parallel)),
-        *("--logprobs-mode", "processed_logprobs"),
+        *("--seed", str(seed), "--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm"),  # no defaults from the model's folder
         *("--middleware", "mgrpo.engine.serving.guard.Guard"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ class Remote:
         self.checked = False  # that it can take the trainer's weights
         self.joined = False  # it has met the trainer, where the transfer needs that
         self.asleep = False
+        self.stalled = 0.0  # seconds, from the last pause to the end of it
 
     def look(self) -> None:
         """See which weights it has. If no trainer has sent it any, it is one that was started again."""
@@ -72,6 +74,7 @@ class Remote:
 
     def pause(self) -> None:
         """Running calls are kept. It samples nothing until `resume`."""
+        self._paused = time.monotonic()
         if self.asleep:
             self.post(adapter.WAKE_WEIGHTS)
         self.post(adapter.PAUSE)
@@ -81,6 +84,7 @@ class Remote:
             self.post(adapter.WAKE_CACHE)
             self.asleep = False
         self.post(adapter.RESUME)
+        self.stalled = time.monotonic() - self._paused
 
     def sleep(self) -> None:
         """Give the GPU's memory back, until the next weights come."""

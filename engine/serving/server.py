@@ -1,4 +1,4 @@
-"""A server of our own: its command as a task of the supervisor, its port and its token."""
+"""A server of our own: its command as a task of the supervisor, or in place of this process; its port, its token."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any, NoReturn
 
 from mgrpo.engine.serving import adapter
 from mgrpo.engine.serving.guard import TOKEN
@@ -20,6 +21,10 @@ def token() -> str:
     return os.environ.setdefault(TOKEN, secrets.token_urlsafe(32))
 
 
+def new_seed() -> int:
+    return secrets.randbelow(2**31)
+
+
 def free_ports(count: int) -> list[int]:
     """So many ports of the loopback interface that nobody listens at."""
     with ExitStack() as held:
@@ -29,6 +34,19 @@ def free_ports(count: int) -> list[int]:
 
 def url(port: int) -> str:
     return f"http://{HOST}:{port}"
+
+
+def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
+    """Run `adapter.arguments` in place of this process: a server for trainers elsewhere, which must know its token.
+
+    Raises ValueError when this environment has no vLLM that is supported, no token, or transfer is none.
+    """
+    adapter.installed()
+    adapter.check_transfer(transfer)
+    if not os.environ.get(TOKEN):
+        raise ValueError(f"{TOKEN} is not set: expected the token that trainers give for it")
+    command = adapter.arguments(model, transfer=transfer, seed=new_seed(), **options)
+    os.execve(command[0], command, os.environ | adapter.environment(transfer))
 
 
 def server_task(
@@ -63,6 +81,7 @@ def server_task(
         dtype=dtype,
         max_context=max_context,
         transfer=transfer,
+        seed=new_seed(),
         tensor_parallel=tensor_parallel,
         data_parallel=data_parallel,
         extra=extra,

@@ -175,4 +175,9 @@ def cluster_commands(config: Config, file: Path) -> str:
     """What to run where, for topology `cluster`."""
     lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
     lines += [f"  torchrun … -m mgrpo.engine agent {file} --name {name}" for name in config.agents]
+    for agent in config.agents.values():
+        if agent.vllm:
+            lines.append(
+                f"  mgrpo serve {agent.model} …      # at {', '.join(agent.vllm.urls)}; MGRPO_SERVER_TOKEN everywhere"
+            )
     return "\n".join(lines)

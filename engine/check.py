@@ -74,8 +74,8 @@ def servers(vllm: VLLMConfig) -> str:
 
 
 def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
-    """sizes: of each agent, as `memory`. A worker holds weights and cache of every agent that no server samples, a trainer
-    its own agent's. What vLLM servers take, most of their GPUs unless told otherwise, is not in it."""
+    """sizes: of each agent, as `memory`. A worker holds weights and cache of every agent that no server samples, a
+    trainer its own agent's. What vLLM servers take, most of their GPUs unless told otherwise, is not in it."""
     if config.topology == "colocated":
         return f"about {sum(map(sum, sizes.values())):.1f} GiB"
     trainers = {name: weights + optimizer for name, (weights, optimizer, _) in sizes.items()}

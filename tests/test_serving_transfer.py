@@ -68,7 +68,7 @@ def has(server: FakeServer, version: int) -> bool:
 
 def test_every_worker_of_every_server_has_the_weights_and_their_label(servers: list[FakeServer]):
     transfer = transfer_to(servers)
-    assert transfer.behind() == [], "there are no weights yet"
+    assert transfer.behind() == [server.url for server in servers]
     for version in (1, 2, 5):
         assert update(transfer, version) == [server.url for server in servers]
         assert all(has(server, version) and not server.paused for server in servers)
@@ -186,6 +186,15 @@ def test_waiting_ends_when_all_answer_or_the_time_is_over(servers: list[FakeServ
     assert transfer_to([*servers, gone]).wait(0.6) == [gone.url]
 
 
+def test_a_trainer_that_was_started_again_frees_what_the_one_before_left_paused(servers: list[FakeServer]):
+    """It died between naming the weights and going on: the label is no sign of it."""
+    update(transfer_to(servers), 1)
+    servers[1].paused = True
+    transfer = transfer_to(servers)
+    assert update(transfer, 1) == [server.url for server in servers]
+    assert not servers[1].paused and transfer.behind() == []
+
+
 def test_another_version_of_vllm_is_refused(servers: list[FakeServer]):
     servers[1].version = "0.11.2"
     with pytest.raises(ValueError, match=rf"{servers[1].url} is vLLM 0\.11\.2: expected 0\.32"):
@@ -237,8 +246,8 @@ def test_sleeping_servers_wake_for_new_weights_before_they_go_on(servers: list[F
     update(transfer, 1)
     servers[0].calls.clear()
     transfer.sleep()
-    assert transfer.behind() == [servers[0].url], "asleep, it has none"
-    update(transfer, 1)
+    assert transfer.behind() == [], "nothing wakes it but new weights"
+    update(transfer, 2)
     assert servers[0].calls == [
         adapter.SLEEP,
         adapter.WORLD,

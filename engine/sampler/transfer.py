@@ -8,7 +8,8 @@ nccl  vLLM's own, between GPUs: one broadcast to all servers, which are paused f
 ipc   vLLM's own, for servers on the GPU of the trainer, which is one process.
 
 A server that does not answer is left out and keeps its weights and their label. Once it answers again, or was started
-again, it is among those that `behind` lists.
+again, it is among those that `behind` lists; as are all servers for a trainer that was itself started again, since the
+one before it may have left them paused.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ class Transfer:
         rest = iter(tensors)
         try:
             ready = each(lambda server: server.check(self.manifest, self.kind), self._lacking())
-            return [server.url for server in self.carry(ready, rest, version, step)]
+            settled = self.carry(ready, rest, version, step)
         finally:
             for _ in rest:
                 pass
+        for server in settled:
+            server.settled = True
+        return [server.url for server in settled]
 
     @property
     def stalled(self) -> float:
@@ -61,8 +65,11 @@ class Transfer:
         return max((server.stalled for server in self.servers), default=0.0)
 
     def behind(self) -> list[str]:
-        """Urls of the servers that answer, but have not the newest weights: `update` would bring them."""
-        return [server.url for server in self._lacking(logging.DEBUG)]
+        """Urls of the servers that answer, but have not the newest weights: `update` would bring them.
+
+        None that sleeps: it is to wake for the next weights only.
+        """
+        return [server.url for server in self._lacking(logging.DEBUG) if not server.asleep]
 
     def wait(self, seconds: float) -> list[str]:
         """Until all servers answer, as they do once they have loaded their model, but no longer than so many seconds.
@@ -82,4 +89,4 @@ class Transfer:
 
     def _lacking(self, level: int = logging.WARNING) -> list[Remote]:
         answering = each(Remote.look, self.servers, level)
-        return [server for server in answering if server.label != self.newest or server.asleep]
+        return [server for server in answering if server.label != self.newest or not server.settled]

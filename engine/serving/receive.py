@@ -1,4 +1,4 @@
-"""Inside a vLLM worker: new weights arrive while it samples, and are put in between two pauses' ends.
+"""Inside a vLLM worker: new weights arrive while it samples, and are put in while it pauses.
 
 The transfer engine `tcp` receives in a thread, into memory of its own, and touches the model only when all of it is
 there: an update that breaks off leaves the old weights whole, and a server is paused for as long as the loading takes,
@@ -11,7 +11,9 @@ use vLLM's own engines (`nccl`, `ipc`) too.
 from __future__ import annotations
 
 import json
+import os
 import socket
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,7 +49,10 @@ class Extension:
             if ways[key] != way:
                 return {"error": f"it was started with {key} {ways[key]!r}: expected {way!r}"}
         wanted = expected(config.hf_config, str(config.dtype).removeprefix("torch."))
-        return {"error": error} if (error := misfit(wanted, given["weights"])) else {}
+        if error := misfit(wanted, given["weights"]):
+            return {"error": error}
+        self.weight_transfer_engine.wanted = wanted
+        return {}
 
     def abandon(self) -> None:
         """Give up an update that was left open. Nothing of it is in the model: only for the engine `tcp`."""
@@ -96,6 +101,7 @@ class ReceiveEngine(WeightTransferEngine):
         super().__init__(*args, **options)
         self.thread = ThreadPoolExecutor(1, "weights")
         self.arriving: Future[dict[str, Tensor]] | None = None
+        self.wanted: Manifest = {}  # as long as no trainer was found to fit
 
     def init_transfer_engine(self, init_info: Begin) -> None:
         pass
@@ -111,9 +117,22 @@ class ReceiveEngine(WeightTransferEngine):
         self.arriving = self.thread.submit(_receive, update_info)
 
     def finish_weight_update(self) -> None:
-        """Load what arrived. Raises what receiving it raised, and leaves the model then as it was."""
+        """Load what arrived. Raises what receiving it raised, or ValueError if it does not fit: the model is as it was.
+
+        A process that could not load all of it ends: nothing may be sampled by a half.
+        """
         assert self.arriving is not None, "finish_weight_update before update_weights"
-        load(self.model, self.model_config, self.arriving.result())
+        tensors, whole = self.arriving.result(), False
+        given = {name: (str(of.dtype).removeprefix("torch."), list(of.shape)) for name, of in tensors.items()}
+        if error := misfit(self.wanted, given):
+            raise ValueError(error)
+        try:
+            load(self.model, self.model_config, tensors)
+            whole = True
+        finally:
+            if not whole:
+                traceback.print_exc()
+                os._exit(1)
         self.arriving = None
 
     def shutdown(self) -> None:
@@ -135,14 +154,10 @@ def load(model: Any, config: Any, tensors: dict[str, Tensor]) -> None:
     initialize_layerwise_reload(model)
     model.load_weights(tensors.items())
     finalize_layerwise_reload(model, config)
-    head = getattr(model, "lm_head", None)
-    if (
-        getattr(config.hf_config, "tie_word_embeddings", False)
-        and head is not None
-        and head.weight.device.type == "cpu"
-    ):
-        # A tied head is loaded with the embedding; its packed copy for the CPU is made anew by nobody else.
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    tied = getattr(config.hf_config, "tie_word_embeddings", False)
+    if tied and model.lm_head.weight.device.type == "cpu":
+        # It came with the embedding; the CPU's packed copy of it is made anew by nobody else.
+        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 
 WeightTransferEngineFactory.register_engine("tcp", ReceiveEngine)

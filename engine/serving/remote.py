@@ -41,13 +41,14 @@ class Remote:
         self.checked = False  # that it can take the trainer's weights
         self.joined = False  # it has met the trainer, where the transfer needs that
         self.asleep = False
+        self.settled = False  # it took its weights from this very trainer, and goes on with them
         self.stalled = 0.0  # seconds, from the last pause to the end of it
 
     def look(self) -> None:
         """See which weights it has. If no trainer has sent it any, it is one that was started again."""
         self.label = str(self._call("GET", adapter.LABEL)["label"])
         if self.label == adapter.UNSET:
-            self.checked = self.joined = self.asleep = False
+            self.checked = self.joined = self.asleep = self.settled = False
 
     def name(self, version: int, step: int) -> None:
         """Label the weights that it has, and read that back."""
@@ -89,7 +90,7 @@ class Remote:
     def sleep(self) -> None:
         """Give the GPU's memory back, until the next weights come."""
         self.post(adapter.SLEEP)
-        self.asleep = True
+        self.asleep, self.settled = True, False
 
     def stop(self) -> None:
         """Have it end, as a failure."""

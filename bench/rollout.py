@@ -211,9 +211,7 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
         async def episode(number: int) -> None:
             for length in (PROMPT, PROMPT + TURN + OBSERVATION):
                 tokens = [1 + (number + at) % 200 for at in range(length)]
-                body = adapter.generate_body(
-                    tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0, seed=number
-                )
+                body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
                 async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
                     await response.read()
 

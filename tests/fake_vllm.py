@@ -71,6 +71,7 @@ class FakeVLLM:
             together,
         )
         self.length, self.vllm, self.token, self.model_version = length, vllm, token, model_version
+        self.random = np.random.default_rng()
         self.misdeeds: deque[tuple[str, Any]] = deque()
         self.requests: list[dict[str, Any]] = []
         self.ids: list[str] = []
@@ -249,14 +250,14 @@ class FakeVLLM:
 
     async def _tokens(self, body: Any):
         params, tokens = body["sampling_params"], list(body["token_ids"])
-        random, begin = np.random.default_rng(params["seed"] or 0), len(tokens)
+        begin = len(tokens)
         finish = None
         while finish is None:
             if self.pace:
                 await asyncio.sleep(self.pace)
             greedy = params["temperature"] == 0
             values = self._logps(tokens, params["temperature"] or 1.0, params["top_p"])
-            token = int(values.argmax() if greedy else random.choice(self.vocabulary, p=np.exp(values)))
+            token = int(values.argmax() if greedy else self.random.choice(self.vocabulary, p=np.exp(values)))
             tokens.append(token)
             new = tokens[begin:]
             text = self.tokenizer.decode(new)

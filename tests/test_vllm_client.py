@@ -140,22 +140,13 @@ def test_a_greedy_session_takes_the_likeliest_token_and_records_no_choice(kit):
     assert set(one.logprobs) == {0.0}
 
 
-def test_the_same_seed_asks_with_the_same_random_numbers_and_every_turn_with_new_ones(kit):
-    server = kit.serve()
-    sampler = kit.sampler(server)
-    for _ in range(2):
-        play(sampler, [session(5)], turns=3)
-    seeds = [body["sampling_params"]["seed"] for body in server.requests]
-    assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
-
-
 def test_hundreds_of_turns_at_once_are_balanced_within_the_limit_over_connections_that_are_kept(kit):
     servers = [kit.serve() for _ in range(3)]
     sampler = kit.sampler(*servers, concurrency=96)
     sessions = [session(seed) for seed in range(256)]
     check(sampler, sessions, play(sampler, sessions, turns=2, seconds=120))
     assert sum(len(server.requests) for server in servers) == 512
-    assert max(server.most for server in servers) <= 52 and sampler.fleet.faults == 0
+    assert max(server.most for server in servers) <= 60 and sampler.fleet.faults == 0
     assert sum(len(server.connections) for server in servers) < 256
 
 
@@ -244,7 +235,6 @@ def test_what_had_come_before_a_server_died_is_gone_on_from_and_not_asked_for_ag
     asked = [body for server in servers for body in server.requests]
     assert sorted(len(body["token_ids"]) for body in asked) == [9, 14, 19]
     assert sorted(body["sampling_params"]["max_tokens"] for body in asked) == [2, 7, 12]
-    assert len({body["sampling_params"]["seed"] for body in asked}) == 3
     assert all(one.tokens[: len(body["token_ids"])] == body["token_ids"] for body in asked)
 
 
@@ -295,10 +285,19 @@ def test_when_no_server_comes_back_the_error_names_them_and_what_is_wrong(kit):
 
 def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit, monkeypatch):
     server = kit.serve()
-    server.misdeeds.extend([lie(scores(math.nan))] * 100)
+    server.misdeeds.extend([lie(scores(math.nan))] * 1000)
     monkeypatch.setattr(fleet_module, "LONGEST", 0.02)
-    with pytest.raises(NoServer, match=rf"a turn failed .* on {server.url}: Fault: log-prob nan"):
-        play(kit.sampler(server), [session(1)])
+    message = rf"agents\.main\.vllm: a turn got no token for 0\.5 s, last from {server.url}: Fault: log-prob nan"
+    with pytest.raises(NoServer, match=message):
+        play(kit.sampler(server, patience=0.5), [session(1)])
+
+
+def test_a_server_that_is_too_busy_for_a_while_is_waited_for(kit):
+    server = kit.serve()
+    server.misdeeds.extend([("status", 503)] * 12)
+    sampler = kit.sampler(server)
+    check(sampler, [one := session(1)], play(sampler, [one]))
+    assert len(server.requests) == 13
 
 
 def test_a_server_that_stays_silent_while_another_turn_of_its_gets_tokens_does_not_hang(kit):

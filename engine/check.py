@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgrpo.engine.advantage import estimator
-from mgrpo.engine.config import AgentConfig, Config
+from mgrpo.engine.config import AgentConfig, Config, VLLMConfig
 from mgrpo.engine.launch import restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
@@ -57,21 +57,34 @@ def processes(config: Config) -> str:
         f"trainer of {name}" + (f" ({agent.ranks} ranks)" if agent.ranks > 1 else "")
         for name, agent in config.agents.items()
     ]
+    trainers += [f"{servers(agent.vllm)} for {name}" for name, agent in config.agents.items() if agent.vllm]
     ahead = config.sampling.max_staleness
     pace = f"sampling at most {ahead} steps ahead" if ahead else "on-policy"
     if config.topology == "cluster":
-        trainers = [f"trainer of {name} (as many ranks as torchrun starts)" for name in config.agents]
+        trainers[: len(config.agents)] = [
+            f"trainer of {name} (as many ranks as torchrun starts)" for name in config.agents
+        ]
         return f"{', '.join(trainers)}, any number of rollout workers; {pace}"
     cards = f"{count} GPUs between them" if (count := len(gpus(config))) else str(device)
     return f"{', '.join(trainers)}, {config.sampling.workers} x rollout worker, a launcher; {cards}; {pace}"
 
 
+def servers(vllm: VLLMConfig) -> str:
+    """An agent's servers, in words."""
+    if vllm.urls:
+        return f"vLLM at {' and '.join(vllm.urls)}"
+    size = vllm.tensor_parallel * vllm.data_parallel
+    return f"{vllm.servers} x vLLM server" + (f" of {size} GPUs" if size > 1 else "")
+
+
 def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
-    """sizes: of each agent, as `memory`. A worker holds every agent's weights and cache, a trainer its own agent's."""
+    """sizes: of each agent, as `memory`. A worker holds weights and cache of every agent that no server samples, a
+    trainer its own agent's. What vLLM servers take, most of their GPUs unless told otherwise, is not in it."""
     if config.topology == "colocated":
         return f"about {sum(map(sum, sizes.values())):.1f} GiB"
     trainers = {name: weights + optimizer for name, (weights, optimizer, _) in sizes.items()}
-    worker = sum(weights + cache for weights, _, cache in sizes.values())
+    held = [sizes[name] for name, agent in config.agents.items() if agent.vllm is None]
+    worker = sum(weights + cache for weights, _, cache in held)
     parts = [f"{size:.1f} GiB for the trainer of {name}" for name, size in trainers.items()]
     parts.append(f"{worker:.1f} GiB for each rollout worker")
     if config.topology == "local":

@@ -125,8 +125,8 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def bench(name: Literal["kernels", "packing", "step", "store"], quick: bool = False) -> None:
-    """Measure the kernels, the packer, a step or the store: tables, then one line of JSON. --quick: in a minute."""
+def bench(name: Literal["kernels", "packing", "step", "store", "rollout"], quick: bool = False) -> None:
+    """Measure a part: tables, then one line of JSON. --quick: in a minute."""
     import_module(f"mgrpo.bench.{name}").main(quick)
 
 
@@ -143,6 +143,34 @@ def simulate(
     config = load_config(file, overrides)
     print(
         import_module("mgrpo.engine.simulate").simulate(config, workload or Path(config.run_dir), gpus, steps, figure)
+    )
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a directory with a transformers causal LM")],
+    transfer: Annotated[str, typer.Option(help="how new weights come: tcp, nccl or ipc")] = "nccl",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "bfloat16",
+    max_context: int = 1024,
+    tensor_parallel: int = 1,
+    data_parallel: int = 1,
+    extra: Annotated[list[str], typer.Argument(metavar="-- …", help="more arguments for vLLM")] = [],  # noqa: B006
+) -> None:
+    """Become a vLLM server for trainers that know the token in this environment's MGRPO_SERVER_TOKEN."""
+    from mgrpo.engine.serving.server import become_server
+
+    become_server(
+        model,
+        transfer=transfer,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_context=max_context,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        extra=extra,
     )
 
 

@@ -39,6 +39,24 @@ class EnvironmentConfig(Frozen):
     options: dict[str, Any] = {}
 
 
+class VLLMConfig(Frozen):
+    """vLLM servers that sample an agent, in place of the rollout workers themselves. Topologies local and cluster.
+
+    Its trainer puts new weights into them while they sample: turns that run go on with the new ones, whatever
+    sampling.switch says. Which versions had a part in a call is recorded, and algorithm.sampler_cap must be set.
+    """
+
+    urls: list[Annotated[str, Meta(pattern=r"^https?://[^/@]+$")]] = []  # that run already; none: `local` starts them
+    servers: Count = 1  # that `local` starts
+    tensor_parallel: Count = 1  # GPUs that share the weights of one server
+    data_parallel: Count = 1  # copies of the weights in one server
+    gpus: list[str] = []  # of all its servers together, as CUDA_VISIBLE_DEVICES names them; none: dealt like others
+    arguments: list[str] = []  # more for `vllm serve`
+    transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"  # how weights get there; auto: by the GPUs, with urls tcp
+    timeout: Positive = 120.0  # seconds without a token, whatever it was asked, after which a server hangs
+    patience: Positive = 600.0  # seconds that none may be there, as when they start
+
+
 class AgentConfig(Frozen):
     """One agent: its weights, how it samples, how it is optimised."""
 
@@ -52,6 +70,7 @@ class AgentConfig(Frozen):
     max_new_tokens: Count = 64  # per turn
     max_turns: Count = 8
     max_context: Annotated[int, Meta(ge=2)] = 1024  # tokens of one call, prompt included
+    vllm: VLLMConfig | None = None  # the servers that sample it; absent: the rollout workers do
     # optimisation
     lr: Positive = 1e-6
     weight_decay: NonNegative = 0.0
@@ -149,7 +168,7 @@ class ComputeConfig(Frozen):
     max_tokens: Count = 4096  # of one micro-batch
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the decoder layers; on a GPU only
-    concurrency: Count = 96  # calls of one agent that the in-process sampler advances together
+    concurrency: Count = 96  # calls of one agent that are sampled together
 
 
 class Config(Frozen):
@@ -216,12 +235,35 @@ def parse_config(raw: dict[str, Any]) -> Config:
             raise ValueError(f"config: agents: {name!r} given: expected a name of letters, digits and underscores")
     if not config.trained and config.steps:
         raise ValueError("config: agents: train = false for all given: expected at least one to train, or steps = 0")
+    for name in config.agents:
+        _check_servers(name, config)
     return config
 
 
 def parse_agent(name: str, raw: Any) -> AgentConfig:
     """Check one agent's keys. Raises ValueError naming the key, the value and what was expected."""
     return _convert(raw, AgentConfig, f"agents.{name}")
+
+
+def _check_servers(name: str, config: Config) -> None:
+    """What an agent's servers need of the other sections."""
+    vllm, key = config.agents[name].vllm, f"config: agents.{name}.vllm"
+    if vllm is None:
+        return
+    if config.topology == "colocated":
+        raise ValueError(f"{key}: given with topology = 'colocated': expected 'local' or 'cluster'")
+    if config.topology == "cluster" and not vllm.urls:
+        raise ValueError(
+            f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself"
+        )
+    wanted = vllm.servers * vllm.tensor_parallel * vllm.data_parallel
+    if vllm.gpus and len(vllm.gpus) != wanted:
+        raise ValueError(f"{key}.gpus: {vllm.gpus} given: expected {wanted}, for servers x tensor x data_parallel")
+    if config.algorithm.sampler_cap is None:
+        raise ValueError(
+            f"{key}: given without algorithm.sampler_cap: expected a number, as 2.0: the servers' log-probs are not "
+            "quite the trainer's, and weights may change within a turn"
+        )
 
 
 def dump_config(config: Config) -> str:
@@ -293,6 +335,7 @@ def _type(schema: Any, path: list[str]) -> Any:
     """The type of a key of a section."""
     for part in path:
         schema = next(field.type for field in msgspec.structs.fields(schema) if field.name == part)
+        schema = next((one for one in get_args(schema) if isinstance(one, type) and issubclass(one, Frozen)), schema)
     return schema
 
 

@@ -1,4 +1,4 @@
-"""Topology `local`: one trainer process, or group of ranks, per agent and some rollout workers, on this machine.
+"""Topology `local`: one trainer process, or group of ranks, per agent, its vLLM servers, and some rollout workers.
 
 This process trains nothing and imports no torch: it holds the run directory, begins the run in the store, and starts,
 watches and stops the others. All they need to go on is in their own checkpoints and in the store.
@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from mgrpo.engine.process import RENDEZVOUS
 from mgrpo.engine.resume import check_unchanged
 from mgrpo.engine.rows import read_rows
 from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.serving.place import Place, announce, transfer_kind
+from mgrpo.engine.serving.server import free_ports, server_task, url
 from mgrpo.engine.supervisor import Supervisor, Task
 from mgrpo.engine.watch import Watch
 
@@ -78,17 +80,53 @@ def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
 def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:
     """The run's processes. file: the config as JSON; meeting: a private folder in which ranks find each other."""
     devices = cycle(gpus(config) or [""])
-    tasks = []
+    mine = {name: list(islice(devices, agent.ranks)) for name, agent in config.agents.items()}
+    tasks, places = _servers(config, devices, mine)
+    known = announce(places)
     for name, agent in config.agents.items():
-        mine = ",".join(islice(devices, agent.ranks))
-        environments = _ranks(agent.ranks, _settings(agent.ranks, mine, {}), f"file://{meeting}/{name}")
+        settings = _settings(agent.ranks, mine[name], {}) | known
+        environments = _ranks(agent.ranks, settings, f"file://{meeting}/{name}")
         tasks.append(Task(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
     alone = config.sampling.workers == 1 and config.sampling.max_staleness == 0
     for number in range(config.sampling.workers):
-        settings = _settings(1, next(devices), SPIN if alone else {})
+        computes = any(agent.vllm is None for agent in config.agents.values())
+        settings = _settings(1, [next(devices)] if computes else [], SPIN if alone else {}) | known
         command = [*ENTRY, "rollout", str(file), "--name", f"worker-{number}"]
         tasks.append(Task(f"worker-{number}", command, lambda _, settings=settings: [settings]))  # type: ignore[misc]
     return tasks
+
+
+def _servers(
+    config: Config, devices: Iterator[str], trainers: Mapping[str, Sequence[str]]
+) -> tuple[list[Task], dict[str, Place]]:
+    """Those that the run starts itself, and where they are. trainers: the GPUs of each agent's trainer."""
+    tasks, places = [], {}
+    for name, agent in config.agents.items():
+        vllm = agent.vllm
+        if vllm is None or vllm.urls:
+            continue
+        size = vllm.tensor_parallel * vllm.data_parallel
+        cards = [card for card in vllm.gpus or islice(devices, vllm.servers * size) if card]
+        kind = transfer_kind(vllm.transfer, set(trainers[name]) - {""}, set(cards))
+        ports = free_ports(vllm.servers)
+        for number, port in enumerate(ports):
+            tasks.append(
+                server_task(
+                    f"server-{name}-{number}",
+                    agent.model,
+                    port,
+                    dtype=config.compute.dtype,
+                    max_context=agent.max_context,
+                    transfer=kind,
+                    gpus=cards[number * size : (number + 1) * size],
+                    tensor_parallel=vllm.tensor_parallel,
+                    data_parallel=vllm.data_parallel,
+                    extra=vllm.arguments,
+                    settings=_settings(1, []),
+                )
+            )
+        places[name] = Place([url(port) for port in ports], kind)
+    return tasks, places
 
 
 def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int], Sequence[Mapping[str, str]]]:
@@ -104,7 +142,7 @@ def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int]
     return environments
 
 
-def _settings(ranks: int, devices: str, spin: Mapping[str, str]) -> dict[str, str]:
+def _settings(ranks: int, devices: Sequence[str], spin: Mapping[str, str]) -> dict[str, str]:
     """The cores and GPUs of one of `ranks` processes that work at the same time.
 
     Agents and workers mostly wait for each other, so that each has all cores; but where a thread would spin while it
@@ -113,7 +151,7 @@ def _settings(ranks: int, devices: str, spin: Mapping[str, str]) -> dict[str, st
     cores = len(os.sched_getaffinity(0))
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "OMP_WAIT_POLICY": "PASSIVE", **spin}
     settings = {key: os.environ.get(key, value) for key, value in wanted.items()}
-    return settings | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+    return settings | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if any(devices) else {})
 
 
 def gpus(config: Config) -> list[str]:
@@ -144,4 +182,9 @@ def cluster_commands(config: Config, file: Path) -> str:
     """What to run where, for topology `cluster`."""
     lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
     lines += [f"  torchrun … -m mgrpo.engine agent {file} --name {name}" for name in config.agents]
+    for agent in config.agents.values():
+        if agent.vllm:
+            lines.append(
+                f"  mgrpo serve {agent.model} …      # at {', '.join(agent.vllm.urls)}; MGRPO_SERVER_TOKEN everywhere"
+            )
     return "\n".join(lines)

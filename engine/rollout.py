@@ -2,11 +2,14 @@
 
 Every episode is a coroutine written the way it reads; episodes run side by side and come and go, and the samplers
 advance whatever turns are waiting together. Tokens stay ids: only what the environment writes is tokenised, once.
+Samplers in this process are stepped here, between looks at what the episodes do; others, on servers, end a turn when
+they have it. While no sampler here has work, this loop sleeps until a turn is asked for or an episode ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import math
@@ -85,7 +88,8 @@ class Episodes:
         self.config, self.environment, self.samplers, self.timeout = config, environment, samplers, timeout
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
-        self.busy = 0.0  # seconds that the samplers took, in all
+        self.busy = 0.0  # seconds that the samplers took, in all; on servers too
+        self.acting = 0  # turns that run
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
@@ -103,36 +107,48 @@ class Episodes:
         asyncio.run(self._stream(more, ended))
 
     async def _stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
-        self.asked = asyncio.Event()  # a turn waits for its sampler
-        running: list[asyncio.Task[Rollout]] = []
+        self.woken = asyncio.Event()  # a turn waits for its sampler, or an episode has ended
+        running: set[asyncio.Task[Rollout]] = set()
+        done: list[asyncio.Task[Rollout]] = []
+
+        def note(task: asyncio.Task[Rollout]) -> None:
+            done.append(task)
+            self.woken.set()
+
         try:
             while True:
-                running += [asyncio.create_task(self._rollout(job)) for job in more(len(running))]
+                for job in more(len(running)):
+                    task = asyncio.create_task(self._rollout(job))
+                    task.add_done_callback(note)
+                    running.add(task)
                 if not running:
                     return
                 for _ in range(4):  # a sub-agent's result reaches the main agent's next turn through as many callbacks
                     await asyncio.sleep(0)
-                for task in [task for task in running if task.done()]:
+                for task in done:
                     running.remove(task)
                     ended(task.result())  # raises what ends all of them: an error that is not one episode's
-                await self._advance(running)
+                done.clear()
+                await self._advance()
         finally:  # Ctrl-C, or an error of one: end the others before their samplers are used again
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _advance(self, running: Sequence[asyncio.Task[Rollout]]) -> None:
+    async def _advance(self) -> None:
         """Every coroutine went as far as it can: advance the sampler with the most calls waiting."""
         busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
         if busiest.pending:
             began = time.monotonic()
             busiest.step()
             self.busy += time.monotonic() - began
-        elif running:  # they wait for the user's async code, or for servers
-            self.asked.clear()
-            asked = asyncio.create_task(self.asked.wait())
-            await asyncio.wait({asked, *running}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
-            asked.cancel()
+        else:  # they wait for the user's async code, or for servers
+            began = time.monotonic()
+            self.woken.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.woken.wait(), POLL)
+            if self.acting:
+                self.busy += time.monotonic() - began
 
     async def _rollout(self, job: Job) -> Rollout:
         started = time.monotonic()
@@ -192,8 +208,12 @@ class Episodes:
         return "turns"
 
     async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
-        self.asked.set()
-        return await sampler.act(session)
+        self.woken.set()
+        self.acting += 1
+        try:
+            return await sampler.act(session)
+        finally:
+            self.acting -= 1
 
     async def _use_all(self, rollout: Rollout, call: Call, uses: tuple[ToolCall | Delegate, ...]) -> list[str]:
         """Tools and delegations of one turn, side by side. A sibling of one that raises still runs to its end."""

@@ -35,12 +35,14 @@ LAST_LINES, LAST_BYTES = 10, 4096  # of a log, that an error shows
 class Task:
     """What to run: `command` once with each of `environments`, which are added to this process' own.
 
-    environments takes the number of the attempt, from 0, so that ranks of a new attempt can meet elsewhere.
+    environments takes the number of the attempt, from 0, so that ranks of a new attempt can meet elsewhere. service: it
+    has no end of its own, and is ended, by SIGTERM, when those that have are at theirs.
     """
 
     name: str
     command: Sequence[str]
     environments: Callable[[int], Sequence[Mapping[str, str]]] = lambda attempt: ({},)
+    service: bool = False
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Supervised:
 
     def failed(self) -> Member | None:
         """The first process that ended in an error; then the others are killed. None if none did."""
-        failed = next((member for member in self.members if member.poll() not in (None, 0)), None)
+        fine = (None,) if self.task.service else (None, 0)
+        failed = next((member for member in self.members if member.poll() not in fine), None)
         if failed is not None:
             self.kill()
             self.failures += 1
@@ -135,7 +138,8 @@ class Supervisor:
         self.tasks = [Supervised(task, logs, self._pipe[0]) for task in tasks]
 
     def run(self, tick: Callable[[], None] = lambda: None, grace: float = GRACE) -> None:
-        """To be called once. Returns when every task ended with status 0. `tick` is called about ten times a second.
+        """To be called once. Returns when every task that is no service ended with status 0. `tick` is called about ten
+        times a second.
 
         Raises ChildProcessError naming the process that failed once too often, how it ended and the last lines of its
         log, and Interrupted after SIGINT, SIGTERM or SIGHUP; either way, and for whatever `tick` raises, all processes
@@ -144,7 +148,7 @@ class Supervisor:
         """
         with asked_to_end() as asked:
             try:
-                while not all(task.done for task in self.tasks):
+                while not all(task.done or task.task.service for task in self.tasks):
                     for task in self.tasks:
                         self._advance(task)
                     if asked():
@@ -181,20 +185,20 @@ class Supervisor:
         self.say(": ".join([f"{how}, starts again in {delay:.0f} s ({task.failures} of {self.restarts})", *last]))
 
     def _stop(self, asked: Callable[[], int], grace: float) -> None:
-        """From asking to killing."""
-        for number, seconds in ((signal.SIGINT, grace), (signal.SIGTERM, LAST_GRACE)):
-            for member in self._living():
+        """From asking to killing. Services are there until the others, which may still need them, are gone."""
+        for number, seconds, services in ((signal.SIGINT, grace, False), (signal.SIGTERM, LAST_GRACE, True)):
+            for member in self._living(services):
                 member.process.send_signal(number)  # to it alone: what it started is its own to end
             begun, before = time.monotonic(), asked()
-            while self._living() and (waited := time.monotonic() - begun) < seconds:
+            while self._living(services) and (waited := time.monotonic() - begun) < seconds:
                 if asked() > before and waited >= AGAIN:  # sooner they would take the next one for the same request
                     break
                 time.sleep(POLL)
         for task in self.tasks:
             task.kill()
 
-    def _living(self) -> list[Member]:
-        return [member for task in self.tasks for member in task.living()]
+    def _living(self, services: bool) -> list[Member]:
+        return [member for task in self.tasks if services or not task.task.service for member in task.living()]
 
 
 def _ended(pid: int) -> bool:

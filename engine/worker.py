@@ -5,6 +5,7 @@ published weights, and records each as it ends. Episodes come and go: while a st
 
 With switch = "episode" all of an episode is sampled by the same weights: this process holds them once, so when new ones
 come no episode begins until those running have ended. With "turn" they come in between the turns of running episodes.
+Agents that vLLM servers sample are apart: the trainer writes new weights into the servers at any moment.
 
 It may be killed at any time: a query that it leased is free again when the lease lapses, and only rollouts that were
 not recorded are sampled anew. A store that cannot be reached, a full disk and weights that cannot be read are waited
@@ -18,7 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from mgrpo.engine.arrivals import Arrivals, Heartbeat, Window
 from mgrpo.engine.config import Config
@@ -28,11 +29,15 @@ from mgrpo.engine.process import doubling, keep_memory, make_deterministic
 from mgrpo.engine.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout import Episodes, Job, Rollout, load_environment
 from mgrpo.engine.run import Rows, locked
-from mgrpo.engine.sampler import InProcessSampler
+from mgrpo.engine.sampler import InProcessSampler, Sampler
+from mgrpo.engine.serving.place import find
 from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
 from mgrpo.engine.tasks import accuracy, eval_due, eval_jobs, load_tasks, pick
 from mgrpo.engine.trajectories import TrajectoryWriter
 from mgrpo.engine.weights import DamagedWeights
+
+if TYPE_CHECKING:
+    from mgrpo.engine.sampler.vllm import VLLMSampler
 
 LOOK = 0.25  # seconds between looks into the store while episodes run
 FLUSH = 0.5  # seconds that an ended rollout waits, at most, for others to be recorded with
@@ -63,12 +68,14 @@ class Worker:
         make_deterministic(config.seed, config.deterministic)
         environment = load_environment(config.environment)
         self.train, self.held_out = load_tasks(environment, "train"), load_tasks(environment, "held_out")
-        samplers = {agent: _make_sampler(agent, config) for agent in config.agents}
-        self.episodes = Episodes(config, environment, dict(samplers), config.sampling.timeout)
+        samplers = {name: _make_sampler(name, config) for name, agent in config.agents.items() if agent.vllm is None}
+        self.served = {name: _make_client(name, config) for name, agent in config.agents.items() if agent.vllm}
+        both: dict[str, Sampler] = {**samplers, **self.served}
+        self.episodes = Episodes(config, environment, both, config.sampling.timeout)
         folder = Path(run_dir) / "workers" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.lock, self.metrics = locked(folder / "lock"), Rows(folder / "metrics.jsonl")
-        self.arrivals = Arrivals(config, store, samplers, files_of(config, "weights"))
+        self.arrivals = Arrivals(config, store, samplers, files_of(config, "weights"), self.served)
         self.writers = {a: TrajectoryWriter(files_of(config, "trajectories"), f"{a}-{name}") for a in config.agents}
         self.heartbeat = Heartbeat(store, name, config.store.lease)
         self.mine: set[tuple[int, int]] = set()  # queries' rollouts that run here, or ended and are not recorded yet
@@ -81,8 +88,9 @@ class Worker:
     def run(self, stop: Callable[[], bool]) -> None:
         """Works until the run is at its end, or until `stop`: then running episodes are dropped and leases given back.
 
-        To be called once. Raises GapError when a sampler's log-probs are not its trainer's; OSError or ValueError when
-        the store, the disk or published weights stay out of reach or damaged, or weights are of another model.
+        To be called once. Raises GapError when a sampler's log-probs are not its trainer's; NoServer when an agent's
+        servers stay away; OSError or ValueError when the store, the disk or published weights stay out of reach or
+        damaged, or weights are of another model.
         """
         self.stop = stop
         try:
@@ -205,7 +213,8 @@ class Worker:
     def _evaluate(self, step: int) -> None:
         """Greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
         began, self.heartbeat.evaluating = time.monotonic(), True
-        self._patiently(self._bring_back, step)
+        while not self._patiently(self._bring_back, step):
+            self._wait(IDLE[1])
         jobs, rollouts, busy = iter([eval_jobs(self.held_out, self.config)]), list[Rollout](), self.episodes.busy
         self.episodes.stream(lambda _: self._unless_stopped(next(jobs, [])), rollouts.append)
         self.episodes.busy = busy  # with rollouts: this is time/eval
@@ -215,12 +224,14 @@ class Worker:
         row = {"stage": "rl", "step": step, **result, "time/eval": time.monotonic() - began}
         self._patiently(self.metrics.append, row)
 
-    def _bring_back(self, step: int) -> None:
+    def _bring_back(self, step: int) -> bool:
+        """The step's weights into the samplers; False while servers do not have theirs, which are the newest."""
+        self.arrivals.look()
         try:
-            self.arrivals.bring(self.store.publications(step))
+            return self.arrivals.bring(self.store.publications(step))
         except FileNotFoundError as error:  # the trainers are far ahead, and keep few files
             log.warning("step %d is evaluated with the newest weights: %s", step, error)
-            self.arrivals.bring(self.store.publications())
+            return self.arrivals.bring(self.arrivals.published)
 
     def _unless_stopped(self, jobs: list[Job]) -> list[Job]:
         if self.stop():
@@ -259,6 +270,8 @@ class Worker:
             log.warning("leases lapse by themselves, or a row of metrics is missing: %s", error)
         for writer in self.writers.values():
             writer.close()
+        for client in self.served.values():
+            client.stop()
         self.metrics.close()
         self.lock.close()
 
@@ -267,3 +280,11 @@ def _make_sampler(name: str, config: Config) -> InProcessSampler:
     agent = config.agents[name]
     model = load_model(name, agent, config.compute).requires_grad_(False)
     return InProcessSampler(model, load_tokenizer(name, agent), agent, config.compute.concurrency)
+
+
+def _make_client(name: str, config: Config) -> VLLMSampler:
+    from mgrpo.engine.sampler.vllm import VLLMSampler
+
+    agent = config.agents[name]
+    urls, concurrency = find(name, agent).urls, config.compute.concurrency
+    return VLLMSampler(name, agent, load_tokenizer(name, agent), urls, concurrency)

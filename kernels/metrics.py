@@ -3,6 +3,7 @@
 Every entry is a 0-dim tensor. All add up, except those that end in `_max`, which take the maximum:
 * `rows`: live rows. Rows left out before the head (see `rows.py`) are in no entry;
 * `clip_low`, `clip_high`: rows held by the lower (A < 0) or upper (A > 0) clip;
+* `sampler_weight_sum`, `sampler_capped`: the truncated weights for the sampler's log-probs, and how many met the cap;
 * `ratio_sum`, `ratio_max`, `entropy_sum`, `logprob_sum` (nats);
 * `kl_sum`, where reference log-probs are given; `gap_sum`, `gap_max` of |old - sampler|, where the sampler's are.
 """
@@ -33,8 +34,14 @@ def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Ob
     if rows.ref_L is not None:
         metrics["kl_sum"] = kl_terms(logprobs_L, rows, objective)[0].sum()
     if rows.sampler_L is not None:
-        gap_L = ((logprobs_L if rows.old_L is None else rows.old_L) - rows.sampler_L).abs()
-        metrics |= {"gap_sum": gap_L.sum(), "gap_max": _max(gap_L)}
+        drift_L = (logprobs_L if rows.old_L is None else rows.old_L) - rows.sampler_L
+        metrics |= {"gap_sum": drift_L.abs().sum(), "gap_max": _max(drift_L.abs())}
+        if (cap := objective.sampler_cap) is not None:
+            weight_L = drift_L.exp().clamp(max=cap)
+            metrics |= {
+                "sampler_weight_sum": weight_L.sum(),
+                "sampler_capped": (weight_L == cap).sum(dtype=weight_L.dtype),
+            }
     return metrics
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from mgrpo.engine import check
+from mgrpo.engine.config import VLLMConfig
 from mgrpo.engine.office import Saved
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.run import RunDirectory
@@ -28,6 +29,23 @@ def save(policy: Policy, run: Path, steps: list[int]) -> None:
         for weight in policy.masters.weights.values():
             weight.data.add_(1.0)
     own.close()
+
+
+def test_an_agents_servers_are_told_and_its_weights_are_not_the_workers(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, topology="local")
+    sizes = dict.fromkeys(config.agents, (1.0, 3.0, 0.5))
+    assert "1.5 GiB" not in check.totals(config, sizes) and "3.0 GiB for each rollout worker" in check.totals(
+        config, sizes
+    )
+    for vllm, told in (
+        (VLLMConfig(servers=2, tensor_parallel=4), "2 x vLLM server of 4 GPUs for main"),
+        (VLLMConfig(urls=["http://a:1", "http://b:2"]), "vLLM at http://a:1 and http://b:2 for main"),
+    ):
+        main = msgspec.structs.replace(config.agents["main"], vllm=vllm)
+        served = msgspec.structs.replace(config, agents={**config.agents, "main": main})
+        assert told in check.processes(served)
+        assert "1.5 GiB for each rollout worker" in check.totals(served, sizes)
 
 
 def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):

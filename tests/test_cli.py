@@ -20,7 +20,7 @@ from mgrpo.engine.run import read_metrics
 from toy import SUMS, make_model, raw_config
 
 SCRIPT = Path(sys.executable).parent / "mgrpo"
-COMMANDS = ("train", "agent", "rollout", "eval", "report", "check", "simulate", "bench", "store")
+COMMANDS = ("train", "agent", "rollout", "eval", "report", "check", "simulate", "bench", "serve", "store")
 ENVIRONMENTS = f"""
 import sys, zlib
 sys.path.insert(0, {str(SUMS.parent)!r})

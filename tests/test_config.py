@@ -383,6 +383,51 @@ def test_the_defaults_are_those_of_the_paper():
     assert (reward.sub_format, reward.sub_correct, reward.sub_expert) == (0.1, 0.4, 0.5)
 
 
+# ---- servers
+
+
+def with_servers(vllm: Any, **changes: Any) -> dict[str, Any]:
+    raw = raw_config(FOLDER, **{"topology": "local"} | changes)
+    raw["algorithm"]["sampler_cap"] = 2.0
+    raw["agents"]["main"]["vllm"] = vllm
+    return raw
+
+
+def test_an_agents_servers_are_read_and_have_defaults_that_serve():
+    vllm = parse_config(with_servers({})).agents["main"].vllm
+    assert vllm == config_module.VLLMConfig() and parse_config(with_servers({})).agents["clerk"].vllm is None
+    raw = with_servers({"urls": ["http://[::1]:8000", "https://a.example"], "transfer": "nccl", "timeout": 5})
+    config = parse_config(raw)
+    assert read_dump(dump_config(config)) == config and config.agents["main"].vllm.transfer == "nccl"
+    assert parse_config(with_servers({"servers": 2, "tensor_parallel": 2, "gpus": ["0", "1", "2", "3"]}))
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [
+        ({"url": []}, "agents.main.vllm.url: [] given: no such key, expected one of urls, servers, tensor_parallel"),
+        ({"transfer": "gloo"}, "agents.main.vllm.transfer: 'gloo' given: expected one of 'auto', 'tcp', 'nccl', 'ipc'"),
+        ({"servers": 0}, "agents.main.vllm.servers: 0 given: Expected `int` >= 1"),
+        ({"timeout": 0.0}, "agents.main.vllm.timeout: 0.0 given: Expected `float` > 0"),
+        ({"urls": ["127.0.0.1:8000"]}, "agents.main.vllm.urls"),
+        ({"urls": ["http://user:secret@host"]}, "agents.main.vllm.urls"),
+        ({"urls": ["http://host/v1"]}, "agents.main.vllm.urls"),
+        ({"gpus": ["0"], "servers": 2}, "agents.main.vllm.gpus: ['0'] given: expected 2, for servers x tensor x data"),
+        ("yes", "agents.main.vllm: 'yes' given: Expected `object | null`"),
+    ],
+)
+def test_what_is_wrong_with_an_agents_servers_is_named(vllm: Any, message: str):
+    assert refused(with_servers(vllm)).startswith(f"config: {message}")
+
+
+def test_servers_need_a_topology_urls_on_a_cluster_and_a_cap():
+    assert "vllm: given with topology = 'colocated'" in refused(with_servers({}, topology="colocated"))
+    assert "vllm.urls: [] given: expected the servers' URLs" in refused(with_servers({}, topology="cluster"))
+    raw = with_servers({})
+    del raw["algorithm"]["sampler_cap"]
+    assert "agents.main.vllm: given without algorithm.sampler_cap" in refused(raw)
+
+
 @pytest.mark.parametrize("section", [section for section in SECTIONS if section != "agents.clerk"])
 def test_a_configuration_is_frozen(section: str):
     inner: Any = toy_config(FOLDER)

@@ -22,7 +22,7 @@ LAYERS = (
     ("trainer", "records", "tasks", "arrivals", "sharing"),
     ("rollout", "policy", "integrations"),
     ("sampler", "passes"),
-    ("batch", "objective", "advantage", "ledger", "weights", "state"),
+    ("batch", "objective", "advantage", "ledger", "weights", "state", "serving"),
     ("rows", "model"),
     ("groups", "layout", "store", "run", "packing", "shards", "masters", "supervisor", "schedule"),
     ("intake", "accounts", "resume"),

@@ -76,6 +76,8 @@ def test_a_loss_by_hand():
         "kl_sum": 2.5,
         "gap_sum": round(math.log(1.15) + 5 - math.log(0.5), 6),
         "gap_max": round(5 - math.log(0.5), 6),
+        "sampler_weight_sum": 2.35,
+        "sampler_capped": 1,
     }
 
 

@@ -19,12 +19,14 @@ import pytest
 import torch.distributed
 
 from mgrpo.engine import cli, local, supervisor
+from mgrpo.engine import config as config_module
 from mgrpo.engine.config import Config, read_dump
 from mgrpo.engine.display import make_display
 from mgrpo.engine.ledger import begin, open_store
 from mgrpo.engine.local import gpus, tasks_of, train
 from mgrpo.engine.report import summary
 from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.serving import adapter
 from mgrpo.engine.supervisor import Supervisor, Task
 from toy import raw_config, toy_config
 
@@ -246,6 +248,87 @@ def test_ranks_and_workers_take_gpus_in_turn(tmp_path: Path, monkeypatch):
     assert gpus(toy_config(tmp_path, compute={"device": "cpu"})) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus(config) == []
+
+
+# ---- servers
+
+# Acts as `vllm serve`: says with which settings it was started, and serves until it is told to end.
+SERVER_STAND_IN = """
+    import json, os, sys, time
+    from pathlib import Path
+    folder = Path(os.environ["STAND_INS"])
+    folder.mkdir(exist_ok=True)
+    (folder / sys.argv[sys.argv.index("--port") + 1]).write_text(json.dumps([sys.argv, dict(os.environ)]))
+    time.sleep(1000)
+"""
+
+
+def served(folder: Path, monkeypatch: pytest.MonkeyPatch, **vllm: Any) -> Config:
+    """A run whose main agent is sampled by servers of its own."""
+    script = folder / "server.py"
+    script.write_text(textwrap.dedent(SERVER_STAND_IN))
+    real = adapter.arguments
+    monkeypatch.setattr(adapter, "installed", lambda: "0.32.0")
+    monkeypatch.setattr(adapter, "arguments", lambda *a, **k: [sys.executable, str(script), *real(*a, **k)[2:]])
+    monkeypatch.setenv("STAND_INS", str(folder / "servers"))
+    monkeypatch.setenv("MGRPO_SERVER_TOKEN", "x")  # so that what is made here goes with the test
+    monkeypatch.delenv("MGRPO_SERVER_TOKEN")
+    raw = raw_config(folder, topology="local", warmup={}, compute={"device": vllm.pop("device", "cpu")})
+    raw["algorithm"]["sampler_cap"] = 2.0
+    raw["agents"]["main"]["vllm"] = {"servers": 2, "arguments": ["--max-num-seqs", "9"]} | vllm
+    return cli.load_config(written(folder, raw))
+
+
+def test_servers_run_as_long_as_the_others_and_all_are_told_where_they_are(tmp_path: Path, monkeypatch):
+    config = served(tmp_path, monkeypatch)
+    run(config)
+    assert {path.name for path in (Path(config.run_dir) / "logs").iterdir()} == {
+        *["server-main-0.txt", "server-main-1.txt", "trainer-clerk.txt", "trainer-main.txt", "worker-0.txt"]
+    }
+    started = {path.name: json.loads(path.read_text()) for path in (tmp_path / "servers").iterdir()}
+    token = os.environ["MGRPO_SERVER_TOKEN"]
+    for kind, name in (("agents", "main"), ("agents", "clerk"), ("workers", "worker-0")):
+        given = environment(config, kind, name)
+        places = json.loads(given["MGRPO_SERVERS"])
+        assert list(places) == ["main"] and places["main"]["transfer"] == "tcp"
+        assert sorted(places["main"]["urls"]) == sorted(f"http://127.0.0.1:{port}" for port in started)
+        assert given["MGRPO_SERVER_TOKEN"] == token and len(token) > 30
+    for command, given in started.values():
+        assert token not in command and given["MGRPO_SERVER_TOKEN"] == token
+        assert command[-2:] == ["--max-num-seqs", "9"] and config.agents["main"].model in command
+    assert not any(token.encode() in path.read_bytes() for path in Path(config.run_dir).rglob("*.json*"))
+
+
+def test_servers_take_gpus_in_turn_after_trainers_and_workers_that_compute_nothing_take_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
+    config = served(tmp_path, monkeypatch, device="auto", tensor_parallel=2)
+    tasks = {task.name: task.environments(0)[0] for task in tasks_of(config, tmp_path / "config.json", tmp_path)}
+    given = {name: settings.get("CUDA_VISIBLE_DEVICES") for name, settings in tasks.items()}
+    assert given == {
+        "trainer-main": "0",
+        "trainer-clerk": "1",
+        "server-main-0": "2,3",
+        "server-main-1": "4,5",
+        "worker-0": "0",  # it samples the clerk itself
+    }
+    assert json.loads(tasks["worker-0"]["MGRPO_SERVERS"])["main"]["transfer"] == "nccl"
+    raw = config_module.dump_config(config)
+    both = config_module.read_dump(raw.replace('"vllm": null', '"vllm": {"urls": ["http://elsewhere:8000"]}'))
+    tasks = {task.name: task.environments(0)[0] for task in tasks_of(both, tmp_path / "config.json", tmp_path)}
+    assert "CUDA_VISIBLE_DEVICES" not in tasks["worker-0"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen", "kind"),
+    [("0,1,2", [], "nccl"), ("0,1,2", ["0", "2"], "ipc"), ("0,1", [], "ipc"), ("", [], "tcp")],
+    ids=["their own", "the trainer's", "too few", "none"],
+)
+def test_how_weights_come_follows_from_whose_gpus_they_are(tmp_path, monkeypatch, visible, chosen, kind):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = served(tmp_path, monkeypatch, device="auto", servers=2 if chosen else 1, gpus=chosen)
+    tasks = {task.name: task for task in tasks_of(config, tmp_path / "config.json", tmp_path)}
+    assert json.loads(tasks["worker-0"].environments(0)[0]["MGRPO_SERVERS"])["main"]["transfer"] == kind
+    assert json.dumps({"backend": kind}) in tasks["server-main-0"].command
 
 
 def test_every_attempt_of_ranks_meets_elsewhere(tmp_path: Path):

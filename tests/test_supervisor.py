@@ -112,6 +112,60 @@ def test_what_fails_is_started_again_and_the_others_go_on(tmp_path: Path, how: s
     assert heads == ["attempt 1 of 3", "attempt 2 of 3", "attempt 3 of 3"]
 
 
+# serves until SIGTERM; says which signals came, and whether what asked it was still there
+SERVICE = """
+    import os, signal, sys, time
+    out = open(sys.argv[1], "a")
+    def note(number, frame):
+        print(signal.Signals(number).name, os.path.exists(sys.argv[2]), file=out, flush=True)
+        if number == signal.SIGTERM:
+            sys.exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    print("serves", file=out, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_service_ends_after_all_others_have(tmp_path: Path):
+    service = Task("service", python(SERVICE, tmp_path / "said", tmp_path / "ended"), service=True)
+    last = python("import time, sys\ntime.sleep(1)\nopen(sys.argv[1], 'w').close()", tmp_path / "ended")
+    supervisor, told = supervised(tmp_path, service, Task("short", python("")), Task("long", last))
+    supervisor.run()
+    assert (tmp_path / "said").read_text().split() == ["serves", "SIGTERM", "True"] and told == []
+
+
+def test_a_stopped_run_keeps_its_services_until_the_others_have_saved(tmp_path: Path):
+    service = Task("service", python(SERVICE, tmp_path / "said", tmp_path / "saved"), service=True)
+    saves = """
+        import signal, sys, time
+        def save(*_):
+            time.sleep(0.5)
+            open(sys.argv[1], "w").close()
+            sys.exit(130)
+        signal.signal(signal.SIGINT, save)
+        open(sys.argv[1] + "-ready", "w").close()
+        time.sleep(1000)
+    """
+    supervisor, _ = supervised(tmp_path, service, Task("trainer", python(saves, tmp_path / "saved")))
+
+    def stop() -> None:
+        if (tmp_path / "saved-ready").exists() and (tmp_path / "said").exists() and (tmp_path / "said").read_text():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        supervisor.run(stop)
+    assert (tmp_path / "said").read_text().split() == ["serves", "SIGTERM", "True"]
+
+
+def test_a_service_that_ends_by_itself_has_failed(tmp_path: Path):
+    tasks = [Task("service", python(""), service=True), Task("long", python("import time; time.sleep(60)"))]
+    supervisor, told = supervised(tmp_path, *tasks, restarts=1)
+    with pytest.raises(ChildProcessError, match=r"service ended with exit status 0, restarts: 1"):
+        supervisor.run()
+    assert told == ["service ended with exit status 0, starts again in 0 s (1 of 1)"]
+
+
 def test_one_failure_too_many_ends_all_in_order_and_the_error_names_it(tmp_path: Path):
     saving = python(
         """

@@ -103,8 +103,8 @@ class World:
     def publish(self, name: str, step: int, **changes: Any) -> Publication:
         file, checksum, size = publish_weights(self.weights, name, 10 * step, self.tensors(name, step))
         probe = tuple(logprobs(self.model(name, step), probe_tokens(self.config.seed, 257, 128)))
-        row = {"trained": step * Q, "file": file, "checksum": checksum, "size": size, "probe": probe} | changes
-        publication = Publication(agent=name, step=step, version=10 * step, **row)
+        row = {"trained": step * Q, "file": file, "checksum": checksum, "size": size, "probe": probe}
+        publication = Publication(agent=name, step=step, **{"version": 10 * step, **row, **changes})
         self.store.publish(publication, name)
         if step in (0, self.config.steps):
             self.store.open_evaluation(step)

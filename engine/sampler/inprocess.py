@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.layout import hidden_states
 from mgrpo.engine.sampler.cache import CachedLayout, KVCache
-from mgrpo.engine.sampler.protocol import Completion, Session
+from mgrpo.engine.sampler.protocol import Completion, Ending, Session
 
 NO_PROMPT = b""  # of a slot that no other call may copy: every prompt has a token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
@@ -60,7 +60,7 @@ class InProcessSampler:
         self.slots: dict[int, int] = {}  # id of a session -> its slot
         self.cached: dict[int, int] = {}  # slot -> tokens it holds
         self.prompts: dict[int, bytes] = {}  # slot -> the prompt it begins with
-        self.stop_bytes = max((len(stop.encode()) for stop in agent.stop), default=0)
+        self.ending = Ending(tokenizer, agent.stop)
         self.cache = KVCache(model, concurrency, agent.max_context)
 
     @property
@@ -196,16 +196,11 @@ class InProcessSampler:
         session = row.session
         session.append([token], [logprob])
         turn = session.tokens[row.begin :]
-        stopped = token == self.tokenizer.eos_token_id or self._hit_stop(turn)
+        stopped = self.ending.reached(turn)
         if not stopped and len(turn) < row.allowed:
             return False
-        text = str(self.tokenizer.decode(turn[:-1] if token == self.tokenizer.eos_token_id else turn))
-        row.result.set_result(Completion(text, len(turn), truncated=not stopped))
+        row.result.set_result(Completion(self.ending.text(turn), len(turn), truncated=not stopped))
         return True
-
-    def _hit_stop(self, turn: list[int]) -> bool:
-        tail = self.tokenizer.decode(turn[-self.stop_bytes :]) if self.stop_bytes else ""
-        return any(stop in tail for stop in self.agent.stop)
 
 
 def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

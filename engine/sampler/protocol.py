@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.types import Trajectory
@@ -63,6 +62,33 @@ class Completion:
     truncated: bool
 
 
+class Ending:
+    """When a turn is over, whoever samples it: at the end-of-sequence token, or with the first stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.most = max((len(one.encode()) for one in stop), default=0)  # tokens that a stop string can be spread over
+
+    def reached(self, turn: list[int]) -> bool:
+        """Whether its last token ended it."""
+        return turn[-1] == self.tokenizer.eos_token_id or self._in(turn[-self.most :] if self.most else [])
+
+    def length(self, turn: list[int]) -> int | None:
+        """How many of its tokens there are up to the first that ended it; None if it goes on."""
+        before = turn[:-1]
+        if self.tokenizer.eos_token_id not in before and not self._in(before):
+            return len(turn) if turn and self.reached(turn) else None  # as a rule: two decodings, not one a token
+        return next((n for n in range(1, len(turn) + 1) if self.reached(turn[:n])), None)
+
+    def text(self, turn: list[int]) -> str:
+        """What it says, its stop string included."""
+        return str(self.tokenizer.decode(turn[:-1] if turn[-1] == self.tokenizer.eos_token_id else turn))
+
+    def _in(self, tokens: list[int]) -> bool:
+        text = str(self.tokenizer.decode(tokens)) if tokens else ""
+        return any(one in text for one in self.stop)
+
+
 class Sampler(Protocol):
     """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process.
 
@@ -70,8 +96,12 @@ class Sampler(Protocol):
     """
 
     tokenizer: PreTrainedTokenizerBase
-    version: int
-    weights_step: int
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def weights_step(self) -> int: ...
 
     @property
     def pending(self) -> int: ...
@@ -81,7 +111,5 @@ class Sampler(Protocol):
     def step(self) -> None: ...
 
     def close(self, session: Session) -> None: ...
-
-    def update(self, tensors: Mapping[str, Tensor], version: int, weights_step: int) -> bool: ...
 
     def logprobs(self, tokens: Sequence[int]) -> list[float]: ...

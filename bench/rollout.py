@@ -1,0 +1,263 @@
+"""`mgrpo bench rollout`: episodes and tokens a second, by a sampler in the process and by a vLLM server beside it.
+
+An episode is what an agent with a tool makes: a prompt, a turn of TURN tokens, what the tool says, another turn. As a
+rule nothing ends a turn but its length. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers
+compute on this machine's CPU or GPU, one after the other.
+
+What our client costs is against the least that one could do: the same requests over the same kind of connections, whose
+answers are read and thrown away. The two run in turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mgrpo.bench.harness import Result, figure, interleave, report, show
+from mgrpo.engine.config import Config, parse_config
+from mgrpo.engine.environment import Environment
+from mgrpo.engine.model import load_model, load_tokenizer, pick_device
+from mgrpo.engine.rollout import Episodes, Job, Rollout
+from mgrpo.engine.sampler import InProcessSampler, Sampler
+from mgrpo.engine.sampler.transfer import Transfer
+from mgrpo.engine.sampler.vllm import VLLMSampler
+from mgrpo.engine.serving import adapter
+from mgrpo.engine.serving.server import free_ports, server_task, token, url
+from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolCall
+
+PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens
+SCALING, QUICK_SCALING = (1, 4, 16, 64, 256), (1, 16)  # episodes at a time
+ROUNDS, QUICK_ROUNDS = 5, 2
+OVERHEAD = 1.05  # target: our client's time over the least
+STALL_AT = 64  # turns that run while weights come
+START = 600.0  # seconds that a server may take to begin
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+} | {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 1024} | {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+class Tool(Environment):
+    """One turn, a tool, one turn."""
+
+    def prompt(self, call: Call) -> str:
+        return f"{call.task.id:{PROMPT}}"
+
+    def parse(self, call: Call, text: str) -> Action:
+        return (ToolCall("tool", ""),) if not call.turns else Answer(text)
+
+    def tool(self, call: Call, use: ToolCall) -> str:
+        return "x" * (OBSERVATION - 1)
+
+    def score(self, episode: Episode) -> Score:
+        return Score(True, 1.0)
+
+
+def main(quick: bool) -> None:
+    """Measures, and prints it; what needs vLLM is null where it is not installed."""
+    scaling, rounds = (QUICK_SCALING, QUICK_ROUNDS) if quick else (SCALING, ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        config = make(Path(folder), TINY if quick else SMOLLM2, max(scaling))
+        rates = {"in process": [run(config, in_process(config, count), count) for count in scaling]}
+        try:
+            adapter.installed()
+        except ValueError as error:
+            results = throughput(rates, scaling) + [missing(name, unit, str(error)) for name, unit in SERVED]
+        else:
+            rates["vLLM"], results = served(config, Path(folder), scaling, rounds)
+            results = throughput(rates, scaling) + results
+    report("rollout", results, pick_device(config.compute))
+
+
+SERVED = (
+    ("vLLM: episodes/s", "episodes/s"),
+    ("our client over the least one", "x"),
+    ("weight update", "s"),
+    ("stall at a weight update", "s"),
+)
+
+
+def missing(name: str, unit: str, why: str) -> Result:
+    return figure(name, None, unit, at_most=OVERHEAD if unit == "x" else None, why=why)
+
+
+def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
+    """A model of random weights, a letter a token, and the config of one agent."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<eos>", *letters, *(f"w{n}" for n in range(shape["vocab_size"] - len(letters) - 1))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    ends: dict[str, Any] = {
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape, **ends, dtype=torch.bfloat16)).bfloat16().save_pretrained(folder)
+    limits = {"max_new_tokens": TURN, "max_turns": 2, "max_context": PROMPT + 2 * TURN + OBSERVATION}
+    agent = {"model": str(folder), "vllm": {"urls": ["http://127.0.0.1:1"]}, **limits}
+    raw = {"run_dir": str(folder / "run"), "environment": {"use": "bench:Tool"}, "agents": {"main": agent}}
+    raw |= {"topology": "local", "algorithm": {"sampler_cap": 2.0}, "compute": {"concurrency": concurrency}}
+    return parse_config(raw)
+
+
+def in_process(config: Config, count: int) -> InProcessSampler:
+    agent = config.agents["main"]
+    model = load_model("main", agent, config.compute).requires_grad_(False)
+    return InProcessSampler(model, load_tokenizer("main", agent), agent, count)
+
+
+def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
+    """Episodes and tokens a second, of twice as many episodes as run at a time."""
+    jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(2 * count)]), list[Rollout]()
+    began = time.perf_counter()
+    Episodes(config, Tool(), {"main": sampler}).stream(
+        lambda running: list(islice(jobs, count - running)), ended.append
+    )
+    seconds = time.perf_counter() - began
+    assert len(ended) == 2 * count and all(rollout.status == "scored" for rollout in ended)
+    tokens = sum(int(made.sampled.sum()) for rollout in ended for made in rollout.trajectories if made)
+    return len(ended) / seconds, tokens / seconds
+
+
+def throughput(rates: dict[str, list[tuple[float, float]]], scaling: Sequence[int]) -> list[Result]:
+    rows = [
+        (kind, str(count), f"{episodes:.4g}", f"{tokens:.4g}", "")
+        for kind, found in rates.items()
+        for count, (episodes, tokens) in zip(scaling, found, strict=True)
+    ]
+    show(
+        f"\nepisodes of {PROMPT} + {TURN} + {OBSERVATION} + {TURN} tokens",
+        ("sampler", "at a time", "episodes/s", "tokens/s", ""),
+        rows,
+    )
+    named = [
+        (f"{kind}, {count} at a time", *found)
+        for kind, all_of in rates.items()
+        for count, found in zip(scaling, all_of, strict=True)
+    ]
+    return [figure(f"{name}: episodes", episodes, "episodes/s") for name, episodes, _ in named] + [
+        figure(f"{name}: tokens", tokens, "tokens/s") for name, _, tokens in named
+    ]
+
+
+# ---- with a server
+
+
+def served(
+    config: Config, folder: Path, scaling: Sequence[int], rounds: int
+) -> tuple[list[tuple[float, float]], list[Result]]:
+    with server(config, folder) as (sampler, transfer):
+        run(config, sampler, max(scaling))  # what a server compiles at first
+        rates = [run(config, sampler, count) for count in scaling]
+        times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
+        seconds, stall = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
+    return rates, [
+        figure("our client over the least one", times, "x", at_most=OVERHEAD),
+        figure("weight update", seconds, "s"),
+        figure("stall at a weight update", stall, "s"),
+    ]
+
+
+@contextmanager
+def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer]]:
+    """A server with the config's model and its first weights, the sampler on it and the way to bring it others."""
+    agent, port = config.agents["main"], free_ports(1)[0]
+    kind = "tcp" if pick_device(config.compute).type == "cpu" else "ipc"
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    task = server_task(
+        "server", agent.model, port, dtype="bfloat16", max_context=agent.max_context, transfer=kind, settings=settings
+    )
+    with (folder / "server.txt").open("wb") as log:
+        process = subprocess.Popen(
+            task.command, env={**os.environ, **task.environments(0)[0]}, stdout=log, stderr=log, process_group=0
+        )
+    sampler = VLLMSampler("main", agent, load_tokenizer("main", agent), [url(port)], config.compute.concurrency)
+    try:
+        model = load_model("main", agent, config.compute)
+        manifest = {name: (tuple(weight.shape), weight.dtype) for name, weight in model.named_parameters()}
+        transfer = Transfer([url(port)], token(), kind, manifest)
+        give_up = time.monotonic() + START
+        while not transfer.update(model.named_parameters(), 0, 0) or sampler.version != 0:
+            if process.poll() is not None or time.monotonic() > give_up:
+                raise RuntimeError(f"the server did not begin: {(folder / 'server.txt').read_text()[-2000:]}")
+            time.sleep(1)
+        yield sampler, transfer
+    finally:
+        sampler.stop()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> float:
+    """How many times as long the same episodes take as with the least client: requests posted, answers thrown away."""
+
+    async def least() -> None:
+        async def episode(number: int) -> None:
+            for length in (PROMPT, PROMPT + TURN + OBSERVATION):
+                tokens = [1 + (number + at) % 200 for at in range(length)]
+                body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
+                async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
+                    await response.read()
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(episode(number))
+
+    timings = interleave(
+        {"ours": lambda: run(config, sampler, count), "least": lambda: [sampler.wait(least()) for _ in range(2)]},
+        rounds=rounds,
+    )
+    return timings["ours"].over(timings["least"])
+
+
+def update(config: Config, sampler: VLLMSampler, transfer: Transfer, count: int) -> tuple[float, float]:
+    """Seconds that new weights take to be there while `count` turns run, and of the longest silence of the server."""
+    model, heard, over = load_model("main", config.agents["main"], config.compute), list[float](), threading.Event()
+
+    def listen() -> None:
+        while not over.wait(0.001):
+            heard.append(sampler.fleet.servers[0].heard)
+
+    def load() -> None:
+        while not over.is_set():
+            run(config, sampler, count)
+
+    threads = [threading.Thread(target=work) for work in (load, listen)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2.0)
+    began = time.perf_counter()
+    assert transfer.update(model.named_parameters(), 1, 1)
+    seconds = time.perf_counter() - began
+    time.sleep(1.0)
+    over.set()
+    for thread in threads:
+        thread.join()
+    return seconds, float(np.diff(np.unique(heard)).max())

@@ -87,10 +87,10 @@ def tasks_of(config: Config, file: Path, meeting: Path) -> list[Task]:
         settings = _settings(agent.ranks, mine[name], {}) | known
         environments = _ranks(agent.ranks, settings, f"file://{meeting}/{name}")
         tasks.append(Task(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
-    alone = config.sampling.workers == 1 and config.sampling.max_staleness == 0
+    served = [agent.vllm is not None for agent in config.agents.values()]
+    alone = config.sampling.workers == 1 and config.sampling.max_staleness == 0 and not any(served)
     for number in range(config.sampling.workers):
-        computes = any(agent.vllm is None for agent in config.agents.values())
-        settings = _settings(1, [next(devices)] if computes else [], SPIN if alone else {}) | known
+        settings = _settings(1, [] if all(served) else [next(devices)], SPIN if alone else {}) | known
         command = [*ENTRY, "rollout", str(file), "--name", f"worker-{number}"]
         tasks.append(Task(f"worker-{number}", command, lambda _, settings=settings: [settings]))  # type: ignore[misc]
     return tasks
@@ -122,7 +122,7 @@ def _servers(
                     tensor_parallel=vllm.tensor_parallel,
                     data_parallel=vllm.data_parallel,
                     extra=vllm.arguments,
-                    settings=_settings(1, []),
+                    settings=_settings(1, [], {}),
                 )
             )
         places[name] = Place([url(port) for port in ports], kind)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,35 @@ pytestmark = pytest.mark.vllm
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 STEPS = 11
+ENVIRONMENT = '''
+import zlib
+from mgrpo.engine.environment import Environment
+from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
+
+class Dice(Environment):
+    """Whatever main writes first is a request to its clerk; about every other text is right."""
+
+    def tasks(self, split):
+        return [Task(f"{split} {i}", {}) for i in range(7)]
+
+    def prompt(self, call):
+        return f"{call.agent} {call.task.id}:"
+
+    def parse(self, call, text):
+        return (Delegate("clerk", "go on"),) if call.agent == "main" and not call.turns else Answer(text)
+
+    def score(self, episode):
+        dice = lambda call: zlib.crc32(call.turns[-1].text.encode()) % 2
+        return Score(True, float(dice(episode.main)), tuple(CallScore(True, float(dice(c))) for c in episode.calls))
+'''
 
 
 def begin(folder: Path, **changes: Any) -> tuple[subprocess.Popen[bytes], Any]:
     """`mgrpo train`, both agents sampled by a server each."""
     make_model(folder / "model", tie=False, **SIZES)
-    config = toy_config(folder, topology="local", **{"steps": STEPS, "warmup": {"steps": 1, "episodes": 8}} | changes)
+    (folder / "dice.py").write_text(ENVIRONMENT)
+    changes |= {"environment": {"use": f"{folder}/dice.py:Dice"}}
+    config = toy_config(folder, topology="local", **{"steps": STEPS, "warmup": {}} | changes)
     text = dump_config(config).replace(
         '"vllm": null', '"vllm": {"arguments": ["--enforce-eager", "--max-num-seqs", "16"]}'
     )
@@ -59,7 +83,7 @@ def check(folder: Path, config: Any) -> None:
     rows = [row for row in read_rows(folder / "run", config) if row["stage"] == "rl" and "main/reward_mean" in row]
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert any("eval/held_out_accuracy" in row for row in read_metrics(folder / "run/workers/worker-0/metrics.jsonl"))
-    with open_store(config) as store:  # type: ignore[attr-defined]
+    with closing(open_store(config)) as store:
         assert not any(store.balance()["violations"].values())
         for query in range(STEPS * config.queries_per_step):
             rollouts = store.rollouts_of(query)

@@ -214,6 +214,13 @@ def test_cores_are_shared_and_a_choice_of_ones_own_stays(tmp_path: Path, monkeyp
     assert tasks_of(config, tmp_path, tmp_path)[0].environments(0)[0]["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.parametrize(("sampling", "spins"), [({}, True), ({"max_staleness": 1}, False), ({"workers": 2}, False)])
+def test_only_a_worker_that_never_works_beside_others_spins(tmp_path: Path, sampling: dict[str, int], spins: bool):
+    tasks = tasks_of(config_of(tmp_path, sampling=sampling), tmp_path / "config.json", tmp_path)
+    spinning = {task.name for task in tasks for given in task.environments(0) if "GOMP_SPINCOUNT" in given}
+    assert spinning == ({"worker-0"} if spins else set())
+
+
 def written(folder: Path, raw: dict[str, Any]) -> Path:
     """The run as a TOML file."""
 

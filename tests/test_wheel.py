@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -54,7 +53,8 @@ assert "Policy" in dir(mgrpo.engine)
 print(version("mgrpo"), metadata("mgrpo")["License-Expression"])
 """
 TRAINED = """
-import mgrpo.engine, torch
+import mgrpo.engine
+from mgrpo import _packing
 from transformers import LlamaConfig, LlamaForCausalLM
 from mgrpo.engine import Objective, Policy, pack
 
@@ -63,7 +63,7 @@ policy = Policy.of(LlamaForCausalLM(LlamaConfig(**sizes)), lr=1e-2)
 (batches,) = pack([[1, 2, 3]], [[False, True, True]], [1.0], [0.5], cap=8)
 policy.step(batches, Objective())
 assert policy.version == 1
-print(mgrpo.engine.__file__)
+print(mgrpo.engine.__file__, _packing.__file__)
 """
 
 
@@ -99,7 +99,8 @@ def interpreter(version: str) -> Path:
 def build(python: Path, folder: Path) -> Path:
     """The wheel, as `make wheel` makes it, but with the build's tools of this environment: nothing is downloaded."""
     tools = {"PYTHONPATH": os.pathsep.join(libraries()), "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    pybind11 = f"cmake.define.pybind11_DIR={run(sys.executable, '-m', 'pybind11', '--cmakedir')}"
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--config-settings", pybind11]
     run(python, "-m", "pip", "wheel", ROOT, *options, "-w", folder / "plain", **tools)
     (plain,) = (folder / "plain").iterdir()
     run(sys.executable, "-m", "auditwheel", "repair", plain, "-w", folder / "dist", PATH=tools["PATH"])
@@ -180,8 +181,8 @@ def test_the_wheel_works_in_an_environment_that_has_nothing_else_of_ours(empty: 
 def test_it_trains_where_torch_is(built: tuple[str, Path, Path], empty: Path) -> None:
     if built[0] != HERE or not find_spec("torch"):
         pytest.skip(f"torch is here for Python {HERE} alone")
-    where = run(empty, "-c", TRAINED)
-    assert Path(where).is_relative_to(empty.parents[1]), f"not the wheel's: {where}"
+    for file in run(empty, "-c", TRAINED).split():
+        assert Path(file).is_relative_to(empty.parents[1]), f"not the wheel's: {file}"
 
 
 def test_a_version_comes_out_without_git_and_without_tags(tmp_path: Path) -> None:
@@ -189,8 +190,4 @@ def test_a_version_comes_out_without_git_and_without_tags(tmp_path: Path) -> Non
     pytest.importorskip("setuptools_scm", reason="needs setuptools-scm: pip install 'mgrpo[dev]'")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    code = "from setuptools_scm import get_version; print(get_version(root={!r}, relative_to=None, fallback_root={!r}))"
-    tools = {"PYTHONPATH": os.pathsep.join(libraries())}
-    assert site is not None
-    found = run(sys.executable, "-W", "ignore", "-m", "setuptools_scm", "--root", tmp_path, **tools)
-    assert code and found == "0.1.dev0"
+    assert run(sys.executable, "-m", "setuptools_scm", "--root", tmp_path) == "0.1.dev0"

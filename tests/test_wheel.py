@@ -157,9 +157,7 @@ def test_the_wheel_is_a_manylinux_one_and_brings_no_library(built: tuple[str, Pa
 
 def test_the_wheel_holds_all_of_the_packages_and_nothing_else(built: tuple[str, Path, Path]) -> None:
     names = set(ZipFile(built[2]).namelist())
-    modules = {
-        f"mgrpo/{path.relative_to(ROOT)}" for part in ("engine", "kernels", "bench") for path in part_of(part)
-    }
+    modules = {f"mgrpo/{path.relative_to(ROOT)}" for part in ("engine", "kernels", "bench") for path in part_of(part)}
     markers = {f"mgrpo/{part}py.typed" for part in ("", "engine/", "kernels/")} | {"mgrpo/_packing.pyi"}
     rest = {name for name in names - modules - markers if ".dist-info/" not in name}
     assert modules | markers <= names

@@ -89,11 +89,11 @@ def _estimate(
     rewards_N: np.ndarray, offsets_Q1: np.ndarray, weights_N: np.ndarray, algorithm: AlgorithmConfig
 ) -> Advantages:
     """By the estimator of the config; one of the user's own says the values only."""
-    settings = {"baseline": algorithm.baseline, "scale": algorithm.scale, "eps": algorithm.std_eps}
-    ours = advantages(rewards_N, offsets_Q1, weights_N, **settings)
-    if not algorithm.advantage:
+    a = algorithm
+    ours = advantages(rewards_N, offsets_Q1, weights_N, baseline=a.baseline, scale=a.scale, eps=a.std_eps)
+    if not a.advantage:
         return ours
-    values_N = load_function(algorithm.advantage, ADVANTAGE)(rewards_N, offsets_Q1, weights_N)
+    values_N = load_function(a.advantage, ADVANTAGE)(rewards_N, offsets_Q1, weights_N)
     values_N = each_of(ADVANTAGE, values_N, len(rewards_N), np.float64)
     if not np.isfinite(values_N).all():
         raise ValueError(f"{ADVANTAGE}: {values_N[~np.isfinite(values_N)][0]} returned: expected finite advantages")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,8 @@ class Policy:
         Safetensors, each rank its rows. No rank returns before all have written. Raises OSError or SafetensorError on
         every rank if any could not write: the folder is then not whole, and `load_state` refuses it.
         """
-        tensors = {"weights": self.masters.weights, "moments": moments(self.optimizer, self.masters.weights)}
+        weights: Mapping[str, Tensor] = self.masters.weights
+        tensors = {"weights": weights, "moments": moments(self.optimizer, weights)}
         if self.reference is not None:
             tensors["reference"] = dict(self.reference.named_parameters())
         write_state(folder, tensors, Index(self.version, self.reference is not None), self.group)

@@ -18,7 +18,8 @@ from toy import make_model
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
 datasets = pytest.importorskip("datasets", reason="needs datasets, which trl brings")
 
-from mgrpo.engine.integrations.trl import Fused, flatten  # noqa: E402
+from mgrpo.engine.integrations.flat import flatten  # noqa: E402
+from mgrpo.engine.integrations.trl import Fused  # noqa: E402
 
 PROMPTS = ["abc", "hello world", "q", "zzzz zz"]
 TOLERANCE = 1e-5
@@ -114,16 +115,17 @@ def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=TOLERANCE * max(1.0, largest), msg=name)
 
 
-CASES = list(itertools.product(["grpo", "bnpo", "dr_grpo", "dapo"], ["token", "sequence"], [0.0, 0.1]))
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+KLS = {"no-kl": {"beta": 0.0}, "kl": {"beta": 0.1, "use_bias_correction_kl": False}, "corrected-kl": {"beta": 0.1}}
 
 
-@pytest.mark.parametrize(("loss_type", "level", "beta"), CASES)
-def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: str, beta: float) -> None:
+@pytest.mark.parametrize(("loss_type", "level", "kl"), itertools.product(LOSSES, ("token", "sequence"), KLS))
+def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: str, kl: str) -> None:
     """Four steps of two micro-batches each: on-policy and off-policy, at weights that have moved."""
     found = {}
     for kind in (trl.GRPOTrainer, OurTrainer):
         callback = Gradients()
-        options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+        options = {"loss_type": loss_type, "importance_sampling_level": level} | KLS[kl]
         trainer = make(kind, folder, tmp_path, callback, **options)
         trainer.train()
         found[kind] = (trainer.losses, callback.seen, trainer.state.log_history)
@@ -135,7 +137,7 @@ def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: s
         assert_alike(one, other)
     lengths = [row["completions/mean_length"] for row in theirs[2] if "completions/mean_length" in row]
     assert lengths == [row["completions/mean_length"] for row in ours[2] if "completions/mean_length" in row]
-    if beta:  # every row was computed: the means are TRL's too
+    if kl != "no-kl":  # every row was computed: the means are TRL's too, but for how sequences of a step are averaged
         for row, other in zip(ours[2][:-1], theirs[2][:-1], strict=True):
             assert row["entropy"] == pytest.approx(other["entropy"], rel=0.05)
             assert row["clip_ratio/high_mean"] == pytest.approx(other["clip_ratio/high_mean"], abs=0.05)
@@ -181,23 +183,31 @@ def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
     out = tmp_path_factory.mktemp("out")
     made = [make(kind, folder, out, beta=0.1) for kind in (OurTrainer, trl.GRPOTrainer)]
     for trainer in made:
-        trainer.current_gradient_accumulation_steps = 2
+        trainer.current_gradient_accumulation_steps = 3  # of steps of which a generation has two
     return SimpleNamespace(ours=made[0], theirs=made[1])
 
 
-OPTIONS = [
+PLAIN_KL = {"args.use_bias_correction_kl": False}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+FUSED: list[dict[str, Any]] = [  # what is changed of the trainer
     {},
+    PLAIN_KL,
+    PLAIN_KL | SEQUENCE | {"loss_type": "grpo"},
+    PLAIN_KL | {"args.delta": 1.5},
+    PLAIN_KL | {"use_vllm": True, "vllm_importance_sampling_correction": True},
     {"loss_type": "bnpo", "beta": 0.0},
-    {"loss_type": "dr_grpo", "importance_sampling_level": "sequence"},
-    {"loss_type": "dapo", "beta": 0.0, "importance_sampling_level": "sequence"},
-    {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dr_grpo"} | SEQUENCE,
+    {"loss_type": "dapo", "beta": 0.0} | SEQUENCE,
+    {"loss_type": "luspo"} | SEQUENCE,
     {"use_vllm": True, "vllm_importance_sampling_correction": True},
     {"args.delta": 1.5},
-    {"args.delta": 1.1},  # below the upper clip: TRL's own arithmetic, from our log-probs
-    {"loss_type": "cispo"},
+    {"loss_type": "cispo", "epsilon_high": 1.5},
     {"loss_type": "sapo", "beta": 0.0},
+    {"loss_type": "sapo"} | SEQUENCE,
+]
+THEIRS: list[dict[str, Any]] = [  # TRL's own arithmetic, from our log-probs
+    {"args.delta": 1.1},
     {"loss_type": "vespo"},
-    {"args.use_bias_correction_kl": True},
     {"top_entropy_quantile": 0.5},
     {"off_policy_mask_threshold": 0.5},
     {"_entropy_bonus_enabled": True, "entropy_coef": 0.1, "use_adaptive_entropy": False},
@@ -205,7 +215,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["a sequence's", "a token's"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()))
+@pytest.mark.parametrize("options", [*FUSED, *THEIRS], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_of_the_loss(pair: SimpleNamespace, options: dict[str, Any], wide: bool) -> None:
     """Advantages of a sequence, or of each token; tool results among the completions; a sequence without advantage."""
     with pytest.MonkeyPatch.context() as patch:
@@ -214,6 +224,7 @@ def test_every_option_of_the_loss(pair: SimpleNamespace, options: dict[str, Any]
                 owner, _, attribute = name.rpartition(".")
                 patch.setattr(trainer.args if owner else trainer, attribute, value)
         inputs = inputs_of(11, wide)
+        assert pair.ours._is_ours(inputs) == (options in FUSED)
         loss, gradients = loss_and_gradients(pair.ours, dict(inputs))
         expected, theirs = loss_and_gradients(pair.theirs, dict(inputs))
     assert loss == pytest.approx(expected, abs=TOLERANCE * max(1, abs(expected)))

@@ -5,108 +5,53 @@ and then does its arithmetic. Here the tokens of a micro-batch lie side by side 
 sequence's last action, and sequences of advantage 0 where there is no KL term, never enter the model; and loss and
 gradient are formed together (`mgrpo.kernels.linear_grpo_loss`). Losses and gradients are TRL's, up to rounding.
 
-Departs from TRL in what it logs: of "entropy", "kl" and "clip_ratio/…" the means, over the rows that were computed,
-each row counting once; not the least and the greatest of a sequence. What the fused loss has no word for (`_is_ours`)
-TRL computes as ever, from our packed log-probs.
+Departs from TRL in what it logs: of "entropy", "clip_ratio/…" and "kl" (without the ratio that corrects it) the means,
+over the rows that were computed, each counting once; not the least and the greatest of a sequence, nor CISPO's clip.
+What one pass over rows cannot say (`_is_ours`) TRL computes as ever, from our packed log-probs.
 
 Checked against trl 1.16, in one process. Not for models that PEFT or a sharding strategy has wrapped.
 
-Legend: B sequences, T columns of the completions, C of prompt and completion; P rows, H hidden size, V vocabulary.
+Legend: B sequences, T columns of the completions; P rows, L that count, S their sequences, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from mgrpo.engine.layout import Packed, hidden_states
-from mgrpo.engine.model import lay_out
-from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob
+from mgrpo.engine.integrations.flat import Flat, flatten, run_flat
+from mgrpo.kernels import Loss, Objective, Rule, RuleRows, linear_grpo_loss, linear_logprob
 
 Result = TypeVar("Result")
-PER_SEQUENCE = ("grpo", "bnpo", "dr_grpo", "luspo")  # divided by the number of micro-batches of a step
-
-
-class Flat(NamedTuple):
-    """Some tokens of a padded batch side by side. kept (B, C - 1): which; targets: the token after each."""
-
-    kept: Tensor
-    input_ids: Tensor
-    targets: Tensor
-    positions: Tensor
-    layout: Packed
-
-    def take(self, values_BC: Tensor) -> Tensor:
-        """(P,) of values that stand at the tokens that are predicted."""
-        return values_BC[:, 1:][self.kept]
-
-    def put(self, values_P: Tensor, columns: int) -> Tensor:
-        """(B, columns): where the predicted tokens stand, for the last columns; 0 elsewhere."""
-        return values_P.new_zeros(self.kept.shape).masked_scatter(self.kept, values_P)[:, -columns:]
-
-
-def flatten(input_ids_BC: Tensor, valid_BC: Tensor, action_BC: Tensor) -> Flat:
-    """The tokens that some action follows, as rows. valid, action (B, C) bool; the valid ones of a row lie together.
-
-    Without any action the first two tokens of the first sequence: something must run.
-    """
-    follows_BC = action_BC.flip(1).cummax(1).values.flip(1)
-    kept = valid_BC[:, :-1] & follows_BC[:, 1:]
-    if not kept.any():
-        kept[0, int(valid_BC[0].int().argmax())] = True
-    lengths_B = kept.sum(1)
-    lengths_B = lengths_B[lengths_B > 0]
-    ends_B = lengths_B.cumsum(0)
-    positions = torch.arange(int(ends_B[-1]), device=kept.device) - (ends_B - lengths_B).repeat_interleave(lengths_B)
-    cu_seqlens = torch.nn.functional.pad(ends_B, (1, 0)).int()
-    layout = Packed(cu_seqlens, int(lengths_B.max()))
-    return Flat(kept, input_ids_BC[:, :-1][kept], input_ids_BC[:, 1:][kept], positions, layout)
-
-
-def run_flat(model: PreTrainedModel) -> None:
-    """Give a model's forward a second form: model(flat=…, work=…) -> work(hidden (P, H), the head's weight, its bias).
-
-    In its forward, and not beside it, because there whoever has wrapped it has its weights at hand.
-    """
-    lay_out(model)
-    forward = model.forward
-
-    def either(self: PreTrainedModel, *args: Any, flat: Flat | None = None, work: Any = None, **kwargs: Any) -> Any:
-        if flat is None:
-            return forward(*args, **kwargs)
-        head = self.get_output_embeddings()
-        hidden_PH = hidden_states(self, flat.input_ids, flat.positions, flat.layout)
-        return work(hidden_PH.to(head.weight.dtype), head.weight, head.bias)
-
-    either.__wrapped__ = forward  # type: ignore[attr-defined]  # whose signature `generate` looks at
-    model.forward = types.MethodType(either, model)  # type: ignore[method-assign]
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class Fused:
-    """A mixin before `GRPOTrainer`."""
+    """A mixin before `GRPOTrainer`. Raises ValueError for a model that cannot be run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.trainer: Any = self  # for types: the rest of it is TRL's
-        for model in (self.trainer.model, self.trainer.ref_model):
+        for model in (self._trl.model, self._trl.ref_model):
             if model is not None:
-                run_flat(self.trainer.accelerator.unwrap_model(model))
+                run_flat(self._trl.accelerator.unwrap_model(model))
+
+    @property
+    def _trl(self) -> Any:
+        """Itself; what it has of TRL is without types."""
+        return self
 
     def _is_ours(self, inputs: dict[str, Any]) -> bool:
         """Whether the fused loss says what TRL's options ask."""
-        t = self.trainer
+        t = self._trl
         return (
-            t.loss_type in (*PER_SEQUENCE, "dapo")
+            t.loss_type in (*CLIPPED, "cispo", "sapo")
             and "pixel_values" not in inputs
             and t.off_policy_mask_threshold is None
             and t.top_entropy_quantile == 1.0
             and not (t._entropy_bonus_enabled or t.aux_loss_enabled)
-            and not (t.beta and t.args.use_bias_correction_kl)
             and (t.args.delta is None or t.args.delta >= 1 + t.epsilon_high)
         )
 
@@ -142,13 +87,13 @@ class Fused:
                 ref_logprobs_N=row(inputs.get("ref_per_token_logps")) if objective.kl_coef else None,
                 cu_seqlens=flat.layout.cu_seqlens,
                 bias_V=bias_V,
-                temperature=self.trainer.temperature,
+                temperature=self._trl.temperature,
             )
 
         return work
 
     def _objective(self) -> Objective:
-        t = self.trainer
+        t = self._trl
         return Objective(
             clip_low=t.epsilon_low,
             clip_high=t.epsilon_high,
@@ -157,19 +102,52 @@ class Fused:
             kl_coef=t.beta,
             kl="k3",
             sampler_cap=None,
+            rule=self._rule(),
         )
+
+    def _rule(self) -> Rule | None:
+        """What a row's term is where it is not the clipped one with a plain KL."""
+        t = self._trl
+        corrected = bool(t.beta and t.args.use_bias_correction_kl)
+        if t.loss_type in CLIPPED and not corrected:
+            return None
+
+        def rule(rows: RuleRows, objective: Objective) -> Tensor:
+            ratio_L = _ratio(rows, objective.importance == "sequence")
+            terms_L = -self._gain(ratio_L, rows)
+            if not t.beta:
+                return terms_L
+            assert rows.ref is not None
+            behind_L = rows.ref - rows.logprobs
+            kl_L = behind_L.exp() - behind_L - 1
+            return terms_L + t.beta * kl_L * (ratio_L if corrected else 1)
+
+        return rule
+
+    def _gain(self, ratio_L: Tensor, rows: RuleRows) -> Tensor:
+        """CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347), or the clipped surrogate."""
+        t, advantages_L = self._trl, rows.advantages
+        if t.loss_type == "cispo":
+            return ratio_L.clamp(max=t.epsilon_high).detach() * advantages_L * rows.logprobs
+        if t.loss_type == "sapo":
+            heat_L = torch.where(advantages_L > 0, t.args.sapo_temperature_pos, t.args.sapo_temperature_neg)
+            return torch.sigmoid(heat_L * (ratio_L - 1)) * 4 / heat_L * advantages_L
+        held_L = ratio_L.clamp(1 - t.epsilon_low, 1 + t.epsilon_high)
+        return torch.minimum(ratio_L.clamp(max=t.args.delta or torch.inf) * advantages_L, held_L * advantages_L)
 
     def _weights(self, mask_BT: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What each token counts in the loss, every denominator included."""
-        t = self.trainer
+        t = self._trl
         training = t.model.training
-        if t.loss_type == "dapo":
+        if t.loss_type in ("dapo", "cispo"):
             count = inputs["num_items_in_batch"].clamp(min=1.0) / t.accelerator.num_processes
             if training:  # of the generation batch, of which a step sees a part
                 count = count * t.current_gradient_accumulation_steps / t.args.steps_per_generation
             return mask_BT / count
+        of_sequence = mask_BT.sum(1, keepdim=True).clamp(min=1) * len(mask_BT)
         count = {
-            "grpo": mask_BT.sum(1, keepdim=True).clamp(min=1) * len(mask_BT),
+            "grpo": of_sequence,
+            "sapo": of_sequence,
             "bnpo": mask_BT.sum().clamp(min=1),
             "dr_grpo": len(mask_BT) * t.max_completion_length,
             "luspo": len(mask_BT),
@@ -180,12 +158,12 @@ class Fused:
         """Of each token, times the weight for the sampler's own rounding: the clipped term is homogeneous in them."""
         advantages = inputs["advantages"]
         advantages_BT = (advantages[:, None] if advantages.ndim == 1 else advantages).expand(mask_BT.shape)
-        if self.trainer.use_vllm and self.trainer.vllm_importance_sampling_correction:
+        if self._trl.use_vllm and self._trl.vllm_importance_sampling_correction:
             advantages_BT = advantages_BT * inputs["importance_sampling_ratio"]
         return advantages_BT
 
     def _run(self, model: Any, flat: Flat, work: Callable[..., Result]) -> Result:
-        with self.trainer.accelerator.autocast():
+        with self._trl.accelerator.autocast():
             found: Result = model(flat=flat, work=work)
         return found
 
@@ -202,7 +180,7 @@ class Fused:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, over flat rows: (B, logits_to_keep) log-probs, entropies if asked; 0 at padding."""
         if compute_aux_loss or any(value is not None for value in rest.values()):
-            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc,no-any-return]
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model,
                 input_ids,
                 attention_mask,
@@ -232,7 +210,7 @@ class Fused:
                 weight_VH,
                 flat.targets[live_P],
                 bias_V=bias_V,
-                temperature=self.trainer.temperature,
+                temperature=self._trl.temperature,
             )
 
         found = self._run(model, flat, work)
@@ -242,19 +220,32 @@ class Fused:
 
     def _log_metrics(self, found: Loss) -> None:
         """Means over the rows of all processes, by TRL's names."""
-        t = self.trainer
-        names = {"entropy_sum": "entropy", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
-        if t.beta:
-            names["kl_sum"] = "kl"
+        t = self._trl
+        names = {"entropy_sum": "entropy"} | ({"kl_sum": "kl"} if t.beta else {})
+        if t.loss_type in CLIPPED:
+            names |= {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
         sums = torch.stack([found.metrics[name] for name in ("rows", *names)])
         rows, *totals = t.accelerator.reduce(sums, reduction="sum").tolist()
         if not rows:
             return
         log = t._metrics["train" if t.model.training else "eval"]
         means = {name: total / rows for name, total in zip(names.values(), totals, strict=True)}
-        means["clip_ratio/region_mean"] = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
+        if t.loss_type in CLIPPED:
+            means["clip_ratio/region_mean"] = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
         for name, mean in means.items():
             log[name].append(mean)
+
+
+def _ratio(rows: RuleRows, of_sequence: bool) -> Tensor:
+    """exp of what the log-prob has gained, or of its mean over the sequence."""
+    gained_L = rows.logprobs - rows.old
+    if not of_sequence:
+        return gained_L.exp()
+    assert rows.segments is not None
+    zeros_S = gained_L.new_zeros(rows.sequences)
+    total_S = zeros_S.index_add(0, rows.segments, gained_L)
+    count_S = zeros_S.index_add(0, rows.segments, torch.ones_like(gained_L))
+    return (total_S / count_S.clamp(min=1))[rows.segments].exp()
 
 
 def _joined(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

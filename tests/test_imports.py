@@ -26,7 +26,7 @@ LAYERS = (
     ("rows", "model"),
     ("groups", "layout", "store", "run", "packing", "shards", "masters", "supervisor", "schedule"),
     ("intake", "accounts", "resume"),
-    ("roster",),
+    ("roster", "wrappers"),
     ("database",),
     ("schema", "distributed"),
     ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode"),

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from mgrpo.engine import cli, launch, local
 from mgrpo.engine.config import Config, load_config, parse_config
@@ -32,7 +32,31 @@ LANGUAGES = {"python", "bash", "toml", "text"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 LEAST: dict[str, Any] = {"run_dir": "x", "environment": {"use": "x.py:X"}, "agents": {"main": {"model": "x"}}}
-COMMAND = typer.main.get_command(cli.app)
+COMMAND: Any = typer.main.get_command(cli.app)
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer has with it
+CHATTY = '''
+from mgrpo.engine.environment import Environment
+from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
+
+class Chatty(Environment):
+    """Whatever the untrained main agent writes first is a request to its clerk."""
+
+    def tasks(self, split):
+        return [Task(f"{split} {i}", {}) for i in range(3)]
+
+    def prompt(self, call):
+        return f"{call.agent} {call.task.id}\\n"
+
+    def parse(self, call, text):
+        return Answer(text) if call.turns or call.agent != "main" else (Delegate("clerk", text),)
+
+    def score(self, episode):
+        calls = tuple(CallScore(True, 0.5) for _ in episode.calls)
+        return Score(True, float(len(episode.main.answer or "") % 2), calls)
+
+    def script(self, call):
+        return "so\\n"
+'''
 
 
 class Block(NamedTuple):
@@ -99,13 +123,12 @@ def lines_of(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """What click itself says of the arguments; nothing runs."""
-    command, context = COMMAND, click.Context(COMMAND, info_name="mgrpo")
-    while isinstance(command, click.Group):
-        name, command, words = command.resolve_command(context, words)
-        assert command is not None
-        context = click.Context(command, info_name=name, parent=context)
-    command.parse_args(context, words)
+    """What the command itself says of its arguments; nothing runs."""
+    command, name = COMMAND, "mgrpo"
+    while isinstance(command, TyperGroup):
+        name, command, words = command.resolve_command(command.context_class(command, info_name=name), words)
+        assert command is not None and name is not None
+    command.make_context(name, list(words))
 
 
 def our_commands(text: str) -> list[list[str]]:
@@ -161,7 +184,7 @@ def extras_in(requirement: str) -> list[str]:
 @pytest.mark.parametrize("text", blocks("bash"))
 def test_a_wrong_option_would_be_found(text: str) -> None:
     for words in our_commands(text):
-        with pytest.raises(click.UsageError):
+        with pytest.raises(UsageError):
             check_command([*words, "--no-such-option"])
 
 
@@ -215,14 +238,16 @@ def glossary() -> dict[str, set[str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("glossary")
     make_model(folder / "model")
+    (folder / "chatty.py").write_text(CHATTY)
     return folder
 
 
 def run(folder: Path, name: str, **changes: Any) -> Path:
-    """A run with every term of the objective, and something to learn from in the warm-up."""
+    """A run of both stages in which each agent is called, with every term of the objective."""
     algorithm = {"rollouts": 4, "aligned_calls": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampler_cap": 2.0}
-    raw = raw_config(folder, run_dir=str(folder / name), algorithm=algorithm, eval={"questions": 2}, **changes)
-    config = parse_config(raw | {"steps": 2, "queries_per_step": 2, "warmup": {"steps": 2, "episodes": 2, "lr": 1e-2}})
+    few = {"steps": 1, "queries_per_step": 2, "eval": {"questions": 2}, "warmup": {"steps": 1, "episodes": 2}}
+    raw = raw_config(folder, run_dir=str(folder / name), algorithm=algorithm, **few, **changes)
+    config = parse_config(raw | {"environment": {"use": f"{folder / 'chatty.py'}:Chatty"}})
     topology = local if config.topology == "local" else launch
     topology.train(config, False, make_display(list(config.agents)))
     return Path(config.run_dir)

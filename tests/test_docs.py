@@ -23,6 +23,7 @@ from mgrpo.engine import cli, launch, local
 from mgrpo.engine.config import Config, load_config, parse_config
 from mgrpo.engine.display import make_display
 from mgrpo.engine.environment import Environment
+from mgrpo.engine.rollout import Demonstrations, Job
 from mgrpo.engine.run import read_metrics
 from toy import make_model, raw_config
 
@@ -101,10 +102,21 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         if "import trl" in block.text or "from trl" in block.text:
             pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
         exec(compile(block.text, f"{page.name}, block {number}", "exec"), given)
-    for cls in [
-        x for x in given.values() if isinstance(x, type) and issubclass(x, Environment) and x is not Environment
-    ]:
-        assert cls().tasks("train")
+    for name, value in given.items():
+        if isinstance(value, type) and issubclass(value, Environment) and value.__module__ == "docs":
+            assert played(value, given) == "scored", name
+
+
+def played(cls: Any, given: dict[str, Any]) -> str:
+    """How an episode ends in which every agent says 1 all the time."""
+
+    class Scripted(cls):
+        def script(self, call: Any) -> str:
+            return "1\n"
+
+    environment = Scripted()
+    job = Job(0, 0, environment.tasks("train")[0])
+    return Demonstrations(given["config"], environment, {"main": given["speaker"]}).run([job])[0].status
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -197,9 +209,10 @@ def test_the_commands_of_the_readme_are_taken() -> None:
 
 def readable(text: str) -> str:
     """The README's short forms, written out: [options], a|b of several; what it says beside a command left out."""
-    lines = [re.sub(r"\s{3,}.*", "", line) for line in text.splitlines() if re.search(r"\bmgrpo(\.engine)?\s", line)]
-    lines = [re.sub(r"\[(.*?)\]", r"\1", line) for line in lines if "'" not in line and '"' not in line]
-    return "\n".join(re.sub(r"(\w+)(\|\w+)+", r"\1", line) for line in lines if not line.startswith(("#", "from")))
+    lines = [line for line in text.splitlines() if re.match(r"mgrpo |torchrun ", line)]
+    lines = [re.sub(r"^(\S+\s+\S+\s+\S.*?)\s{3,}.*", r"\1", line) for line in lines]
+    lines = [re.sub(r"\[(.*?)\]", r"\1", line) for line in lines]
+    return "\n".join(re.sub(r"(\w+)(\|\w+)+", r"\1", line) for line in lines)
 
 
 # ---- files

@@ -8,8 +8,9 @@ Legend: N trajectories, Q queries, P (query, rollout) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,13 +92,18 @@ def _estimate(
     """By the estimator of the config; one of the user's own says the values only."""
     a = algorithm
     ours = advantages(rewards_N, offsets_Q1, weights_N, baseline=a.baseline, scale=a.scale, eps=a.std_eps)
-    if not a.advantage:
+    own = estimator(algorithm)
+    if own is None:
         return ours
-    values_N = load_function(a.advantage, ADVANTAGE)(rewards_N, offsets_Q1, weights_N)
-    values_N = each_of(ADVANTAGE, values_N, len(rewards_N), np.float64)
+    values_N = each_of(ADVANTAGE, own(rewards_N, offsets_Q1, weights_N), len(rewards_N), np.float64)
     if not np.isfinite(values_N).all():
         raise ValueError(f"{ADVANTAGE}: {values_N[~np.isfinite(values_N)][0]} returned: expected finite advantages")
     return ours._replace(values=values_N)
+
+
+def estimator(algorithm: AlgorithmConfig) -> Callable[..., Any] | None:
+    """The user's own, if there is one. Raises ValueError if it cannot be found."""
+    return load_function(algorithm.advantage, ADVANTAGE) if algorithm.advantage else None
 
 
 def _key(agent_index: int, query: int, rollout: int) -> int:

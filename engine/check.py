@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mgrpo.engine.advantage import estimator
 from mgrpo.engine.config import AgentConfig, Config
 from mgrpo.engine.launch import restore
 from mgrpo.engine.local import gpus
 from mgrpo.engine.model import load_tokenizer, pick_device
+from mgrpo.engine.objective import objective
 from mgrpo.engine.office import read_saved
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.process import keep_memory
@@ -24,6 +26,8 @@ GIB = 2**30
 def describe(config: Config) -> str:
     """Processes, devices, work and memory of a run, in plain lines. Raises ValueError for what could not run."""
     environment = load_environment(config.environment)
+    objective(config.algorithm)
+    estimator(config.algorithm)
     train, held_out = (len(load_tasks(environment, split)) for split in ("train", "held_out"))
     lines = [
         f"topology   {config.topology}: {processes(config)}",

@@ -35,7 +35,7 @@ from mgrpo.engine.passes import Custom, Output
 from mgrpo.engine.sampler import InProcessSampler
 from mgrpo.engine.state import Index, moments, read_index, read_into, read_moments, write_state
 from mgrpo.engine.weights import Published, publish_weights
-from mgrpo.kernels import Objective
+from mgrpo.kernels import Loss, Objective
 
 
 class Policy:
@@ -89,8 +89,7 @@ class Policy:
         requires_grad stay as they are. Its attention and dropout are replaced, all else that it does, `generate` too,
         it still does. settings: keys of an agent in `engine/config.py`: lr, temperature, grad_clip, stop, ….
         group: the ranks that train it together, by FSDP2; None: all of the default group, or this process alone. Each
-        passes the same model, whole, in a dtype that is then that of the compute.
-        Raises ValueError for a setting that is none, or a model that cannot be run over packed rows.
+        passes the same model, whole. Raises ValueError for a setting or a model that will not do.
         """
         path, made = (str(model), None) if isinstance(model, str | Path) else ("", model)
         agent = parse_agent(name, {"model": path, **settings})
@@ -109,14 +108,15 @@ class Policy:
         batches: this rank's, as `mgrpo.engine.pack` makes them: as many on each, else ValueError on all.
         old_logprobs: (P,) of each micro-batch that brings none, such as an earlier pass found; None: on-policy, current
         and old at once. The KL's reference: the log-probs that a micro-batch brings, or of what `keep_reference` kept.
-        Metrics are those of all ranks. Ranks exchange gradients with the last micro-batch of a call only; until then
+        Metrics are all ranks'. Ranks exchange gradients with the last micro-batch of a call only; until then
         each holds the whole gradient in float32 (4 bytes a weight).
         """
         distributed.require_alike("micro-batches", len(batches), self.group)
-        losses = []
-        for i, batch in enumerate(self._prefetched(batches)):
-            passes.exchange_gradients(self.actor, i == len(batches) - 1)
-            old_P = old_logprobs[i] if old_logprobs and batch.old_logprobs_P is None else batch.old_logprobs_P
+        losses: list[Loss] = []
+        olds = old_logprobs or [None] * len(batches)
+        for batch, given_P in zip(self._prefetched(batches), olds, strict=True):
+            passes.exchange_gradients(self.actor, len(losses) == len(batches) - 1)
+            old_P = given_P if batch.old_logprobs_P is None else batch.old_logprobs_P
             ref_P = self._reference_logprobs(batch) if objective.kl_coef else None
             losses.append(passes.grpo(self.actor, batch, objective, self.agent.temperature, old_P, ref_P))
         return Output(passes.merged(losses, self.group), [loss.logprobs_N for loss in losses])

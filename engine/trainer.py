@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mgrpo import _packing
-from mgrpo.engine.advantage import Weighted, weigh
+from mgrpo.engine.advantage import Weighted, estimator, weigh
 from mgrpo.engine.batch import Weighed, drop, make_arena, merge, pack
 from mgrpo.engine.config import Config
 from mgrpo.engine.objective import objective, token_weights
@@ -44,6 +44,7 @@ class AgentTrainer:
         self.arena = make_arena(policy.model.device)
         self.index = list(config.agents).index(self.name)
         self.objective = objective(config.algorithm)
+        estimator(config.algorithm)  # one that cannot be found is told of now, not when the first groups are sealed
 
     def train(self, step: int, groups: list[Group]) -> Row:
         """Train on a step's groups; returns the agent's metrics, without its name before them."""

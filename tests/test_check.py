@@ -11,6 +11,7 @@ from mgrpo.engine import check
 from mgrpo.engine.office import Saved
 from mgrpo.engine.policy import Policy
 from mgrpo.engine.run import RunDirectory
+from mgrpo.engine.trainer import AgentTrainer
 from toy import make_model, toy_config
 
 
@@ -40,3 +41,14 @@ def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
     told = check.evaluate(config, run)
     assert told.startswith(f"{run}: main rl step 10, clerk rl step 4: held-out accuracy ")
     assert "on 10 questions" in told
+
+
+@pytest.mark.parametrize("key", ["objective", "advantage"])
+def test_a_function_of_the_users_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, key: str):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, algorithm={"rollouts": 4, key: "nowhere.py:f"})
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+        check.describe(config)
+    policy = Policy("main", config.agents["main"], config.compute)
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+        AgentTrainer(config, policy, str(tmp_path))

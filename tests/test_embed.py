@@ -19,7 +19,7 @@ from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mgrpo.engine import Batch, Objective, Policy, advantages, align, distributed, pack
+from mgrpo.engine import Batch, ComputeConfig, Objective, Policy, advantages, align, distributed, pack
 from mgrpo.engine.sampler import Session
 from mgrpo.engine.weights import load_weights
 from ranks import free_port
@@ -130,6 +130,15 @@ def test_old_and_reference_log_probs_come_with_the_batch(folder: Path) -> None:
 def test_without_any_reference_a_kl_term_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"kl_coef > 0 given: expected keep_reference\(\) before, or ref_logprobs"):
         policy_of(folder).forward_backward(packed(), Objective(kl_coef=0.1))
+
+
+def test_old_log_probs_of_an_earlier_pass_are_one_for_each_micro_batch(folder: Path) -> None:
+    policy = policy_of(folder)
+    old = [logprobs_P - 0.05 for logprobs_P in policy.forward(packed())]
+    found = policy.forward_backward(packed(), Objective(sampler_cap=None), old)
+    assert found.metrics["ratio_mean"] == pytest.approx(np.exp(0.05))
+    with pytest.raises(ValueError, match="shorter"):
+        policy.forward_backward(packed(), Objective(sampler_cap=None), old[:-1])
 
 
 def test_forward_is_the_log_probs_of_what_was_chosen(folder: Path) -> None:
@@ -329,6 +338,13 @@ def test_sampling_needs_a_tokenizer_and_reads_the_trained_weights(folder: Path) 
     assert session.logprobs[2:] == pytest.approx(policy.logprobs(session.tokens)[1:], abs=1e-5) and session.sampled[2:]
 
 
+def test_a_directory_brings_model_and_tokenizer(folder: Path) -> None:
+    policy = Policy.of(folder, max_context=64, compute=ComputeConfig(dtype="float32", device="cpu"))
+    tokens = [5, 9, 1, 30]
+    assert policy.sampler().logprobs(tokens) == pytest.approx(policy.logprobs(tokens), abs=1e-5)
+    assert policy.name == "policy" and policy.dtype == torch.float32
+
+
 # ---- groups
 
 
@@ -396,6 +412,7 @@ def train_two_and_one(rank: int, folder: Path, truth: list[list[Tensor]], out: P
     if rank < 2:
         policy.step(batches, Objective(sampler_cap=None), epochs=2)
     policy.forward_backward_custom(batches, squares)
+    policy.forward_backward_custom(packed(999, ranks=policy.ranks, rank=policy.rank), squares)
     policy.optim_step()
     for weight, expected in zip(whole(policy), truth[rank // 2], strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-9)
@@ -420,7 +437,8 @@ def test_two_policies_under_a_foreign_process_group(folder: Path, tmp_path: Path
         policy = policy_of(folder)
         if shared:
             policy.step(packed(), Objective(sampler_cap=None), epochs=2)
-        policy.forward_backward_custom(packed(), squares)
+        for _ in range(2):
+            policy.forward_backward_custom(packed(), squares)
         policy.optim_step()
         truth.append(whole(policy))
     run_foreign(train_two_and_one, 3, folder, truth, tmp_path)

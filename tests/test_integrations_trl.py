@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from toy import make_model
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
 datasets = pytest.importorskip("datasets", reason="needs datasets, which trl brings")
 
+from mgrpo.bench import trl_step  # noqa: E402
 from mgrpo.engine.integrations.flat import flatten  # noqa: E402
 from mgrpo.engine.integrations.trl import Fused  # noqa: E402
 
@@ -119,7 +121,7 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KLS = {"no-kl": {"beta": 0.0}, "kl": {"beta": 0.1, "use_bias_correction_kl": False}, "corrected-kl": {"beta": 0.1}}
 
 
-@pytest.mark.parametrize(("loss_type", "level", "kl"), itertools.product(LOSSES, ("token", "sequence"), KLS))
+@pytest.mark.parametrize(("loss_type", "level", "kl"), list(itertools.product(LOSSES, ("token", "sequence"), KLS)))
 def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: str, kl: str) -> None:
     """Four steps of two micro-batches each: on-policy and off-policy, at weights that have moved."""
     found = {}
@@ -254,11 +256,14 @@ def test_log_probs_for_the_ratio_are_trls_in_any_chunks(pair: SimpleNamespace) -
 def test_only_what_an_action_follows_is_run() -> None:
     ids = torch.arange(14).reshape(2, 7)
     valid = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]).bool()
-    action = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
+    action = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0]]).bool()
     flat = flatten(ids, valid, action)
-    assert flat.input_ids.tolist() == [1, 2, 3] and flat.targets.tolist() == [2, 3, 4]
-    assert flat.positions.tolist() == [0, 1, 2] and flat.layout.cu_seqlens.tolist() == [0, 3]
-    assert flat.put(torch.tensor([5.0, 6.0, 7.0]), 4).tolist() == [[6, 7, 0, 0], [0, 0, 0, 0]]
+    assert flat.input_ids.tolist() == [1, 2, 3, 7, 8] and flat.targets.tolist() == [2, 3, 4, 8, 9]
+    assert flat.positions.tolist() == [0, 1, 2, 0, 1] and flat.layout.cu_seqlens.tolist() == [0, 3, 5]
+    assert flat.layout.max_seqlen == 3 and flat.take(ids).tolist() == flat.targets.tolist()
+    assert flat.put(torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0]), 4).tolist() == [[6, 7, 0, 0], [0, 0, 0, 0]]
+    nothing = flatten(ids, valid, torch.zeros_like(action))
+    assert nothing.input_ids.tolist() == [1] and nothing.layout.cu_seqlens.tolist() == [0, 1]
 
 
 def test_the_model_still_generates_as_it_did(pair: SimpleNamespace) -> None:
@@ -267,3 +272,10 @@ def test_the_model_still_generates_as_it_did(pair: SimpleNamespace) -> None:
     given = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 8}
     ours, theirs = (trainer.model.generate(**given) for trainer in (pair.ours, pair.theirs))
     assert torch.equal(ours, theirs) and ours.shape[1] > 4
+
+
+def test_the_benchmark_ends_in_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    trl_step.main(quick=True)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bench"] == "trl_step" and len(found["results"]) == 6
+    assert all(result["value"] > 0 for result in found["results"] if "memory" not in result["name"])

@@ -1,12 +1,14 @@
 """The losses with the row kernel against the definition in float64, and against the plain path."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo.kernels import Objective, device, grpo_loss, linear_grpo_loss
-from mgrpo.kernels.reference import grpo_loss_ref, linear_grpo_loss_ref
+from mgrpo.kernels.reference import grpo_loss_ref, linear_grpo_loss_ref, row_losses_ref
 from numerics import OBJECTIVES, double, error, gradients, loss_case, peak_bytes
 from triton_cases import DEVICE, INTERPRETED, as_good, kernels_take_the_tensors, placed, skip_unless_kernels_run
 
@@ -58,6 +60,30 @@ def assert_as_good_as_plain(function, plain, case, objective, *, scale=1.0, **mo
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_fused_loss_is_as_good_as_plain(case, objective, chunk_rows):
     assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, objective, chunk_rows=chunk_rows)
+
+
+def by_rule(loss):
+    """A loss whose token objective is the definition, written as a caller's rule."""
+
+    def rule(rows, objective):
+        now, weighed = (rows.logprobs, rows.entropies), (rows.advantages, rows.weights)
+        return row_losses_ref(*now, *weighed, objective, rows.old, rows.sampler, rows.ref, None)
+
+    def ruled(*inputs, **keywords):
+        return loss(*inputs[:-1], replace(inputs[-1], rule=rule), **keywords)
+
+    return ruled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", [TOKEN, Objective(**FULL)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fused_rule_is_as_good_as_plain(seed, objective, dtype):
+    case = case_of(seed, 9, 33, dtype=dtype, bias=bool(seed % 2))
+    assert_as_good_as_plain(by_rule(linear_grpo_loss), linear_grpo_loss_ref, case, objective, chunk_rows=4)
+    logits = (case[0][0] @ case[0][1].T).detach()
+    keywords = {name: value for name, value in case[2].items() if name != "bias_V"}
+    assert_as_good_as_plain(by_rule(grpo_loss), grpo_loss_ref, ([logits], case[1], keywords), objective)
 
 
 @given(

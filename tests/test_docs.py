@@ -5,11 +5,9 @@ A page's Python blocks run in order in one namespace, in an empty directory. `ma
 
 from __future__ import annotations
 
-import io
 import re
 import shlex
 import subprocess
-import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LANGUAGES = {"python", "bash", "toml", "text"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 LEAST: dict[str, Any] = {"run_dir": "x", "environment": {"use": "x.py:X"}, "agents": {"main": {"model": "x"}}}
 COMMAND: Any = typer.main.get_command(cli.app)
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer has with it
@@ -61,7 +58,7 @@ class Chatty(Environment):
 
 
 class Block(NamedTuple):
-    """A fenced block of a page. text: with what it includes from other files."""
+    """A fenced block of a page."""
 
     page: str
     language: str
@@ -69,10 +66,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(path: Path) -> list[Block]:
-    def included(name: re.Match[str]) -> str:
-        return (ROOT / name[1]).read_text()
-
-    return [Block(path.name, kind, SNIPPET.sub(included, text)) for kind, text in FENCE.findall(path.read_text())]
+    return [Block(path.name, *found) for found in FENCE.findall(path.read_text())]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -119,10 +113,9 @@ def played(cls: Any, given: dict[str, Any]) -> str:
     return Demonstrations(given["config"], environment, {"main": given["speaker"]}).run([job])[0].status
 
 
-@pytest.mark.parametrize("text", blocks("python"))
-def test_the_lines_of_python_are_as_long_as_ours(text: str) -> None:
-    assert max(map(len, text.splitlines())) <= 120
-    assert list(tokenize.generate_tokens(io.StringIO(text).readline))
+def test_the_environment_shown_is_the_one_in_examples() -> None:
+    shown = blocks_of(ROOT / "docs/environment.md")[0]
+    assert shown.text == (ROOT / "examples/sums/environment.py").read_text()
 
 
 # ---- commands

@@ -69,7 +69,7 @@ print(mgrpo.engine.__file__, _packing.__file__)
 
 
 def run(*command: str | Path, **extra: str) -> str:
-    """Its output. Neither Python paths nor pip's settings of this process reach it, but for the indexes'."""
+    """Its output. The Python paths of this process do not reach it."""
     environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environ | extra, check=False
@@ -158,16 +158,13 @@ def test_the_wheel_is_a_manylinux_one_and_brings_no_library(built: tuple[str, Pa
 
 def test_the_wheel_holds_all_of_the_packages_and_nothing_else(built: tuple[str, Path, Path]) -> None:
     names = {name for name in ZipFile(built[2]).namelist() if not name.endswith("/")}
-    modules = {f"mgrpo/{path.relative_to(ROOT)}" for part in ("engine", "kernels", "bench") for path in part_of(part)}
+    paths = (path for part in ("engine", "kernels", "bench") for path in (ROOT / part).rglob("*.py"))
+    modules = {f"mgrpo/{path.relative_to(ROOT)}" for path in paths}
     markers = {f"mgrpo/{part}py.typed" for part in ("", "engine/", "kernels/")} | {"mgrpo/_packing.pyi"}
     rest = {name for name in names - modules - markers if ".dist-info/" not in name}
     assert modules | markers <= names
     assert len(rest) == 1 and re.fullmatch(r"mgrpo/_packing\.cpython-\w+-\w+-linux-gnu\.so", rest.pop())
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-
-
-def part_of(part: str) -> Iterator[Path]:
-    return (path for path in (ROOT / part).rglob("*.py") if "results" not in path.parts)
 
 
 def test_the_wheel_works_in_an_environment_that_has_nothing_else_of_ours(empty: Path) -> None:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from mgrpo.bench.harness import Candidate, Result, extra_bytes, figure, interleave, report
 
-SIZES = {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-QUICK = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+SIZES: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+QUICK: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 SHAPE = (8, 64, 256)  # B, P, T
 ROUNDS = 5
 
 
-def trainers(sizes: dict[str, int], folder: Path, **options: Any) -> dict[str, Any]:
+def trainers(sizes: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
     """TRL's trainer and ours over it, of the same weights."""
     import datasets
     from tokenizers import Tokenizer, models
@@ -40,7 +40,7 @@ def trainers(sizes: dict[str, int], folder: Path, **options: Any) -> dict[str, A
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
-    quiet = {"report_to": [], "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+    quiet: dict[str, Any] = {"report_to": [], "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
     made = {}
     for name, kind in (("ours", type("Ours", (Fused, GRPOTrainer), {})), ("trl", GRPOTrainer)):
         made[name] = kind(
@@ -80,7 +80,7 @@ def step(trainer: Any, inputs: dict[str, Tensor]) -> None:
     trainer._compute_loss(trainer.model, dict(inputs)).backward()
 
 
-def results(sizes: dict[str, int], rounds: int) -> list[Result]:
+def results(sizes: dict[str, Any], rounds: int) -> list[Result]:
     found = []
     for name, beta in (("no KL", 0.0), ("KL", 0.1)):
         with tempfile.TemporaryDirectory() as folder:

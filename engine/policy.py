@@ -113,7 +113,7 @@ class Policy:
         """
         distributed.require_alike("micro-batches", len(batches), self.group)
         losses: list[Loss] = []
-        olds = old_logprobs or [None] * len(batches)
+        olds: Sequence[Tensor | None] = old_logprobs or [None] * len(batches)
         for batch, given_P in zip(self._prefetched(batches), olds, strict=True):
             passes.exchange_gradients(self.actor, len(losses) == len(batches) - 1)
             old_P = given_P if batch.old_logprobs_P is None else batch.old_logprobs_P

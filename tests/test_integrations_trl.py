@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from ranks import free_port, set_environment
 from toy import make_model
 
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
@@ -143,6 +147,28 @@ def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: s
         for row, other in zip(ours[2][:-1], theirs[2][:-1], strict=True):
             assert row["entropy"] == pytest.approx(other["entropy"], rel=0.05)
             assert row["clip_ratio/high_mean"] == pytest.approx(other["clip_ratio/high_mean"], abs=0.05)
+
+
+def train_both(rank: int, port: str, folder: Path, out: Path) -> None:
+    set_environment(rank, 2, port)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    found = []
+    for kind in (OurTrainer, trl.GRPOTrainer):
+        callback = Gradients()
+        trainer = make(kind, folder, out, callback, beta=0.1, per_device_train_batch_size=2, max_steps=2)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        found.append((trainer.losses, callback.seen))
+    (our_losses, ours), (losses, theirs) = found
+    assert our_losses == pytest.approx(losses, abs=TOLERANCE) and any(abs(loss) > 1e-3 for loss in losses)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_alike(one, other)
+
+
+def test_two_processes_train_as_trls_do(folder: Path, tmp_path: Path) -> None:
+    """Under DistributedDataParallel, which wraps the model's forward."""
+    spawn(train_both, (free_port(), folder, tmp_path), nprocs=2)
 
 
 def inputs_of(seed: int, wide: bool = False) -> dict[str, Tensor]:

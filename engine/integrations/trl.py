@@ -9,7 +9,8 @@ Departs from TRL in what it logs: of "entropy", "clip_ratio/…" and "kl" (witho
 over the rows that were computed, each counting once; not the least and the greatest of a sequence, nor CISPO's clip.
 What one pass over rows cannot say (`_is_ours`) TRL computes as ever, from our packed log-probs.
 
-Checked against trl 1.16, in one process. Not for models that PEFT or a sharding strategy has wrapped.
+Checked against trl 1.16, in one process and under DistributedDataParallel. Not for models that PEFT or a sharding
+strategy has wrapped.
 
 Legend: B sequences, T columns of the completions; P rows, L that count, S their sequences, H hidden size, V vocabulary.
 """

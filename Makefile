@@ -46,7 +46,7 @@ unit: $(VENV)/ready
 
 # Against real vLLM servers on the CPU, in an environment of their own: vLLM decides on many versions.
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
-	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q --durations=10 $(wildcard tests/test_vllm_*.py)
+	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/test_vllm_*.py)
 
 # build/docs; a warning is an error.
 docs: $(VENV)/ready

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from mgrpo.engine.config import AgentConfig, ComputeConfig
 from mgrpo.engine.policy import Policy
@@ -158,6 +159,7 @@ class Trainer:
     """A policy whose weights move a little at every step, in place of one that learns."""
 
     def __init__(self, model: Path, dtype: str, temperature: float = 1.0):
+        self.folder = model
         agent = AgentConfig(model=str(model), temperature=temperature, max_context=CONTEXT)
         self.policy = Policy("main", agent, ComputeConfig(dtype=dtype, device="cpu"))
         self.manifest = {
@@ -177,6 +179,18 @@ class Trainer:
 
     def push(self, transfer: Transfer) -> list[str]:
         return transfer.update(self.policy.full_weights(), self.policy.version, self.policy.version)
+
+    @torch.no_grad()
+    def rounding(self, tokens: Sequence[int]) -> float:
+        """The mean absolute difference of its log-probs to those of the same weights in float32, in nats: two ways of
+        rounding to bfloat16 are further apart than either is from the truth."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        parameters = dict(model.named_parameters())
+        for name, weight in self.policy.full_weights():
+            parameters[name].copy_(weight)
+        logits_TV = model(torch.tensor([tokens])).logits[0, :-1] / self.policy.agent.temperature
+        truth_T = logits_TV.log_softmax(-1).gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
+        return float((truth_T - torch.tensor(self.policy.logprobs(tokens))).abs().mean())
 
     def gap(self, server: RunningServer, tokens: Sequence[int]) -> float:
         """The mean absolute difference of the log-probs of trainer and server, in nats."""

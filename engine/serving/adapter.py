@@ -231,6 +231,7 @@ def arguments(
         *("--dtype", dtype, "--max-model-len", str(max_context)),
         *("--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size", str(data_parallel)),
         *("--seed", str(seed), "--logprobs-mode", "processed_logprobs"),
+        *("--hf-overrides", '{"head_dtype": "float32"}'),  # logits as the trainer's: rounded ones make most of a gap
         *("--generation-config", "vllm"),  # no defaults from the model's folder
         *("--middleware", "mgrpo.engine.serving.guard.Guard"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import multiprocessing
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -19,6 +20,7 @@ from mgrpo.engine.serving import adapter
 
 TOKEN = "MGRPO_SERVER_TOKEN"
 LONGEST = 1000  # bytes of a label's body
+LAST_GRACE = 10.0  # seconds for one of vLLM's processes to end
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -107,7 +109,10 @@ class Guard:
 
 
 def end() -> None:
-    """Without a goodbye and as a failure, so that it is started again; vLLM's other processes end when this one has."""
+    """As a failure, so that it is started again; vLLM's other processes, which would live on, go first."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join(LAST_GRACE)
     os._exit(1)
 
 

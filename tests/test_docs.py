@@ -70,6 +70,7 @@ def blocks_of(path: Path) -> list[Block]:
     return [Block(path.name, *found) for found in FENCE.findall(path.read_text())]
 
 
+WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS_SHOWN = FENCE.findall((ROOT / "README.md").read_text())
 
@@ -87,9 +88,6 @@ def test_there_is_documentation_and_each_block_says_what_it_is() -> None:
 
 
 # ---- Python
-
-
-WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ def blocks_of(path: Path) -> list[Block]:
     return [Block(path.name, *found) for found in FENCE.findall(path.read_text())]
 
 
+WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS_SHOWN = FENCE.findall((ROOT / "README.md").read_text())
 
@@ -88,7 +90,7 @@ def test_there_is_documentation_and_each_block_says_what_it_is() -> None:
 # ---- Python
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks_of(p))], ids=str)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {"__name__": "docs"}
@@ -159,6 +161,8 @@ def test_the_commands_shown_are_taken(text: str) -> None:
     for words in lines_of(text):
         assert words[0] in {"mgrpo", "make", "pip", "python", "torchrun"}, words
         assert words[0] != "make" or words[1] in targets, words
+        for name in (word for word in words if word.startswith("mgrpo.")):
+            assert find_spec(name), name
         for name in (word for word in words if word.startswith("examples/")):
             assert (ROOT / name).is_file(), name
         assert words[0] != "pip" or set(extras_in(words[-1])) <= set(extras()), words

@@ -21,6 +21,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Candidate = Callable[[], object]
@@ -165,7 +166,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place in (0, len(columns) - 1) else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a bracket is no markup
     print(title)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 

@@ -287,3 +287,8 @@ def test_bench_kernels_quick_ends_in_json_that_names_every_target():
     assert all(result["value"] is not None or result["why"] for result in results.values())
     assert any("plain torch: time over ours" in name for name in results)
     assert results["copy"]["value"] > 0
+
+
+def test_a_reason_with_brackets_is_shown_whole(capsys):
+    harness.show("", ("name", "why"), [("one", "pip install 'mgrpo[vllm]'")])
+    assert "mgrpo[vllm]" in capsys.readouterr().out

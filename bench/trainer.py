@@ -29,7 +29,7 @@ import msgspec
 import torch
 from torch.multiprocessing import spawn
 
-from mgrpo.bench.harness import CPU, Result, figure, show
+from mgrpo.bench.harness import CPU, Result, figure
 from mgrpo.bench.step_case import Case, mix
 from mgrpo.bench.step_models import make_model
 from mgrpo.bench.step_plan import Plan, plan_for
@@ -69,7 +69,7 @@ class Parts(NamedTuple):
         return 100 * (1 - self.model / self.step)
 
 
-WORDS = Parts("claim", "rewards, plan, read and fill", "the model", "publish", "log and the rest", "checkpoint and ack")  # type: ignore[arg-type]
+WORDS = ("claim", "rewards, plan, read and fill", "the model", "publish", "log and the rest", "checkpoint and ack")
 
 
 def measure(quick: bool) -> list[Result]:
@@ -154,18 +154,15 @@ def step_of(process: AgentProcess, step: int) -> Parts:
 
 
 def scaling(model: str, case: Case, count: int) -> list[Result]:
-    cores, why, found = len(os.sched_getaffinity(0)), None, dict[int, float]()
-    if cores < max(RANKS):
-        why = f"{cores} core: 2 ranks would share it"
-    else:
+    """The medians by 1 rank and by 2, and how many times as fast the latter are; None where there are too few cores."""
+    cores, found = len(os.sched_getaffinity(0)), dict[int, float]()
+    why = f"{cores} core for {max(RANKS)} ranks" if cores < max(RANKS) else None
+    if not why:
         found = {ranks: median(seconds_of(case, ranks, count)) for ranks in RANKS}
     name = f"{model}, the model's part of a step"
     return [
-        *(
-            figure(f"{name}: {ranks} rank{'s'[: ranks - 1]} of one thread", found.get(ranks), "s", why=why)
-            for ranks in RANKS
-        ),
-        figure(f"{name}: times as fast by 2 ranks as by 1", None if why else found[1] / found[2], "x", why=why),
+        *(figure(f"{name}: {ranks} ranks of one thread", found.get(ranks), "s", why=why) for ranks in RANKS),
+        figure(f"{name}: times as fast by 2 ranks as by 1", found[1] / found[2] if found else None, "x", why=why),
     ]
 
 

@@ -3,7 +3,8 @@
 Each worker does what one does in a run, as fast as it can: it takes as many queries as fill a sampler (96 episodes at
 once, the default of compute.concurrency) and records their rollouts, with every call, in BATCHES batches, as episodes
 end in clusters. Then as many processes claim groups with their records and ack them. Every commit is forced to the disk
-(SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine.
+(SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine. Last comes what a
+trainer's step on such groups costs (`trainer.py`).
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ class Done(NamedTuple):
 
 
 def main(quick: bool) -> None:
-    """Measures SQLite, and PostgreSQL where a server can be started, and prints it."""
+    """Measures SQLite, PostgreSQL where a server can be started, and a trainer's step, and prints it."""
+    from mgrpo.bench import trainer  # here, as all of the workers would load it with this module
+
     scaling, seconds = (QUICK_SCALING, QUICK_SECONDS) if quick else (SCALING, SECONDS)
     with workers(max(scaling)) as pipes:
         with tempfile.TemporaryDirectory() as folder:
             results = measure("sqlite", f"sqlite:///{folder}/store.db", pipes, scaling, seconds)
         results += postgresql(pipes, scaling, seconds)
-    report("store", results)
+    report("store", results + trainer.measure(quick))
 
 
 def postgresql(pipes: Sequence[Connection], scaling: Sequence[int], seconds: float) -> list[Result]:

@@ -85,8 +85,8 @@ class AgentProcess:
             if self.config.algorithm.kl_coef:
                 self.policy.keep_reference()
             step = 0
-            self._save("rl", step)
-        self._publish(step)
+            self.save("rl", step)
+        self.publish(step)
         self._push(step)
         self._rl(step)
 
@@ -114,22 +114,26 @@ class AgentProcess:
             self._after_step("warmup", step, steps, row, started)
 
     def _rl(self, first: int) -> None:
-        """The main loop: wait for a step's groups, train on them, publish, save when due."""
         for step in range(first, self.config.steps):
-            started = time.monotonic()
-            order = self._next_groups(step)
-            waited = time.monotonic() - started
-            if self.servers:
-                self.servers.rest()
-            row = self.trainer.train(step, order.groups)
-            if self.office:
-                self.office.trained(order.groups)
-            publishing = time.monotonic()
-            self._publish(step + 1)
-            self._push(step + 1)
-            row |= {"time/waiting": waited, "time/publish": time.monotonic() - publishing}
-            row |= {"groups/expired": order.expired, "groups/refilled": order.refilled}
-            self._after_step("rl", step, self.config.steps, row, started)
+            self.rl_step(step)
+
+    def rl_step(self, step: int) -> Row:
+        """Wait for a step's groups, train on them, publish, log, save when due. Returns what was logged."""
+        started = time.monotonic()
+        order = self._next_groups(step)
+        waited = time.monotonic() - started
+        if self.servers:
+            self.servers.rest()
+        row = self.trainer.train(step, order.groups)
+        if self.office:
+            self.office.trained(order.groups)
+        publishing = time.monotonic()
+        self.publish(step + 1)
+        self._push(step + 1)
+        row |= {"time/waiting": waited, "time/publish": time.monotonic() - publishing}
+        row |= {"groups/expired": order.expired, "groups/refilled": order.refilled}
+        self._after_step("rl", step, self.config.steps, row, started)
+        return row
 
     def _next_groups(self, step: int) -> Order:
         """Waits until the step's groups are sealed. The others hear of every look that rank 0 takes at the store."""
@@ -142,7 +146,7 @@ class AgentProcess:
             if distributed.broadcast(bool(self.servers and self.servers.behind()), bool):
                 self._send()
 
-    def _publish(self, step: int) -> None:
+    def publish(self, step: int) -> None:
         """The weights after `step` rl steps, for the samplers; in a new file only if they moved."""
         moved = self.policy.version != self.published
         weights = dict(self.policy.full_weights()) if moved else None
@@ -170,16 +174,16 @@ class AgentProcess:
         if self.office:
             self.office.log(stage, step, row, started)
         if done == steps or done % self.config.checkpoint.every == 0:
-            self._save(stage, done)
+            self.save(stage, done)
         if distributed.broadcast(bool(self.office and self.office.interrupted()), bool):
             self._stop(stage, done)
 
     def _stop(self, stage: str, step: int) -> None:
         if distributed.broadcast(bool(self.office and self.office.saved != (stage, step)), bool):
-            self._save(stage, step)
+            self.save(stage, step)
         raise Interrupted(f"agent {self.name}: stopped before {stage} step {step}")
 
-    def _save(self, stage: str, step: int) -> None:
+    def save(self, stage: str, step: int) -> None:
         """Everything before (stage, step), atomically; then the store may know. All wait for a full disk."""
         give_up = time.monotonic() + PATIENCE
         for pause in doubling(*RETRY):

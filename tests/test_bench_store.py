@@ -7,6 +7,8 @@ import json
 import pytest
 
 from mgrpo.bench import store as bench
+from mgrpo.bench import trainer
+from mgrpo.bench.harness import Result
 from mgrpo.engine.store import Store
 
 
@@ -14,6 +16,7 @@ from mgrpo.engine.store import Store
 def tiny(monkeypatch):
     monkeypatch.setattr(bench, "QUICK_SCALING", (1, 2))
     monkeypatch.setattr(bench, "QUICK_SECONDS", 0.2)
+    monkeypatch.setattr(trainer, "measure", lambda quick: [Result("trainer", 1.0, "s")])
     monkeypatch.setattr(bench, "TARGETS", {("sqlite", 2): 1e9, ("postgresql", 2): 1.0})
 
 
@@ -26,7 +29,7 @@ def test_both_databases_are_measured_against_their_targets(tiny, capsys, server)
     found = line(capsys)
     assert found["bench"] == "store"
     results = {result["name"]: result for result in found["results"]}
-    assert len(results) == 8 and all(result["value"] > 0 for result in results.values())
+    assert len(results) == 9 and all(result["value"] > 0 for result in results.values())
     assert results["sqlite, 2 workers: rollouts taken and recorded"]["met"] is False
     assert results["postgresql, 2 workers: rollouts taken and recorded"]["met"] is True
     assert results["postgresql, 1 workers: rollouts taken and recorded"]["target"] is None

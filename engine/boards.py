@@ -5,6 +5,7 @@ A folder per stage: purging takes all tags from a step on, and each stage counts
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ class Boards:
         if stage not in self._writers:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
+            _pass_second_of_last(self.folder / stage)
             self._writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=self._purge.get(stage))
             self._purge.pop(stage, None)
         return self._writers[stage]
@@ -57,3 +59,10 @@ class Boards:
         if writer := self._writers.pop(stage, None):
             with suppress(OSError):
                 writer.close()
+
+
+def _pass_second_of_last(folder: Path) -> None:
+    """Files are read in the order of their names, which say the second: two of one second might swap places."""
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    while seconds and time.time() < max(seconds) + 1:
+        time.sleep(0.05)

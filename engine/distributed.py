@@ -133,12 +133,16 @@ def _world() -> ProcessGroup:
     return world
 
 
-@cache
 def _channel(group: ProcessGroup) -> ProcessGroup:
     """The group for messages between CPUs: itself, or where it has only GPUs' collectives, one of the same ranks."""
     if "cpu:" in dist.get_backend_config(group):
         return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    return _beside(group.group_name, tuple(dist.get_process_group_ranks(group)))
+
+
+@cache  # of what is made here alone: a group of the caller's that outlived its end would abort the process at exit
+def _beside(_name: str, ranks: tuple[int, ...]) -> ProcessGroup:
+    return dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
 
 
 def _bytes(data: bytes, size: int) -> Tensor:

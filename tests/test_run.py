@@ -489,3 +489,12 @@ def test_kill_9_leaves_a_good_latest_checkpoint(tmp_path, announced):
     for name in names(run):  # no .tmp- is left, and all that is left is whole
         assert len(list(run.open_checkpoint(run.checkpoints / name).rglob("*"))) == 22
     run.close()
+
+
+def test_tensorboards_files_of_one_second_keep_their_order(tmp_path: Path):
+    boards = Boards(tmp_path)
+    for step in range(2):
+        boards.show({"stage": "rl", "step": step, "main/reward": 1.0})
+        boards.rewind(step, "rl")  # its file ends; the next one takes rows of it back
+    seconds = sorted(int(path.name.split(".")[3]) for path in tmp_path.glob("rl/events.*"))
+    assert len(seconds) == 2 and seconds[0] < seconds[1]

@@ -88,4 +88,4 @@ $(GEOGRAPHY)/smollm2: | $(VENV)/ready
 	$(BIN)/python examples/geography/prepare.py --out $(GEOGRAPHY)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VLLM) build dist

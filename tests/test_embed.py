@@ -453,7 +453,7 @@ def messages_without_a_cpu_backend(rank: int) -> None:
     """As under a launcher whose group has collectives of GPUs only: ours get a group of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-        distributed._channel.cache_clear()
+        distributed._beside.cache_clear()
         assert distributed._channel(dist.group.WORLD) is not dist.group.WORLD
         assert distributed.broadcast({"from": rank}) == {"from": 0}
         assert distributed.gather(rank) == [0, 1, 2]

@@ -67,7 +67,7 @@ class Trl:
             try:
                 torch.set_num_threads(threads)  # a setting of each thread
                 self.trainer.train()
-            except BaseException as fault:
+            except BaseException as fault:  # whatever ends this thread is the caller's, who waits for it
                 self.gate.done.put(fault)
 
         self.thread = threading.Thread(target=run, daemon=True, name="trl")

@@ -148,13 +148,20 @@ class AgentProcess:
 
     def publish(self, step: int) -> None:
         """The weights after `step` rl steps, for the samplers; in a new file only if they moved."""
-        moved = self.policy.version != self.published
-        weights = dict(self.policy.full_weights()) if moved else None
-        self.published = self.policy.version
-        context = self.config.agents[self.name].max_context
-        probe = self.policy.logprobs(probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context))
+        if self.policy.version != self.published:
+            self._write_weights()
+            self.published = self.policy.version
         if self.office:
-            self.office.publish(step, self.policy.version, weights, probe)
+            self.office.publish(step, self.policy.version)
+
+    def _write_weights(self) -> None:
+        """The probe is computed by all ranks, on rank 0 while the file is written and hashed."""
+        weights, context = dict(self.policy.full_weights()), self.config.agents[self.name].max_context
+        tokens = probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context)
+        if self.office:
+            self.office.write(self.policy.version, weights, lambda: self.policy.logprobs(tokens))
+        else:
+            self.policy.logprobs(tokens)
 
     def _push(self, step: int) -> None:
         """The weights after `step` rl steps to the agent's servers, if it has any; only if they moved."""

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -84,6 +85,7 @@ class Office:
         self.expired = self.refilled = self.groups = 0
         self.unacked: list[int] = []
         self.file: Published | None = None
+        self.probe: tuple[float, ...] = ()  # of the weights in it
         self.saved = ("", 0)
         self.leaving = threading.Event()
 
@@ -218,13 +220,18 @@ class Office:
 
     # ---- what others see
 
-    def publish(self, step: int, version: int, weights: Mapping[str, Tensor] | None, probe: Sequence[float]) -> None:
-        """weights: None if they are those of the last publication."""
-        if weights is not None:
-            self.file = self._patiently(publish_weights, self.weights, self.name, version, weights)
+    def write(self, version: int, weights: Mapping[str, Tensor], probe: Callable[[], Sequence[float]]) -> None:
+        """The file that is to be published, while `probe` computes what comes with it."""
+        with ThreadPoolExecutor(1) as beside:
+            file = beside.submit(self._patiently, publish_weights, self.weights, self.name, version, weights)
+            self.probe = tuple(probe())
+            self.file = file.result()
+
+    def publish(self, step: int, version: int) -> None:
+        """The file last written, as the weights after `step` rl steps."""
         assert self.file is not None
         publication = Publication(
-            agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **self.file._asdict()
+            agent=self.name, step=step, version=version, trained=self.groups, probe=self.probe, **self.file._asdict()
         )
         self._patiently(self.store.publish, publication, self.holder)
         if eval_due(self.config, step):

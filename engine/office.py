@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -86,6 +86,8 @@ class Office:
         self.unacked: list[int] = []
         self.file: Published | None = None
         self.probe: tuple[float, ...] = ()  # of the weights in it
+        self.beside = ThreadPoolExecutor(1, "files")
+        self.removing: Future[Any] = self.beside.submit(lambda: None)
         self.saved = ("", 0)
         self.leaving = threading.Event()
 
@@ -97,6 +99,7 @@ class Office:
 
     def __exit__(self, *_: object) -> None:
         self.leaving.set()
+        self.beside.shutdown()
         try:
             self.store.release_role(self.role, self.holder)
         except OSError as error:
@@ -222,10 +225,10 @@ class Office:
 
     def write(self, version: int, weights: Mapping[str, Tensor], probe: Callable[[], Sequence[float]]) -> None:
         """The file that is to be published, while `probe` computes what comes with it."""
-        with ThreadPoolExecutor(1) as beside:
-            file = beside.submit(self._patiently, publish_weights, self.weights, self.name, version, weights)
-            self.probe = tuple(probe())
-            self.file = file.result()
+        self.removing.result()
+        file = self.beside.submit(self._patiently, publish_weights, self.weights, self.name, version, weights)
+        self.probe = tuple(probe())
+        self.file = file.result()
 
     def publish(self, step: int, version: int) -> None:
         """The file last written, as the weights after `step` rl steps."""
@@ -236,7 +239,9 @@ class Office:
         self._patiently(self.store.publish, publication, self.holder)
         if eval_due(self.config, step):
             self._patiently(self.store.open_evaluation, step)
-        remove_old(self.weights, self.name, self._files_needed(step))
+        self.removing = self.beside.submit(
+            self._patiently, remove_old, self.weights, self.name, self._files_needed(step)
+        )
 
     def _files_needed(self, step: int) -> list[str]:
         """The last, and those of steps that are still to be evaluated."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from mgrpo.engine.trajectories import below, fsync, listing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FORCE = 32 << 20  # bytes after which those written so far are forced to the disk
 NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
 PROBE_TOKENS = 32
 PROBE_SEED = 1 << 34  # apart from whatever else is drawn from the run's seed
@@ -59,8 +61,8 @@ def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, T
     """Writes `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
 
     root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16; those not contiguous or not on
-    the CPU are copied first. Raises ValueError for another dtype; OSError that names the file when it cannot be written:
-    then there is none.
+    the CPU are copied first. Raises ValueError for another dtype; OSError that names the file when it cannot be
+    written: then there is none.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
@@ -159,6 +161,30 @@ def _write_all(file: Any, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
+class _Forced:
+    """A file whose bytes go on to the disk while more are written, so that little is left to wait for in the end."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.waiting = file, 0
+        self.disk, self.forced = ThreadPoolExecutor(1), list[Future[None]]()
+
+    def __enter__(self) -> _Forced:
+        return self
+
+    def write(self, data: memoryview) -> int:
+        written = self.file.write(data)
+        self.waiting += written
+        if self.waiting >= FORCE:
+            self.forced.append(self.disk.submit(os.fsync, self.file))
+            self.waiting = 0
+        return written
+
+    def __exit__(self, *_: object) -> None:
+        self.disk.shutdown()
+        for forced in self.forced:  # the system tells of an error once: the last fsync need not hear of it
+            forced.result()
+
+
 @contextmanager
 def _whole_file(fs: Any, path: str) -> Iterator[Any]:
     """A file to write to, which is there under its name if all went well, and else not at all."""
@@ -170,7 +196,8 @@ def _whole_file(fs: Any, path: str) -> Iterator[Any]:
     aside = f"{folder}/.tmp-{name}"
     try:
         with open(aside, "wb", buffering=0) as file:
-            yield file
+            with _Forced(file) as forced:
+                yield forced
             os.fsync(file)
         os.rename(aside, path)
         fsync(folder)

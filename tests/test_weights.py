@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -134,6 +135,23 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_no_file(tmp_path, monkeyp
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="Disk quota exceeded"):
             publish_weights(str(tmp_path), "main", 4, tensors())
+    assert files(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("fails", range(4))  # of three forced early, and the last
+def test_an_error_of_the_disk_that_it_tells_once_leaves_no_file(tmp_path, monkeypatch, fails):
+    real, calls = os.fsync, itertools.count()
+
+    def fsync(file: object) -> None:
+        if next(calls) == fails:
+            raise OSError(errno.EIO, "Input/output error")
+        real(file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(weights_module, "FORCE", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="cannot write weights: Input/output error"):
+            publish_weights(str(tmp_path), "main", 4, {f"{i}": torch.ones(40) for i in range(2)})
     assert files(str(tmp_path)) == []
 
 

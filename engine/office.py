@@ -85,7 +85,6 @@ class Office:
         self.expired = self.refilled = self.groups = 0
         self.unacked: list[int] = []
         self.file: Published | None = None
-        self.probe: tuple[float, ...] = ()  # of the weights in it
         self.beside = ThreadPoolExecutor(1, "files")
         self.removing: Future[Any] = self.beside.submit(lambda: None)
         self.saved = ("", 0)
@@ -223,25 +222,19 @@ class Office:
 
     # ---- what others see
 
-    def write(self, version: int, weights: Mapping[str, Tensor], probe: Callable[[], Sequence[float]]) -> None:
-        """The file that is to be published, while `probe` computes what comes with it."""
+    def publish(self, step: int, version: int, weights: Mapping[str, Tensor] | None, probe: Sequence[float]) -> None:
+        """weights: None if they are those of the last publication. Old files go while the next step begins."""
         self.removing.result()
-        file = self.beside.submit(self._patiently, publish_weights, self.weights, self.name, version, weights)
-        self.probe = tuple(probe())
-        self.file = file.result()
-
-    def publish(self, step: int, version: int) -> None:
-        """The file last written, as the weights after `step` rl steps."""
+        if weights is not None:
+            self.file = self._patiently(publish_weights, self.weights, self.name, version, weights)
         assert self.file is not None
         publication = Publication(
-            agent=self.name, step=step, version=version, trained=self.groups, probe=self.probe, **self.file._asdict()
+            agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **self.file._asdict()
         )
         self._patiently(self.store.publish, publication, self.holder)
         if eval_due(self.config, step):
             self._patiently(self.store.open_evaluation, step)
-        self.removing = self.beside.submit(
-            self._patiently, remove_old, self.weights, self.name, self._files_needed(step)
-        )
+        self.removing = self.beside.submit(remove_old, self.weights, self.name, self._files_needed(step))
 
     def _files_needed(self, step: int) -> list[str]:
         """The last, and those of steps that are still to be evaluated."""

@@ -31,7 +31,7 @@ LAYERS = (
     ("schema", "distributed"),
     ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode", "boards"),
     ("config", "environment"),
-    ("types",),
+    ("types", "strict"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 ENGINE = sorted((ROOT / "engine").rglob("*.py"))

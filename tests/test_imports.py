@@ -30,7 +30,7 @@ LAYERS = (
     ("database",),
     ("schema", "distributed"),
     ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode", "boards"),
-    ("config", "environment"),
+    ("config", "environment", "asking"),
     ("types", "strict"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,7 @@ brings.
 (`step_case.py`): it claims, weighs, reads, plans and fills, publishes all weights with the probe, and logs. All groups
 are there before, so that nothing is waited for. The model's part is `time/forward_backward`: forwards, backwards and
 the optimizer. A checkpoint, with the ack that follows it, is timed after each step and stands apart: a run saves but
-every so often.
+every so often. Old weights are deleted beside what follows a publication: here beside the checkpoint.
 
 *Scaling.* That part of the same step alone, by one rank and by two that share its micro-batches, each on one thread.
 Not the same code: a lone rank holds its bf16 weights whole; two hold float32 rows (FSDP2), so that their time includes

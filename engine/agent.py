@@ -72,6 +72,7 @@ class AgentProcess:
         self.policy = Policy(name, config.agents[name], config.compute)
         self.trainer = AgentTrainer(config, self.policy, files_of(config, "trajectories"))
         self.published = -1  # the version whose weights are in a file
+        self.probe: list[float] = []  # of those weights
         self.servers = Servers(config, name, self.policy) if office and config.agents[name].vllm else None
         self.sent = (-1, -1)  # to the servers: version, step
 
@@ -148,13 +149,13 @@ class AgentProcess:
 
     def publish(self, step: int) -> None:
         """The weights after `step` rl steps, for the samplers; in a new file only if they moved."""
-        moved = self.policy.version != self.published
-        weights = dict(self.policy.full_weights()) if moved else None
-        self.published = self.policy.version
-        context = self.config.agents[self.name].max_context
-        probe = self.policy.logprobs(probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context))
+        weights = None
+        if self.policy.version != self.published:
+            weights, context = dict(self.policy.full_weights()), self.config.agents[self.name].max_context
+            tokens = probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context)
+            self.published, self.probe = self.policy.version, self.policy.logprobs(tokens)
         if self.office:
-            self.office.publish(step, self.policy.version, weights, probe)
+            self.office.publish(step, self.policy.version, weights, self.probe)
 
     def _push(self, step: int) -> None:
         """The weights after `step` rl steps to the agent's servers, if it has any; only if they moved."""

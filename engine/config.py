@@ -6,16 +6,15 @@ that names the key, the value and what was expected. Relative paths are relative
 
 from __future__ import annotations
 
-import math
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from mgrpo.engine.strict import apply_override, check_plain, convert
 from mgrpo.engine.types import MAIN
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -27,9 +26,6 @@ Whole = Annotated[int, Meta(ge=0)]
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all sections: immutable, and no key passes unnoticed."""
-
-
-Section = TypeVar("Section", bound=Frozen)
 
 
 class EnvironmentConfig(Frozen):
@@ -216,7 +212,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not valid TOML: {error}") from error
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     return _absolute(parse_config(raw))
 
 
@@ -226,8 +222,8 @@ def parse_config(raw: dict[str, Any]) -> Config:
     if isinstance(agents, dict):
         for name, agent in agents.items():  # one by one: the library does not name the key of a dictionary's value
             parse_agent(name, agent)
-    config = _convert(raw, Config, "")
-    _check_plain(raw, "")
+    config = convert(raw, Config, "")
+    check_plain(raw, "")
     if MAIN not in config.agents:
         raise ValueError(f"config: agents: {sorted(config.agents)} given: expected one named {MAIN!r}")
     for name in config.agents:
@@ -242,7 +238,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
 
 def parse_agent(name: str, raw: Any) -> AgentConfig:
     """Check one agent's keys. Raises ValueError naming the key, the value and what was expected."""
-    return _convert(raw, AgentConfig, f"agents.{name}")
+    return convert(raw, AgentConfig, f"agents.{name}")
 
 
 def _check_servers(name: str, config: Config) -> None:
@@ -274,69 +270,6 @@ def dump_config(config: Config) -> str:
 def read_dump(text: str) -> Config:
     """What `dump_config` wrote."""
     return msgspec.json.decode(text, type=Config)
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set: {override!r} given, expected KEY=VALUE as in agents.main.lr=1e-6")
-    *parents, last = key.split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise ValueError(f"--set: {key}: {parent!r} is a value, expected a section")
-    raw[last] = _value(value)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _convert(raw: Any, schema: type[Section], prefix: str) -> Section:
-    try:
-        return msgspec.convert(raw, schema)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"config: {_explain(str(error), raw, schema, prefix)}") from error
-
-
-def _explain(message: str, raw: Any, schema: type[Frozen], prefix: str) -> str:
-    """msgspec says where and what was expected; add the value that was given, or the keys there are."""
-    expected, _, where = message.partition(" - at `$")
-    path = re.findall(r"\w+", where)
-    value = raw
-    for part in path:
-        value = value[int(part)] if isinstance(value, (list, tuple)) else value[part]
-    unknown = re.search(r"contains unknown field `(.*)`", expected)
-    if unknown:
-        path.append(unknown[1])
-        value = value[unknown[1]]
-        expected = f"no such key, expected one of {', '.join(_type(schema, path[:-1]).__struct_fields__)}"
-    if expected.startswith("Invalid enum value"):
-        expected = f"expected one of {', '.join(map(repr, get_args(_type(schema, path))))}"
-    key = ".".join([prefix, *path] if prefix else path) or "the file"
-    return f"{key}: {expected}" if "missing required" in expected else f"{key}: {value!r} given: {expected}"
-
-
-def _check_plain(value: Any, key: str) -> None:
-    """TOML has infinities, NaN and dates; the run's own copy of its config, JSON, has not."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, part in inner:
-        _check_plain(part, f"{key}.{name}" if key else str(name))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"config: {key}: {value} given: expected a finite number")
-    if not isinstance(value, dict | list | tuple | str | bool | int | float | None):
-        raise ValueError(f"config: {key}: {value!r} given: expected text, a number, a truth value, a list or a section")
-
-
-def _type(schema: Any, path: list[str]) -> Any:
-    """The type of a key of a section."""
-    for part in path:
-        schema = next(field.type for field in msgspec.structs.fields(schema) if field.name == part)
-        schema = next((one for one in get_args(schema) if isinstance(one, type) and issubclass(one, Frozen)), schema)
-    return schema
 
 
 def _absolute(config: Config) -> Config:

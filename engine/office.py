@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -84,6 +85,8 @@ class Office:
         self.expired = self.refilled = self.groups = 0
         self.unacked: list[int] = []
         self.file: Published | None = None
+        self.beside = ThreadPoolExecutor(1, "files")
+        self.removing: Future[Any] = self.beside.submit(lambda: None)
         self.saved = ("", 0)
         self.leaving = threading.Event()
 
@@ -95,6 +98,7 @@ class Office:
 
     def __exit__(self, *_: object) -> None:
         self.leaving.set()
+        self.beside.shutdown()
         try:
             self.store.release_role(self.role, self.holder)
         except OSError as error:
@@ -219,7 +223,8 @@ class Office:
     # ---- what others see
 
     def publish(self, step: int, version: int, weights: Mapping[str, Tensor] | None, probe: Sequence[float]) -> None:
-        """weights: None if they are those of the last publication."""
+        """weights: None if they are those of the last publication. Old files go while the next step begins."""
+        self.removing.result()
         if weights is not None:
             self.file = self._patiently(publish_weights, self.weights, self.name, version, weights)
         assert self.file is not None
@@ -229,7 +234,7 @@ class Office:
         self._patiently(self.store.publish, publication, self.holder)
         if eval_due(self.config, step):
             self._patiently(self.store.open_evaluation, step)
-        remove_old(self.weights, self.name, self._files_needed(step))
+        self.removing = self.beside.submit(remove_old, self.weights, self.name, self._files_needed(step))
 
     def _files_needed(self, step: int) -> list[str]:
         """The last, and those of steps that are still to be evaluated."""

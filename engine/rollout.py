@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
-import math
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
+from mgrpo.engine.asking import UserCodeError, ask_action, ask_score, ask_text
 from mgrpo.engine.config import Config, EnvironmentConfig
 from mgrpo.engine.environment import Environment, ToolError
 from mgrpo.engine.sampler import Completion, Sampler, Session
 from mgrpo.engine.types import (
     MAIN,
-    Action,
     Answer,
     Call,
-    CallScore,
     Delegate,
     Episode,
     Malformed,
@@ -70,10 +63,6 @@ class Rollout:
     trajectories: list[Trajectory | None] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
-
-
-class UserCodeError(Exception):
-    """The environment's code raised, timed out, or returned what it must not."""
 
 
 class Episodes:
@@ -158,7 +147,7 @@ class Episodes:
             async with asyncio.timeout(self.timeout):
                 await self._call(rollout, 0, rollout.episode.main)
             rollout.status = "unscored"
-            rollout.score = await self._score(rollout.episode)
+            rollout.score = await ask_score(self.environment.score, rollout.episode, self.config.reward.timeout)
             rollout.status = "scored"
         except UserCodeError as error:
             rollout.error = str(error)
@@ -173,7 +162,7 @@ class Episodes:
         job, sampler, agent = rollout.job, self.samplers[call.agent], self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
         session = Session(seed, job.greedy, sampler.version, sampler.version, sampler.weights_step)
-        session.append(self._encode(sampler, await self._text(self.environment.prompt, call)))
+        session.append(self._encode(sampler, await ask_text(self.environment.prompt, call)))
         if not session.tokens:
             raise UserCodeError("prompt: '' returned, expected some text to begin with")
         if len(session.tokens) >= agent.max_context and call.agent == MAIN:
@@ -192,7 +181,7 @@ class Episodes:
             completion = await self._act(call, sampler, session)
             if completion.tokens == 0:
                 return "context"
-            action = _checked_action(await self._user(self.environment.parse, call, completion.text))
+            action = await ask_action(self.environment.parse, call, completion.text)
             turn = Turn(completion.text, action, truncated=completion.truncated)
             call.turns.append(turn)
             if isinstance(action, Answer):
@@ -201,7 +190,7 @@ class Episodes:
             if isinstance(action, Malformed):
                 return "malformed"
             results = await self._use_all(rollout, call, action)
-            turn.observation = await self._text(
+            turn.observation = await ask_text(
                 self.environment.observation, call, list(zip(action, results, strict=True))
             )
             session.append(self._encode(sampler, turn.observation))
@@ -244,7 +233,7 @@ class Episodes:
 
     async def _tool(self, call: Call, use: ToolCall) -> str:
         try:
-            return await self._text(self.environment.tool, call, use)
+            return await ask_text(self.environment.tool, call, use)
         except UserCodeError as error:
             if isinstance(error.__cause__, ToolError):
                 return f"error: {error.__cause__}"
@@ -252,31 +241,6 @@ class Episodes:
 
     def _encode(self, sampler: Sampler, text: str) -> list[int]:
         return list(sampler.tokenizer.encode(text, add_special_tokens=False))
-
-    async def _user(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the user's code, plain or async. This is the one place that catches whatever it raises."""
-        try:
-            result = function(*args)
-            return await result if inspect.isawaitable(result) else result
-        except Exception as error:
-            raise _failure(function, error) from error
-
-    async def _text(self, function: Callable[..., Any], *args: Any) -> str:
-        text = await self._user(function, *args)
-        if not isinstance(text, str):
-            raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned, expected str")
-        return text
-
-    async def _score(self, episode: Episode) -> Score:
-        """The judge's score: an async judge as it is, a plain one in a thread, so that one that hangs stops nothing."""
-        judge, seconds = self.environment.score, self.config.reward.timeout
-        asked = self._user(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
-        try:
-            score = await asyncio.wait_for(asked, seconds)
-        except TimeoutError as error:
-            raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
-        _check_score(episode, score)
-        return score
 
     def _log_once(self, job: Job, error: UserCodeError) -> None:
         trace = "".join(traceback.format_exception(error.__cause__ or error))
@@ -289,66 +253,10 @@ class Demonstrations(Episodes):
     """Episodes in which the environment's script takes every agent's actions; nothing is sampled."""
 
     async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
-        text = await self._text(self.environment.script, call)
+        text = await ask_text(self.environment.script, call)
         tokens = self._encode(sampler, text)
         session.append(tokens, [0.0] * len(tokens))
         return Completion(text, len(tokens), truncated=False)
-
-
-def _failure(function: Callable[..., Any], error: Exception) -> UserCodeError:
-    failure = UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
-def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
-    """Run a plain function in a daemon thread: unlike an executor's, a hanging one does not hold up the exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Score] = loop.create_future()
-
-    def settle(set_it: Callable[[Any], None], outcome: Any) -> None:
-        if not future.done():  # else it timed out
-            set_it(outcome)
-
-    def work() -> None:
-        try:
-            set_it, outcome = future.set_result, function(episode)
-        except Exception as error:  # whatever the judge raises, as `_user` would
-            set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, set_it, outcome)
-
-    threading.Thread(target=work, daemon=True, name="score").start()
-    return future
-
-
-def _checked_action(action: Action) -> Action:
-    uses = isinstance(action, tuple) and action and all(isinstance(use, ToolCall | Delegate) for use in action)
-    answered = isinstance(action, Answer) and isinstance(action.text, str)
-    if not (answered or isinstance(action, Malformed) or uses):
-        raise UserCodeError(
-            f"parse: {action!r} returned, expected Answer, Malformed, or a tuple of ToolCall and Delegate"
-        )
-    return action
-
-
-def _check_score(episode: Episode, score: Score) -> None:
-    if not isinstance(score, Score):
-        raise UserCodeError(f"score: {type(score).__name__} returned, expected a Score")
-    if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
-        raise UserCodeError(f"score: calls is {score.calls!r}, expected a tuple of CallScore")
-    if len(score.calls) != len(episode.calls):
-        raise UserCodeError(
-            f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
-        )
-    formats = {"format": score.format} | {f"calls[{i}].format": call.format for i, call in enumerate(score.calls)}
-    for name, valid in formats.items():
-        if not isinstance(valid, bool | np.bool_):
-            raise UserCodeError(f"score: {name} is {valid!r}, expected True or False")
-    numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
-    for name, number in numbers.items():
-        if not isinstance(number, int | float | np.number) or not math.isfinite(number):
-            raise UserCodeError(f"score: {name} is {number!r}, expected a finite number")
 
 
 def load_environment(config: EnvironmentConfig) -> Environment:

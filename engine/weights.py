@@ -1,9 +1,10 @@
 """Published weights: what a trainer hands to the samplers of its agent, as one safetensors file a version.
 
 Departs from the library's writer: we write the format ourselves (the header's length, a JSON header, the tensors'
-bytes), tensor by tensor, so that the bytes are hashed on their way and no second copy of the model is ever in memory.
-A file has its name only when it is whole: on a file system it is written aside, forced to the disk and renamed; in an
-object store it is one upload. The library reads it, after its size and SHA-256 were compared with those in the store.
+bytes), tensor by tensor, from where they lie, so that one thread hashes the bytes while another writes them and no
+second copy of the model is ever in memory. A file has its name only when it is whole: on a file system it is written
+aside, forced to the disk and renamed; in an object store it is one upload. The library reads it, after its size and
+SHA-256 were compared with those in the store.
 
 The *probe*: trainer and sampler both compute the log-probs of a prompt that follows from the run's seed. Weights that
 came over halved, stale or into the wrong places show as a gap that no rounding explains.
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ from torch import Tensor
 from mgrpo.engine.trajectories import below, fsync, listing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FORCE = 32 << 20  # bytes after which those written so far are forced to the disk
 NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
 PROBE_TOKENS = 32
 PROBE_SEED = 1 << 34  # apart from whatever else is drawn from the run's seed
@@ -53,39 +57,25 @@ class Published(NamedTuple):
     size: int
 
 
-class _Hashing:
-    """A file that counts and hashes what is written to it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        self.hash.update(view)
-        self.size += len(view)
-        while view:  # a raw write may take only a part
-            view = view[self.file.write(view) :]
-
-
 def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, Tensor]) -> Published:
     """Writes `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
 
-    root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16, on any device.
-    Raises ValueError for another dtype; OSError that names the file when it cannot be written: then there is none.
+    root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16; those not contiguous or not on
+    the CPU are copied first. Raises ValueError for another dtype; OSError that names the file when it cannot be
+    written: then there is none.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
-    header = _header(tensors)
+    parts = [_header(tensors), *map(_bytes, tensors.values())]
     try:
         fs.makedirs(f"{directory}/{agent}", exist_ok=True)
-        with _whole_file(fs, f"{directory}/{name}") as file:
-            written = _Hashing(file)
-            written.write(header)
-            for tensor in tensors.values():
-                written.write(_bytes(tensor))
+        with ThreadPoolExecutor(1) as beside, _whole_file(fs, f"{directory}/{name}") as file:
+            checksum = beside.submit(_sha256, parts)
+            for part in parts:
+                _write_all(file, part)
     except OSError as error:
         raise OSError(error.errno, f"cannot write weights: {error.strerror or error}", f"{root}/{name}") from error
-    return Published(name, written.hash.hexdigest(), written.size)
+    return Published(name, checksum.result(), sum(map(len, parts)))
 
 
 def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Tensor]:
@@ -98,7 +88,7 @@ def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Te
     data = fs.cat_file(below(directory, file))
     if len(data) != size:
         raise DamagedWeights(f"weights {file}: expected {size} bytes, it has {len(data)}")
-    found = hashlib.sha256(data).hexdigest()
+    found = _sha256([data])
     if found != checksum:
         raise DamagedWeights(f"weights {file}: expected SHA-256 {checksum}, it has {found}")
     try:
@@ -139,7 +129,7 @@ def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Seq
     return gap
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Tensor]) -> memoryview:
     """Its own length in 8 bytes, then JSON, filled up with spaces so that the tensors begin at a multiple of 8."""
     entries, begin = {}, 0
     for name, tensor in tensors.items():
@@ -150,11 +140,49 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
         begin = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return memoryview(len(text).to_bytes(8, "little") + text)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    """Of them all, one after the other; while it computes, other threads may run."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """A raw write may take only a part, as it does just before the disk is full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+class _Forced:
+    """A file whose bytes go on to the disk while more are written, so that little is left to wait for in the end."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.waiting = file, 0
+        self.disk, self.forced = ThreadPoolExecutor(1), list[Future[None]]()
+
+    def __enter__(self) -> _Forced:
+        return self
+
+    def write(self, data: memoryview) -> int:
+        written = self.file.write(data)
+        self.waiting += written
+        if self.waiting >= FORCE:
+            self.forced.append(self.disk.submit(os.fsync, self.file))
+            self.waiting = 0
+        return written
+
+    def __exit__(self, *_: object) -> None:
+        self.disk.shutdown()
+        for forced in self.forced:  # the system tells of an error once: the last fsync need not hear of it
+            forced.result()
 
 
 @contextmanager
@@ -168,7 +196,8 @@ def _whole_file(fs: Any, path: str) -> Iterator[Any]:
     aside = f"{folder}/.tmp-{name}"
     try:
         with open(aside, "wb", buffering=0) as file:
-            yield file
+            with _Forced(file) as forced:
+                yield forced
             os.fsync(file)
         os.rename(aside, path)
         fsync(folder)

@@ -30,6 +30,7 @@ from faults import SECONDS, STEPS, K, Q, Run, wait_for
 from faulty import Bucket
 from hosts import HERE, Hosts, Server
 from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
+from mgrpo.engine.config import StoreConfig
 from mgrpo.engine.ledger import collect, open_store
 
 pytestmark = pytest.mark.faults
@@ -117,13 +118,22 @@ def test_replies_of_the_store_that_are_lost(make):
     assert len(run.begun()) == 3
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])
-def test_postgresql_goes_and_comes_back(make, server: Cluster, how: signal.Signals):
-    run = make(store={"url": server.create()}, sampling={"workers": 2, "max_staleness": 1}, steps=10)
+OUTAGES = {  # how the server goes, for how many seconds at least, and the lease
+    "stopped": (signal.SIGINT, 60.0, StoreConfig().lease),
+    "crashed": (signal.SIGQUIT, 0.0, 3.0),
+}
+
+
+@pytest.mark.parametrize(("how", "seconds", "lease"), OUTAGES.values(), ids=OUTAGES)
+def test_postgresql_goes_and_comes_back(make, server: Cluster, how: signal.Signals, seconds: float, lease: float):
+    store = {"url": server.create(), "lease": lease}
+    run = make(store=store, sampling={"workers": 2, "max_staleness": 1}, steps=10)
     launcher = run.start("train")
     run.wait_for_step(2)
     server.stop(how)
+    back = time.monotonic() + seconds
     try:
+        wait_for(lambda: time.monotonic() > back)
         for process in ("trainer-main", "trainer-clerk", "worker-0", "worker-1"):
             wait_for(lambda process=process: "trying again in" in run.said(process), run)
     finally:

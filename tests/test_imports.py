@@ -30,8 +30,8 @@ LAYERS = (
     ("database",),
     ("schema", "distributed"),
     ("trajectories", "planning", "ragged", "attention", "display", "statistics", "process", "usercode", "boards"),
-    ("config", "environment"),
-    ("types",),
+    ("config", "environment", "asking"),
+    ("types", "strict"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 ENGINE = sorted((ROOT / "engine").rglob("*.py"))

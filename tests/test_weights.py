@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -109,18 +110,17 @@ def test_another_dtype_is_refused_by_name(root):
 
 @pytest.mark.parametrize("room", [0, 1, 8, 100, 400])
 def test_a_full_disk_leaves_no_file_and_the_next_try_succeeds(root, monkeypatch, room):
-    real, left = weights_module._Hashing.write, [room]
+    real, left = weights_module._write_all, [room]
 
-    def write(self, data) -> None:
-        size = len(memoryview(data).cast("B"))
-        part = min(size, left[0])
+    def write(file, data) -> None:
+        part = min(len(data), left[0])
         left[0] -= part
-        real(self, memoryview(data).cast("B")[:part])
-        if part < size:
+        real(file, data[:part])
+        if part < len(data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_module._Hashing, "write", write)
+        patch.setattr(weights_module, "_write_all", write)
         with pytest.raises(OSError, match=r"cannot write weights: No space left on device: '.*main/v4-") as caught:
             publish_weights(root, "main", 4, tensors())
     assert caught.value.errno == errno.ENOSPC and files(root) == []
@@ -138,6 +138,23 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_no_file(tmp_path, monkeyp
     assert files(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("fails", range(4))  # of three forced early, and the last
+def test_an_error_of_the_disk_that_it_tells_once_leaves_no_file(tmp_path, monkeypatch, fails):
+    real, calls = os.fsync, itertools.count()
+
+    def fsync(file: object) -> None:
+        if next(calls) == fails:
+            raise OSError(errno.EIO, "Input/output error")
+        real(file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(weights_module, "FORCE", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="cannot write weights: Input/output error"):
+            publish_weights(str(tmp_path), "main", 4, {f"{i}": torch.ones(40) for i in range(2)})
+    assert files(str(tmp_path)) == []
+
+
 def test_a_file_that_takes_a_part_of_each_write_gets_all_of_it(tmp_path, monkeypatch):
     whole = publish_weights(str(tmp_path), "main", 0, tensors())
 
@@ -148,8 +165,8 @@ def test_a_file_that_takes_a_part_of_each_write_gets_all_of_it(tmp_path, monkeyp
         def write(self, data) -> int:
             return self.file.write(data[:7])
 
-    real = weights_module._Hashing.__init__
-    monkeypatch.setattr(weights_module._Hashing, "__init__", lambda self, file: real(self, Narrow(file)))
+    real = weights_module._write_all
+    monkeypatch.setattr(weights_module, "_write_all", lambda file, data: real(Narrow(file), data))
     narrow = publish_weights(str(tmp_path), "main", 0, tensors())
     assert narrow[1:] == whole[1:] and same(load_weights(str(tmp_path), *narrow), tensors())
 

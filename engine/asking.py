@@ -1,0 +1,108 @@
+"""The user's environment asked, and its answers checked: what it raises or returns amiss is a `UserCodeError`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+
+from mgrpo.engine.types import Action, Answer, CallScore, Delegate, Episode, Malformed, Score, ToolCall
+
+
+class UserCodeError(Exception):
+    """The environment's code raised, timed out, or returned what it must not."""
+
+
+async def ask(function: Callable[..., Any], *args: Any) -> Any:
+    """Call the user's code, plain or async. This is the one place that catches whatever it raises."""
+    try:
+        result = function(*args)
+        return await result if inspect.isawaitable(result) else result
+    except Exception as error:
+        raise _failure(function, error) from error
+
+
+async def ask_text(function: Callable[..., Any], *args: Any) -> str:
+    """What must be text. Raises UserCodeError, as all of these do."""
+    text = await ask(function, *args)
+    if not isinstance(text, str):
+        raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned, expected str")
+    return text
+
+
+async def ask_action(function: Callable[..., Any], *args: Any) -> Action:
+    """What must be an agent's action."""
+    action: Action = await ask(function, *args)
+    _check_action(action)
+    return action
+
+
+async def ask_score(judge: Callable[[Episode], Any], episode: Episode, seconds: float) -> Score:
+    """The judge's score: an async judge as it is, a plain one in a thread, so that one that hangs stops nothing."""
+    asked = ask(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
+    try:
+        score: Score = await asyncio.wait_for(asked, seconds)
+    except TimeoutError as error:
+        raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
+    _check_score(episode, score)
+    return score
+
+
+def _failure(function: Callable[..., Any], error: Exception) -> UserCodeError:
+    failure = UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
+    """Run a plain function in a daemon thread: unlike an executor's, a hanging one does not hold up the exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Score] = loop.create_future()
+
+    def settle(set_it: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():  # else it timed out
+            set_it(outcome)
+
+    def work() -> None:
+        try:
+            set_it, outcome = future.set_result, function(episode)
+        except Exception as error:  # whatever the judge raises, as `ask` would
+            set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, set_it, outcome)
+
+    threading.Thread(target=work, daemon=True, name="score").start()
+    return future
+
+
+def _check_action(action: Action) -> None:
+    uses = isinstance(action, tuple) and action and all(isinstance(use, ToolCall | Delegate) for use in action)
+    answered = isinstance(action, Answer) and isinstance(action.text, str)
+    if not (answered or isinstance(action, Malformed) or uses):
+        raise UserCodeError(
+            f"parse: {action!r} returned, expected Answer, Malformed, or a tuple of ToolCall and Delegate"
+        )
+
+
+def _check_score(episode: Episode, score: Score) -> None:
+    if not isinstance(score, Score):
+        raise UserCodeError(f"score: {type(score).__name__} returned, expected a Score")
+    if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
+        raise UserCodeError(f"score: calls is {score.calls!r}, expected a tuple of CallScore")
+    if len(score.calls) != len(episode.calls):
+        raise UserCodeError(
+            f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
+        )
+    formats = {"format": score.format} | {f"calls[{i}].format": call.format for i, call in enumerate(score.calls)}
+    for name, valid in formats.items():
+        if not isinstance(valid, bool | np.bool_):
+            raise UserCodeError(f"score: {name} is {valid!r}, expected True or False")
+    numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
+    for name, number in numbers.items():
+        if not isinstance(number, int | float | np.number) or not math.isfinite(number):
+            raise UserCodeError(f"score: {name} is {number!r}, expected a finite number")

@@ -1,4 +1,4 @@
-"""verl's policy loss, advantage and fused log-prob, by ours. Loading this module is all: verl does so in each process with
+"""verl's policy loss, advantages and fused log-probs, by ours. To load this module is all; verl does it with
 
     VERL_USE_EXTERNAL_MODULES=mgrpo.engine.integrations.verl
 

@@ -178,7 +178,7 @@ def liger_loss(settings: Ours, leaves: list[Tensor], inputs: dict[str, Any]) -> 
 
 
 def in_liger(loss_type: str, level: str, kl: str, extra: str) -> bool:
-    """Its LUSPO counts masked tokens too, unless all of a sequence is one term; CISPO and SAPO it has of tokens only."""
+    """Its LUSPO counts masked tokens too, unless a sequence is one term; CISPO and SAPO it has of tokens only."""
     if loss_type == "luspo":
         return level == "sequence" and kl == "no KL" and extra != "truncated importance"
     return level == "token" or loss_type not in ("cispo", "sapo")

@@ -50,5 +50,5 @@ def logprob_loss(
     logprobs_L, entropies_L = logprobs_N[index_L], entropies_N[index_L].to(dtype)
     loss = RowLoss.apply(logprobs_L, entropies_L, live, objective)
     metrics = row_metrics(logprobs_L.detach(), entropies_L.detach(), live, objective)
-    kept = (torch.where(live_N, values_N.detach(), 0) for values_N in (logprobs_N, entropies_N))
-    return Loss(loss, *kept, metrics)
+    put_N, put_entropies_N = (torch.where(live_N, values_N.detach(), 0) for values_N in (logprobs_N, entropies_N))
+    return Loss(loss, put_N, put_entropies_N, metrics)

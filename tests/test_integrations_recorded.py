@@ -124,6 +124,8 @@ def test_of_a_prompt_and_its_completion_the_completion_is(tokenizer: Any) -> Non
         "completion": [message("assistant", "use it"), message("tool", "4"), message("assistant", "four")],
     }
     plain = {"prompt": "The sky is", "completion": " blue."}
+    found = recorded([talk, plain, talk], tokenizer, by=("prompt",))
+    assert found.keys == [(talk["prompt"],), (plain["prompt"],)] and found.offsets.tolist() == [0, 2, 3]
     found = recorded([talk, plain], tokenizer)
     assert found.rewards is None
     assert said(tokenizer, found.tokens[0], found.sampled[0]) == ["use it" + EOS, "four" + EOS]

@@ -1,1 +1,1 @@
-"""Other trainers with our loss, our compaction and our packing under their own step. Nothing of ours imports these."""
+"""Other trainers with our loss, our compaction and our packing under their own step, and rollouts that they recorded. Nothing of ours imports these."""

@@ -19,7 +19,7 @@ Legend: N trajectories, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +61,8 @@ def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ())
     rows = list(rows)
     keys_N = [tuple(_field(row, name, n) for name in by) for n, row in enumerate(rows)]
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for n, key in enumerate(keys_N):
-        groups.setdefault(key, []).append(n)
+    for n, key in enumerate(keys_N):  # a prompt may be a list of messages
+        groups.setdefault(tuple(each if isinstance(each, Hashable) else repr(each) for each in key), []).append(n)
     order = [n for members in groups.values() for n in members]
     found = [_read(rows[n], tokenizer, f"row {n}") for n in order]
     offsets = np.cumsum([0, *map(len, groups.values())]) if by else None
@@ -73,7 +73,7 @@ def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ())
         None if rewards is None else np.array(rewards),
         _of_all("rollout_log_probs", [each.logprobs for each in found]),
         offsets,
-        list(groups) if by else None,
+        [keys_N[members[0]] for members in groups.values()] if by else None,
     )
 
 

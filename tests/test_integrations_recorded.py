@@ -81,6 +81,7 @@ def test_token_ids_are_taken_as_they_are() -> None:
     assert recorded([slime()]).sampler_logprobs[0].tolist() == [0, 0, 0, -0.5, -1, 0, -2, 0]
     everything = recorded([slime(loss_mask=None, rollout_log_probs=None)])
     assert everything.sampled[0].tolist() == [False] * 3 + [True] * 5 and everything.sampler_logprobs is None
+    assert not recorded([slime(remove_sample=True)]).sampled[0].any()
     nothing = recorded([slime(response_length=0, loss_mask=[], rollout_log_probs=[])])
     assert not nothing.sampled[0].any() and len(nothing.tokens[0]) == 8
 

@@ -2,7 +2,7 @@
 
 A row is a dictionary, as a line of JSON or a `datasets.Dataset` gives it, in one of these forms:
 * token ids: `tokens`, `response_length` (of the last tokens of them) and `loss_mask` (of those; null: all are the
-  agent's), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue names them `tokens`,
+  agent's; none is if `remove_sample`), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue names them `tokens`,
   `responseLength`, `lossMask`; its messages are not read, and its masks are taken as they are: they count the header of
   each of the agent's turns too.
 * `messages` of a chat: the assistant's are the agent's.
@@ -102,6 +102,7 @@ def _from_tokens(row: Row, where: str) -> _Tokens:
     own = slice(len(tokens) - response, None)
     mask = next((name for name in ("loss_mask", "lossMask") if row.get(name) is not None), None)
     sampled[own] = True if mask is None else _numbers(row, mask, "iub", where, response, only=(0, 1)).astype(bool)
+    sampled &= not row.get("remove_sample", False)
     if row.get("rollout_log_probs") is None:
         return _Tokens(tokens, sampled)
     logprobs = np.zeros(len(tokens), np.float32)

@@ -2,9 +2,9 @@
 
 A row is a dictionary, as a line of JSON or a `datasets.Dataset` gives it, in one of these forms:
 * token ids: `tokens`, `response_length` (of the last tokens of them) and `loss_mask` (of those; null: all are the
-  agent's; none is if `remove_sample`), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue names them `tokens`,
-  `responseLength`, `lossMask`; its messages are not read, and its masks are taken as they are: they count the header of
-  each of the agent's turns too.
+  agent's; none is if `remove_sample`), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue has
+  `tokens`, `responseLength` and `lossMask`; its messages are not read, and its masks are taken as they are: they count
+  the header of each of the agent's turns too.
 * `messages` of a chat: the assistant's are the agent's.
 * TRL's `prompt` and `completion`, two texts or two lists of messages: of the completion, texts and assistant's messages
   are the agent's.

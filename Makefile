@@ -63,12 +63,14 @@ soak: $(VENV)/ready
 	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/test_faults.py -k soak
 
 # Rebuilt when what it is built from changes; Python sources are read in place (editable install).
+# verl, whose losses the tests hold ours to, alone: what it would bring is for GPUs, and an older transformers.
 $(VENV)/ready: pyproject.toml CMakeLists.txt LICENSE $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' \
 	  'setuptools-scm>=8' 'cmake>=3.20' ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,geography]'
+	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
 # vLLM's build for CPUs, without what it needs for pictures and sound, whose packages bring CUDA.

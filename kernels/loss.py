@@ -60,11 +60,11 @@ def grpo_loss(
     checks.check_logits(logits_NV, inplace=inplace)
     values = checks.ValueChecks(logits_NV.device)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    rows = _rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
+    rows = checked_rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
     plan = _plan(values, targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
     logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
-    loss = _RowLoss.apply(logprobs_L, entropy_L, live, objective)
+    loss = RowLoss.apply(logprobs_L, entropy_L, live, objective)
     return _result(loss, logprobs_L.detach(), entropy_L.detach(), plan, live, objective, len(logits_NV))
 
 
@@ -110,7 +110,7 @@ def linear_grpo_loss(
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     values = checks.ValueChecks(hidden_NH.device)
-    rows = _rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
+    rows = checked_rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
     vocabulary = shard.total if shard else len(weight_VH)
     plan = _plan(values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard)
     live = rows if plan.index_L is None else rows.select(plan.index_L)
@@ -119,7 +119,7 @@ def linear_grpo_loss(
     return _result(loss, logprobs_L, entropy_L, plan, live, objective, len(hidden_NH))
 
 
-def _rows(
+def checked_rows(
     values: checks.ValueChecks,
     vectors_N: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
@@ -197,7 +197,7 @@ def _result(
     return Loss(loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics)
 
 
-class _RowLoss(torch.autograd.Function):
+class RowLoss(torch.autograd.Function):
     """The loss from log-probs and entropies."""
 
     @staticmethod

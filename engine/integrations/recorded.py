@@ -1,0 +1,202 @@
+"""Rollouts that others recorded, as the ragged columns that `pack` and `advantages` take.
+
+A row is a dictionary, as a line of JSON or a `datasets.Dataset` gives it, in one of these forms:
+* token ids: `tokens`, `response_length` (of the last tokens of them) and `loss_mask` (of those; null: all are the
+  agent's; none is if `remove_sample`), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue has
+  `tokens`, `responseLength` and `lossMask`; its messages are not read, and its masks are taken as they are: they count
+  the header of each of the agent's turns too.
+* `messages` of a chat: the assistant's are the agent's.
+* TRL's `prompt` and `completion`, two texts or two lists of messages: of the completion, texts and assistant's messages
+  are the agent's.
+`reward` is a number, of all rows or of none.
+
+What is text is tokenized again, which need not give the tokens that were sampled: record ids. Each text of the agent's
+is tokenized by itself, as it came after what the agent saw; of a message, what the template writes after the last
+end-of-sequence token is not the agent's. Nothing is added to a text, so a completion without such a token has no end.
+
+Legend: N trajectories, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = Mapping[str, Any]
+FORMS = "tokens and response_length; or messages; or prompt and completion"
+
+
+class Recorded(NamedTuple):
+    """N trajectories: tokens int64, sampled bool, sampler_logprobs float32 (nats, 0 where not sampled), an array each.
+
+    rewards (N,). offsets (G + 1,): bounds of the groups, keys (G,) what their rows have in `by`. What the rows lack, or
+    was not asked for, is None.
+    """
+
+    tokens: list[NDArray[np.int64]]
+    sampled: list[NDArray[np.bool_]]
+    rewards: NDArray[np.float64] | None
+    sampler_logprobs: list[NDArray[np.float32]] | None
+    offsets: NDArray[np.int64] | None
+    keys: list[tuple[Any, ...]] | None
+
+
+class _Tokens(NamedTuple):
+    tokens: NDArray[np.int64]
+    sampled: NDArray[np.bool_]
+    logprobs: NDArray[np.float32] | None = None
+
+
+def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ()) -> Recorded:
+    """The rows' trajectories; sorted by group, first come first, if `by` names the fields that make one.
+
+    tokenizer: of transformers, for text; with a chat template, for messages. by: for group-relative advantages the
+    query, and the agent where there are several: ("agent", "group_index"). MrlX's queue carries neither.
+    Raises ValueError, naming row and field, for what is missing, malformed, or had by some rows only, and for a
+    template that writes earlier messages otherwise once others follow (as those do that drop earlier reasoning).
+    """
+    rows = list(rows)
+    keys_N = [tuple(_field(row, name, n) for name in by) for n, row in enumerate(rows)]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for n, key in enumerate(keys_N):  # a prompt may be a list of messages
+        groups.setdefault(tuple(each if isinstance(each, Hashable) else repr(each) for each in key), []).append(n)
+    order = [n for members in groups.values() for n in members]
+    found = [_read(rows[n], tokenizer, f"row {n}") for n in order]
+    offsets = np.cumsum([0, *map(len, groups.values())]) if by else None
+    rewards = _of_all("reward", [_reward(rows[n], n) for n in order])
+    return Recorded(
+        [each.tokens for each in found],
+        [each.sampled for each in found],
+        None if rewards is None else np.array(rewards),
+        _of_all("rollout_log_probs", [each.logprobs for each in found]),
+        offsets,
+        [keys_N[members[0]] for members in groups.values()] if by else None,
+    )
+
+
+def _read(row: Row, tokenizer: Any, where: str) -> _Tokens:
+    """A row in whichever form it is."""
+    if "tokens" in row:
+        return _from_tokens(row, where)
+    if "messages" in row:
+        return _from_messages(_messages(row, "messages", where), 0, tokenizer, where)
+    if not {"prompt", "completion"} <= row.keys():
+        raise ValueError(f"{where}: got the fields {sorted(row)}, expected {FORMS}")
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        _need(tokenizer, where)
+        seen = list(tokenizer(row["prompt"])["input_ids"])
+        return _joined([(seen, False), (_ids(tokenizer, row["completion"]), True)])
+    prompt, completion = (_messages(row, name, where) for name in ("prompt", "completion"))
+    return _from_messages(prompt + completion, len(prompt), tokenizer, where)
+
+
+def _from_tokens(row: Row, where: str) -> _Tokens:
+    tokens = _numbers(row, "tokens", "iu", where)
+    response = row.get("response_length", row.get("responseLength"))
+    if not isinstance(response, int) or not 0 <= response <= len(tokens):
+        raise ValueError(f"{where}, response_length: got {response!r}, expected 0 to {len(tokens)}, as tokens has")
+    sampled = np.zeros(len(tokens), bool)
+    own = slice(len(tokens) - response, None)
+    mask = next((name for name in ("loss_mask", "lossMask") if row.get(name) is not None), None)
+    sampled[own] = True if mask is None else _numbers(row, mask, "iub", where, response, only=(0, 1)).astype(bool)
+    sampled &= not row.get("remove_sample", False)
+    if row.get("rollout_log_probs") is None:
+        return _Tokens(tokens, sampled)
+    logprobs = np.zeros(len(tokens), np.float32)
+    logprobs[own] = _numbers(row, "rollout_log_probs", "fiu", where, response)
+    return _Tokens(tokens, sampled, np.where(sampled, logprobs, np.float32(0)))
+
+
+def _numbers(
+    row: Row, name: str, kinds: str, where: str, length: int | None = None, only: tuple[int, ...] = ()
+) -> NDArray[Any]:
+    """A field that is a list of so many finite numbers of these kinds; an empty list is of any."""
+    given = row[name]
+    values = np.asarray(given) if isinstance(given, list | np.ndarray) and len(given) else np.zeros(0, np.int64)
+    if not isinstance(given, list | np.ndarray) or values.ndim != 1 or values.dtype.kind not in kinds:
+        raise ValueError(f"{where}, {name}: got {_short(given)}, expected a list of numbers")
+    if length is not None and len(values) != length:
+        raise ValueError(f"{where}, {name}: got {len(values)} numbers, expected {length}, as response_length says")
+    if not np.isfinite(values).all() or (only and not np.isin(values, only).all()):
+        raise ValueError(f"{where}, {name}: got {_short(given)}, expected numbers that are {only or 'finite'}")
+    return values.astype(np.int64) if name == "tokens" else values
+
+
+def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, where: str) -> _Tokens:
+    """The agent's messages are the assistant's from the first on; each is what the template adds to those before it."""
+    _need(tokenizer, where)
+    if first and messages[first - 1]["role"] == "assistant":
+        raise ValueError(f"{where}, prompt: got an assistant's message at its end, expected another's")
+    pieces: list[tuple[list[int], bool]] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if i < first or message["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, messages[:i], True) if i else ""
+        after = _rendered(tokenizer, messages[: i + 1], False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise ValueError(
+                f"{where}, message {i}: the chat template changes what stands before it: expected none such"
+            )
+        seen, said = _ids(tokenizer, before[len(done) :]), _ids(tokenizer, after[len(before) :])
+        end = len(said) - said[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
+        pieces += [(seen, False), (said[:end], True), (said[end:], False)]
+        done = after
+    return _joined(pieces)
+
+
+def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
+    given = row[name]
+    if not isinstance(given, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in given):
+        raise ValueError(f"{where}, {name}: got {_short(given)}, expected a list of messages, each with a role")
+    return given
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _joined(pieces: list[tuple[list[int], bool]]) -> _Tokens:
+    tokens = np.array([token for ids, _ in pieces for token in ids], np.int64)
+    return _Tokens(tokens, np.array([own for ids, own in pieces for _ in ids], bool))
+
+
+def _need(tokenizer: Any, where: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"{where}: got text and no tokenizer, expected one, or token ids")
+
+
+def _field(row: Row, name: str, n: int) -> Any:
+    if row.get(name) is None:
+        raise ValueError(f"row {n}, {name}: got none, expected one, as `by` names it")
+    return row[name]
+
+
+def _reward(row: Row, n: int) -> float | None:
+    given = row.get("reward")
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not np.isfinite(given):
+        raise ValueError(f"row {n}, reward: got {_short(given)}, expected a finite number")
+    return float(given)
+
+
+def _of_all(name: str, values: list[Any]) -> list[Any] | None:
+    """What all rows have, None if none has it."""
+    missing = sum(value is None for value in values)
+    if 0 < missing < len(values):
+        raise ValueError(f"{name}: got none in {missing} of {len(values)} rows, expected it in all or in none")
+    return None if missing else values
+
+
+def _short(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) < 80 else f"{text[:77]}..."

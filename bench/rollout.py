@@ -34,6 +34,7 @@ from mgrpo.engine.environment import Environment
 from mgrpo.engine.model import load_model, load_tokenizer, pick_device
 from mgrpo.engine.rollout import Episodes, Job, Rollout
 from mgrpo.engine.sampler import InProcessSampler, Sampler
+from mgrpo.engine.sampler.fleet import TICK
 from mgrpo.engine.sampler.transfer import Transfer
 from mgrpo.engine.sampler.vllm import VLLMSampler
 from mgrpo.engine.serving import adapter
@@ -204,10 +205,12 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
         manifest = {name: (tuple(weight.shape), weight.dtype) for name, weight in model.named_parameters()}
         transfer = Transfer([url(port)], token(), kind, manifest)
         give_up = time.monotonic() + START
-        while not transfer.update(model.named_parameters(), 0, 0) or sampler.version != 0:
+        while transfer.wait(1.0):
             if process.poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError(f"the server did not begin: {(folder / 'server.txt').read_text()[-2000:]}")
-            time.sleep(1)
+        assert transfer.update(model.named_parameters(), 0, 0)
+        while sampler.version != 0:
+            time.sleep(TICK)
         yield sampler, transfer
     finally:
         sampler.stop()

@@ -222,21 +222,22 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
     """How many times as long the same episodes take as with the least client: requests posted, answers thrown away."""
 
     async def least() -> None:
+        room = asyncio.Semaphore(count)
+
         async def episode(number: int) -> None:
-            for length in (PROMPT, PROMPT + TURN + OBSERVATION):
-                tokens = [1 + (number + at) % 200 for at in range(length)]
-                body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
-                async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
-                    await response.read()
+            async with room:
+                for length in (PROMPT, PROMPT + TURN + OBSERVATION):
+                    tokens = [1 + (number + at) % 200 for at in range(length)]
+                    body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
+                    async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
+                        await response.read()
 
         async with asyncio.TaskGroup() as group:
-            for number in range(count):
+            for number in range(2 * count):
                 group.create_task(episode(number))
 
-    timings = interleave(
-        {"ours": lambda: run(config, sampler, count), "least": lambda: [sampler.wait(least()) for _ in range(2)]},
-        rounds=rounds,
-    )
+    candidates = {"ours": lambda: run(config, sampler, count), "least": lambda: sampler.wait(least())}
+    timings = interleave(candidates, rounds=rounds)
     return timings["ours"].over(timings["least"])
 
 

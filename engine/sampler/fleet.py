@@ -130,7 +130,7 @@ class Fleet:
             await self.changed.wait()
 
     def check_hope(self, now: float) -> None:
-        """Raises NoServer when none was up for vllm.patience seconds, ValueError or GapError when waiting is no help."""
+        """Raises NoServer when none was up for vllm.patience seconds, ValueError or GapError if waiting is no help."""
         if self.error:
             raise self.error
         if self.lost is not None and now - self.lost > self.vllm.patience:

@@ -43,7 +43,9 @@ from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolC
 
 PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens
 SCALING, QUICK_SCALING = (1, 4, 16, 64, 256), (1, 16)  # episodes at a time
-ROUNDS, QUICK_ROUNDS = 5, 2
+FEWEST = 8  # episodes of a run
+ROUNDS, QUICK_ROUNDS = 3, 2
+WARM = 16  # episodes at a time before the first that count
 OVERHEAD = 1.05  # target: our client's time over the least
 STALL_AT = 64  # turns that run while weights come
 START = 600.0  # seconds that a server may take to begin
@@ -135,14 +137,14 @@ def in_process(config: Config, count: int) -> InProcessSampler:
 
 
 def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
-    """Episodes and tokens a second, of twice as many episodes as run at a time."""
-    jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(2 * count)]), list[Rollout]()
+    """Episodes and tokens a second, of as many episodes as run at a time, as of a step of training, or FEWEST."""
+    jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(max(count, FEWEST))]), list[Rollout]()
     began = time.perf_counter()
     Episodes(config, Tool(), {"main": sampler}).stream(
         lambda running: list(islice(jobs, count - running)), ended.append
     )
     seconds = time.perf_counter() - began
-    assert len(ended) == 2 * count and all(rollout.status == "scored" for rollout in ended)
+    assert len(ended) == max(count, FEWEST) and all(rollout.status == "scored" for rollout in ended)
     tokens = sum(int(made.sampled.sum()) for rollout in ended for made in rollout.trajectories if made)
     return len(ended) / seconds, tokens / seconds
 
@@ -175,7 +177,7 @@ def served(
     config: Config, folder: Path, scaling: Sequence[int], rounds: int
 ) -> tuple[list[tuple[float, float]], list[Result]]:
     with server(config, folder) as (sampler, transfer):
-        run(config, sampler, max(scaling))  # what a server compiles at first
+        run(config, sampler, min(WARM, max(scaling)))  # what a server allocates and compiles at first
         rates = [run(config, sampler, count) for count in scaling]
         times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
         seconds, stall = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
@@ -233,7 +235,7 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
                         await response.read()
 
         async with asyncio.TaskGroup() as group:
-            for number in range(2 * count):
+            for number in range(max(count, FEWEST)):
                 group.create_task(episode(number))
 
     candidates = {"ours": lambda: run(config, sampler, count), "least": lambda: sampler.wait(least())}

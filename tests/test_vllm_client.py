@@ -29,6 +29,7 @@ from mgrpo.engine.serving.adapter import Chunk
 from mgrpo.engine.weights import GapError
 from test_sampler import FRAGMENTS, RAGGED
 from toy import make_model
+from turns import play
 
 TOKEN = "a-token-of-the-servers"
 
@@ -81,24 +82,6 @@ def session(seed: int, length: int = 9, greedy: bool = False) -> Session:
     new = Session((seed,), greedy)
     new.append(np.random.default_rng(seed).integers(1, 257, size=length).tolist())
     return new
-
-
-def play(sampler: VLLMSampler, sessions: Sequence[Session], turns: int = 1, seconds: float = 30.0) -> list[Any]:
-    """Turns of all sessions side by side, with three tokens shown after each but the last."""
-
-    async def one(session: Session) -> list[Completion]:
-        done = [await sampler.act(session)]
-        for turn in range(1, turns):
-            session.append([turn, 7, 8])
-            done.append(await sampler.act(session))
-        sampler.close(session)
-        return done
-
-    async def all_of_them() -> list[Any]:
-        async with asyncio.timeout(seconds):
-            return await asyncio.gather(*map(one, sessions))
-
-    return asyncio.run(all_of_them())
 
 
 def check(sampler: VLLMSampler, sessions: Sequence[Session], done: Sequence[Sequence[Completion]]) -> None:

@@ -17,13 +17,12 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,6 +47,8 @@ ROUNDS, QUICK_ROUNDS = 3, 2
 WARM = 16  # episodes at a time before the first that count
 OVERHEAD = 1.05  # target: our client's time over the least
 STALL_AT = 64  # turns that run while weights come
+UNDER_WAY = 20  # times that the server said something, before they come
+UPDATE = 1.0  # target: seconds of a weight update
 START = 600.0  # seconds that a server may take to begin
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -89,23 +90,26 @@ def main(quick: bool) -> None:
         try:
             adapter.installed()
         except ValueError as error:
-            results = throughput(rates, scaling) + [missing(name, unit, str(error)) for name, unit in SERVED]
+            results = throughput(rates, scaling) + with_server([None] * len(SERVED), str(error))
         else:
             rates["vLLM"], results = served(config, Path(folder), scaling, rounds)
             results = throughput(rates, scaling) + results
     report("rollout", results, pick_device(config.compute))
 
 
-SERVED = (
-    ("vLLM: episodes/s", "episodes/s"),
-    ("our client over the least one", "x"),
-    ("weight update", "s"),
-    ("stall at a weight update", "s"),
-)
+SERVED: dict[str, tuple[str, float | None]] = {  # unit and target, an upper bound
+    "our client over the least one": ("x", OVERHEAD),
+    "weight update": ("s", UPDATE),
+    "of it the server paused": ("s", None),
+    "no token around a weight update": ("s", None),
+}
 
 
-def missing(name: str, unit: str, why: str) -> Result:
-    return figure(name, None, unit, at_most=OVERHEAD if unit == "x" else None, why=why)
+def with_server(values: Sequence[float | None], why: str | None = None) -> list[Result]:
+    return [
+        figure(name, value, unit, at_most=at_most, why=why)
+        for (name, (unit, at_most)), value in zip(SERVED.items(), values, strict=True)
+    ]
 
 
 def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
@@ -180,12 +184,8 @@ def served(
         run(config, sampler, min(WARM, max(scaling)))  # what a server allocates and compiles at first
         rates = [run(config, sampler, count) for count in scaling]
         times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
-        seconds, stall = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
-    return rates, [
-        figure("our client over the least one", times, "x", at_most=OVERHEAD),
-        figure("weight update", seconds, "s"),
-        figure("stall at a weight update", stall, "s"),
-    ]
+        seconds, silence = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
+    return rates, with_server([times, seconds, transfer.stalled, silence])
 
 
 @contextmanager
@@ -244,26 +244,31 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
 
 
 def update(config: Config, sampler: VLLMSampler, transfer: Transfer, count: int) -> tuple[float, float]:
-    """Seconds that new weights take to be there while `count` turns run, and of the longest silence of the server."""
-    model, heard, over = load_model("main", config.agents["main"], config.compute), list[float](), threading.Event()
+    """While `count` turns run: seconds until new weights are there, and between the tokens before and after that.
 
-    def listen() -> None:
-        while not over.wait(0.001):
-            heard.append(sampler.fleet.servers[0].heard)
+    The latter is more than the pause: what running turns had in the cache is computed again first.
+    """
+    model, server = load_model("main", config.agents["main"], config.compute), sampler.fleet.servers[0]
+    heard, over = [0.0], False
 
     def load() -> None:
-        while not over.is_set():
+        while not over:
             run(config, sampler, count)
 
-    threads = [threading.Thread(target=work) for work in (load, listen)]
-    for thread in threads:
-        thread.start()
-    time.sleep(2.0)
-    began = time.perf_counter()
+    def listen(enough: Callable[[], bool]) -> None:
+        while not enough():
+            assert thread.is_alive(), "the episodes ended"
+            if server.heard != heard[-1]:
+                heard.append(server.heard)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    listen(lambda: len(heard) > UNDER_WAY)
+    began = time.monotonic()
     assert transfer.update(model.named_parameters(), 1, 1)
-    seconds = time.perf_counter() - began
-    time.sleep(1.0)
-    over.set()
-    for thread in threads:
-        thread.join()
-    return seconds, float(np.diff(np.unique(heard)).max())
+    before, ended = server.heard, time.monotonic()
+    listen(lambda: heard[-1] > ended)
+    over = True
+    thread.join()
+    return ended - began, heard[-1] - before

@@ -4,8 +4,9 @@ An episode is what an agent with a tool makes: a prompt, a turn of TURN tokens, 
 rule nothing ends a turn but its length. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers
 compute on this machine's CPU or GPU, one after the other.
 
-What our client costs is against the least that one could do: the same requests over the same kind of connections, whose
-answers are read and thrown away. The two run in turns.
+What our client costs is against the least that one could do: as many requests of the same lengths over the same kind of
+connections, whose answers are read and thrown away. The two run in turns. It stands in for `vllm bench serve`, a command
+that vLLM's build for CPUs lacks.
 """
 
 from __future__ import annotations

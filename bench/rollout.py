@@ -5,8 +5,8 @@ rule nothing ends a turn but its length. The weights are random, of SmolLM2-135M
 compute on this machine's CPU or GPU, one after the other.
 
 What our client costs is against the least that one could do: as many requests of the same lengths over the same kind of
-connections, whose answers are read and thrown away. The two run in turns. It stands in for `vllm bench serve`, a command
-that vLLM's build for CPUs lacks.
+connections, whose answers are read and thrown away. The two run in turns. It stands in for `vllm bench serve`, a
+command that vLLM's build for CPUs lacks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ An episode is what an agent with a tool makes: a prompt, a turn of TURN tokens, 
 rule nothing ends a turn but its length. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers
 compute on this machine's CPU or GPU, one after the other.
 
-What our client costs is against the least that one could do: the same requests over the same kind of connections, whose
-answers are read and thrown away. The two run in turns.
+What our client costs is against the least that one could do: as many requests of the same lengths over the same kind of
+connections, whose answers are read and thrown away. The two run in turns. It stands in for `vllm bench serve`, a
+command that vLLM's build for CPUs lacks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +34,7 @@ from mgrpo.engine.environment import Environment
 from mgrpo.engine.model import load_model, load_tokenizer, pick_device
 from mgrpo.engine.rollout import Episodes, Job, Rollout
 from mgrpo.engine.sampler import InProcessSampler, Sampler
+from mgrpo.engine.sampler.fleet import TICK
 from mgrpo.engine.sampler.transfer import Transfer
 from mgrpo.engine.sampler.vllm import VLLMSampler
 from mgrpo.engine.serving import adapter
@@ -42,9 +43,13 @@ from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolC
 
 PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens
 SCALING, QUICK_SCALING = (1, 4, 16, 64, 256), (1, 16)  # episodes at a time
-ROUNDS, QUICK_ROUNDS = 5, 2
+FEWEST = 8  # episodes of a run
+ROUNDS, QUICK_ROUNDS = 3, 2
+WARM = 16  # episodes at a time before the first that count
 OVERHEAD = 1.05  # target: our client's time over the least
 STALL_AT = 64  # turns that run while weights come
+UNDER_WAY = 20  # times that the server said something, before they come
+UPDATE = 1.0  # target: seconds of a weight update
 START = 600.0  # seconds that a server may take to begin
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -86,23 +91,26 @@ def main(quick: bool) -> None:
         try:
             adapter.installed()
         except ValueError as error:
-            results = throughput(rates, scaling) + [missing(name, unit, str(error)) for name, unit in SERVED]
+            results = throughput(rates, scaling) + with_server([None] * len(SERVED), str(error))
         else:
             rates["vLLM"], results = served(config, Path(folder), scaling, rounds)
             results = throughput(rates, scaling) + results
     report("rollout", results, pick_device(config.compute))
 
 
-SERVED = (
-    ("vLLM: episodes/s", "episodes/s"),
-    ("our client over the least one", "x"),
-    ("weight update", "s"),
-    ("stall at a weight update", "s"),
-)
+SERVED: dict[str, tuple[str, float | None]] = {  # unit and target, an upper bound
+    "our client over the least one": ("x", OVERHEAD),
+    "weight update": ("s", UPDATE),
+    "of it the server paused": ("s", None),
+    "no token around a weight update": ("s", None),
+}
 
 
-def missing(name: str, unit: str, why: str) -> Result:
-    return figure(name, None, unit, at_most=OVERHEAD if unit == "x" else None, why=why)
+def with_server(values: Sequence[float | None], why: str | None = None) -> list[Result]:
+    return [
+        figure(name, value, unit, at_most=at_most, why=why)
+        for (name, (unit, at_most)), value in zip(SERVED.items(), values, strict=True)
+    ]
 
 
 def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
@@ -134,14 +142,14 @@ def in_process(config: Config, count: int) -> InProcessSampler:
 
 
 def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
-    """Episodes and tokens a second, of twice as many episodes as run at a time."""
-    jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(2 * count)]), list[Rollout]()
+    """Episodes and tokens a second, of as many episodes as run at a time, as of a step of training, or FEWEST."""
+    jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(max(count, FEWEST))]), list[Rollout]()
     began = time.perf_counter()
     Episodes(config, Tool(), {"main": sampler}).stream(
         lambda running: list(islice(jobs, count - running)), ended.append
     )
     seconds = time.perf_counter() - began
-    assert len(ended) == 2 * count and all(rollout.status == "scored" for rollout in ended)
+    assert len(ended) == max(count, FEWEST) and all(rollout.status == "scored" for rollout in ended)
     tokens = sum(int(made.sampled.sum()) for rollout in ended for made in rollout.trajectories if made)
     return len(ended) / seconds, tokens / seconds
 
@@ -174,15 +182,11 @@ def served(
     config: Config, folder: Path, scaling: Sequence[int], rounds: int
 ) -> tuple[list[tuple[float, float]], list[Result]]:
     with server(config, folder) as (sampler, transfer):
-        run(config, sampler, max(scaling))  # what a server compiles at first
+        run(config, sampler, min(WARM, max(scaling)))  # what a server allocates and compiles at first
         rates = [run(config, sampler, count) for count in scaling]
         times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
-        seconds, stall = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
-    return rates, [
-        figure("our client over the least one", times, "x", at_most=OVERHEAD),
-        figure("weight update", seconds, "s"),
-        figure("stall at a weight update", stall, "s"),
-    ]
+        seconds, silence = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
+    return rates, with_server([times, seconds, transfer.stalled, silence])
 
 
 @contextmanager
@@ -204,10 +208,12 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
         manifest = {name: (tuple(weight.shape), weight.dtype) for name, weight in model.named_parameters()}
         transfer = Transfer([url(port)], token(), kind, manifest)
         give_up = time.monotonic() + START
-        while not transfer.update(model.named_parameters(), 0, 0) or sampler.version != 0:
+        while transfer.wait(1.0):
             if process.poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError(f"the server did not begin: {(folder / 'server.txt').read_text()[-2000:]}")
-            time.sleep(1)
+        assert transfer.update(model.named_parameters(), 0, 0)
+        while sampler.version != 0:
+            time.sleep(TICK)
         yield sampler, transfer
     finally:
         sampler.stop()
@@ -219,45 +225,51 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
     """How many times as long the same episodes take as with the least client: requests posted, answers thrown away."""
 
     async def least() -> None:
+        room = asyncio.Semaphore(count)
+
         async def episode(number: int) -> None:
-            for length in (PROMPT, PROMPT + TURN + OBSERVATION):
-                tokens = [1 + (number + at) % 200 for at in range(length)]
-                body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
-                async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
-                    await response.read()
+            async with room:
+                for length in (PROMPT, PROMPT + TURN + OBSERVATION):
+                    tokens = [1 + (number + at) % 200 for at in range(length)]
+                    body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
+                    async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
+                        await response.read()
 
         async with asyncio.TaskGroup() as group:
-            for number in range(count):
+            for number in range(max(count, FEWEST)):
                 group.create_task(episode(number))
 
-    timings = interleave(
-        {"ours": lambda: run(config, sampler, count), "least": lambda: [sampler.wait(least()) for _ in range(2)]},
-        rounds=rounds,
-    )
+    candidates = {"ours": lambda: run(config, sampler, count), "least": lambda: sampler.wait(least())}
+    timings = interleave(candidates, rounds=rounds)
     return timings["ours"].over(timings["least"])
 
 
 def update(config: Config, sampler: VLLMSampler, transfer: Transfer, count: int) -> tuple[float, float]:
-    """Seconds that new weights take to be there while `count` turns run, and of the longest silence of the server."""
-    model, heard, over = load_model("main", config.agents["main"], config.compute), list[float](), threading.Event()
+    """While `count` turns run: seconds until new weights are there, and between the tokens before and after that.
 
-    def listen() -> None:
-        while not over.wait(0.001):
-            heard.append(sampler.fleet.servers[0].heard)
+    The latter is more than the pause: what running turns had in the cache is computed again first.
+    """
+    model, server = load_model("main", config.agents["main"], config.compute), sampler.fleet.servers[0]
+    heard, over = [0.0], False
 
     def load() -> None:
-        while not over.is_set():
+        while not over:
             run(config, sampler, count)
 
-    threads = [threading.Thread(target=work) for work in (load, listen)]
-    for thread in threads:
-        thread.start()
-    time.sleep(2.0)
-    began = time.perf_counter()
+    def listen(enough: Callable[[], bool]) -> None:
+        while not enough():
+            assert thread.is_alive(), "the episodes ended"
+            if server.heard != heard[-1]:
+                heard.append(server.heard)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    listen(lambda: len(heard) > UNDER_WAY)
+    began = time.monotonic()
     assert transfer.update(model.named_parameters(), 1, 1)
-    seconds = time.perf_counter() - began
-    time.sleep(1.0)
-    over.set()
-    for thread in threads:
-        thread.join()
-    return seconds, float(np.diff(np.unique(heard)).max())
+    before, ended = server.heard, time.monotonic()
+    listen(lambda: heard[-1] > ended)
+    over = True
+    thread.join()
+    return ended - began, heard[-1] - before

@@ -1,7 +1,7 @@
 """Around a worker's loop: published weights on their way into its samplers, its signs of life, what it has done.
 
 An agent's weights are read from the published file into its sampler here, unless vLLM servers sample it: those get them
-from its trainer, and all there is to do is to wait until they have them, and to probe them.
+from its trainer, and all there is to do is to say what they are to be known by, and to wait until they have them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mgrpo.engine.config import Config
-from mgrpo.engine.sampler import InProcessSampler
+from mgrpo.engine.sampler import InProcessSampler, Proof
 from mgrpo.engine.store import CallRecord, Publication, Store
 from mgrpo.engine.weights import check_probe, load_weights, probe_tokens
 
@@ -75,13 +75,12 @@ class Arrivals:
         return all(arrived)
 
     def _follow(self, name: str, new: Publication) -> bool:
-        """Whether its servers have the newest weights. Raises ConnectionError when they fail amid a probe."""
+        """Whether its servers have the newest weights, and were found to."""
         sampler = self.served[name]
-        sampler.expect(new.version, new.step)
+        sampler.expect(new.version, new.step, self._proof(name, new, sampler.vocabulary))
         if sampler.version != new.version:
             return False
-        if not self._has(name, new):
-            self._probe(name, new, sampler.vocabulary, lambda tokens: sampler.probe(tokens, new.version))
+        self.loads[name] += not self._has(name, new)
         self.loaded[name] = new
         return True
 
@@ -97,28 +96,27 @@ class Arrivals:
             return False
         del self._read[name]
         self.loaded[name] = new
-        vocabulary = sampler.model.config.vocab_size
-        self._probe(name, new, vocabulary, lambda tokens: {"the worker's sampler": sampler.logprobs(tokens)})
+        proof = self._proof(name, new, sampler.model.config.vocab_size)
+        if proof and proof.due:
+            proof.judge("the worker's sampler", sampler.logprobs(proof.tokens))
+        self.loads[name] += 1
         return True
 
     def _has(self, name: str, publication: Publication) -> bool:
         return name in self.loaded and self.loaded[name].checksum == publication.checksum
 
-    def _probe(
-        self,
-        name: str,
-        new: Publication,
-        vocabulary: int,
-        ask: Callable[[list[int]], Mapping[str, Sequence[float]]],
-    ) -> None:
-        """Of every n-th version. ask: log-probs of some tokens, by who says so."""
+    def _proof(self, name: str, new: Publication, vocabulary: int) -> Proof | None:
+        """None when nothing is to be probed. It is due for every n-th version."""
         every, limit = self.config.sampling.probe_every, self.config.sampling.max_gap
-        if every and self.loads[name] % every == 0 and new.probe:
-            tokens = probe_tokens(self.config.seed, vocabulary, self.config.agents[name].max_context)
-            for who, logprobs in ask(tokens).items():
-                gap = check_probe(name, new.version, new.probe, logprobs, limit)
-                log.info("%s: %s has version %d, gap to the trainer %.2g nats", name, who, new.version, gap)
-        self.loads[name] += 1
+        if not every or not new.probe:
+            return None
+
+        def judge(who: str, logprobs: Sequence[float]) -> None:
+            gap = check_probe(name, new.version, new.probe, logprobs, limit)
+            log.info("%s: %s has version %d, gap to the trainer %.2g nats", name, who, new.version, gap)
+
+        tokens = probe_tokens(self.config.seed, vocabulary, self.config.agents[name].max_context)
+        return Proof(tokens, judge, self.loads[name] % every == 0)
 
 
 class Heartbeat:

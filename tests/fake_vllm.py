@@ -175,6 +175,8 @@ class FakeVLLM:
             self.running -= 1
 
     async def _score(self, request: web.Request, body: Any, misdeed: Any) -> web.Response:
+        if misdeed[0] == "status":
+            return web.json_response({"error": {"message": "not now"}}, status=misdeed[1])
         params, tokens = body["sampling_params"], body["token_ids"]
         wanted = params["logprob_token_ids"][0]
         value = self._logps(tokens, params["temperature"], 1.0)[wanted]

@@ -47,6 +47,8 @@ def test_with_servers_all_is_measured(capsys, monkeypatch):
     made: list[FakeVLLM] = []
 
     class Transfer:
+        stalled = 0.1
+
         def update(self, tensors: Iterator[Any], version: int, step: int) -> list[str]:
             assert len(list(tensors)) > 5
             made[-1].update(version, step)
@@ -66,5 +68,5 @@ def test_with_servers_all_is_measured(capsys, monkeypatch):
     found = results(capsys)
     assert all(result["value"] > 0 for result in found.values())
     assert found["our client over the least one"]["target"] == "<= 1.05"
-    assert {"vLLM, 1 at a time: tokens", "weight update", "stall at a weight update"} <= found.keys()
+    assert {"vLLM, 1 at a time: tokens", "weight update", "of it the server paused"} <= found.keys()
     assert made[-1].label == (1, 1) and len(made[-1].requests) > 20

@@ -19,15 +19,17 @@ from hypothesis import strategies as st
 from fake_vllm import EOS, FakeVLLM, logps, truth
 from mgrpo.engine.config import AgentConfig, VLLMConfig
 from mgrpo.engine.model import load_tokenizer
-from mgrpo.engine.sampler import Completion, Session
+from mgrpo.engine.sampler import Completion, Proof, Session
 from mgrpo.engine.sampler import fleet as fleet_module
 from mgrpo.engine.sampler.fleet import NoServer
 from mgrpo.engine.sampler.protocol import Ending
 from mgrpo.engine.sampler.turn import Fault, Turn
 from mgrpo.engine.sampler.vllm import VLLMSampler
 from mgrpo.engine.serving.adapter import Chunk
+from mgrpo.engine.weights import GapError
 from test_sampler import FRAGMENTS, RAGGED
 from toy import make_model
+from turns import play
 
 TOKEN = "a-token-of-the-servers"
 
@@ -80,24 +82,6 @@ def session(seed: int, length: int = 9, greedy: bool = False) -> Session:
     new = Session((seed,), greedy)
     new.append(np.random.default_rng(seed).integers(1, 257, size=length).tolist())
     return new
-
-
-def play(sampler: VLLMSampler, sessions: Sequence[Session], turns: int = 1, seconds: float = 30.0) -> list[Any]:
-    """Turns of all sessions side by side, with three tokens shown after each but the last."""
-
-    async def one(session: Session) -> list[Completion]:
-        done = [await sampler.act(session)]
-        for turn in range(1, turns):
-            session.append([turn, 7, 8])
-            done.append(await sampler.act(session))
-        sampler.close(session)
-        return done
-
-    async def all_of_them() -> list[Any]:
-        async with asyncio.timeout(seconds):
-            return await asyncio.gather(*map(one, sessions))
-
-    return asyncio.run(all_of_them())
 
 
 def check(sampler: VLLMSampler, sessions: Sequence[Session], done: Sequence[Sequence[Completion]]) -> None:
@@ -460,28 +444,108 @@ def test_weights_that_did_not_move_are_of_the_step_that_was_published_last(kit):
     assert (one.version, one.weights_step) == (0, 6)
 
 
+PROBE = np.random.default_rng(0).integers(1, 257, size=20).tolist()
+
+
+def expected(version: int, temperature: float = 1.0) -> list[float]:
+    """Log-probs of PROBE but its first token."""
+    return [logps(version, PROBE[:n], temperature, 1.0, 257)[PROBE[n]] for n in range(1, len(PROBE))]
+
+
+class Judge:
+    """Of one version's proofs: who gave any, and what they were."""
+
+    def __init__(self, version: int, due: bool = True) -> None:
+        self.version, self.heard = version, list[tuple[str, Sequence[float]]]()
+        self.proof = Proof(PROBE, self, due)
+
+    def __call__(self, who: str, logprobs: Sequence[float]) -> None:
+        self.heard.append((who, logprobs))
+        if not np.allclose(logprobs, expected(self.version)):
+            raise GapError(f"{who} lies")
+
+
+def asked_since(server: FakeVLLM, before: int) -> list[bool]:
+    """Of the requests that it got: whether each is a turn."""
+    return [bool(request.get("stream")) for request in server.requests[before:]]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_probe_asks_every_server_at_the_agents_temperature(kit, temperature):
-    servers = [kit.serve(label=(2, 1)), kit.serve(label=(2, 1), model_version=lambda version: version + 1)]
-    sampler = kit.sampler(*servers, temperature=temperature, top_p=0.5)
+def test_every_server_is_asked_for_its_proof_at_the_agents_temperature(kit, temperature):
+    servers = [kit.serve(label=(2, 1)), kit.serve(label=(2, 1))]
+    sampler, heard = kit.sampler(*servers, temperature=temperature, top_p=0.5), list[tuple[str, Sequence[float]]]()
+    sampler.expect(2, 1, Proof(PROBE, lambda who, logprobs: heard.append((who, logprobs)), True))
     wait_for(lambda: len(sampler.fleet.ready()) == 2)
-    tokens = session(0, 20).tokens
-    probes = sampler.probe(tokens, 2)
-    for server, version in zip(servers, (2, 3), strict=True):
-        expected = [logps(version, tokens[:n], temperature, 1.0, 257)[tokens[n]] for n in range(1, 20)]
-        np.testing.assert_allclose(probes[server.url], expected)
-    assert sampler.logprobs(tokens) in probes.values()
+    assert {who for who, _ in heard} == {server.url for server in servers} and len(heard) == 2
+    for _, logprobs in heard:
+        np.testing.assert_allclose(logprobs, expected(2, temperature))
+    np.testing.assert_allclose(sampler.logprobs(PROBE), expected(2, temperature))
 
 
-def test_a_probe_of_other_weights_than_asked_for_is_none(kit):
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_server_that_comes_back_proves_its_weights_before_it_gets_a_turn(kit, restarted):
+    """However seldom others do; also one that had only been out of reach."""
+    server, other = kit.serve(label=(2, 1)), kit.serve(label=(2, 1))
+    sampler = kit.sampler(server, other)
+    sampler.expect(2, 1, (first := Judge(2)).proof)
+    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    sampler.expect(3, 2, (second := Judge(3, due=False)).proof)
+    for one in (server, other):
+        one.update(3, 2)
+    wait_for(lambda: sampler.version == 3 and len(sampler.fleet.ready()) == 2)
+    assert len(first.heard) == 2 and not second.heard
+    before = len(server.requests)
+    server.kill()
+    wait_for(lambda: len(sampler.fleet.ready()) == 1)
+    server.label = None if restarted else (3, 2)
+    server.start()
+    if restarted:
+        server.update(3, 2)
+    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    check(sampler, sessions := [session(seed) for seed in range(8)], play(sampler, sessions))
+    assert [who for who, _ in second.heard] == [server.url]
+    turns = asked_since(server, before)
+    assert turns == [False] * (len(PROBE) - 1) + [True] * (len(turns) - len(PROBE) + 1) and turns[-1]
+
+
+def test_a_server_that_comes_back_with_other_weights_than_it_says_gets_no_turn(kit):
+    server, other = kit.serve(label=(2, 1)), kit.serve(label=(2, 1), pace=0.01)
+    sampler = kit.sampler(server, other)
+    sampler.expect(2, 1, Judge(2).proof)
+    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    server.kill()
+    wait_for(lambda: len(sampler.fleet.ready()) == 1)
+    server.model_version, before = lambda version: version + 1, len(server.requests)
+    server.start()
+    wait_for(lambda: sampler.fleet.error is not None)
+    for act in (lambda: play(sampler, [session(0)]), lambda: sampler.expect(2, 1)):
+        with pytest.raises(GapError, match=f"{server.url} lies"):
+            act()
+    assert not any(asked_since(server, before))
+
+
+def test_a_server_that_fails_amid_its_proof_gives_another(kit):
     server = kit.serve(label=(2, 1))
     sampler = kit.sampler(server)
-    wait_for(lambda: sampler.version == 2)
-    with pytest.raises(ConnectionError, match="no server in service has version 1"):
-        sampler.probe([1, 2, 3], 1)
-    sampler.fleet.servers[0].version = 1  # it moved on, and we have not heard of it
-    with pytest.raises(ConnectionError, match="other weights meanwhile"):
-        sampler.wait(sampler._probe([1, 2, 3], 1))
+    server.misdeeds.extend([("", None)] * 5 + [("status", 500)])
+    sampler.expect(2, 1, (judge := Judge(2)).proof)
+    wait_for(lambda: bool(judge.heard))
+    check(sampler, [one := session(0)], play(sampler, [one]))
+    assert sampler.fleet.faults == 1 and len(judge.heard) == 1
+
+
+def test_a_proof_by_other_weights_than_asked_for_is_none(kit):
+    """It moved on, and we have not heard of it."""
+    server = kit.serve(label=(2, 1))
+    sampler = kit.sampler(server)
+    known = sampler.fleet.servers[0]
+
+    async def ask() -> None:
+        known.version = 1
+        await sampler.fleet.scores(known, PROBE)
+
+    with pytest.raises(fleet_module.Moved):
+        sampler.wait(ask())
 
 
 # ---- where a turn ends

@@ -90,7 +90,9 @@ def check(folder: Path, config: Any) -> None:
             assert [r.rollout for r in rollouts] == list(range(config.algorithm.rollouts))
             assert {r.status for r in rollouts} == {"scored"}
             assert all(call.step == query // config.queries_per_step for call in store.calls_of(query))
+        calls = [call for query in range(STEPS * config.queries_per_step) for call in store.calls_of(query)]
     for agent in config.agents:
+        assert len({call.version for call in calls if call.agent == agent}) >= 10, "the servers' weights stood still"
         own = read_metrics(folder / "run/agents" / agent / "metrics.jsonl")
         gaps = [row["gap_mean"] for row in own if row["stage"] == "rl" and row.get("tokens_trained")]
         assert len(gaps) >= 10 and max(gaps) < 0.002, gaps

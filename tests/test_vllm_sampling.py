@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,12 @@ import pytest
 
 from mgrpo.engine.config import AgentConfig, VLLMConfig
 from mgrpo.engine.model import load_tokenizer
-from mgrpo.engine.sampler import Completion, Session
+from mgrpo.engine.sampler import Proof, Session
 from toy import make_model
+from turns import play
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+from mgrpo.engine.sampler.transfer import Transfer
 from mgrpo.engine.sampler.vllm import VLLMSampler
 from vllm_servers import RunningServer, Trainer, running
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.vllm
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
 EXACT = 0.002  # nats, mean, in fp32
+SECONDS = 240.0  # that turns may take
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +46,6 @@ def sampler_of(model: Path, servers: Sequence[RunningServer], **agent: Any) -> V
         **{"max_new_tokens": 24, "stop": ["\n"]} | agent,
     )
     return VLLMSampler("main", config, load_tokenizer("main", config), [server.url for server in servers], 64)
-
-
-def play(sampler: VLLMSampler, sessions: Sequence[Session], turns: int = 1) -> list[list[Completion]]:
-    async def one(session: Session) -> list[Completion]:
-        done = [await sampler.act(session)]
-        for turn in range(1, turns):
-            session.append([turn, 7, 8])
-            done.append(await sampler.act(session))
-        sampler.close(session)
-        return done
-
-    async def every() -> list[list[Completion]]:
-        async with asyncio.timeout(240):
-            return await asyncio.gather(*map(one, sessions))
-
-    return asyncio.run(every())
 
 
 def new_session(seed: int, greedy: bool = False) -> Session:
@@ -92,7 +78,7 @@ def test_turns_are_recorded_as_the_trainer_computes_them(world, temperature):
     try:
         until(lambda: len(sampler.fleet.ready()) == 2)
         sessions = [new_session(seed) for seed in range(24)]
-        done = play(sampler, sessions, turns=3)
+        done = play(sampler, sessions, turns=3, seconds=SECONDS)
         gaps = [gap(trainer, session) for session in sessions]
         assert max(gaps) < EXACT
         assert all(session.version == session.version_last == trainer.policy.version for session in sessions)
@@ -100,11 +86,10 @@ def test_turns_are_recorded_as_the_trainer_computes_them(world, temperature):
         for completion in (one for all_of in done for one in all_of):
             assert "\n" not in completion.text[:-1] and (completion.tokens == 24 or not completion.truncated)
         greedy = [new_session(3, greedy=True) for _ in range(2)]
-        play(sampler, greedy)
+        play(sampler, greedy, seconds=SECONDS)
         assert greedy[0].tokens == greedy[1].tokens
         tokens = sessions[0].tokens[:30]
-        for scores in sampler.probe(tokens, sampler.version).values():
-            np.testing.assert_allclose(scores, trainer.policy.logprobs(tokens), atol=5e-3)
+        np.testing.assert_allclose(sampler.logprobs(tokens), trainer.policy.logprobs(tokens), atol=5e-3)
     finally:
         sampler.stop()
 
@@ -130,15 +115,29 @@ def test_an_update_and_a_death_amid_64_turns_lose_none_and_are_recorded(world):
         until(lambda: len(sampler.fleet.ready()) == 2)
         sessions = [new_session(seed) for seed in range(64)]
         thread.start()
-        done = play(sampler, sessions)
+        done = play(sampler, sessions, seconds=SECONDS)
         thread.join()
         assert len(updated) == 2 and sampler.fleet.faults > 0
         for (completion,) in done:
             assert completion.tokens == 120 or not completion.truncated
         spans = {(session.version, session.version_last) for session in sessions}
         assert spans <= {(20, 20), (20, 21), (21, 21)} and (20, 21) in spans
+        come_back(servers[1], sampler, trainer, transfer)
     finally:
         sampler.stop()
-        servers[1].kill()
-        servers[1].start()
-        servers[1].wait()
+
+
+def come_back(server: RunningServer, sampler: VLLMSampler, trainer: Trainer, transfer: Transfer) -> None:
+    """It has the weights that others have proved, and proves them too."""
+    heard: list[tuple[str, Sequence[float]]] = []
+    tokens = new_session(0).tokens
+    proof = Proof(tokens, lambda who, logprobs: heard.append((who, logprobs)), due=False)
+    sampler.expect(21, 21, proof)
+    server.kill()
+    server.start()
+    server.wait()
+    assert trainer.push(transfer) == [server.url]
+    until(lambda: len(sampler.fleet.ready()) == 2)
+    assert server.url in {who for who, _ in heard}
+    for _, logprobs in heard:
+        np.testing.assert_allclose(logprobs, trainer.policy.logprobs(tokens), atol=5e-3)

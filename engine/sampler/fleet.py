@@ -2,9 +2,10 @@
 
 A task per server asks it, TICK by TICK, which weights it has. Only servers with the newest weights are given turns: one
 that missed an update, or has just started and has none of the trainer's, waits until the trainer has brought it up to
-date. Whatever goes wrong with a server is a *fault*: it is taken out of service, its running turns are given to others,
-and it is asked again after a pause that doubles. A turn goes to the server that holds the cache of those before it,
-unless that has far more than another, and else to the one with the fewest.
+date; and one that says that it has the published ones must prove it by its log-probs, each time that it comes into
+service and as often as is due. Whatever goes wrong with a server is a *fault*: it is taken out of service, its running
+turns are given to others, and it is asked again after a pause that doubles. A turn goes to the server that holds the
+cache of those before it, unless that has far more than another, and else to the one with the fewest.
 
 All of it runs in the event loop of the sampler's thread, but what is said to be for any.
 """
@@ -24,9 +25,11 @@ import aiohttp
 import msgspec
 
 from mgrpo.engine.config import AgentConfig
-from mgrpo.engine.sampler.turn import Fault
+from mgrpo.engine.sampler.protocol import Proof
+from mgrpo.engine.sampler.turn import Fault, parsed, reason
 from mgrpo.engine.serving import adapter
 from mgrpo.engine.serving.guard import TOKEN
+from mgrpo.engine.weights import GapError
 
 TICK = 0.1  # seconds between two looks at a server
 ASK = 10.0  # seconds that a server may take to say which weights it has
@@ -41,6 +44,10 @@ class NoServer(RuntimeError):
     """None was in service for as long as one may wait: no OSError, that one would wait for once more."""
 
 
+class Moved(Fault):
+    """It has other weights than those it was asked about."""
+
+
 @dataclass(eq=False)
 class Server:
     """One server, as it was last heard of."""
@@ -50,6 +57,7 @@ class Server:
     fits: bool = False  # its vLLM and its longest context were looked at
     version: int = -1  # of its weights; -1: none of the trainer's
     step: int = -1
+    proved: Proof | None = None  # since it came into service, the last that it gave
     heard: float = 0.0  # when it last said a token, or was first asked for one
     faults: int = 0  # since it last ended a turn
     due: float = 0.0  # when to ask it again
@@ -58,6 +66,7 @@ class Server:
 
     def label(self, known: tuple[int, int] | None) -> None:
         self.version, self.step = known or (-1, -1)
+        self.proved = self.proved if known else None  # else it was started again
 
 
 class Fleet:
@@ -71,7 +80,8 @@ class Fleet:
         self.name, self.agent, self.vllm = name, agent, agent.vllm
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.wanted = -1  # the version that was published last
-        self.error: ValueError | None = None  # no other server would help
+        self.proof: Proof | None = None  # of that version
+        self.error: Exception | None = None  # no other server would help
         self.faults = 0
         self.changed = asyncio.Event()
         token = os.environ.get(TOKEN)
@@ -97,10 +107,15 @@ class Fleet:
 
     def ready(self) -> list[Server]:
         """Those up with the weights that were published last, or else the newest. For any thread."""
-        up = [server for server in self.servers if server.up and server.version >= 0]
+        up = [server for server in self.servers if server.up and server.version >= 0 and not self.doubts(server)]
         versions = {server.version for server in up}
         best = self.wanted if self.wanted in versions else max(versions, default=-1)
         return [server for server in up if server.version == best]
+
+    def doubts(self, server: Server) -> bool:
+        """Whether it must prove first that it has the weights that it says."""
+        proof, owed = self.proof, server.version == self.wanted and server.proved is not self.proof
+        return owed and proof is not None and (proof.due or server.proved is None)
 
     async def pick(self, home: Server | None) -> Server:
         """The server for a turn: `home`, which holds its cache, if it is ready and has not far more than another.
@@ -115,7 +130,7 @@ class Fleet:
             await self.changed.wait()
 
     def check_hope(self, now: float) -> None:
-        """Raises NoServer when none was up for vllm.patience seconds, ValueError when no patience would help."""
+        """Raises NoServer when none was up for vllm.patience seconds, ValueError or GapError if waiting is no help."""
         if self.error:
             raise self.error
         if self.lost is not None and now - self.lost > self.vllm.patience:
@@ -142,6 +157,8 @@ class Fleet:
                 self._hangs(server)
             if server.up or self.now() >= server.due:
                 await self._ask(server)
+            if server.up and self.doubts(server):
+                await self._prove(server)
             self.changed.set()  # also that who waits looks at the clock
             self.changed.clear()
             await asyncio.sleep(TICK)
@@ -168,6 +185,34 @@ class Fleet:
             self.error = self.error or error
         else:
             self._greet(server)
+
+    async def _prove(self, server: Server) -> None:
+        proof = self.proof
+        assert proof is not None
+        try:
+            proof.judge(server.url, await self.scores(server, proof.tokens))
+            server.proved = proof
+        except Moved:
+            pass  # what it has now is to be looked at first
+        except (*FAULTS, Fault) as error:
+            self.fault(server, reason(error))
+        except (ValueError, GapError) as error:
+            self.error = self.error or error
+
+    async def scores(self, server: Server, tokens: Sequence[int]) -> list[float]:
+        """log p of each token but the first, by the weights that it is known to have. Raises Fault or one of FAULTS."""
+        label = adapter.label(server.version, server.step)
+        async with asyncio.timeout(self.vllm.timeout):
+            return await asyncio.gather(*(self._score(server, label, tokens, at) for at in range(1, len(tokens))))
+
+    async def _score(self, server: Server, label: str, tokens: Sequence[int], position: int) -> float:
+        body = adapter.score_body(tokens, position, self.agent.temperature)
+        async with self.post(server, adapter.GENERATE, body) as response:
+            await self.check(response)
+            said = await response.read()
+        if response.headers.get(adapter.LABEL_HEADER) != label:
+            raise Moved(f"{server.url}: other weights meanwhile")
+        return float(parsed(lambda body: adapter.read_score(json.loads(body), tokens[position]), said))
 
     def _greet(self, server: Server) -> None:
         if not server.up:
@@ -217,7 +262,7 @@ class Fleet:
         if not server.up:
             return
         log.warning("%s: out of service: %s", server.url, why)
-        server.up, server.fits, server.why = False, False, why
+        server.up, server.fits, server.proved, server.why = False, False, None, why
         self.faults += 1
         self._pause(server)
         if not any(server.up for server in self.servers):
@@ -227,7 +272,3 @@ class Fleet:
         """Before it is asked again."""
         server.due = self.now() + min(TICK * 2.0 ** min(server.faults, 30), LONGEST)
         server.faults += 1
-
-
-def reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")

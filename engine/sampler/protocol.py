@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,6 +87,18 @@ class Ending:
     def _in(self, tokens: list[int]) -> bool:
         text = str(self.tokenizer.decode(tokens)) if tokens else ""
         return any(one in text for one in self.stop)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """By which published weights are known: `judge` takes who says so and log p of each of `tokens` but the first.
+
+    judge raises GapError when they are not the trainer's. due: whether to ask those too who had the weights before.
+    """
+
+    tokens: list[int]
+    judge: Callable[[str, Sequence[float]], None]
+    due: bool
 
 
 class Sampler(Protocol):

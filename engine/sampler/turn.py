@@ -8,13 +8,17 @@ one server began and another ended is noticed here only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from mgrpo.engine.sampler.protocol import Ending
-from mgrpo.engine.serving.adapter import Chunk, read_label
+from mgrpo.engine.serving.adapter import Chunk, StreamError, read_label
 
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, StreamError)  # what reading nonsense raises
 ROUNDING = 1e-3  # by which a log-prob may be above 0
 
 Label = tuple[int, int]  # of weights: version, rl step
+R = TypeVar("R")
 
 
 class Fault(Exception):
@@ -86,6 +90,18 @@ class Turn:
         if finish != "stop" or not self.tokens:
             raise Fault(f"a stream ended with {finish!r} after {len(self.tokens)} of {self.allowed} tokens")
         self.stopped = True  # by a stop string that its decoding shows and ours does not
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def parsed(parse: Callable[[bytes], R], said: bytes) -> R:
+    """Raises Fault for what the adapter cannot read."""
+    try:
+        return parse(said)
+    except MALFORMED as error:
+        raise Fault(f"{said[:100]!r}: {reason(error)}") from error
 
 
 def _read(label: str) -> Label:

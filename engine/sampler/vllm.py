@@ -21,10 +21,9 @@ in the stream, which can only make the span too wide.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
@@ -32,14 +31,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config import AgentConfig
 from mgrpo.engine.model import read_model_config
-from mgrpo.engine.sampler.fleet import FAULTS, Fleet, NoServer, Server, reason
-from mgrpo.engine.sampler.protocol import Completion, Ending, Session
-from mgrpo.engine.sampler.turn import Fault, Turn
+from mgrpo.engine.sampler.fleet import FAULTS, Fleet, NoServer, Server
+from mgrpo.engine.sampler.protocol import Completion, Ending, Proof, Session
+from mgrpo.engine.sampler.turn import Fault, Turn, parsed, reason
 from mgrpo.engine.serving import adapter
 
 DRAIN = 1.0  # seconds that a stream may take to close after its last token: then its connection can be used again
 LINE = 1 << 20  # bytes of a stream without an end of line
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, adapter.StreamError)  # what reading nonsense raises
 R = TypeVar("R")
 
 
@@ -87,13 +85,17 @@ class VLLMSampler:
     def weights_step(self) -> int:
         return max((self._step(server.version, server.step) for server in self.fleet.ready()), default=-1)
 
-    def expect(self, version: int, step: int) -> None:
+    def expect(self, version: int, step: int, proof: Proof | None = None) -> None:
         """These were published: who has them is preferred, and what they sample is of that rl step.
 
-        Raises NoServer when none was there for vllm.patience seconds; ValueError when one can never serve.
+        proof: who has them, but has proved nothing since it came into service, gets no turn before it does; if it is
+        due, nobody does. Of one version the first counts. Raises NoServer when none was there for vllm.patience
+        seconds, ValueError when one can never serve, and what the proof's judge raised.
         """
         self.fleet.check_hope(self.loop.time())
-        self.fleet.wanted, self.steps[version] = version, step
+        if version != self.fleet.wanted:
+            self.fleet.proof, self.fleet.wanted = proof, version  # in this order: the loop's thread reads them
+        self.steps[version] = step
 
     def _step(self, version: int, said: int) -> int:
         """The rl step of a version: of weights that did not move, the server knows the first only."""
@@ -190,7 +192,7 @@ class VLLMSampler:
             server.heard = self.fleet.now()
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                chunk = _parsed(adapter.read_line, line) or adapter.Chunk()
+                chunk = parsed(adapter.read_line, line) or adapter.Chunk()
                 turn.take(chunk)
                 if chunk.finish or not turn.left:
                     return chunk.finish
@@ -205,46 +207,10 @@ class VLLMSampler:
 
         Raises ConnectionError when no server says so.
         """
-        return next(iter(self.probe(tokens, self.version).values()))
+        return self.wait(self._logprobs(tokens))
 
-    def probe(self, tokens: Sequence[int], version: int) -> dict[str, list[float]]:
-        """As `logprobs`, of every server in service with that version, by its URL.
-
-        Raises ConnectionError when one fails, or has other weights when it answers.
-        """
-        return self.wait(self._probe(tokens, version))
-
-    async def _probe(self, tokens: Sequence[int], version: int) -> dict[str, list[float]]:
-        servers = [server for server in self.fleet.ready() if server.version == version]
-        if not servers:
-            raise ConnectionError(f"agents.{self.name}.vllm: no server in service has version {version}")
+    async def _logprobs(self, tokens: Sequence[int]) -> list[float]:
         try:
-            async with asyncio.timeout(self.fleet.vllm.timeout):
-                scores = await asyncio.gather(*(self._scores(server, tokens, version) for server in servers))
+            return await self.fleet.scores(await self.fleet.pick(None), tokens)
         except (*FAULTS, Fault) as error:
-            raise ConnectionError(
-                f"agents.{self.name}.vllm: log-probs of version {version}: {reason(error)}"
-            ) from error
-        return {server.url: score for server, score in zip(servers, scores, strict=True)}
-
-    async def _scores(self, server: Server, tokens: Sequence[int], version: int) -> list[float]:
-        return await asyncio.gather(*(self._score(server, tokens, at, version) for at in range(1, len(tokens))))
-
-    async def _score(self, server: Server, tokens: Sequence[int], position: int, version: int) -> float:
-        body = adapter.score_body(tokens, position, self.agent.temperature)
-        async with self.fleet.post(server, adapter.GENERATE, body) as response:
-            await self.fleet.check(response)
-            said = await response.read()
-        label = adapter.label(server.version, server.step)
-        if server.version != version or response.headers.get(adapter.LABEL_HEADER) != label:
-            raise Fault(f"{server.url}: other weights meanwhile")
-        score = _parsed(lambda body: adapter.read_score(json.loads(body), tokens[position]), said)
-        return float(score)
-
-
-def _parsed(parse: Callable[[bytes], R], said: bytes) -> R:
-    """Raises Fault for what the adapter cannot read."""
-    try:
-        return parse(said)
-    except MALFORMED as error:
-        raise Fault(f"{said[:100]!r}: {reason(error)}") from error
+            raise ConnectionError(f"agents.{self.name}.vllm: log-probs: {reason(error)}") from error

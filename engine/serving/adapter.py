@@ -123,8 +123,12 @@ def generate_body(
 ) -> dict[str, Any]:
     """A turn: sample after `tokens` until a stop string, `eos` or `max_tokens`. temperature 0: greedy.
 
-    The tokens that end a turn are among those returned; the text is the caller's to decode. No seed is sent: a server
-    for CPUs dies when a seeded call is set back to be computed again, as a pause does (its generators have no offset).
+    The tokens that end a turn are among those returned; the text is the caller's to decode.
+
+    No seed is sent. A server for CPUs dies when a seeded call is set back to be computed again, as a pause does (its
+    generators have no offset); one for GPUs draws for seeded calls one by one, and not by its fast kernels. Nor would a
+    seed make a turn the same when it is tried again: that goes on from the tokens that had come, beside other calls,
+    whose number changes the logits' last bits, and perhaps with newer weights.
     """
     return {
         "token_ids": list(tokens),

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from mgrpo.engine.process import keep_memory
 from mgrpo.engine.serving import wire
 
 Manifest = dict[str, tuple[str, list[int]]]  # of each weight its dtype, without "torch.", and its shape
@@ -99,6 +100,7 @@ class ReceiveEngine(WeightTransferEngine):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        keep_memory()  # a set of weights comes and goes with every update
         self.thread = ThreadPoolExecutor(1, "weights")
         self.arriving: Future[dict[str, Tensor]] | None = None
         self.wanted: Manifest = {}  # as long as no trainer was found to fit

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidd
 }
 
 _example: Any = load_name(f"{GEOGRAPHY / 'environment.py'}:Geography", "geography", "Class")
-_module: Any = __import__("sys").modules[_example.__module__]
+_module: Any = sys.modules[_example.__module__]
+fold = _module.fold
 
 
 class Worlds(_example):  # type: ignore[misc]
@@ -73,8 +75,8 @@ class Worlds(_example):  # type: ignore[misc]
 def names(text: str) -> list[str]:
     """The words of names that may be exchanged: with a capital, and of a spelling of their own, accents aside."""
     words = sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()} - SENTENCE)
-    spelt = Counter(_module.fold(word) for word in words)
-    return [word for word in words if spelt[_module.fold(word)] == 1]
+    spelt = Counter(fold(word) for word in words)
+    return [word for word in words if spelt[fold(word)] == 1]
 
 
 def exchanged(text: str, exchange: Mapping[str, str]) -> str:

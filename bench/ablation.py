@@ -48,7 +48,7 @@ LEARNT = "rl-00000"  # the checkpoint at the end of a warm-up
 LESSONS = [
     *("steps=0", "environment.use=mgrpo.bench.ablation_worlds:Worlds", "environment.options.worlds=30"),
     *("environment.options.carelessness=0.0", "warmup.steps=2000", "warmup.lr=2e-3"),
-    *("eval.questions=100", "checkpoint.every=100"),
+    *("eval.questions=100", "checkpoint.every=100", "agents.sub.max_turns=12"),
 ]
 
 
@@ -129,15 +129,18 @@ def prepare(out: Path, tiny: bool = True, changes: Sequence[str] = ()) -> None:
         if tiny and not (out / "untaught" / "config.json").exists():
             write_tiny(out / "untaught", out / "data", seed=0)
         if tiny:
-            teach(out, "co-train", {"main": "main", "sub": "sub"}, changes)
-            teach(out, "single", {"main": "single"}, changes)
+            teach(out, "co-train", {"main": "main", "sub": "sub"}, out / "untaught", changes)
+            teach(out, "single", {"main": "single"}, out / "taught" / "sub", changes)
 
 
-def teach(out: Path, arm: str, roles: dict[str, str], changes: Sequence[str]) -> None:
-    """A long warm-up on worlds; its weights become the models that an arm's agents begin with."""
+def teach(out: Path, arm: str, roles: dict[str, str], begin: Path, changes: Sequence[str]) -> None:
+    """A long warm-up on worlds; its weights become the models that an arm's agents begin with.
+
+    The agent that is alone begins with what the sub-agent has learnt, who searches too.
+    """
     if all((out / "taught" / role).exists() for role in roles.values()):
         return
-    models = [f"agents.{agent}.model={out / 'untaught'}" for agent in ("main", "sub")]
+    models = [f"agents.{agent}.model={begin}" for agent in ("main", "sub")]
     given = [f"run_dir={out / 'lessons' / arm}", *example(out), *models, *ARMS[arm], *LESSONS, *changes]
     config = load_config(BASE, given)
     train(config)

@@ -4,6 +4,9 @@ A world is the training half of the gazetteer and its questions with every name'
 both halves. What holds in one world is false in the next, so that only looking it up helps; and every word, those of
 held-out names too, is one that the model has copied. No held-out record is in any world, exchanged or not.
 
+What takes long to learn is to find a field of a record on a card, and one report a card is little to learn it from: in
+a world a sub-agent that has reported is asked for other facts of its card, and at last once more for the first.
+
 Departs from the tokenizer of the example's own tiny model, whose names are fragments it cannot put together again when
 it has not met them: here a word is a token. Between words its decoder puts a space, which `fold` does not mind.
 """
@@ -27,14 +30,20 @@ from mgrpo.engine.config import Config
 from mgrpo.engine.environment import Split
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.policy import Policy
-from mgrpo.engine.types import Task
+from mgrpo.engine.types import MAIN, Action, Answer, Call, Task, ToolCall
 from mgrpo.engine.usercode import load_name
 
 GEOGRAPHY = Path(__file__).resolve().parents[1] / "examples" / "geography"
+DRILL, DRILLS = "drill", 8  # questions after the first report
 EOS, UNSEEN = "<eos>", "<unk>"
 PROTOCOL = "Question: Request: ask: search: reply: report: answer: error: unknown nothing found gave no ; sub"
 SENTENCE = {"What", "Which", "On", "In", "The"}  # capitals that are not a name's
-SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3} | {
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.1,
+} | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
@@ -42,7 +51,7 @@ SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidd
 
 _example: Any = load_name(f"{GEOGRAPHY / 'environment.py'}:Geography", "geography", "Class")
 _module: Any = sys.modules[_example.__module__]
-fold = _module.fold
+fold, read_card = _module.fold, _module.read_card
 
 
 class Worlds(_example):  # type: ignore[misc]
@@ -67,6 +76,29 @@ class Worlds(_example):  # type: ignore[misc]
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._shuffled if split == "train" else super().tasks(split)
+
+    def parse(self, call: Call, text: str) -> Action:
+        action = super().parse(call, text)
+        goes_on = isinstance(action, Answer) and 0 < len(call.turns) <= DRILLS and self._drilled(call)
+        return (ToolCall(DRILL, ""),) if goes_on else action
+
+    def tool(self, call: Call, use: ToolCall) -> str:
+        if use.name != DRILL:
+            return super().tool(call, use)
+        left = DRILLS + 1 - len(call.turns)
+        card = read_card(call.turns[0].observation)
+        facts = [f"{relation} of {name}" for name in card for relation in card[name]]
+        return f"Request: {random.Random(f'{call.task.id} {left}').choice(facts) if left else call.request}"
+
+    def script(self, call: Call) -> str:
+        if len(call.turns) < 2 or not self._drilled(call):
+            return super().script(call)
+        request = call.turns[-1].observation.removeprefix("Request: ").rstrip("\n")
+        return super().script(Call(call.agent, call.task, request, call.turns[:1]))
+
+    def _drilled(self, call: Call) -> bool:
+        """Sub-agents, in worlds, that have a card."""
+        return call.agent != MAIN and "world" in call.task.data and bool(read_card(call.turns[0].observation))
 
     def _book(self, task: Task) -> Any:
         return self._worlds[task.data["world"]] if "world" in task.data else super()._book(task)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mgrpo.bench.ablation_worlds import GEOGRAPHY, UNSEEN, Worlds, exchanged, fold, names, write_tiny
+from mgrpo.bench.ablation_worlds import DRILLS, GEOGRAPHY, UNSEEN, Worlds, exchanged, fold, names, read_card, write_tiny
+from mgrpo.engine.types import Answer, Call, Turn
 
 COUNT = 3
 
@@ -50,6 +51,40 @@ def test_no_held_out_fact_is_true_in_any_world_and_hardly_a_training_one(worlds:
 
 def facts_of(records: Any) -> set[tuple[str, str, str]]:
     return {(r["name"], relation, value) for r in records for relation, value in r["facts"].items()}
+
+
+def test_a_sub_agent_is_drilled_on_its_card_and_reports_what_it_was_asked_first(worlds: Any):
+    for task in worlds.tasks("train")[:200]:
+        hop = task.data["hops"][0]
+        call = Call("sub", task, f"{hop['relation']} of {hop['entity']}")
+        reports = [text for text in acted(worlds, call) if text.startswith("report: ")]
+        card = read_card(call.turns[0].observation)
+        asked = [call.request, *(turn.observation for turn in call.turns[1:-1])]
+        for request, said in zip(asked, reports, strict=True):
+            relation, name = request.removeprefix("Request: ").rstrip().split(" of ", 1)
+            assert said == f"report: {card[name][relation]}\n"
+        assert len(reports) == DRILLS + 1 and call.answer == hop["value"] and len(set(asked)) > 1
+
+
+def test_real_questions_have_no_drills(worlds: Any):
+    task = worlds.tasks("held_out")[0]
+    call = Call("sub", task, f"{task.data['hops'][0]['relation']} of {task.data['hops'][0]['entity']}")
+    assert len(acted(worlds, call)) == 2 and call.answer == task.data["hops"][0]["value"]
+
+
+def acted(environment: Any, call: Call) -> list[str]:
+    """What the script says in a call until it ends, each with what it was shown in return."""
+    said: list[str] = []
+    while call.answer is None:
+        said.append(environment.script(call))
+        action = environment.parse(call, said[-1])
+        call.turns.append(Turn(said[-1], action))
+        if isinstance(action, Answer):
+            call.answer = action.text
+        else:
+            results = [(use, environment.tool(call, use)) for use in action]
+            call.turns[-1].observation = environment.observation(call, results)
+    return said
 
 
 def test_held_out_questions_are_the_real_ones(worlds: Any, data: Path):

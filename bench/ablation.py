@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -180,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not run.ended():
                     print(f"{options.model}: {arm}, seed {seed}", flush=True)
                     run.train()
+                    shutil.rmtree(run.folder / "checkpoints")  # gigabytes, and nothing goes on from them
     report(options.out / "runs")
 
 

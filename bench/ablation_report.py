@@ -199,9 +199,8 @@ def _ends(ax: Any, arms: Arms, colors: Mapping[str, str]) -> None:
     for place, (arm, runs) in enumerate(arms.items()):
         ends = [run.accuracies[-1] for run in runs.values()]
         ax.plot([place] * len(ends), ends, ".", color=colors[arm], alpha=0.5)
-        said = interval(ends)
-        if said["low"] is not None:
-            ax.errorbar(place + 0.15, mean(ends), yerr=said["high"] - mean(ends), fmt="o", color=colors[arm], capsize=4)
+        if (high := interval(ends)["high"]) is not None:
+            ax.errorbar(place + 0.15, mean(ends), yerr=high - mean(ends), fmt="o", color=colors[arm], capsize=4)
     ax.set_xticks(range(len(arms)), list(arms), rotation=20, fontsize=8)
     ax.grid(alpha=0.25)
 

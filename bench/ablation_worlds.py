@@ -54,7 +54,7 @@ _module: Any = sys.modules[_example.__module__]
 fold, read_card = _module.fold, _module.read_card
 
 
-class Worlds(_example):  # type: ignore[misc]
+class Worlds(_example):
     """Geography whose training questions are those of so many worlds; the held-out ones are the real ones."""
 
     def __init__(self, data: str, worlds: int, **options: Any) -> None:

@@ -214,6 +214,7 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_ended_does_not(
     ablation.main(command)
     ended = final(out / "runs" / "tiny" / f"{arm}-0")
     assert ended is not None and [row["step"] for row in ended.rows if "time/step" in row] == [0, 1]
+    assert not (out / "runs" / "tiny" / f"{arm}-0" / "checkpoints").exists()
     monkeypatch.setattr(ablation.launch, "train", lambda *_: pytest.fail("begun again"))
     ablation.main(command)
     with pytest.raises(ValueError, match=r"warmup\.steps: 9 given: expected 1"):

@@ -19,7 +19,7 @@ from mgrpo.engine.groups import Advantages, advantages, align
 from mgrpo.engine.planning import each_of
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.types import MAIN
-from mgrpo.engine.usercode import load_function
+from mgrpo.engine.usercode import load_function, takes
 
 ADVANTAGE = "algorithm.advantage"
 
@@ -39,6 +39,18 @@ class Weighted:
     multiplicities: np.ndarray
     shares: np.ndarray
     zero_std: np.ndarray
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an estimator of the user's is told, if it has a parameter `origin`, beyond rewards, groups and weights.
+
+    agent: whose trajectories they are. seconds (N,) float64: how long the rollout of each took, from its begin to its
+    end. Queries of a colocated step all begin at once: there this is the order in which rollouts arrived.
+    """
+
+    agent: str
+    seconds: np.ndarray
 
 
 def main_reward(rollout: RolloutRecord, reward: RewardConfig) -> float:
@@ -67,6 +79,7 @@ def weigh(
     asked = sum(any(r.status == "scored" for r in group.rollouts) for group in groups)
     calls: list[CallRecord] = []
     rewards: list[float] = []
+    seconds: list[float] = []
     shares: list[float] = []
     counts_P: list[int] = []
     keys_P: list[int] = []
@@ -77,17 +90,23 @@ def weigh(
             made = [call for call in group.calls if call.rollout == number]
             calls += made
             rewards += [main_reward(rollout, reward) if is_main else sub_reward(c, rollout, reward) for c in made]
+            seconds += [rollout.seconds] * len(made)
             shares += [1.0 / (asked * len(scored) * copies)] * len(made)
             counts_P.append(len(made))
             keys_P.append(_key(agent_index, group.query, number))
         offsets_Q1.append(len(calls))
     multiplicities = align(counts_P, copies, algorithm.alignment, seed, np.array(keys_P, np.uint64))
-    estimated = _estimate(np.array(rewards), np.array(offsets_Q1), multiplicities, algorithm)
+    origin = Origin(agent, np.array(seconds))
+    estimated = _estimate(np.array(rewards), np.array(offsets_Q1), multiplicities, algorithm, origin)
     return Weighted(calls, np.array(rewards), estimated.values, multiplicities, np.array(shares), estimated.zero_std)
 
 
 def _estimate(
-    rewards_N: np.ndarray, offsets_Q1: np.ndarray, weights_N: np.ndarray, algorithm: AlgorithmConfig
+    rewards_N: np.ndarray,
+    offsets_Q1: np.ndarray,
+    weights_N: np.ndarray,
+    algorithm: AlgorithmConfig,
+    origin: Origin,
 ) -> Advantages:
     """By the estimator of the config; one of the user's own says the values only."""
     a = algorithm
@@ -95,7 +114,8 @@ def _estimate(
     own = estimator(algorithm)
     if own is None:
         return ours
-    values_N = each_of(ADVANTAGE, own(rewards_N, offsets_Q1, weights_N), len(rewards_N), np.float64)
+    more = {"origin": origin} if takes(own, "origin") else {}
+    values_N = each_of(ADVANTAGE, own(rewards_N, offsets_Q1, weights_N, **more), len(rewards_N), np.float64)
     if not np.isfinite(values_N).all():
         raise ValueError(f"{ADVANTAGE}: {values_N[~np.isfinite(values_N)][0]} returned: expected finite advantages")
     return ours._replace(values=values_N)

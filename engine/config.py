@@ -81,11 +81,13 @@ class AlgorithmConfig(Frozen):
 
     rollouts: Annotated[int, Meta(ge=2)] = 8  # K, per query
     aligned_calls: Count = 4  # D, per rollout and sub-agent
-    alignment: Literal["sampled", "expected"] = "sampled"
+    alignment: Literal["sampled", "expected", "none"] = "sampled"  # none: every call once, however many a rollout made
     baseline: Literal["mean", "leave_one_out", "median"] = "mean"
     scale: Literal["std", "none"] = "std"
     std_eps: Positive = 1e-6
-    advantage: str = ""  # else "file.py:function" of yours: (rewards, bounds of groups, weights) -> advantages, arrays
+    advantage: str = (
+        ""  # else "file.py:function" of yours: (rewards, bounds of groups, weights[, origin]) -> advantages
+    )
     length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
     length_constant: Positive = 64.0  # action tokens; the divisor of length_norm = "constant"
     importance: Literal["token", "sequence", "trajectory"] = "token"

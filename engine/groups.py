@@ -18,19 +18,25 @@ from mgrpo.kernels import group_advantages
 
 
 def align(
-    counts: Any, target: int, mode: Literal["sampled", "expected"] = "sampled", seed: int = 0, keys: Any = None
+    counts: Any,
+    target: int,
+    mode: Literal["sampled", "expected", "none"] = "sampled",
+    seed: int = 0,
+    keys: Any = None,
 ) -> NDArray[np.float64]:
     """How often each trajectory of each rollout counts, so that those of a rollout count `target` times (Eqs. 8-9).
 
     counts (P,) whole: trajectories that each rollout has of an agent, 0 too; target: D >= 1. Returns (N,) float64 >= 0,
     N = sum of counts, rollout by rollout; the sum over a rollout is D, or 0 where it has none. "sampled": all once and
-    the rest drawn with replacement, or D drawn without; "expected": D / count each, the same without the noise.
+    the rest drawn with replacement, or D drawn without; "expected": D / count each, the same without the noise. "none": all once, and the sum is the count.
     keys (P,) whole: what each rollout's draw depends on besides the seed; None: its place.
     Raises ValueError that names the argument.
     """
     counts_P = _whole("counts", counts)
     keys_P = np.arange(len(counts_P)) if keys is None else each_of("keys", keys, len(counts_P))
-    return _packing.align(counts_P, target, mode, seed, keys_P.astype(np.uint64))
+    drawn = "expected" if mode == "none" else mode
+    copies_N = _packing.align(counts_P, target, drawn, seed, keys_P.astype(np.uint64))
+    return np.ones_like(copies_N) if mode == "none" else copies_N
 
 
 class Advantages(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -31,6 +32,14 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
         raise ValueError(f"{key}: {name!r} in {module} is {found!r}: expected a function")
     function: Callable[..., Any] = found
     return function
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function of the user's has a parameter of that name, and so asks for what not all want to know."""
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # one of C, that does not say
+        return False
 
 
 def _load_module(name: str, key: str) -> Any:

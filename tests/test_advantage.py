@@ -161,6 +161,15 @@ def test_sampled_alignment_gives_each_rollout_whole_copies_that_sum_to_D(count, 
     assert (got.shares * got.multiplicities).sum() == pytest.approx(1)
 
 
+def test_without_alignment_every_call_counts_once_and_a_rollout_as_often_as_it_called():
+    got = weighted([sub_group(0, [[1, 0, 1], [], [0.5]])], alignment="none", aligned_calls=2)
+    assert got.multiplicities.tolist() == [1, 1, 1, 1]
+    assert got.shares.tolist() == [1 / 6] * 4  # of K = 3 rollouts and D = 2, as with it
+    rewards = [1.0, 0.5, 1.0, 0.75]
+    mean, std = statistics.mean(rewards), statistics.pstdev(rewards)
+    assert got.advantages == pytest.approx([(reward - mean) / std for reward in rewards])
+
+
 def test_expected_alignment_is_D_over_d():
     got = weighted([sub_group(0, [[1, 0], [], [1, 1, 0, 0, 0, 1]])], alignment="expected", aligned_calls=3)
     assert got.multiplicities == pytest.approx([1.5] * 2 + [0.5] * 6)
@@ -218,7 +227,9 @@ def test_advantages_are_those_among_the_physical_copies_of_one_query(drawn, base
             assert advantage == pytest.approx(0 if flag else gap / (std if scale == "std" else 1), abs=1e-9)
 
 
-@given(sub_groups, st.randoms(use_true_random=False), st.sampled_from(["sampled", "expected"]), st.integers(0, 3))
+@given(
+    sub_groups, st.randoms(use_true_random=False), st.sampled_from(["sampled", "expected", "none"]), st.integers(0, 3)
+)
 @settings(max_examples=80, deadline=None)
 def test_neither_the_order_of_groups_nor_what_else_is_in_the_batch_matters(drawn, random, alignment, seed):
     groups = numbered(drawn)

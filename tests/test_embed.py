@@ -355,6 +355,12 @@ def test_every_rollout_counts_as_often_as_any_other(mode: Any) -> None:
     assert [part.sum() for part in np.split(multiplicities, [2, 2, 7])] == pytest.approx([3, 0, 3, 3])
 
 
+def test_without_alignment_a_rollout_counts_as_often_as_it_called() -> None:
+    assert align([2, 0, 5, 3], 3, "none").tolist() == [1.0] * 10
+    with pytest.raises(ValueError, match="target"):
+        align([2], 0, "none")
+
+
 def test_advantages_of_lists() -> None:
     found = advantages([1, 0, 1, 0, 5, 5], [0, 4, 6])
     assert found.values.tolist() == [1, -1, 1, -1, 0, 0] and found.zero_std.tolist() == [False, True]

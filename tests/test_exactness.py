@@ -43,7 +43,7 @@ TOLERANCE = 1e-9
 COMMON = 12  # what every number of calls in `expected` cases divides: copies of whole trajectories, D / d_k of each
 CHOICES: dict[str, list[Any]] = {
     "aligned_calls": [1, 3, 4],
-    "alignment": ["sampled", "expected"],
+    "alignment": ["sampled", "expected", "none"],
     "dual_clip": [None, 1.5],
     "clip_low": [0.05, 0.2],
     "kl_coef": [0.0, 0.0, 0.3],
@@ -119,6 +119,7 @@ def copies_of(case: Case, multiplicities: dict[Position, float]) -> list[list[tu
             for call in calls:
                 expected = case.agent != "main" and case.algorithm.alignment == "expected"
                 copies = COMMON // len(calls) if expected else int(multiplicities[call.position])
+                copies = 1 if case.algorithm.alignment == "none" else copies
                 members += [(case.trajectories[call.position.row], reward_of(call, rollout))] * copies
         if scored:
             mean = sum(reward for _, reward in members) / max(len(members), 1)

@@ -12,7 +12,7 @@ from mgrpo.engine.config import AlgorithmConfig, RewardConfig, load_config
 from mgrpo.engine.objective import objective
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.trajectories import Position
-from mgrpo.engine.usercode import load_function
+from mgrpo.engine.usercode import load_function, takes
 
 ESTIMATORS = """
 import numpy as np
@@ -25,6 +25,10 @@ def against_best(rewards, offsets, weights):
 
 def weighted(rewards, offsets, weights):
     return (rewards * weights).tolist()
+
+def told(rewards, offsets, weights, *, origin):
+    assert origin.agent == "sub" and origin.seconds.dtype == np.float64
+    return origin.seconds
 
 def short(rewards, offsets, weights):
     return rewards[1:]
@@ -45,7 +49,7 @@ def file(tmp_path: Path) -> Path:
 
 def group(query: int, experts: list[list[float]]) -> Group:
     """A query whose rollouts, all correct, made calls of these scores."""
-    rollouts = [RolloutRecord(query, n, "scored", True, 1.0, 1.0) for n in range(len(experts))]
+    rollouts = [RolloutRecord(query, n, "scored", True, 1.0, 1.0 + query + n / 8) for n in range(len(experts))]
     calls = [
         CallRecord("sub", query, n, i, True, expert, 0, 9, 3, 1, False, "answer", Position("f", query, 9 * n + i))
         for n, scores in enumerate(experts)
@@ -67,6 +71,15 @@ def test_an_estimator_of_the_users_own_says_the_advantages_and_nothing_else(file
         assert np.array_equal(getattr(theirs, name), getattr(ours, name))
     counted = weighted(groups, advantage=f"{file}:weighted")
     assert counted.advantages == pytest.approx(ours.rewards * ours.multiplicities)
+
+
+def test_an_estimator_that_asks_is_told_whose_and_of_which_rollouts_they_are(file):
+    groups = [group(0, [[0.0, 1.0], [], [0.5]]), group(2, [[1.0], [1.0]])]
+    assert weighted(groups, advantage=f"{file}:told").advantages.tolist() == [1.0, 1.0, 1.25, 3.0, 3.125]
+
+
+def test_what_a_function_of_c_does_not_say_it_takes_it_is_not_given():
+    assert takes(lambda origin: 0, "origin") and not takes(lambda seed: 0, "origin") and not takes(dict, "origin")
 
 
 @pytest.mark.parametrize(

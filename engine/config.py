@@ -85,9 +85,7 @@ class AlgorithmConfig(Frozen):
     baseline: Literal["mean", "leave_one_out", "median"] = "mean"
     scale: Literal["std", "none"] = "std"
     std_eps: Positive = 1e-6
-    advantage: str = (
-        ""  # else "file.py:function" of yours: (rewards, bounds of groups, weights[, origin]) -> advantages
-    )
+    advantage: str = ""  # else "file.py:function" of yours: (rewards, groups' bounds, weights[, origin]) -> advantages
     length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
     length_constant: Positive = 64.0  # action tokens; the divisor of length_norm = "constant"
     importance: Literal["token", "sequence", "trajectory"] = "token"

@@ -142,7 +142,7 @@ def write_tiny(folder: Path, data: Path, seed: int) -> None:
 def likeness(model: LlamaForCausalLM) -> None:
     """Begin with heads that look for what is like themselves and copy it (after Trockman and Kolter, arXiv 2305.09828).
 
-    Queries equal keys, and a layer's heads together put out what they read: names are copied in a fraction of the steps.
+    Queries equal keys, and a layer's heads together put out what they read: names are copied after far fewer steps.
     """
     for layer in model.model.layers:
         heads = layer.self_attn

@@ -28,8 +28,8 @@ def align(
 
     counts (P,) whole: trajectories that each rollout has of an agent, 0 too; target: D >= 1. Returns (N,) float64 >= 0,
     N = sum of counts, rollout by rollout; the sum over a rollout is D, or 0 where it has none. "sampled": all once and
-    the rest drawn with replacement, or D drawn without; "expected": D / count each, the same without the noise. "none": all once, and the sum is the count.
-    keys (P,) whole: what each rollout's draw depends on besides the seed; None: its place.
+    the rest drawn with replacement, or D drawn without; "expected": D / count each, the same without the noise. "none":
+    all once, whatever D. keys (P,) whole: what each rollout's draw depends on besides the seed; None: its place.
     Raises ValueError that names the argument.
     """
     counts_P = _whole("counts", counts)

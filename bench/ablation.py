@@ -47,7 +47,7 @@ TINY = "tiny"
 BASE = Path(__file__).with_suffix(".toml")
 LEARNT = "rl-00000"  # the checkpoint at the end of a warm-up
 LESSONS = [
-    *("steps=0", "environment.use=mgrpo.bench.ablation_worlds:Worlds", "environment.options.worlds=30"),
+    *("steps=0", "environment.use=mgrpo.bench.ablation_worlds:Worlds", "environment.options.worlds=20"),
     *("environment.options.carelessness=0.0", "warmup.steps=2000", "warmup.lr=3e-3"),
     *("eval.questions=100", "checkpoint.every=100", "agents.sub.max_turns=12"),
 ]

@@ -1,8 +1,9 @@
 """What the tiny model of `mgrpo bench ablation` learns before any run: to read cards and to copy, and no fact.
 
-A world is the training half of the gazetteer and its questions with every name's words exchanged for others, drawn from
-both halves. What holds in one world is false in the next, so that only looking it up helps; and every word, those of
-held-out names too, is one that the model has copied. No held-out record is in any world, exchanged or not.
+A world is the training half of the gazetteer with the words of all names, held-out ones too, exchanged at random. Every
+episode of a lesson is in a world of its own: what holds in one is false in the next, so that only looking it up helps,
+and every word is one that the model has copied. With few worlds it learns them by heart. No held-out record is in any,
+exchanged or not.
 
 What takes long to learn is to find a field of a record on a card, and one report a card is little to learn it from: in
 a world a sub-agent that has reported is asked for other facts of its card, and at last once more for the first.
@@ -13,12 +14,12 @@ it has not met them: here a word is a token. Between words its decoder puts a sp
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mgrpo.engine.config import Config
 from mgrpo.engine.environment import Split
 from mgrpo.engine.model import load_tokenizer
 from mgrpo.engine.policy import Policy
-from mgrpo.engine.types import MAIN, Action, Answer, Call, Task, ToolCall
+from mgrpo.engine.types import MAIN, Action, Answer, Call, Episode, Score, Task, ToolCall, Turn
 from mgrpo.engine.usercode import load_name
 
 GEOGRAPHY = Path(__file__).resolve().parents[1] / "examples" / "geography"
@@ -55,60 +56,86 @@ fold, read_card = _module.fold, _module.read_card
 
 
 class Worlds(_example):
-    """Geography whose training questions are those of so many worlds; the held-out ones are the real ones."""
+    """Geography whose training questions are asked in worlds, each so many times; the held-out ones are the real ones.
+
+    The example works in the real world, and all that agents read and write is exchanged on its way.
+    """
 
     def __init__(self, data: str, worlds: int, **options: Any) -> None:
         super().__init__(data, **options)
-        folder = Path(data)
-        records, questions = (folder / "gazetteer.json").read_text(), (folder / "train.jsonl").read_text()
-        train = [record for record in json.loads(records) if record["split"] == "train"]
-        half = json.dumps(train, ensure_ascii=False)
-        to, moved = names(records), names(half)
-        self._worlds: list[Any] = []
-        self._shuffled: list[Task] = []
-        for number in range(worlds):
-            drawn = random.Random(number).sample(to, len(moved))
-            exchange = dict(zip(moved, drawn, strict=True))
-            self._worlds.append(_module._book(json.loads(exchanged(half, exchange))))
-            for line in exchanged(questions, exchange).splitlines():
-                row = json.loads(line)
-                self._shuffled.append(Task(f"{number}-{row['id']}", row | {"world": number}))
+        self._names = names((Path(data) / "gazetteer.json").read_text(encoding="utf-8"))
+        real = super().tasks("train")
+        self._asked = [Task(f"{number}-{task.id}", task.data) for number in range(worlds) for task in real]
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        return self._shuffled if split == "train" else super().tasks(split)
+        return self._asked if split == "train" else super().tasks(split)
+
+    def prompt(self, call: Call) -> str:
+        return exchanged(super().prompt(self._real(call)), self._there(call.task))
 
     def parse(self, call: Call, text: str) -> Action:
         action = super().parse(call, text)
-        goes_on = isinstance(action, Answer) and 0 < len(call.turns) <= DRILLS and self._drilled(call)
+        goes_on = isinstance(action, Answer) and 0 < len(call.turns) <= DRILLS and drilled(call)
         return (ToolCall(DRILL, ""),) if goes_on else action
 
     def tool(self, call: Call, use: ToolCall) -> str:
-        if use.name != DRILL:
-            return super().tool(call, use)
-        left = DRILLS + 1 - len(call.turns)
-        card = read_card(call.turns[0].observation)
-        facts = [f"{relation} of {name}" for name in card for relation in card[name]]
-        return f"Request: {random.Random(f'{call.task.id} {left}').choice(facts) if left else call.request}"
+        if use.name == DRILL:
+            return drill(call)
+        real = ToolCall(use.name, exchanged(use.argument, self._back(call.task)))
+        return exchanged(super().tool(call, real), self._there(call.task))
+
+    def score(self, episode: Episode) -> Score:
+        return super().score(Episode(self._real(episode.main), [self._real(call) for call in episode.calls]))
 
     def script(self, call: Call) -> str:
-        if len(call.turns) < 2 or not self._drilled(call):
-            return super().script(call)
-        request = call.turns[-1].observation.removeprefix("Request: ").rstrip("\n")
-        return super().script(Call(call.agent, call.task, request, call.turns[:1]))
+        if len(call.turns) > 1 and drilled(call):
+            request = call.turns[-1].observation.removeprefix("Request: ").rstrip("\n")
+            call = Call(call.agent, call.task, request, call.turns[:1])
+        return exchanged(super().script(self._real(call)), self._there(call.task))
 
-    def _drilled(self, call: Call) -> bool:
-        """Sub-agents, in worlds, that have a card."""
-        return call.agent != MAIN and "world" in call.task.data and bool(read_card(call.turns[0].observation))
+    def _real(self, call: Call) -> Call:
+        """The call as it would be in the real world."""
+        back = self._back(call.task)
+        real = Call(call.agent, call.task, exchanged(call.request, back), ended=call.ended)
+        real.answer = None if call.answer is None else exchanged(call.answer, back)
+        for turn in call.turns:
+            text = exchanged(turn.text, back)
+            real.turns.append(Turn(text, super().parse(real, text), exchanged(turn.observation, back), turn.truncated))
+        return real
 
-    def _book(self, task: Task) -> Any:
-        return self._worlds[task.data["world"]] if "world" in task.data else super()._book(task)
+    def _there(self, task: Task) -> Mapping[str, str]:
+        """What stands for each word in the task's world."""
+        return world(self._names, task.id)[0] if task.data["split"] == "train" else {}
+
+    def _back(self, task: Task) -> Mapping[str, str]:
+        return world(self._names, task.id)[1] if task.data["split"] == "train" else {}
 
 
-def names(text: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def world(words: tuple[str, ...], seed: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """A random exchange of the words for each other, and its inverse."""
+    there = dict(zip(words, random.Random(seed).sample(words, len(words)), strict=True))
+    return there, {word: real for real, word in there.items()}
+
+
+def drilled(call: Call) -> bool:
+    """Sub-agents, in worlds, that have a card."""
+    return call.agent != MAIN and call.task.data["split"] == "train" and bool(read_card(call.turns[0].observation))
+
+
+def drill(call: Call) -> str:
+    """The next question about the card; the last is the first again."""
+    left = DRILLS + 1 - len(call.turns)
+    card = read_card(call.turns[0].observation)
+    facts = [f"{relation} of {name}" for name in card for relation in card[name]]
+    return f"Request: {random.Random(f'{call.task.id} {left}').choice(facts) if left else call.request}"
+
+
+def names(text: str) -> tuple[str, ...]:
     """The words of names that may be exchanged: with a capital, and of a spelling of their own, accents aside."""
     words = sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()} - SENTENCE)
     spelt = Counter(fold(word) for word in words)
-    return [word for word in words if spelt[fold(word)] == 1]
+    return tuple(word for word in words if spelt[fold(word)] == 1)
 
 
 def exchanged(text: str, exchange: Mapping[str, str]) -> str:

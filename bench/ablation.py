@@ -7,8 +7,8 @@
     no-alignment   a sub-agent's calls count once each, however many a rollout made
 
 Each arm and seed is one run of `mgrpo train` with evaluations on held-out questions; arms of one seed begin with the
-same weights, the same demonstrations and the same questions. The tiny model is made and taught to read cards first
-(`ablation_worlds.py`); --model PATH takes other weights, with examples/geography/train.toml.
+same weights, the same demonstrations and the same questions. The tiny model is made and taught first, and its held-out
+questions are its own (`ablation_tiny.py`); --model PATH takes other weights, as examples/geography/train.toml does.
 
 All is in DIR and nothing is done twice: a run that ended is not begun again, one that was stopped goes on from its
 checkpoint. Several processes may share DIR if they have no seed in common. At the end a table, a figure and JSON are
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.bench.ablation_report import final, report
-from mgrpo.bench.ablation_worlds import GEOGRAPHY, export, write_tiny
+from mgrpo.bench.ablation_tiny import export, write_questions, write_tiny
 from mgrpo.bench.harness import commit
 from mgrpo.engine import launch
 from mgrpo.engine.config import Config, load_config
@@ -44,12 +44,15 @@ ARMS = {
     "no-alignment": ["algorithm.alignment=none"],
 }
 TINY = "tiny"
+GEOGRAPHY = Path(__file__).resolve().parents[1] / "examples" / "geography"
 BASE = Path(__file__).with_suffix(".toml")
 LEARNT = "rl-00000"  # the checkpoint at the end of a warm-up
 LESSONS = [
-    *("steps=0", "environment.use=mgrpo.bench.ablation_worlds:Worlds", "environment.options.worlds=30"),
-    *("environment.options.carelessness=0.0", "warmup.steps=2000", "warmup.lr=3e-3"),
-    *("eval.questions=100", "checkpoint.every=100", "agents.sub.max_turns=12"),
+    "steps=0",
+    "environment.options.carelessness=0.0",
+    "warmup.steps=600",
+    "warmup.lr=2e-3",
+    "eval.questions=100",
 ]
 
 
@@ -94,7 +97,7 @@ def make_run(out: Path, arm: str, seed: int, model: str, changes: Sequence[str] 
     overrides = [
         f"run_dir={folder_of(out, arm, seed, model)}",
         f"seed={seed}",
-        *example(out),
+        *example(out / "questions" if model == TINY else out / "data"),
         *(f"agents.{agent}.model={path}" for agent, path in models.items()),
         *ARMS[arm],
         *changes,
@@ -106,9 +109,9 @@ def folder_of(out: Path, arm: str, seed: int, model: str) -> Path:
     return out / "runs" / Path(model).name / f"{arm}-{seed}"
 
 
-def example(out: Path) -> list[str]:
+def example(data: Path) -> list[str]:
     """Where the environment and its data are."""
-    return [f"environment.use={GEOGRAPHY / 'environment.py'}:Geography", f"environment.options.data={out / 'data'}"]
+    return [f"environment.use={GEOGRAPHY / 'environment.py'}:Geography", f"environment.options.data={data}"]
 
 
 # ---- what the runs begin with
@@ -127,22 +130,25 @@ def prepare(out: Path, tiny: bool = True, changes: Sequence[str] = ()) -> None:
         script = [sys.executable, str(GEOGRAPHY / "prepare.py"), "--out", str(out / "data"), "--only", "tiny"]
         if not (out / "data" / "gazetteer.json").exists():
             subprocess.run(script, check=True)
-        if tiny and not (out / "untaught" / "config.json").exists():
-            write_tiny(out / "untaught", out / "data", seed=0)
         if tiny:
-            teach(out, "co-train", {"main": "main", "sub": "sub"}, out / "untaught", changes)
-            teach(out, "single", {"main": "single"}, out / "taught" / "sub", changes)
+            prepare_tiny(out, changes)
 
 
-def teach(out: Path, arm: str, roles: dict[str, str], begin: Path, changes: Sequence[str]) -> None:
-    """A long warm-up on worlds; its weights become the models that an arm's agents begin with.
+def prepare_tiny(out: Path, changes: Sequence[str]) -> None:
+    if not (out / "questions" / "gazetteer.json").exists():
+        write_questions(out / "questions", out / "data")
+    if not (out / "untaught" / "config.json").exists():
+        write_tiny(out / "untaught", out / "questions", seed=0)
+    teach(out, "co-train", {"main": "main", "sub": "sub"}, changes)
+    teach(out, "single", {"main": "single"}, changes)
 
-    The agent that is alone begins with what the sub-agent has learnt, who searches too.
-    """
+
+def teach(out: Path, arm: str, roles: dict[str, str], changes: Sequence[str]) -> None:
+    """A long warm-up on flawless demonstrations; its weights become the models that an arm's agents begin with."""
     if all((out / "taught" / role).exists() for role in roles.values()):
         return
-    models = [f"agents.{agent}.model={begin}" for agent in ("main", "sub")]
-    given = [f"run_dir={out / 'lessons' / arm}", *example(out), *models, *ARMS[arm], *LESSONS, *changes]
+    models = [f"agents.{agent}.model={out / 'untaught'}" for agent in ("main", "sub")]
+    given = [f"run_dir={out / 'lessons' / arm}", *example(out / "questions"), *models, *ARMS[arm], *LESSONS, *changes]
     config = load_config(BASE, given)
     train(config)
     for agent, role in roles.items():

@@ -191,7 +191,7 @@ SMALL = ["warmup.steps=1", "warmup.episodes=2", "eval.questions=2", "queries_per
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
-    ablation.prepare(folder, changes=[*SMALL, "environment.options.worlds=1"])
+    ablation.prepare(folder, changes=SMALL)
     return folder
 
 

@@ -158,8 +158,8 @@ def test_the_wheel_is_a_manylinux_one_and_brings_no_library(built: tuple[str, Pa
 
 def test_the_wheel_holds_all_of_the_packages_and_nothing_else(built: tuple[str, Path, Path]) -> None:
     names = {name for name in ZipFile(built[2]).namelist() if not name.endswith("/")}
-    paths = (path for part in ("engine", "kernels", "bench") for path in (ROOT / part).rglob("*.py"))
-    modules = {f"mgrpo/{path.relative_to(ROOT)}" for path in paths}
+    paths = (path for part in ("engine", "kernels", "bench") for path in (ROOT / part).rglob("*.*"))
+    modules = {f"mgrpo/{path.relative_to(ROOT)}" for path in paths if path.suffix in (".py", ".toml")}
     markers = {f"mgrpo/{part}py.typed" for part in ("", "engine/", "kernels/")} | {"mgrpo/_packing.pyi"}
     rest = {name for name in names - modules - markers if ".dist-info/" not in name}
     assert modules | markers <= names

@@ -172,7 +172,8 @@ def draw(found: Mapping[str, Arms], to: Path) -> None:
         _bands(line[0], arms, colors, "eval/held_out_accuracy", window=1)
         _ends(line[1], arms, colors)
         _bands(line[2], arms, colors, "main/reward_mean", window=EDGE)
-        _bands(line[3], arms, colors, "sub/reward_mean", window=EDGE)
+        asked = {arm: runs for arm, runs in arms.items() if any(run.last("sub/calls_mean") for run in runs.values())}
+        _bands(line[3], asked, colors, "sub/reward_mean", window=EDGE)
         line[0].set(title=f"{model}: held-out accuracy", xlabel="rl steps")
         line[1].set(title="at the end: each seed, mean, 95 %")
         line[2].set(title=f"main's reward, mean of {EDGE} steps", xlabel="rl steps")
@@ -188,7 +189,7 @@ def _bands(ax: Any, arms: Arms, colors: Mapping[str, str], key: str, window: int
         curves = [curve(run.rows, key) for run in runs.values()]
         steps = curves[0][0]
         if not len(steps) or any(len(other) != len(steps) for other, _ in curves):
-            continue  # an arm without that agent
+            continue  # runs of several lengths have no mean
         middle_N, low_N, high_N = band(np.stack([running_mean(values, window) for _, values in curves]))
         ax.plot(steps, middle_N, color=colors[arm], label=arm)
         ax.fill_between(steps, low_N, high_N, color=colors[arm], alpha=0.15, linewidth=0)

@@ -155,6 +155,7 @@ def write_run(out: Path, arm: str, seed: int, accuracies: list[float], done: boo
     for step, accuracy in enumerate(accuracies):
         rows.append({"stage": "rl", "step": step, "eval/held_out_accuracy": accuracy})
         rows.append({"stage": "rl", "step": step, "main/reward_mean": accuracy, "sub/reward_mean": step / 4 + seed})
+        rows[-1]["sub/calls_mean"] = 2.0
     rows = [{"stage": "warmup", "step": 0}, *rows[:-1]] if done else rows[:-2]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -124,7 +124,7 @@ def _summary(runs: Mapping[int, Ended], reference: Mapping[int, Ended]) -> dict[
         "start": interval([run.accuracies[0] for run in runs.values()]),
         "end": interval([run.accuracies[-1] for run in runs.values()]),
         "less co-train": interval(less) | {"seeds": both} if both else None,
-        "last steps": {key: mean(v for v in values if v is not None) for key, values in lasts.items() if any(values)},
+        "last steps": {key: mean(given) for key, values in lasts.items() if (given := [v for v in values if v is not None])},
     }
 
 

@@ -115,7 +115,8 @@ def _summary(runs: Mapping[int, Ended], reference: Mapping[int, Ended]) -> dict[
     both = sorted(runs.keys() & reference.keys())
     less = [runs[seed].accuracies[-1] - reference[seed].accuracies[-1] for seed in both]
     agents = next(iter(runs.values())).config.agents
-    lasts = {f"{a}/{key}": [run.last(f"{a}/{key}") for run in runs.values()] for a in agents for key in WATCHED}
+    watched = [f"{agent}/{key}" for agent in agents for key in WATCHED]
+    lasts = {key: [last for run in runs.values() if (last := run.last(key)) is not None] for key in watched}
     return {
         "seeds": list(runs),
         "commits": sorted({name for run in runs.values() for name in run.commits}),
@@ -124,7 +125,7 @@ def _summary(runs: Mapping[int, Ended], reference: Mapping[int, Ended]) -> dict[
         "start": interval([run.accuracies[0] for run in runs.values()]),
         "end": interval([run.accuracies[-1] for run in runs.values()]),
         "less co-train": interval(less) | {"seeds": both} if both else None,
-        "last steps": {key: mean(given) for key, values in lasts.items() if (given := [v for v in values if v is not None])},
+        "last steps": {key: mean(values) for key, values in lasts.items() if values},
     }
 
 

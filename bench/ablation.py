@@ -187,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not run.ended():
                     print(f"{options.model}: {arm}, seed {seed}", flush=True)
                     run.train()
-                    shutil.rmtree(run.folder / "checkpoints")  # gigabytes, and nothing goes on from them
+                if (left := run.folder / "checkpoints").exists():  # gigabytes, and nothing goes on from them
+                    shutil.rmtree(left)
     report(options.out / "runs")
 
 

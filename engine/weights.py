@@ -1,10 +1,10 @@
 """Published weights: what a trainer hands to the samplers of its agent, as one safetensors file a version.
 
 Departs from the library's writer: we write the format ourselves (the header's length, a JSON header, the tensors'
-bytes), tensor by tensor, from where they lie, so that one thread hashes the bytes while another writes them and no
-second copy of the model is ever in memory. A file has its name only when it is whole: on a file system it is written
-aside, forced to the disk and renamed; in an object store it is one upload. The library reads it, after its size and
-SHA-256 were compared with those in the store.
+bytes), tensor by tensor, from where they lie in the CPU's memory, so that one thread hashes the bytes while another
+writes them and nothing is copied once more for the file. A file has its name only when it is whole: on a file system it
+is written aside, forced to the disk and renamed; in an object store it is one upload. The library reads it, after its
+size and SHA-256 were compared with those in the store.
 
 The *probe*: trainer and sampler both compute the log-probs of a prompt that follows from the run's seed. Weights that
 came over halved, stale or into the wrong places show as a gap that no rounding explains.

@@ -249,16 +249,20 @@ def test_a_full_disk(make, small_disk, below: str, size: str, waits: str):
     assert len(run.begun()) == 3, "nothing was restarted: they waited"
 
 
-def test_a_full_disk_below_checkpoints_and_metrics(make, small_disk):
-    """All ranks of a trainer wait: at whatever has no room first, then at a checkpoint where a row has room."""
+@pytest.mark.parametrize(("agent", "waits"), [("main", "trainer-main-0"), ("clerk", "trainer-clerk")])
+def test_a_full_disk_below_checkpoints_and_metrics(make, small_disk, agent: str, waits: str):
+    """A trainer waits, all its ranks: at whatever has no room first, then at a checkpoint where a row has room.
+
+    Each trainer's disk by itself: one that waits holds the other up, which may then have nothing to write.
+    """
     run = make(ranks=2, steps=16, checkpoint={"every": 1})
-    disk = small_disk(run.path / "agents" / "main", "8m")
+    disk = small_disk(run.path / "agents" / agent, "8m")
     launcher = run.start("train", before=disk.within)
     for room, told in ((0, "No space left on device"), (64 << 10, "could not be written")):
         run.wait_for_step(min(run.steps().values(), default=0) + 2)
-        already = len(run.said("trainer-main-0"))
+        already = len(run.said(waits))
         with disk.filled(room):
-            wait_for(lambda told=told, already=already: told in run.said("trainer-main-0")[already:], run)
+            wait_for(lambda told=told, already=already: told in run.said(waits)[already:], run)
     run.finish(launcher)
     disk.keep()
     run.check(steps=16)

@@ -1,8 +1,14 @@
 """What the tests share; and what they measured, printed at the end: `pytest -q` hides what a passing test prints."""
 
+from hypothesis import settings
+
 from postgres import connect, server
 
 __all__ = ["connect", "server"]
+
+# No test asserts a time: on a busy machine hypothesis' 200 ms an example would.
+settings.register_profile("mgrpo")
+settings.load_profile("mgrpo")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -210,7 +210,7 @@ def baseline_of(kind: str, members: list[tuple[int, float]], call_number: int, r
     st.sampled_from(["std", "none"]),
     st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_advantages_are_those_among_the_physical_copies_of_one_query(drawn, baseline, scale, seed):
     groups = numbered(drawn)
     got = weighted(groups, seed=seed, baseline=baseline, scale=scale, aligned_calls=3)
@@ -230,7 +230,7 @@ def test_advantages_are_those_among_the_physical_copies_of_one_query(drawn, base
 @given(
     sub_groups, st.randoms(use_true_random=False), st.sampled_from(["sampled", "expected", "none"]), st.integers(0, 3)
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_neither_the_order_of_groups_nor_what_else_is_in_the_batch_matters(drawn, random, alignment, seed):
     groups = numbered(drawn)
     shuffled = random.sample(groups, len(groups))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -86,7 +86,6 @@ class Results:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 4)), max_size=30))
-@settings(deadline=None)
 def test_it_holds_no_more_than_was_in_use_at_one_time(steps):
     """Each step fills so many rows and then keeps only the latest few results."""
     arena, results, most, largest = packing.Arena(), Results(), 0, 0

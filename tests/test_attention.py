@@ -36,7 +36,7 @@ def run(attend: object, tensors: list[Tensor], *rest: object) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(Lengths, st.integers(0, 99), st.sampled_from([0.1, 1.0, 30.0]))
 def test_output_and_gradients_equal_the_definition(lengths: list[int], seed: int, size: float) -> None:
     tensors = inputs(lengths, torch.float64, seed, size)

@@ -154,7 +154,7 @@ def expected_sequence(w: Weighed) -> dict[str, list[Any]]:
 
 
 @given(weighed_of(weights), st.integers(4, 20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_live_token_is_in_exactly_one_row_with_all_that_belongs_to_it(weighed, max_tokens):
     live = drop(weighed, keep_zero_advantage=True)
     batches = pack(live, max_tokens)
@@ -168,7 +168,7 @@ def test_every_live_token_is_in_exactly_one_row_with_all_that_belongs_to_it(weig
 
 
 @given(weighed_of(weights), st.booleans(), st.booleans(), st.integers(4, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_from_end_to_end_no_weight_and_no_gain_is_lost(weighed, keep, by_sampler, max_tokens):
     batches = pack(merge(drop(weighed, keep_zero_advantage=keep), by_sampler_logprobs=by_sampler), max_tokens)
     live = [(w, w.weight * sum(map(int, w.trajectory.sampled[1:]))) for w in weighed if keep or w.advantage]
@@ -218,7 +218,6 @@ def test_to_device_moves_every_tensor_and_changes_nothing_else():
 
 
 @given(st.lists(weighed_of(weights), min_size=2, max_size=5), st.integers(4, 20), st.data())
-@settings(deadline=None)
 def test_batches_of_an_earlier_step_stay_as_they_are_while_they_are_held(steps, max_tokens, data):
     arena, held = _packing.Arena(), []
     for weighed in steps:
@@ -240,7 +239,6 @@ def test_memory_of_a_step_that_is_let_go_is_used_by_the_next():
 
 
 @given(weighed_of(weights), st.integers(2, 5), st.integers(4, 20))
-@settings(deadline=None)
 def test_ranks_share_the_live_tokens_and_run_as_many_micro_batches(weighed, ranks, max_tokens):
     live = drop(weighed, keep_zero_advantage=True)
     shares = [pack(live, max_tokens, ranks=ranks, rank=rank) for rank in range(ranks)]

@@ -46,13 +46,13 @@ def error(seed: int, drift: float, cap: float | None) -> float:
     return float((expected_V - truth_V).norm() / truth_V.norm())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.0, 1.5))
 def test_with_the_weight_untruncated_the_gradient_is_that_of_the_policy_however_stale_the_sampler(seed, drift):
     assert error(seed, drift, 1e12) < 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.5, 1.5))
 def test_without_the_weight_it_is_biased(seed, drift):
     assert error(seed, drift, None) > 0.02

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -200,7 +200,6 @@ evaluations = st.dictionaries(
 ).map(lambda row: {**EVALUATION, **row})
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(rows, evaluations), max_size=5), st.integers(20, 200))
 def test_any_row_is_one_line_and_a_table_as_high_as_before(told, width):
     display, out = lines()

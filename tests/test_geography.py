@@ -339,7 +339,7 @@ def test_malformed(data: Path, agent: str, arm: str, text: str) -> None:
     assert isinstance(env.parse(Call(agent, env.tasks("train")[0]), text), Malformed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(agent=st.sampled_from([MAIN, "sub"]), prefix=st.sampled_from(["", "ask: ", "search: "]), text=HOSTILE)
 def test_hostile_texts_break_nothing(env: Any, agent: str, prefix: str, text: str) -> None:
     task = env.tasks("held_out")[0]
@@ -355,7 +355,7 @@ def test_hostile_texts_break_nothing(env: Any, agent: str, prefix: str, text: st
     assert env.prompt(call).endswith("\n")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=200))
 def test_search_finds_three_records_of_a_kind_or_refuses(env: Any, query: str) -> None:
     call = Call("sub", env.tasks("held_out")[0])

@@ -109,7 +109,7 @@ TURNS = st.lists(st.tuples(st.sampled_from(["user", "tool", "assistant"]), TEXTS
 
 
 @given(TURNS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_of_a_chat_the_assistants_words_and_their_end_are_the_agents(tokenizer: Any, turns: Any) -> None:
     messages = [message("system", "be brief"), *(message(*turn) for turn in turns)]
     found = recorded([{"messages": messages, "reward": 0}], tokenizer)

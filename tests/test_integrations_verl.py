@@ -89,7 +89,7 @@ GLOBAL = st.fixed_dictionaries(  # as verl's ppo_loss sets them, or not at all
 )
 @pytest.mark.parametrize("mode", MODES)
 @given(st.integers(0, 2**20), CLIPS, st.one_of(st.just({}), GLOBAL), st.sampled_from([torch.float64, torch.float32]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_loss_and_gradient_are_verls(
     theirs: str, ours: str, level: str, mode: str, seed: int, clips: Any, whole: Any, dtype: torch.dtype
 ) -> None:
@@ -106,7 +106,7 @@ def test_loss_and_gradient_are_verls(
 
 
 @given(st.integers(0, 2**20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_trajectorys_ratio_is_the_product(seed: int) -> None:
     batch = micro_batch(seed, torch.float64, "seq")
     config = config_of(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)

@@ -33,7 +33,7 @@ def expected_baseline(baseline, group, row):
 
 
 @given(GROUPS, st.sampled_from(["mean", "leave_one_out", "median"]), st.sampled_from(["std", "none"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_equals_the_expanded_multiset(groups, baseline, scale):
     rewards, offsets, weights = flat(groups)
     got = group_advantages(rewards, offsets, weights, baseline=baseline, scale=scale)
@@ -54,7 +54,7 @@ def test_equals_the_expanded_multiset(groups, baseline, scale):
 
 
 @given(GROUPS, st.sampled_from([1 / 3, 7 / 6, 1e-9, 1e9]), st.sampled_from(["mean", "leave_one_out", "median"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_only_the_proportions_of_the_weights_matter(groups, factor, baseline):
     rewards, offsets, weights = flat(groups)
     one = group_advantages(rewards, offsets, weights, baseline=baseline)

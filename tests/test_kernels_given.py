@@ -31,7 +31,7 @@ def inputs(case):
 
 
 @given(CASES, OBJECTIVES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_it_is_the_definition(case, objective):
     (logprobs, entropies), (advantages, weights), keywords = inputs(case)
     got = logprob_loss(logprobs, advantages, weights, objective, entropies_N=entropies, **keywords)
@@ -45,7 +45,7 @@ def test_it_is_the_definition(case, objective):
 
 
 @given(CASES, OBJECTIVES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_it_reports_what_the_loss_from_logits_reports(case, objective):
     (hidden, weight), others, keywords = case
     keywords.pop("bias_V")

@@ -19,7 +19,7 @@ def mixed(logprobs, entropy):
 
 
 @given(SIZES, st.booleans(), st.sampled_from([1.0, 1e2, 1e4]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_token_logprob_equals_plain(sizes, row_temperature, spread):
     seed, count, vocabulary = sizes
     g = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def test_token_logprob_equals_plain(sizes, row_temperature, spread):
 
 
 @given(SIZES, st.booleans(), st.booleans(), st.integers(1, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_linear_logprob_equals_plain(sizes, with_bias, row_temperature, chunk_rows):
     seed, count, vocabulary = sizes
     g = torch.Generator().manual_seed(seed)

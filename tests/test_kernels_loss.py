@@ -34,7 +34,7 @@ def small_case(**changes):
 
 
 @given(CASES, OBJECTIVES, st.integers(1, 18))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fused_loss_equals_the_definition(case, objective, chunk_rows):
     heads, others, keywords = case
     leaves = leaves_of(heads, keywords)
@@ -49,7 +49,7 @@ def test_fused_loss_equals_the_definition(case, objective, chunk_rows):
 
 
 @given(CASES, OBJECTIVES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_logits_loss_equals_the_definition(case, objective):
     (hidden, weight), others, keywords = case
     keywords.pop("bias_V")
@@ -61,7 +61,7 @@ def test_logits_loss_equals_the_definition(case, objective):
 
 
 @given(CASES, OBJECTIVES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_both_losses_report_the_same(case, objective):
     heads, others, keywords = case
     fused = linear_grpo_loss(*heads, *others, objective, **keywords)

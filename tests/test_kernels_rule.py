@@ -62,7 +62,7 @@ def truth_of(rule, logits, targets, advantages, weights, keywords):
 
 
 @given(CASES, RULES, st.integers(1, 18))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_fused_rule_is_autograd_through_whole_logits(case, rule, chunk_rows):
     heads, others, keywords = case
     bias = [keywords["bias_V"]] if keywords["bias_V"] is not None else []
@@ -82,7 +82,7 @@ def expected(truth, leaves):
 
 
 @given(CASES, RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_rule_from_logits_is_autograd_through_them(case, rule):
     (hidden, weight), others, keywords = case
     keywords.pop("bias_V")

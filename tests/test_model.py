@@ -93,7 +93,7 @@ def both(folder) -> tuple[PreTrainedModel, PreTrainedModel]:
 # ---- the forward over packed tokens
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(0, 2**31))
 def test_packed_sequences_have_the_plain_models_hidden_states_and_gradients(both, lengths, seed):
     ours, theirs = both

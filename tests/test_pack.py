@@ -93,7 +93,7 @@ def is_dummy(batch: MicroBatch) -> bool:
 
 
 @given(cases(), st.integers(1, 4), st.integers(1, 3), st.integers(6, 14), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_all_ranks_together_run_all_that_counts_and_each_as_many_micro_batches(
     case, ranks, mini_batches, cap, as_pairs
 ):
@@ -183,7 +183,6 @@ def test_the_arena_keeps_what_is_held_and_takes_again_what_is_not(tree):
 
 
 @given(cases(), st.integers(1, 4), st.integers(6, 14), st.data())
-@settings(deadline=None)
 def test_a_rank_that_reads_only_its_own_fills_the_same(case, ranks, cap, data):
     """Its plan is made of the numbers of rows alone."""
     rank = data.draw(st.integers(0, ranks - 1))
@@ -231,7 +230,7 @@ def expected_in_trees(case: Case) -> list[dict[str, Any]]:
 
 
 @given(cases(shortest=1), st.integers(1, 4), st.integers(6, 14))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_trees_of_all_ranks_hold_all_that_counts(case, ranks, cap):
     given = flatten(case)
     shares = [pack(**given, cap=cap, ranks=ranks, rank=rank, tree=True, merge=False)[0] for rank in range(ranks)]

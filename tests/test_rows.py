@@ -84,7 +84,6 @@ worker_rows = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["main", "a", "b"]), agent_rows, min_size=1), st.lists(worker_rows, max_size=3))
 def test_merging_is_what_looking_up_each_step_finds(agents, workers):
     found = merge(agents, workers)
@@ -110,7 +109,7 @@ def test_merging_is_what_looking_up_each_step_finds(agents, workers):
             assert told == (accuracies[-1:] if stage == "rl" else [])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.one_of(st.integers(1, 7), st.none()), max_size=12))
 def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_factory, pieces):
     """So many bytes are appended; None: the file is replaced by its first whole line."""

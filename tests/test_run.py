@@ -136,7 +136,7 @@ def expected(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["warmup", "rl"]), st.integers(0, 5), rows), max_size=8), st.data())
 def test_rows_come_back_and_rewinding_keeps_exactly_those_before(logged, data):
     stage, step = data.draw(st.sampled_from(["warmup", "rl"])), data.draw(st.integers(0, 6))

@@ -195,7 +195,7 @@ def test_the_same_seed_samples_the_same_and_another_another(kit):
     assert sessions[0].tokens == sessions[1].tokens != sessions[2].tokens
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 9), st.permutations(range(7)), st.integers(0, 3))
 def test_a_session_does_not_depend_on_who_is_beside_it_on_slots_or_on_order(kit, concurrency, order, prompts):
     shared = [prompt(i % (prompts + 1), 6 + i % (prompts + 1)) for i in range(7)]
@@ -465,7 +465,7 @@ class Scripted:
         return [next(self.tokens)], [-1.0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map(lambda parts: [i for part in parts for i in part]),
     st.lists(st.sampled_from(["\n", "\n\n", "é", "€", "🙂", "€\n", "</s>", "bé", "ab\na", "a€"]), max_size=3),
@@ -523,7 +523,7 @@ def test_draws_have_the_exact_probabilities(temperature, top_p):
     np.testing.assert_allclose(logps, np.log(probs[tokens]), atol=1e-6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(logit, min_size=1, max_size=40).filter(lambda row: max(row) > float("-inf")),
     st.lists(uniform, min_size=1, max_size=5),

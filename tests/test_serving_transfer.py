@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -264,7 +264,6 @@ def test_sleeping_servers_wake_for_new_weights_before_they_go_on(servers: list[F
 
 
 @given(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(["float32", "bfloat16", "int64", "uint8", "bool"]))
-@settings(deadline=None)
 def test_what_goes_over_the_wire_comes_out(shape: list[int], dtype: str):
     sent = torch.randint(0, 2, shape).to(getattr(torch, dtype))
     ours, theirs = socket.socketpair()
@@ -278,7 +277,6 @@ def test_what_goes_over_the_wire_comes_out(shape: list[int], dtype: str):
 
 
 @given(st.integers(0, 200))
-@settings(deadline=None)
 def test_a_stream_that_is_cut_anywhere_is_not_taken_for_whole(cut: int):
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):

@@ -257,7 +257,7 @@ class Gate:
             trainer.trained, trainer.dropped = trained, dropped
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps=st.tuples(st.integers(0, 3), st.integers(0, 3)), ahead=st.integers(0, 3), batch=st.integers(1, 4))
 def test_the_gate_lets_in_as_many_queries_as_the_store(tmp_path_factory, steps, ahead, batch):
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('gate')}/store.db", "run")
@@ -399,7 +399,7 @@ def test_what_one_number_of_episodes_cannot_tell_is_put_on_the_rows():
     assert (step, row) == pytest.approx((0.0, 0.1))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6))
 def test_least_squares_is_the_best_without_negative_parts(seed):
     """No point of a fine grid around it is better."""
@@ -539,7 +539,7 @@ def test_gpus_go_where_the_work_is():
         assert plan.split.workers + sum(plan.split.trainers.values()) == 16
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(3, 300), st.floats(0.05, 0.95), st.integers(1, 4), st.floats(1, 1e6))
 def test_a_split_deals_out_every_gpu(gpus, share, size, rate):
     work = workload([100], Trainer(rate=rate), Trainer(rate=1000), step_seconds=1.0)

@@ -110,7 +110,7 @@ def test_scores_that_are_not_finite_are_refused(bad):
 
 
 @given(st.text(max_size=20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_error_text_can_be_recorded(error):
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"sqlite:///{folder}/s.db", "run")
@@ -292,7 +292,7 @@ class Model(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Model.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+Model.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
 TestModel = Model.TestCase
 
 

@@ -658,7 +658,7 @@ class Model(RuleBasedStateMachine):
         return sum(state in states for (a, _), state in self.state.items() if a == agent)
 
 
-HISTORIES = settings(max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+HISTORIES = settings(max_examples=12, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
 
 def test_random_histories_on_sqlite():

@@ -45,7 +45,7 @@ batches = st.lists(st.lists(st.integers(0, 40), max_size=5), max_size=6)
 shuffles = st.randoms(use_true_random=False)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches, shuffles, st.integers(0, 2000), st.integers(-(2**63), 2**63 - 1), st.booleans())
 def test_everything_comes_back_in_the_order_asked(lengths, shuffle, roll_bytes, version, local):
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def test_every_truncation_is_an_error_for_the_torn_batch_and_none_for_those_befo
             assert same(read(str(tmp_path), [positions[0]])[0], rows[0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=400), st.integers(-10, 2000))
 def test_garbage_and_wrong_offsets_are_value_errors(garbage, offset):
     with tempfile.TemporaryDirectory() as folder:

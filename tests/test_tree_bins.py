@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -49,7 +49,6 @@ def large(seed: int, queries: int = 40) -> tuple[dict[str, Any], Plan]:
 
 
 @given(cases(), st.booleans(), st.sampled_from([None, packing.Arena()]), st.sampled_from([0, 1, 2, 7, 1024]))
-@settings(deadline=None)
 def test_each_is_as_if_alone(case, merge, arena, threads):
     batch, plan = case
     made = fill_all(batch, plan, merge=merge, arena=arena, threads=threads)
@@ -83,7 +82,6 @@ def test_of_no_micro_batch():
 
 
 @given(st.lists(st.tuples(cases(), st.integers(0, 3)), max_size=6), st.data())
-@settings(deadline=None)
 def test_a_living_array_is_never_overwritten(steps, data):
     """After each fill one array of it is kept, and of those kept before as many as the step says."""
     arena, kept = packing.Arena(), list[tuple[NDArray[Any], NDArray[Any]]]()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -153,7 +153,6 @@ def planned(batch: dict[str, Any], cap: int) -> list[Any]:
     return [(ids[a:b], shared[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-@settings(deadline=None)
 @given(cases())
 def test_logprobs_are_those_of_each_trajectory_alone(case):
     """Of every (trajectory, position), read through `leaf` and `tree_kv_index`."""
@@ -171,7 +170,6 @@ def test_logprobs_are_those_of_each_trajectory_alone(case):
             torch.testing.assert_close(tree_PV[path], alone_LV, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@settings(deadline=None)
 @given(
     cases(),
     st.sampled_from([None, 1.3]),
@@ -190,7 +188,6 @@ def test_gradients_are_those_of_each_trajectory_alone(case, dual_clip, kl, sampl
     torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@settings(deadline=None)
 @given(cases(), st.sampled_from(["sequence", "trajectory"]))
 def test_gradients_of_shared_ratios_are_too_without_merging(case, importance):
     batch, cap = case

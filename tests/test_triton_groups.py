@@ -39,7 +39,7 @@ def assert_equals_definition(rewards, offsets, weights=None, *, tolerance=2e-6, 
 
 
 @given(GROUPS, BASELINES, SCALES, st.sampled_from([torch.float32, torch.float64, torch.int64, None]))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_ragged_weighted_groups(groups, baseline, scale, dtype):
     rewards, weights, offsets = flat(groups)
     weights = None if dtype is None else weights.to(dtype)
@@ -56,7 +56,7 @@ def test_sizes_at_the_edges_of_a_tile(sizes, baseline):
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=20), min_size=1, max_size=9), st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_tokens_get_their_rows_value_in_the_same_launch(lengths, weighted, narrow):
     g = torch.Generator().manual_seed(sum(map(len, lengths)))
     offsets = torch.tensor([0, *map(len, lengths)]).cumsum(0)

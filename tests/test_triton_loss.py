@@ -57,7 +57,7 @@ def assert_as_good_as_plain(function, plain, case, objective, *, scale=1.0, **mo
     OBJECTIVES,
     st.integers(1, 10),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_fused_loss_is_as_good_as_plain(case, objective, chunk_rows):
     assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, objective, chunk_rows=chunk_rows)
 
@@ -97,7 +97,7 @@ def test_a_fused_rule_is_as_good_as_plain(seed, objective, dtype):
     ),
     OBJECTIVES,
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_logits_loss_is_as_good_as_plain(case, objective):
     (hidden, weight), others, keywords = case
     del keywords["bias_V"]

@@ -551,7 +551,7 @@ def test_a_proof_by_other_weights_than_asked_for_is_none(kit):
 # ---- where a turn ends
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map(lambda parts: [i for part in parts for i in part]),
     st.lists(st.sampled_from(["\n", "\n\n", "é", "€", "🙂", "€\n", "</s>", "bé", "ab\na", "a€"]), max_size=3),

@@ -62,7 +62,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 shapes = st.lists(st.integers(0, 5), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.text(max_size=8).filter(lambda name: name != "__metadata__"), st.tuples(shapes, st.integers(0, 2))
@@ -171,7 +171,7 @@ def test_a_file_that_takes_a_part_of_each_write_gets_all_of_it(tmp_path, monkeyp
     assert narrow[1:] == whole[1:] and same(load_weights(str(tmp_path), *narrow), tensors())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_torn_longer_or_altered_file_is_refused(data):
     with tempfile.TemporaryDirectory() as root:
@@ -229,7 +229,6 @@ def test_the_probes_prompt_follows_from_the_seed_alone():
     assert all(0 <= token < 7 for seed in range(20) for token in probe_tokens(seed, 7, 100))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-50, 0), st.floats(-1, 1)), min_size=1, max_size=40), st.floats(0, 1))
 def test_a_gap_above_the_limit_is_an_error_and_one_below_is_returned(pairs, limit):
     trainer = [logp for logp, _ in pairs]

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mgrpo.bench.harness import Result, figure, interleave, report, show
+from mgrpo.bench.harness import Result, figure, interleave, report
 from mgrpo.engine.config import Config, parse_config
 from mgrpo.engine.environment import Environment
 from mgrpo.engine.model import load_model, load_tokenizer, pick_device
@@ -39,11 +37,12 @@ from mgrpo.engine.sampler.transfer import Transfer
 from mgrpo.engine.sampler.vllm import VLLMSampler
 from mgrpo.engine.serving import adapter
 from mgrpo.engine.serving.server import free_ports, server_task, token, url
+from mgrpo.engine.supervisor import Supervised
 from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolCall
 
 PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens
-SCALING, QUICK_SCALING = (1, 4, 16, 64, 256), (1, 16)  # episodes at a time
-FEWEST = 8  # episodes of a run
+SCALING, QUICK_SCALING = (1, 16, 64, 256), (1, 16)  # episodes at a time
+FEWEST = 4  # episodes of a run
 ROUNDS, QUICK_ROUNDS = 3, 2
 WARM = 16  # episodes at a time before the first that count
 OVERHEAD = 1.05  # target: our client's time over the least
@@ -87,14 +86,14 @@ def main(quick: bool) -> None:
     scaling, rounds = (QUICK_SCALING, QUICK_ROUNDS) if quick else (SCALING, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         config = make(Path(folder), TINY if quick else SMOLLM2, max(scaling))
-        rates = {"in process": [run(config, in_process(config, count), count) for count in scaling]}
+        print(f"\nepisodes of {PROMPT} + {TURN} + {OBSERVATION} + {TURN} tokens", flush=True)
+        results = throughput("in process", config, lambda count: in_process(config, count), scaling)
         try:
             adapter.installed()
         except ValueError as error:
-            results = throughput(rates, scaling) + with_server([None] * len(SERVED), str(error))
+            results += with_server([None] * len(SERVED), str(error))
         else:
-            rates["vLLM"], results = served(config, Path(folder), scaling, rounds)
-            results = throughput(rates, scaling) + results
+            results += served(config, Path(folder), scaling, rounds)
     report("rollout", results, pick_device(config.compute))
 
 
@@ -154,39 +153,27 @@ def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
     return len(ended) / seconds, tokens / seconds
 
 
-def throughput(rates: dict[str, list[tuple[float, float]]], scaling: Sequence[int]) -> list[Result]:
-    rows = [
-        (kind, str(count), f"{episodes:.4g}", f"{tokens:.4g}", "")
-        for kind, found in rates.items()
-        for count, (episodes, tokens) in zip(scaling, found, strict=True)
-    ]
-    show(
-        f"\nepisodes of {PROMPT} + {TURN} + {OBSERVATION} + {TURN} tokens",
-        ("sampler", "at a time", "episodes/s", "tokens/s", ""),
-        rows,
-    )
-    named = [
-        (f"{kind}, {count} at a time", *found)
-        for kind, all_of in rates.items()
-        for count, found in zip(scaling, all_of, strict=True)
-    ]
-    return [figure(f"{name}: episodes", episodes, "episodes/s") for name, episodes, _ in named] + [
-        figure(f"{name}: tokens", tokens, "tokens/s") for name, _, tokens in named
-    ]
+def throughput(kind: str, config: Config, made: Callable[[int], Sampler], scaling: Sequence[int]) -> list[Result]:
+    """Of a kind of samplers, each `made` for so many episodes at a time; printed as it is found."""
+    results = []
+    for count in scaling:
+        name = f"{kind}, {count} at a time"
+        episodes, tokens = run(config, made(count), count)
+        print(f"{name}: {episodes:.4g} episodes/s, {tokens:.4g} tokens/s", flush=True)
+        results += [figure(f"{name}: episodes", episodes, "episodes/s"), figure(f"{name}: tokens", tokens, "tokens/s")]
+    return results
 
 
 # ---- with a server
 
 
-def served(
-    config: Config, folder: Path, scaling: Sequence[int], rounds: int
-) -> tuple[list[tuple[float, float]], list[Result]]:
+def served(config: Config, folder: Path, scaling: Sequence[int], rounds: int) -> list[Result]:
     with server(config, folder) as (sampler, transfer):
         run(config, sampler, min(WARM, max(scaling)))  # what a server allocates and compiles at first
-        rates = [run(config, sampler, count) for count in scaling]
+        results = throughput("vLLM", config, lambda count: sampler, scaling)
         times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
         seconds, silence = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
-    return rates, with_server([times, seconds, transfer.stalled, silence])
+    return results + with_server([times, seconds, transfer.stalled, silence])
 
 
 @contextmanager
@@ -198,10 +185,9 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
     task = server_task(
         "server", agent.model, port, dtype="bfloat16", max_context=agent.max_context, transfer=kind, settings=settings
     )
-    with (folder / "server.txt").open("wb") as log:
-        process = subprocess.Popen(
-            task.command, env={**os.environ, **task.environments(0)[0]}, stdout=log, stderr=log, process_group=0
-        )
+    lifeline = os.pipe()  # however this process ends, the server does too
+    process = Supervised(task, folder, lifeline[0])
+    process.start(attempts=1)
     sampler = VLLMSampler("main", agent, load_tokenizer("main", agent), [url(port)], config.compute.concurrency)
     try:
         model = load_model("main", agent, config.compute)
@@ -209,16 +195,17 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
         transfer = Transfer([url(port)], token(), kind, manifest)
         give_up = time.monotonic() + START
         while transfer.wait(1.0):
-            if process.poll() is not None or time.monotonic() > give_up:
-                raise RuntimeError(f"the server did not begin: {(folder / 'server.txt').read_text()[-2000:]}")
+            if (member := process.failed()) or time.monotonic() > give_up:
+                raise RuntimeError(f"the server did not begin: {(member or process.members[0]).last_lines()}")
         assert transfer.update(model.named_parameters(), 0, 0)
         while sampler.version != 0:
             time.sleep(TICK)
         yield sampler, transfer
     finally:
         sampler.stop()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        for end in lifeline:
+            os.close(end)
 
 
 def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> float:

@@ -4,7 +4,8 @@ Departs from calling torch's fused attention once per sequence: its backward on 
 the same sums written as batched matmuls at the lengths of agents' turns (bench/NOTES.md). Sequences of like length are
 padded to one batch (at most twofold), the forward is torch's fused kernel, the backward recomputes the probabilities.
 
-Legend: T tokens of the flat row, A heads, D head size, B sequences of a batch, L its longest, P = B * L.
+Legend: T tokens of the flat row, A heads, D head size, B sequences of a batch, L its longest, P = B * L; Q queries of a
+block, K keys up to the last of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 128  # queries whose scores the backward makes at a time
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,40 @@ class _Causal(torch.autograd.Function):
 
 
 def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, (A, B, L, D) each. Scores and probabilities in at least fp32, products in q's dtype."""
+    """Gradients of q, k and v, (A, B, L, D) each.
+
+    Queries are taken in blocks, each against the keys up to its last query: of what the mask hides little is computed.
+    The last block comes first, as its products have a row for every key. Sums over blocks are in at least fp32.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     length = q.shape[2]
-    mask_LL = torch.full((length, length), float("-inf"), dtype=wide).triu(1)
-    scores_ABLL = torch.matmul((q * scale).to(wide), k.to(wide).transpose(2, 3)).add_(mask_LL)
-    probs_ABLL = scores_ABLL.softmax(-1)
-    narrow_ABLL = probs_ABLL.to(q.dtype)
-    dv = torch.matmul(narrow_ABLL.transpose(2, 3), dout)
-    dprobs_ABLL = torch.matmul(dout, v.transpose(2, 3)).to(wide)
     delta_ABL1 = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    dscores_ABLL = dprobs_ABLL.sub_(delta_ABL1).mul_(probs_ABLL).mul_(scale).to(q.dtype)
-    return torch.matmul(dscores_ABLL, k), torch.matmul(dscores_ABLL.transpose(2, 3), q), dv
+    dq = torch.empty_like(q)
+    for last in range(length, 0, -BLOCK):
+        rows = slice(max(last - BLOCK, 0), last)
+        parts = _block(q[:, :, rows], k[:, :, :last], v[:, :, :last], dout[:, :, rows], delta_ABL1[:, :, rows], scale)
+        dq[:, :, rows] = parts[0]
+        if last == length:
+            dk, dv = (part.to(wide) for part in parts[1:])
+        else:
+            dk[:, :, :last] += parts[1]
+            dv[:, :, :last] += parts[2]
+    return dq, dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What Q queries, the last of K tokens, give to the gradients of q (A, B, Q, D), and of k and v (A, B, K, D).
+
+    Scores and probabilities in delta's dtype, products in q's.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    mask_QK = torch.full((queries, keys), float("-inf"), dtype=delta.dtype).triu(keys - queries + 1)
+    scores_ABQK = torch.matmul((q * scale).to(delta.dtype), k.to(delta.dtype).transpose(2, 3)).add_(mask_QK)
+    probs_ABQK = scores_ABQK.softmax(-1)
+    dv = torch.matmul(probs_ABQK.to(q.dtype).transpose(2, 3), dout)
+    dprobs_ABQK = torch.matmul(dout, v.transpose(2, 3)).to(delta.dtype)
+    dscores_ABQK = dprobs_ABQK.sub_(delta).mul_(probs_ABQK).mul_(scale).to(q.dtype)
+    return torch.matmul(dscores_ABQK, k), torch.matmul(dscores_ABQK.transpose(2, 3), q), dv
 
 
 def causal_attention(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, parts: list[Bucket]) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mgrpo.engine import attention
 from mgrpo.engine.attention import buckets, causal_attention
 
 Lengths = st.lists(st.integers(1, 12) | st.integers(30, 40), min_size=1, max_size=9)
@@ -37,18 +40,20 @@ def run(attend: object, tensors: list[Tensor], *rest: object) -> list[Tensor]:
 
 
 @settings(max_examples=40)
-@given(Lengths, st.integers(0, 99), st.sampled_from([0.1, 1.0, 30.0]))
-def test_output_and_gradients_equal_the_definition(lengths: list[int], seed: int, size: float) -> None:
+@given(Lengths, st.integers(0, 99), st.sampled_from([0.1, 1.0, 30.0]), st.sampled_from([1, 5, 8, attention.BLOCK]))
+def test_output_and_gradients_equal_the_definition(lengths: list[int], seed: int, size: float, block: int) -> None:
     tensors = inputs(lengths, torch.float64, seed, size)
-    for ours, truth in zip(
-        run(causal_attention, tensors, buckets(lengths)), run(definition, tensors, lengths), strict=True
-    ):
+    with mock.patch.object(attention, "BLOCK", block):
+        found = run(causal_attention, tensors, buckets(lengths))
+    for ours, truth in zip(found, run(definition, tensors, lengths), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * max(1.0, size**3))
 
 
+@pytest.mark.parametrize("lengths", [[40, 7, 33, 21, 1, 38], [3 * attention.BLOCK + 1, 2 * attention.BLOCK]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_error_is_at_most_twice_that_of_the_plain_same_dtype_version(dtype: torch.dtype) -> None:
-    lengths = [40, 7, 33, 21, 1, 38]
+def test_the_error_is_at_most_twice_that_of_the_plain_same_dtype_version(
+    dtype: torch.dtype, lengths: list[int]
+) -> None:
     low = inputs(lengths, dtype)
     truth = run(definition, [x.double() for x in low], lengths)
     ours, plain = run(causal_attention, low, buckets(lengths)), run(definition, low, lengths)

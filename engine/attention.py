@@ -35,6 +35,13 @@ class Bucket:
         heads, _, size = x_ATD.shape
         return x_ATD[:, self.tokens_P].view(heads, -1, self.longest, size)
 
+    def pad_zeros(self, x_ATD: Tensor) -> Tensor:
+        """(A, T, D) -> (A, B, L, D) with zeros at the pads."""
+        heads, _, size = x_ATD.shape
+        x_APD = x_ATD.new_zeros(heads, len(self.tokens_P), size)
+        x_APD[:, self.places] = x_ATD[:, self.flat]
+        return x_APD.view(heads, -1, self.longest, size)
+
 
 def buckets(lengths: list[int]) -> list[Bucket]:
     """Batches of sequences, each at least half as long as its batch's longest."""
@@ -74,32 +81,30 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_ATD: Tensor) -> tuple[Tensor | None, ...]:
         q_ATD, k_ATD, v_ATD, out_ATD = ctx.saved_tensors
+        wide = torch.promote_types(q_ATD.dtype, torch.float32)
+        delta_AT1 = (dout_ATD.to(wide) * out_ATD.to(wide)).sum(-1, keepdim=True)
         grads = [torch.empty_like(q_ATD, memory_format=torch.contiguous_format) for _ in range(3)]
         for part in ctx.parts:
-            dout_ABLD = torch.zeros_like(part.pad(dout_ATD))  # a pad has no gradient
-            dout_ABLD.flatten(1, 2)[:, part.places] = dout_ATD[:, part.flat]
-            q, k, v, out = (part.pad(x) for x in (q_ATD, k_ATD, v_ATD, out_ATD))
-            for grad_ATD, grad_ABLD in zip(grads, _backward(q, k, v, out, dout_ABLD, ctx.scale), strict=True):
+            q, k, v = part.pad(q_ATD), part.pad(k_ATD), part.pad(v_ATD)
+            dout, delta = part.pad_zeros(dout_ATD), part.pad_zeros(delta_AT1)  # a pad has no gradient
+            for grad_ATD, grad_ABLD in zip(grads, _backward(q, k, v, dout, delta, ctx.scale), strict=True):
                 grad_ATD[:, part.flat] = grad_ABLD.flatten(1, 2)[:, part.places]
         return *grads, None, None
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, (A, B, L, D) each.
+def _backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, (A, B, L, D) each. delta: each query's sum of dout * out, (A, B, L, 1), at least fp32.
 
     Queries are taken in blocks, each against the keys up to its last query: of what the mask hides little is computed.
-    The last block comes first, as its products have a row for every key. Sums over blocks are in at least fp32.
+    The last block comes first, as its products have a row for every key. Sums over blocks are in delta's dtype.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    length = q.shape[2]
-    delta_ABL1 = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    dq = torch.empty_like(q)
+    length, dq = q.shape[2], torch.empty_like(q)
     for last in range(length, 0, -BLOCK):
         rows = slice(max(last - BLOCK, 0), last)
-        parts = _block(q[:, :, rows], k[:, :, :last], v[:, :, :last], dout[:, :, rows], delta_ABL1[:, :, rows], scale)
+        parts = _block(q[:, :, rows], k[:, :, :last], v[:, :, :last], dout[:, :, rows], delta[:, :, rows], scale)
         dq[:, :, rows] = parts[0]
         if last == length:
-            dk, dv = (part.to(wide) for part in parts[1:])
+            dk, dv = (part.to(delta.dtype) for part in parts[1:])
         else:
             dk[:, :, :last] += parts[1]
             dv[:, :, :last] += parts[2]

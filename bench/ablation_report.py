@@ -168,8 +168,9 @@ def draw(found: Mapping[str, Arms], to: Path) -> None:
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(17, 4.4 * len(found)), dpi=120, layout="constrained")
+    names = sorted({arm for arms in found.values() for arm in arms})
+    colors = {arm: COLORS[i % len(COLORS)] for i, arm in enumerate(names)}
     for line, (model, arms) in zip(page.subplots(len(found), 4, squeeze=False), found.items(), strict=True):
-        colors = {arm: COLORS[i % len(COLORS)] for i, arm in enumerate(arms)}
         _bands(line[0], arms, colors, "eval/held_out_accuracy", window=1)
         _ends(line[1], arms, colors)
         _bands(line[2], arms, colors, "main/reward_mean", window=EDGE)
@@ -180,6 +181,9 @@ def draw(found: Mapping[str, Arms], to: Path) -> None:
         line[2].set(title=f"main's reward, mean of {EDGE} steps", xlabel="rl steps")
         line[3].set(title="sub-agent's reward", xlabel="rl steps")
         line[0].legend(fontsize=8, frameon=False)
+        for ax in line:  # an interval of few seeds reaches beyond what can be
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, 0), min(high, 1))
     aside = to.with_name(f".{to.name}")
     page.savefig(aside, format="png")
     aside.replace(to)

@@ -1,6 +1,6 @@
 # make train   trains two real agents on geography (set-up included)
 # make test    lints, type-checks and tests (set-up included). Parts of it: make sanitize, the C++ core under sanitizers;
-#              make fuzz, 40 s of random calls of its binding, or FUZZ='--guided 600', see tests/fuzz_packing.py
+#              make fuzz, 40 s of random calls of its binding, or FUZZ='--guided 600', see tests/fuzz/fuzz_packing.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ test: lint types docs sanitize fuzz unit test-vllm
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp tests/fuzz/*.cpp
 
 types: $(VENV)/ready
 	$(BIN)/mypy
@@ -39,14 +39,14 @@ fuzz: $(VENV)/ready
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
 	$(BIN)/cmake --build build/fuzz
-	build/fuzz/python tests/fuzz_packing.py $(FUZZ)
+	build/fuzz/python tests/fuzz/fuzz_packing.py $(FUZZ)
 
 unit: $(VENV)/ready
 	$(BIN)/pytest -q --durations=10
 
 # Against real vLLM servers on the CPU, in an environment of their own: vLLM decides on many versions.
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
-	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/test_vllm_*.py)
+	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/inference/real_vllm/test_vllm_*.py)
 
 # build/docs; a warning is an error.
 docs: $(VENV)/ready
@@ -60,7 +60,7 @@ wheel: $(VENV)/ready
 
 # 200 random kills in one run of real processes; `unit` makes five.
 soak: $(VENV)/ready
-	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/test_faults.py -k soak
+	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/training/test_faults.py -k soak
 
 # Rebuilt when what it is built from changes; Python sources are read in place (editable install).
 # verl, whose losses the tests hold ours to, alone: what it would bring is for GPUs, and an older transformers.

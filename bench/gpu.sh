@@ -35,7 +35,7 @@ part() {
 
 # bench NAME SECONDS: mgrpo bench NAME, and its last line to $OUT/gpu-NAME.json
 bench() {
-  part "$1" "$2" "$PYTHON" -c 'from mgrpo.engine.cli import main; main()' bench "$1" "${quick[@]}" &&
+  part "$1" "$2" "$PYTHON" -c 'from mgrpo.engine.cli.main import main; main()' bench "$1" "${quick[@]}" &&
     tail -n 1 "$OUT/gpu-$1.log" >"$OUT/gpu-$1.json"
 }
 
@@ -75,13 +75,13 @@ part versions 30 "$PYTHON" -c '
 import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 # By name: a file whose imports are missing here would keep all the others from being collected.
-mapfile -t compiled < <(grep -l 'mark\.gpu' tests/test_*.py)
+mapfile -t compiled < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
 part tests 150 "$PYTHON" -m pytest -q -m gpu --durations=5 "${compiled[@]}"
 bench kernels 250
-[[ ! -f bench/packing.py ]] || bench packing 60
+[[ ! -f bench/packing/run.py ]] || bench packing 60
 bench step 200
 [[ $OUT -ef bench/results || ! -f bench/results/gpu-step.png ]] || cp bench/results/gpu-step.png "$OUT"
-part reference 60 "$PYTHON" -m pytest -q tests/test_kernels_*.py
+part reference 60 "$PYTHON" -m pytest -q tests/kernels/test_kernels_*.py
 
 echo "== $SECONDS s; results in $OUT"
 ((${#failed[@]} == 0)) || printf 'failed: %s\n' "${failed[@]}"

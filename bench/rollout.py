@@ -27,17 +27,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo.bench.harness import Result, figure, interleave, report
-from mgrpo.engine.config import Config, parse_config
-from mgrpo.engine.environment import Environment
-from mgrpo.engine.model import load_model, load_tokenizer, pick_device
-from mgrpo.engine.rollout import Episodes, Job, Rollout
-from mgrpo.engine.sampler import InProcessSampler, Sampler
-from mgrpo.engine.sampler.fleet import TICK
-from mgrpo.engine.sampler.transfer import Transfer
-from mgrpo.engine.sampler.vllm import VLLMSampler
-from mgrpo.engine.serving import adapter
-from mgrpo.engine.serving.server import free_ports, server_task, token, url
-from mgrpo.engine.supervisor import Supervised
+from mgrpo.engine.config.schema import Config, parse_config
+from mgrpo.engine.environment.base import Environment
+from mgrpo.engine.inference.in_process import InProcessSampler
+from mgrpo.engine.inference.sampler import Sampler
+from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm.client import VLLMSampler
+from mgrpo.engine.inference.vllm.router import TICK
+from mgrpo.engine.inference.vllm.server import free_ports, server_task, token, url
+from mgrpo.engine.inference.vllm.weight_transfer import Transfer
+from mgrpo.engine.model.causal_lm import load_model, load_tokenizer, pick_device
+from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
+from mgrpo.engine.system.supervisor import Supervised
 from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolCall
 
 PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens

@@ -9,27 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgrpo.engine.batch import Batch as Batch
-    from mgrpo.engine.config import AgentConfig as AgentConfig
-    from mgrpo.engine.config import ComputeConfig as ComputeConfig
-    from mgrpo.engine.groups import Advantages as Advantages
-    from mgrpo.engine.groups import advantages as advantages
-    from mgrpo.engine.groups import align as align
-    from mgrpo.engine.packing import pack as pack
-    from mgrpo.engine.passes import Output as Output
-    from mgrpo.engine.policy import Policy as Policy
+    from mgrpo.engine.batch.groups import GroupAdvantages as GroupAdvantages
+    from mgrpo.engine.batch.groups import advantages as advantages
+    from mgrpo.engine.batch.groups import align as align
+    from mgrpo.engine.batch.micro_batches import Batch as Batch
+    from mgrpo.engine.batch.packing import pack as pack
+    from mgrpo.engine.config.schema import AgentConfig as AgentConfig
+    from mgrpo.engine.config.schema import ComputeConfig as ComputeConfig
+    from mgrpo.engine.policy.forward import Output as Output
+    from mgrpo.engine.policy.policy import Policy as Policy
     from mgrpo.kernels import Objective as Objective
 
 _HOME = {
-    "Policy": "policy",
-    "Output": "passes",
-    "Batch": "batch",
-    "AgentConfig": "config",
-    "ComputeConfig": "config",
-    "pack": "packing",
-    "align": "groups",
-    "advantages": "groups",
-    "Advantages": "groups",
+    "Policy": "policy.policy",
+    "Output": "policy.forward",
+    "Batch": "batch.micro_batches",
+    "AgentConfig": "config.schema",
+    "ComputeConfig": "config.schema",
+    "pack": "batch.packing",
+    "align": "batch.groups",
+    "advantages": "batch.groups",
+    "Advantages": "batch.groups",
 }
 
 

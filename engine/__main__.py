@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mgrpo.engine.process import die_with_launcher
+from mgrpo.engine.system.process import die_with_launcher
 
 die_with_launcher()  # before what takes seconds to import
 
-from mgrpo.engine.cli import main  # noqa: E402
+from mgrpo.engine.cli.main import main  # noqa: E402
 
 main()

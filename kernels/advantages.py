@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import WHOLE, ValueChecks, check_row_vector, require, require_device
-from .device import takes_kernels, triton_module
+from .dispatch import takes_kernels, triton_module
 
 
 class Advantages(NamedTuple):
@@ -138,7 +138,7 @@ def group_advantages(
         and _can_be_offsets(offsets_G1, rewards_R.device)
     ):
         settings = {"leave_one_out": baseline == "leave_one_out", "scaled": scale == "std", "eps": eps}
-        found = triton_module("groups").group_statistics(
+        found = triton_module("advantages").group_statistics(
             rewards_R.detach(), offsets_G1, weights_R, cu_seqlens, tokens, **settings
         )
         if found is not None:

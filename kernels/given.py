@@ -12,7 +12,7 @@ from . import checks
 from .loss import Loss, RowLoss, checked_rows
 from .metrics import row_metrics
 from .objective import Objective
-from .rows import live_rows
+from .terms import live_rows
 
 
 def logprob_loss(

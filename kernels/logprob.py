@@ -14,11 +14,11 @@ from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
 from .checks import ValueChecks, check_logits
-from .device import takes_kernels, triton_module
-from .head import Plan, sweep, token_sweep, wide
-from .narrow import scale_in_place
-from .rows import Coefficients
-from .shard import check_sharded_head
+from .dispatch import takes_kernels, triton_module
+from .inplace import scale_in_place
+from .linear_head import HeadPlan, sweep, token_sweep, wide
+from .terms import Coefficients
+from .vocab_parallel import check_sharded_head
 
 SPENT = (
     "inplace=True: got a second backward, expected one: the first has overwritten the logits with their gradient. "
@@ -40,7 +40,7 @@ def token_logprob(
     """
     check_logits(logits_NV, inplace=inplace)
     temperature = _checked(targets_N, temperature, logits_NV, logits_NV.shape[1])
-    return TokenLogprob.apply(logits_NV, Plan(targets_N, None, temperature, logits_NV.dtype), inplace)
+    return TokenLogprob.apply(logits_NV, HeadPlan(targets_N, None, temperature, logits_NV.dtype), inplace)
 
 
 def linear_logprob(
@@ -65,7 +65,7 @@ def linear_logprob(
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     temperature = _checked(targets_N, temperature, hidden_NH, shard.total if shard else len(weight_VH))
     local_N = targets_N - shard.first if shard else targets_N
-    plan = Plan(local_N, None, temperature, dtype, chunk_rows, shard)
+    plan = HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard)
     return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, plan)
 
 
@@ -82,11 +82,11 @@ class TokenLogprob(torch.autograd.Function):
     """Log-prob and entropy of the plan's rows of some logits; inplace: whose gradient takes their storage."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, plan: Plan, inplace: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, plan: HeadPlan, inplace: bool) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.inplace, ctx.spent = plan, inplace, False
         ctx.set_materialize_grads(False)
         if takes_kernels(logits_NV, logits_NV.dtype):
-            kept = triton_module("fused").token_forward(logits_NV, plan)
+            kept = triton_module("linear_head").token_forward(logits_NV, plan)
             ctx.save_for_backward(logits_NV, *kept)
             return kept[:2]
         ctx.save_for_backward(logits_NV)
@@ -104,7 +104,7 @@ class TokenLogprob(torch.autograd.Function):
         coefficients = Coefficients(by_logprob_L, by_entropy_L)
         gradient_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
         if kept:
-            triton_module("fused").token_backward(logits_NV, ctx.plan, kept, coefficients, gradient_NV)
+            triton_module("linear_head").token_backward(logits_NV, ctx.plan, kept, coefficients, gradient_NV)
         else:
             token_sweep(logits_NV, ctx.plan, coefficients, gradient_NV)
         if ctx.plan.rest_D is not None:
@@ -117,7 +117,7 @@ class TokenLogprob(torch.autograd.Function):
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: Plan
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: HeadPlan
     ) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)

@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from . import checks
-from .head import Plan, sweep, wide
+from .inplace import scale_in_place
+from .linear_head import HeadPlan, sweep, wide
 from .logprob import TokenLogprob
 from .metrics import row_metrics
-from .narrow import scale_in_place
 from .objective import Objective
-from .rows import Coefficients, Rows, live_rows, policy_terms, rule_slopes, slopes, total_loss, uses_sampler_weight
-from .shard import Shard, check_sharded_head
+from .terms import Coefficients, LossRows, live_rows, policy_terms, rule_slopes, slopes, total_loss, uses_sampler_weight
+from .vocab_parallel import Shard, check_sharded_head
 
 SPENT = (
     "linear_grpo_loss: got a second backward, expected one: the gradient is formed in the forward, and the first "
@@ -126,7 +126,7 @@ def checked_rows(
     count: int,
     objective: Objective,
     dtype: torch.dtype,
-) -> Rows:
+) -> LossRows:
     """All N rows, their values yet to be settled."""
     names = ("advantages_N", "loss_weights_N", "old_logprobs_N", "sampler_logprobs_N", "ref_logprobs_N")
     given = {name: values_N for name, values_N in zip(names, vectors_N, strict=True) if values_N is not None}
@@ -141,7 +141,7 @@ def checked_rows(
             values.not_nan(name, given[name], counted_N)
     old_N, sampler_N, ref_N = (given[name].detach().to(dtype) if name in given else None for name in names[2:])
     segment_N, sequences = _segments(values, cu_seqlens, count)
-    return Rows(
+    return LossRows(
         given["advantages_N"].detach().to(dtype),
         given["loss_weights_N"].detach().to(dtype),
         old_N,
@@ -167,13 +167,13 @@ def _plan(
     values: checks.ValueChecks,
     targets_N: Tensor,
     temperature: float | Tensor,
-    rows: Rows,
+    rows: LossRows,
     objective: Objective,
     vocabulary: int,
     dtype: torch.dtype,
     chunk_rows: int | None = None,
     shard: Shard | None = None,
-) -> Plan:
+) -> HeadPlan:
     """Check targets and temperature, settle all checks, and leave out the rows that add nothing."""
     count = len(rows.weights_L)
     values.targets(targets_N, count, vocabulary, rows.weights_L != 0)
@@ -182,16 +182,22 @@ def _plan(
     (live,) = values.settle(live_N.sum())
     local_N = targets_N - shard.first if shard else targets_N
     if live == count:
-        return Plan(local_N, None, temperature, dtype, chunk_rows, shard)
+        return HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard)
     # The host knows how many rows are live, so need not wait for the device again, as it would in nonzero().
     index_L, rest_D = torch.argsort(~live_N, stable=True).tensor_split([live])
     if isinstance(temperature, Tensor):
         temperature = temperature[index_L]
-    return Plan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard, rest_D)
+    return HeadPlan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard, rest_D)
 
 
 def _result(
-    loss: Tensor, logprobs_L: Tensor, entropy_L: Tensor, plan: Plan, live: Rows, objective: Objective, count: int
+    loss: Tensor,
+    logprobs_L: Tensor,
+    entropy_L: Tensor,
+    plan: HeadPlan,
+    live: LossRows,
+    objective: Objective,
+    count: int,
 ) -> Loss:
     metrics = row_metrics(logprobs_L, entropy_L, live, objective)
     return Loss(loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics)
@@ -201,7 +207,7 @@ class RowLoss(torch.autograd.Function):
     """The loss from log-probs and entropies."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: Rows, objective: Objective) -> Tensor:
+    def forward(ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: LossRows, objective: Objective) -> Tensor:
         if objective.rule is not None:
             ctx.save_for_backward(*rule_slopes(logprobs_L, entropy_L, live, objective))
         else:
@@ -224,8 +230,8 @@ class _LinearGrpo(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        plan: Plan,
-        live: Rows,
+        plan: HeadPlan,
+        live: LossRows,
         objective: Objective,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +263,7 @@ class _LinearGrpo(torch.autograd.Function):
 
 
 def _coefficients(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: Plan, live: Rows, objective: Objective
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: HeadPlan, live: LossRows, objective: Objective
 ) -> Coefficients:
     """Slopes of the rows: a token's from its own log-prob, shared ones or a rule's from a sweep before."""
     if objective.rule is not None:

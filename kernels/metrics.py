@@ -1,7 +1,7 @@
 """What a loss reports besides its value: sums over live rows, so that micro-batches and ranks simply add.
 
 Every entry is a 0-dim tensor. All add up, except those that end in `_max`, which take the maximum:
-* `rows`: live rows. Rows left out before the head (see `rows.py`) are in no entry;
+* `rows`: live rows. LossRows left out before the head (see `rows.py`) are in no entry;
 * `clip_low`, `clip_high`: rows held by the lower (A < 0) or upper (A > 0) clip;
 * `sampler_weight_sum`, `sampler_capped`: the truncated weights for the sampler's log-probs, and how many met the cap;
 * `ratio_sum`, `ratio_max`, `entropy_sum`, `logprob_sum` (nats);
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .rows import Rows, kl_terms, policy_terms
+from .terms import LossRows, kl_terms, policy_terms
 
 
 @torch.no_grad()
-def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: Rows, objective: Objective) -> dict[str, Tensor]:
+def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> dict[str, Tensor]:
     """The metrics of one micro-batch."""
     log_ratio_L = policy_terms(logprobs_L, rows, objective).log_ratio_L
     ratio_L = log_ratio_L.exp()

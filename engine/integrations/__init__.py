@@ -1,4 +1,1 @@
-"""Other trainers with our loss, our compaction and our packing under their own step; rollouts that they recorded.
-
-Nothing of ours imports these.
-"""
+"""Run our loss, packing and advantages inside TRL, transformers' Trainer and verl; import their recorded rollouts."""

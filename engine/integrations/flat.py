@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgrpo.engine.layout import Packed, hidden_states
-from mgrpo.engine.model import lay_out
+from mgrpo.engine.model.attention import Packed, hidden_states
+from mgrpo.engine.model.causal_lm import lay_out
 
 
 class Flat(NamedTuple):

@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` with our loss under its step: class MyTrainer(Fused, GRPOTrainer), and all else as it was.
+"""TRL's `GRPOTrainer` with our loss under its step: class MyTrainer(FusedGRPO, GRPOTrainer), and all else as it was.
 
 Its own step runs padded rows through the model, keeps a log-prob and an entropy of every completion token for autograd,
 and then does its arithmetic. Here the tokens of a micro-batch lie side by side without padding; what follows a
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-class Fused:
+class FusedGRPO:
     """A mixin before `GRPOTrainer`. Raises ValueError for a model that cannot be run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):

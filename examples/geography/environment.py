@@ -30,7 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from mgrpo.engine.environment import Environment, Split, ToolError, read_tasks
+from mgrpo.engine.environment.base import Environment, Split, ToolError, read_tasks
 from mgrpo.engine.types import (
     MAIN,
     Action,

@@ -28,7 +28,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from mgrpo.engine.environment import Environment, Split, ToolError
+from mgrpo.engine.environment.base import Environment, Split, ToolError
 from mgrpo.engine.types import (
     MAIN,
     Action,

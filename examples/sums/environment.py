@@ -1,6 +1,6 @@
 """A whole environment, as small as one can be: the main agent may ask its sub-agent, a clerk, to add two digits."""
 
-from mgrpo.engine.environment import Environment
+from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.types import Answer, Call, CallScore, Delegate, Malformed, Score, Task
 
 

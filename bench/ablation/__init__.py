@@ -1,0 +1,1 @@
+"""`python -m mgrpo.bench.ablation`: what training the agents together is worth."""

@@ -1,0 +1,1 @@
+"""`mgrpo bench kernels`: the loss and log-prob kernels against their floor and their peers."""

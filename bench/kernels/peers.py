@@ -1,0 +1,211 @@
+"""The candidates of `mgrpo bench kernels`: ours, and what others run for the same loss.
+
+Every candidate takes the same inputs and returns the loss with its gradients, so that the answers can be compared
+before anything is timed. A peer that offers log-probs only gets the loss of `kernel_inputs.py` on top. Each is called
+as its authors call it, at its fastest for this loss: no entropy, no reference model, temperature 1.
+
+Legend: N rows, L live rows, S sequences of T rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgrpo.bench.kernels.inputs import OBJECTIVE, SEQUENCE, Inputs, Linear, Logits, clipped_loss
+from mgrpo.kernels import grpo_loss, linear_grpo_loss, token_logprob
+
+Answer = tuple[Tensor, ...]  # the loss, and its gradient by each tensor of the source
+# Rows of one of Liger's chunks, which it works through in pieces of as many; by default a chunk is one sequence.
+LIGER_ROWS = 2048
+# Columns of logits that TRL's trainer forms at a time.
+TRL_COLUMNS = 32768
+TEMPERATURE = 1.0
+
+
+class Unavailable(Exception):
+    """This candidate does not run here; the message says why."""
+
+
+def _differentiate(loss: Tensor, inputs: Inputs) -> Answer:
+    return loss.detach(), *torch.autograd.grad(loss, inputs.source)
+
+
+def _require_gpu(inputs: Inputs) -> None:
+    if not inputs.targets_N.is_cuda:
+        raise Unavailable("its Triton kernels need a GPU")
+
+
+# ---- from hidden states and head
+
+
+def ours_linear(inputs: Linear) -> Answer:
+    """`linear_grpo_loss`."""
+    vectors = (inputs.targets_N, inputs.advantages_N, inputs.weights_N)
+    out = linear_grpo_loss(
+        inputs.hidden_NH, inputs.weight_VH, *vectors, OBJECTIVE, old_logprobs_N=inputs.old_logprobs_N
+    )
+    return _differentiate(out.loss, inputs)
+
+
+def torch_linear(inputs: Linear) -> Answer:
+    """What one writes first: all logits, masked afterwards."""
+    return _differentiate(_torch_linear_loss(inputs.hidden_NH, inputs.weight_VH, inputs), inputs)
+
+
+def compiled_linear(inputs: Linear) -> Answer:
+    """The same through torch.compile."""
+    return _differentiate(_compiled(_torch_linear_loss)(inputs.hidden_NH, inputs.weight_VH, inputs), inputs)
+
+
+def liger_linear(inputs: Linear) -> Answer:
+    """Liger's chunks of whole sequences."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    peer = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        use_ref_model=False,
+        compiled=inputs.targets_N.is_cuda,  # elsewhere each process would compile anew for a part of no weight
+        chunk_size=LIGER_ROWS // SEQUENCE,
+        epsilon_low=OBJECTIVE.clip_low,
+        epsilon_high=OBJECTIVE.clip_high,
+        temperature=TEMPERATURE,
+    )
+    shape = (inputs.sequences, SEQUENCE)
+    loss, _ = peer(
+        inputs.hidden_NH.view(*shape, -1),
+        inputs.weight_VH,
+        inputs.targets_N.view(shape),
+        inputs.live_N.float().view(shape),
+        inputs.advantages_N[::SEQUENCE],
+        old_per_token_logps=inputs.old_logprobs_N.view(shape),
+    )
+    return _differentiate(loss, inputs)
+
+
+def trl_linear(inputs: Linear) -> Answer:
+    """TRL's log-probs of the live rows, which are taken out before the head."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    live_N = inputs.live_N
+    arguments = (inputs.weight_VH, None, inputs.targets_N[live_N], TEMPERATURE, TRL_COLUMNS, None, 1.0, ())
+    logprobs_L = ChunkedLogProbFunction.apply(inputs.hidden_NH[live_N], *arguments)[0]
+    logprobs_N = logprobs_L.new_zeros(live_N.shape).masked_scatter(live_N, logprobs_L)
+    return _differentiate(clipped_loss(logprobs_N, inputs), inputs)
+
+
+def cut_cross_entropy_linear(inputs: Linear) -> Answer:
+    """Apple's log-probs; it leaves out the rows whose target it is told to ignore."""
+    _require_gpu(inputs)
+    from cut_cross_entropy import linear_cross_entropy
+
+    targets_N = torch.where(inputs.live_N, inputs.targets_N, -100)
+    loss_N = linear_cross_entropy(inputs.hidden_NH, inputs.weight_VH, targets_N, reduction="none")
+    return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
+# ---- from logits
+
+
+def ours_logits(inputs: Logits) -> Answer:
+    """`grpo_loss`."""
+    vectors = (inputs.targets_N, inputs.advantages_N, inputs.weights_N)
+    out = grpo_loss(inputs.logits_NV, *vectors, OBJECTIVE, old_logprobs_N=inputs.old_logprobs_N)
+    return _differentiate(out.loss, inputs)
+
+
+def torch_logits(inputs: Logits) -> Answer:
+    """Log-softmax in float32 and a gather."""
+    return _differentiate(clipped_loss(_torch_logprobs(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def compiled_logits(inputs: Logits) -> Answer:
+    """The same through torch.compile."""
+    logprobs_N = _compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N)
+    return _differentiate(clipped_loss(logprobs_N, inputs), inputs)
+
+
+def liger_logits(inputs: Logits) -> Answer:
+    """Liger's Triton loss, one sequence of all rows, the logits left as they are."""
+    _require_gpu(inputs)
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    logits_1MV = inputs.padded_MV[None].detach().requires_grad_()
+    loss, _ = triton_grpo_loss(
+        logits_1MV,
+        inputs.old_logprobs_N[None],
+        None,
+        inputs.targets_N[None],
+        inputs.advantages_N[:1],
+        inputs.live_N.float()[None],
+        temperature=TEMPERATURE,
+        beta=0.0,
+        eps_low=OBJECTIVE.clip_low,
+        eps_high=OBJECTIVE.clip_high,
+        inplace=False,
+        reduce=True,
+    )
+    (gradient_1MV,) = torch.autograd.grad(loss, logits_1MV)
+    return loss.detach(), gradient_1MV[0, :-1]
+
+
+# ---- log-probs of logits
+
+
+def ours_token(inputs: Logits) -> Answer:
+    """`token_logprob`, with an upstream gradient of its own for each row."""
+    return _differentiate(_weighted(token_logprob(inputs.logits_NV, inputs.targets_N)[0], inputs), inputs)
+
+
+def torch_token(inputs: Logits) -> Answer:
+    """Log-softmax in float32 and a gather."""
+    return _differentiate(_weighted(_torch_logprobs(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def compiled_token(inputs: Logits) -> Answer:
+    """The same through torch.compile."""
+    return _differentiate(_weighted(_compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def _weighted(logprobs_N: Tensor, inputs: Logits) -> Tensor:
+    return (logprobs_N * inputs.old_logprobs_N).mean()
+
+
+def _torch_logprobs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    logprobs_NV = torch.log_softmax(logits_NV.float() / TEMPERATURE, dim=-1)
+    return logprobs_NV.gather(1, targets_N[:, None])[:, 0]
+
+
+def _torch_linear_loss(hidden_NH: Tensor, weight_VH: Tensor, inputs: Linear) -> Tensor:
+    return clipped_loss(_torch_logprobs(hidden_NH @ weight_VH.T, inputs.targets_N), inputs)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+OURS = "ours"
+LINEAR: dict[str, Callable[[Linear], Answer]] = {
+    OURS: ours_linear,
+    "plain torch": torch_linear,
+    "torch.compile": compiled_linear,
+    "Liger fused linear GRPO": liger_linear,
+    "TRL chunked log-prob": trl_linear,
+    "cut-cross-entropy": cut_cross_entropy_linear,
+}
+LOGITS: dict[str, Callable[[Logits], Answer]] = {
+    OURS: ours_logits,
+    "plain torch": torch_logits,
+    "torch.compile": compiled_logits,
+    "Liger Triton GRPO": liger_logits,
+}
+TOKEN: dict[str, Callable[[Logits], Answer]] = {
+    OURS: ours_token,
+    "plain torch": torch_token,
+    "torch.compile": compiled_token,
+}

@@ -1,0 +1,1 @@
+"""`mgrpo bench packing`: the packer against its peers from PyPI."""

@@ -1,0 +1,1 @@
+"""`mgrpo bench step`: one whole optimisation step, one elimination after another."""

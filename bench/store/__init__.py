@@ -1,0 +1,1 @@
+"""`mgrpo bench store`: what the store takes in and hands out; what a decoupled step costs."""

@@ -1,0 +1,1 @@
+"""Turn scored rollouts into micro-batches: rewards, alignment, advantages, loss weights, packing."""

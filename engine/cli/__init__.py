@@ -1,0 +1,1 @@
+"""The `mgrpo` command: train, check, evaluate, report and look into a run's store."""

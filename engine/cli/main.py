@@ -1,0 +1,216 @@
+"""The `mgrpo` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from contextlib import closing
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from mgrpo.engine.config.schema import Config, load_config, read_dump
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-agent LLM systems by M-GRPO.")
+store = typer.Typer(no_args_is_help=True, help="Make a run's store, look into it, clean up after it.")
+app.add_typer(store, name="store")
+
+File = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/; of a decoupled run, its run_dir")]
+Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
+
+
+@app.command()
+def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
+    """Train the agents of FILE. With --resume, go on where the run in its run_dir was stopped."""
+    config = load_config(file, overrides)  # before the imports below, which take seconds
+    from mgrpo.engine.report.display import make_display
+    from mgrpo.engine.system.process import Interrupted
+
+    launcher = _launcher(config, file)
+    display = make_display(list(config.agents), decoupled=config.topology == "local")
+    try:
+        launcher.train(config, resume, display)
+    except Interrupted as stop:
+        display.say(str(stop))
+        raise typer.Exit(130) from None
+    finally:
+        display.close()
+    from mgrpo.engine.report import summary as report
+
+    print(report.summary(Path(config.run_dir)))
+
+
+def _launcher(config: Config, file: Path) -> Any:
+    """The module whose `train` runs the topology."""
+    if config.topology == "cluster":
+        from mgrpo.engine.training.launcher import cluster_commands
+
+        raise ValueError(f"topology: 'cluster' is started by its parts:\n{cluster_commands(config, file)}")
+    return import_module(f"mgrpo.engine.training.{'launcher' if config.topology == 'local' else 'colocated'}")
+
+
+@app.command()
+def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides = []) -> None:  # noqa: B006
+    """Train one agent of FILE beside the others; under torchrun, one of its ranks."""
+    config = _decoupled(file, overrides)
+    if name not in config.agents:
+        raise ValueError(f"--name: {name!r} given: expected one of the agents {list(config.agents)}")
+    from mgrpo.engine.system.process import Interrupted
+    from mgrpo.engine.training.decoupled import run_agent
+
+    try:
+        run_agent(config, name)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # noqa: B006
+    """Sample episodes for the agents of FILE, on any number of machines. --name: no two may have the same."""
+    config = _decoupled(file, overrides)
+    from mgrpo.engine.rollout.worker import Worker
+    from mgrpo.engine.store.open import begin, open_store
+    from mgrpo.engine.system.process import ctrl_c
+
+    with closing(open_store(config)) as store, ctrl_c() as stop:
+        begin(store, config)
+        Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
+        if stop():  # not done: who started it may want to know
+            raise typer.Exit(130)
+
+
+def _decoupled(file: Path, overrides: list[str]) -> Config:
+    """FILE, or the JSON that a launcher made of it."""
+    config = read_dump(file.read_text()) if file.name == "config.json" else load_config(file, overrides)
+    if config.topology == "colocated":
+        raise ValueError("topology: 'colocated' given: expected 'local' or 'cluster', where agents have processes")
+    return config
+
+
+@app.command("eval")
+def evaluate(file: File, checkpoint: Checkpoint, overrides: Overrides = []) -> None:  # noqa: B006
+    """Measure the held-out accuracy of a checkpoint of FILE's agents."""
+    config = load_config(file, overrides)
+    from mgrpo.engine.cli import check
+
+    print(check.evaluate(config, checkpoint))
+
+
+@app.command()
+def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
+    """Summarise a run directory, redraw its figure and show whole episodes side by side."""
+    from mgrpo.engine.report import summary as report
+
+    console = Console()
+    report.show_episodes(run, console, episodes, query)
+    print(report.summary(run))
+    print(f"figure: {report.draw(run)}")
+
+
+@app.command()
+def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
+    """Validate FILE and say what would run: processes, devices, memory. Loads nothing big."""
+    config = load_config(file, overrides)
+    from mgrpo.engine.cli import check
+
+    print(check.describe(config))
+
+
+@app.command()
+def bench(name: Literal["kernels", "packing", "step", "store", "rollout"], quick: bool = False) -> None:
+    """Measure a part: tables, then one line of JSON. --quick: in a minute."""
+    import_module(f"mgrpo.bench.{name}" if name == "rollout" else f"mgrpo.bench.{name}.run").main(quick)
+
+
+@app.command()
+def simulate(
+    file: File,
+    gpus: Annotated[str, typer.Option(help="numbers between commas, or FIRST..LAST by doubling")] = "64..4096",
+    workload: Annotated[Path | None, typer.Option(help="a TOML file, or a run to measure; else FILE's run")] = None,
+    steps: Annotated[int, typer.Option(help="rl steps to simulate")] = 30,
+    figure: Path = Path("simulation.png"),
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Simulate FILE on so many GPUs: the best split, utilisation, staleness, the bottleneck; then a line of JSON."""
+    config = load_config(file, overrides)
+    from mgrpo.engine.simulate.simulate import simulate
+
+    print(simulate(config, workload or Path(config.run_dir), gpus, steps, figure))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a directory with a transformers causal LM")],
+    transfer: Annotated[str, typer.Option(help="how new weights come: tcp, nccl or ipc")] = "nccl",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "bfloat16",
+    max_context: int = 1024,
+    tensor_parallel: int = 1,
+    data_parallel: int = 1,
+    extra: Annotated[list[str], typer.Argument(metavar="-- …", help="more arguments for vLLM")] = [],  # noqa: B006
+) -> None:
+    """Become a vLLM server for trainers that know the token in this environment's MGRPO_SERVER_TOKEN."""
+    from mgrpo.engine.inference.vllm.server import become_server
+
+    become_server(
+        model,
+        transfer=transfer,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_context=max_context,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        extra=extra,
+    )
+
+
+@store.command()
+def init(file: File) -> None:
+    """Make the tables and the run of FILE: on a cluster, before anything else."""
+    from mgrpo.engine.store import open as ledger
+
+    print(ledger.init(file))
+
+
+@store.command()
+def status(target: Target) -> None:
+    """Where the groups of each run stand, who holds what, and whether the books balance."""
+    from mgrpo.engine.store import open as ledger
+
+    print(ledger.status(target))
+
+
+@store.command()
+def dump(target: Target) -> None:
+    """Print every row, a line of JSON each."""
+    from mgrpo.engine.store import open as ledger
+
+    ledger.dump(target)
+
+
+@store.command()
+def gc(target: Target, run_dir: Path | None = None) -> None:
+    """Delete the trajectory files that every agent has finished with, of a run that stands still."""
+    from mgrpo.engine.store import open as ledger
+
+    print(ledger.collect(target, run_dir))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Read and check a run's TOML file; decide what may change when a run is resumed."""

@@ -1,0 +1,1 @@
+"""Sample turns from an agent's weights: the sampler protocol, the in-process sampler, its KV cache."""

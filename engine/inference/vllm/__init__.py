@@ -1,0 +1,1 @@
+"""Sample on vLLM servers: client, server, and the transfer of new weights from trainer to server."""

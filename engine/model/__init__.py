@@ -1,0 +1,1 @@
+"""Load a causal LM and make it run on packed batches: attention, sharding, checks at start."""

@@ -1,0 +1,299 @@
+"""Causal LMs of `transformers`, loaded or taken over from a caller, checked, and split over ranks.
+
+Legend: T tokens of a flat row, A query heads, G key-value heads, D head size, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import AttentionInterface
+
+from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.model.attention import Layout, Packed, UnsupportedAttentionError, attention, hidden_states
+from mgrpo.engine.model.sharding import local
+from mgrpo.engine.system.distributed import mesh, ranks
+
+Result = TypeVar("Result")
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for broken files
+
+
+class Actor(nn.Module):
+    """A causal LM whose backbone and head run within one forward: there FSDP holds the weights of both whole."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        work: Callable[[Tensor, Tensor, Tensor | None], Result],
+    ) -> Result:
+        """work(hidden (T, H), the head's weight (V, H), its bias (V,) or None)"""
+        hidden_TH = hidden_states(self.model, input_ids_T, positions_T, layout)
+        head = self.model.get_output_embeddings()
+        return work(hidden_TH, head.weight, head.bias)
+
+
+def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
+    """An agent's model on its device, as `load_model` makes it; split over the ranks if there are several.
+
+    Split, each rank holds its rows of every weight, in float32, as masters. A device then never holds more than one
+    layer whole, but each rank's host for a moment the model in the compute dtype.
+    """
+    device = pick_device(compute)
+    alone = ranks(group) == 1
+    actor = Actor(load_model(name, agent, compute, device if alone else torch.device("cpu")))
+    if compute.compile:
+        compile_layers(actor.model)
+    if not alone:
+        split(actor, device, getattr(torch, compute.dtype), group)
+    return actor
+
+
+def split(
+    actor: Actor, device: torch.device, dtype: torch.dtype, group: ProcessGroup | None, *, master: bool = True
+) -> None:
+    """FSDP2 of each decoder layer and of the rest; gradients are sums over the ranks, in float32 or wider.
+
+    master: so are the rows that a rank holds, else in the compute dtype.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    over = mesh(device, group)
+    for module in (*decoder_layers(actor.model), actor):
+        if master:
+            module.to(wide)
+        sharded = fully_shard(module, mesh=over, mp_policy=policy)
+        assert isinstance(sharded, FSDPModule)
+        sharded.set_gradient_divide_factor(1.0)  # the mean is in the loss weights
+        sharded.set_force_sum_reduction_for_comms(True)  # else a product before the sum, which gloo has not
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile of each decoder layer, for any number of tokens; attention, which reads lengths, stays as it is."""
+    AttentionInterface.register("mgrpo", torch.compiler.disable(attention))
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def pick_device(compute: ComputeConfig) -> torch.device:
+    """The device of a run. Raises ValueError if it is not there."""
+    name = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"config: compute.device: {name!r} given: expected a device of torch or 'auto'") from error
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
+    if compute.compile and not name.startswith("cuda"):
+        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, it is for GPUs")
+    if compute.compile and compute.activation_checkpointing:  # attention's graph break keeps a checkpoint uncompiled
+        raise ValueError("config: compute.compile: true given: expected false with activation_checkpointing = true")
+    return torch.device(name)
+
+
+def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of an agent, checked against its model's config (nothing big is loaded)."""
+    config = read_model_config(name, agent)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(agent.model)
+    except UNREADABLE as error:
+        raise ValueError(f"agents.{name}.model: {agent.model} has no readable tokenizer: {error}") from error
+    if len(tokenizer) > config["vocab_size"]:
+        raise ValueError(
+            f"agents.{name}.model: the tokenizer of {agent.model} has {len(tokenizer)} tokens, "
+            f"its model a vocabulary of {config['vocab_size']}: expected a tokenizer that fits the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"agents.{name}.model: the tokenizer of {agent.model} has no end-of-sequence token")
+    return tokenizer
+
+
+def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
+    """config.json of an agent's model directory, with the checks that need no weights."""
+    path = Path(agent.model) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"agents.{name}.model: {path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+        raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    if context is not None and agent.max_context > context:
+        raise ValueError(
+            f"agents.{name}.max_context: {agent.max_context} given: expected at most the model's {context}"
+        )
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and agent.max_context > window:
+        raise ValueError(
+            f"agents.{name}.max_context: {agent.max_context} given: expected at most {window}, "
+            f"the model's sliding window, beyond which its attention is not supported"
+        )
+    return config
+
+
+def load_model(
+    name: str, agent: AgentConfig, compute: ComputeConfig, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The causal LM of an agent on a device (None: the run's), in the compute dtype, attention replaced by ours."""
+    device = device or pick_device(compute)
+    read_model_config(name, agent)
+    try:
+        config = AutoConfig.from_pretrained(agent.model)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            agent.model,
+            config=config,
+            dtype=getattr(torch, compute.dtype),
+            attn_implementation="mgrpo",
+            output_loading_info=True,
+        )
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"agents.{name}.model: {agent.model} has no readable weights: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    if loading["missing_keys"]:  # else they would be drawn at random
+        raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
+    _without_dropout(model)
+    nn.Module.to(model, device)
+    model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
+    if compute.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _probe(f"agents.{name}.model", model)
+    return model
+
+
+def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None) -> tuple[Actor, torch.dtype]:
+    """A caller's causal LM, where it is, and its dtype; laid out, and split over ranks if there are several.
+
+    Of compute only device and compile are asked; "auto" is where the model is. Raises ValueError as `lay_out`, or if it
+    is sharded already, or in a dtype that we have no matmuls for.
+    """
+    _require_model(model)
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise ValueError("model: one that is sharded given: expected it whole on every rank, the policy shards it")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"model: one in {model.dtype} given: expected one of {DTYPES}")
+    lay_out(model)
+    device, dtype = model.device if compute.device == "auto" else pick_device(compute), model.dtype
+    actor = Actor(model)
+    if compute.compile:
+        compile_layers(model)
+    if ranks(group) == 1:
+        nn.Module.to(model, device)
+    else:
+        split(actor, device, dtype, group)
+    return actor, dtype
+
+
+def lay_out(model: PreTrainedModel) -> None:
+    """Let a caller's model run over flat rows: its attention asks a layout where there is one, and it has no dropout.
+
+    All else that it does it still does. Raises ValueError if it is wrapped already, or of a kind that `load_model`
+    refuses; its attention is then the caller's again.
+    """
+    _require_model(model)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("mgrpo")
+    try:
+        _probe("model", model)
+    except ValueError:
+        model.set_attn_implementation(before)
+        raise
+    _without_dropout(model)
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise ValueError(f"model: {kind} given: expected a PreTrainedModel of transformers, not wrapped")
+
+
+@torch.no_grad()
+def frozen_copy(
+    actor: Actor, masters: Mapping[str, Tensor], compute: ComputeConfig, dtype: torch.dtype, group: ProcessGroup | None
+) -> Actor:
+    """The model as it is now, in the compute dtype; over ranks, each holds its rows."""
+    alone = ranks(group) == 1
+    kept = copy.deepcopy(actor) if alone else Actor(_blank(actor.model, dtype))
+    if compute.compile:  # neither copies what was compiled
+        compile_layers(kept.model)
+    if not alone:
+        split(kept, actor.model.device, dtype, group, master=False)
+        for param, weight in zip(kept.parameters(), masters.values(), strict=True):
+            local(param).copy_(local(weight))
+    return kept.requires_grad_(False)
+
+
+def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Another of its kind, on the CPU, whose weights are yet to be filled in."""
+    with no_init_weights():
+        made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
+    made.tie_weights()
+    _without_dropout(made)
+    return made.eval()
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    """The trainer must see the distribution that the sampler saw."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+class _Watched(Packed):
+    """Counts the layers that attend through us."""
+
+    layers = 0
+
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        self.layers += 1
+        return super().attend(layer, q_ATD, k_GTD, v_GTD, scale)
+
+
+@torch.no_grad()
+def _probe(whose: str, model: PreTrainedModel) -> None:
+    """Some models scale or cap their logits, or attend in other ways: compare four tokens' logits, and refuse those."""
+    ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
+    positions_T = torch.arange(4, device=model.device)
+    layout = _Watched(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
+    what = f"{whose}: {type(model).__name__}"
+    try:
+        out = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
+        if layout.layers < model.config.num_hidden_layers:
+            raise UnsupportedAttentionError("has layers without plain attention")
+    except (UnsupportedAttentionError, TypeError) as error:
+        raise ValueError(f"{what} {error}: expected plain causal attention in every layer") from error
+    head = model.get_output_embeddings()
+    ours_TV = F.linear(hidden_states(model, ids_T, positions_T, layout), head.weight, head.bias)
+    if not torch.allclose(ours_TV, out.logits[0], rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{what} changes its logits after the head (scaling or soft-capping), "
+            "expected a model whose logits are head(hidden states)"
+        )

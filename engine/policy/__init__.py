@@ -1,0 +1,1 @@
+"""Hold one agent's weights and optimizer: forward and backward passes, steps, checkpoints."""

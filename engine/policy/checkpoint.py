@@ -1,0 +1,98 @@
+"""A policy's state in a folder: master weights, moments, the KL's reference, each rank its rows, and one small index.
+
+The index, `policy.json`, is written last: a folder without one is not whole. What was written by any number of ranks
+is read by any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mgrpo.engine.model.sharding import Shards, write_shards
+from mgrpo.engine.system import distributed
+
+INDEX = "policy.json"
+
+
+class Index(msgspec.Struct, frozen=True):
+    """version: optimizer steps that led to the weights. reference: whether the KL's reference is there too."""
+
+    version: int
+    reference: bool
+
+
+def write_state(
+    folder: str | Path | None, tensors: Mapping[str, Mapping[str, Tensor]], index: Index, group: ProcessGroup | None
+) -> None:
+    """Each rank's rows of every group of tensors, by the stem of its files; then, by rank 0, the index.
+
+    Rank 0 makes the folder, which must not be there and which all ranks must see. No rank returns before all have
+    written their rows. Raises OSError or SafetensorError on every rank if any could not write.
+    """
+    rank = distributed.rank(group)
+    assert rank or folder is not None
+    folder = Path(distributed.broadcast(str(folder), str, group))
+    failure: Exception | None = None
+    try:
+        if rank == 0:
+            folder.mkdir()
+    except OSError as error:
+        failure = error
+    distributed.require_success(f"{folder}", failure, group)
+    try:
+        for stem, named in tensors.items():
+            write_shards(folder, stem, named, rank)
+    except (OSError, SafetensorError) as error:
+        failure = error
+    distributed.require_success(f"{folder}", failure, group)
+    if rank == 0:
+        (folder / INDEX).write_bytes(msgspec.json.encode(index))
+
+
+def read_index(folder: Path, group: ProcessGroup | None) -> Index:
+    """The index, as rank 0 reads it. Raises ValueError on every rank if there is none, or none that can be read."""
+    path = folder / INDEX
+    found = path.read_text() if distributed.rank(group) == 0 and path.is_file() else ""
+    try:
+        return msgspec.json.decode(distributed.broadcast(found, str, group), type=Index)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{folder}: expected a policy's state with a sound {INDEX}: {error}") from error
+
+
+def read_into(target: Mapping[str, Any], folder: Path, stem: str) -> None:
+    """Fill the rows that this rank holds. Raises ValueError, with nothing changed, if they are another model's."""
+    shards = Shards(folder, stem)
+    shapes = {name: tuple(value.shape) for name, value in target.items()}
+    if shapes != shards.shapes:
+        odd = sorted(set(shapes.items()) ^ set(shards.shapes.items()))[0][0]
+        raise ValueError(
+            f"{folder}: weight {odd!r} has shape {shards.shapes.get(odd)}, expected {shapes.get(odd)}: "
+            "made by another model"
+        )
+    for name, value in target.items():
+        shards.read_into(value, name)
+
+
+def read_moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """The moments of `moments`, for an optimizer that has none yet."""
+    shards = Shards(folder, "moments")
+    for key_name, shape in shards.shapes.items():
+        key, _, name = key_name.partition("/")
+        weight = weights[name].detach()
+        moment = torch.zeros_like(weight) if shape else torch.zeros((), device=weight.device)
+        shards.read_into(moment, key_name)
+        optimizer.state[weights[name]][key] = moment
+
+
+def moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the optimizer remembers of each weight, by "<key>/<name>"."""
+    state = optimizer.state
+    return {f"{key}/{name}": value for name, weight in weights.items() for key, value in state.get(weight, {}).items()}

@@ -1,0 +1,122 @@
+"""One micro-batch through a model: the loss, or the log-probs of what was chosen, with the head on the rows that count.
+
+Backbone and head run within one forward of the `Actor`; no row's logits outlive their chunk (mgrpo.kernels).
+
+Legend: P rows of a micro-batch, L those that count (weight not 0), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+
+from mgrpo.engine.batch.micro_batches import Batch
+from mgrpo.engine.model.attention import Packed
+from mgrpo.engine.model.causal_lm import Actor
+from mgrpo.engine.system import distributed
+from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, merge_metrics
+
+
+class Output(NamedTuple):
+    """What a pass over micro-batches found. metrics: numbers by name.
+
+    logprobs: of this rank's micro-batches, (P,) each, in nats at the policy's temperature, float32 (float64 for a model
+    in float64), detached; 0 at rows that were left out.
+    """
+
+    metrics: dict[str, float]
+    logprobs: list[Tensor]
+
+
+Rows = tuple[Tensor, Tensor]  # log-probs and entropies, (P,) each
+Custom = Callable[[Sequence[Batch], list[Tensor], list[Tensor]], tuple[Tensor, dict[str, float]]]
+
+
+def grpo(
+    actor: Actor, batch: Batch, objective: Objective, temperature: float, old_P: Tensor | None, ref_P: Tensor | None
+) -> Loss:
+    """The loss of a micro-batch, its gradient added to what the weights hold."""
+
+    def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Loss:
+        return linear_grpo_loss(
+            hidden_PH,
+            weight_VH,
+            batch.targets_P,
+            batch.advantages_P,
+            batch.weights_P,
+            objective,
+            old_logprobs_N=old_P,
+            sampler_logprobs_N=batch.sampler_logprobs_P,
+            ref_logprobs_N=ref_P,
+            cu_seqlens=batch.cu_seqlens_B1,
+            bias_V=bias_V,
+            temperature=temperature,
+        )
+
+    loss: Loss = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
+    loss.loss.backward()
+    return loss._replace(loss=loss.loss.detach())
+
+
+def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
+    """Log-probs and entropies of the rows that count, differentiable unless no_grad is on; 0 at the others."""
+    live_L = batch.weights_P.nonzero()[:, 0]
+
+    def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Rows:
+        return linear_logprob(
+            hidden_PH[live_L], weight_VH, batch.targets_P[live_L], bias_V=bias_V, temperature=temperature
+        )
+
+    found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
+    if isinstance(actor, FSDPModule) and not torch.is_grad_enabled():
+        actor.reshard()  # without a backward FSDP keeps what it gathered, and would not see the next step's weights
+    logprobs_P, entropies_P = (x_L.new_zeros(len(batch)).index_copy(0, live_L, x_L) for x_L in found)
+    return logprobs_P, entropies_P
+
+
+def exchange_gradients(actor: Actor, on: bool) -> None:
+    """Whether the next backward sums them over the ranks."""
+    if isinstance(actor, FSDPModule):
+        actor.set_requires_gradient_sync(on)
+
+
+def layout(batch: Batch) -> Packed:
+    return Packed(batch.cu_seqlens_B1, batch.max_seqlen)
+
+
+def leaves(found: Sequence[Rows]) -> list[Rows]:
+    """The same numbers, from which derivatives are asked."""
+    return [(logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()) for logprobs, entropies in found]
+
+
+def derivatives(loss: Any, given: Sequence[Rows]) -> list[tuple[Tensor, Tensor | None]]:
+    """Of a caller's loss with respect to log-probs and entropies; None where no entropy is in it.
+
+    Raises ValueError if the loss is not a number that follows from them.
+    """
+    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
+        raise ValueError(f"fn: a loss of {loss!r} returned: expected a 0-dim tensor that follows from the log-probs")
+    flat = [x for pair in given for x in pair]
+    found = torch.autograd.grad(loss, flat, allow_unused=True)
+    slopes = [torch.zeros_like(x) if slope is None else slope for x, slope in zip(flat, found, strict=True)]
+    entropy = any(slope is not None for slope in found[1::2])
+    return [(slopes[i], slopes[i + 1] if entropy else None) for i in range(0, len(slopes), 2)]
+
+
+def backward(found: Rows, slopes: tuple[Tensor, Tensor | None]) -> None:
+    """The gradient of a micro-batch, given the loss' derivatives with respect to what was found of its rows."""
+    pairs = [(x, slope) for x, slope in zip(found, slopes, strict=True) if slope is not None]
+    torch.autograd.backward([x for x, _ in pairs], [slope for _, slope in pairs])
+
+
+def merged(losses: Sequence[Loss], group: ProcessGroup | None) -> dict[str, float]:
+    """Metrics of all ranks' micro-batches; their losses added up."""
+    mine = [{name: float(value) for name, value in (loss.metrics | {"loss": loss.loss}).items()} for loss in losses]
+    parts = [part for parts in distributed.gather(mine, list[dict[str, float]], group) for part in parts]
+    total = sum(part.pop("loss") for part in parts)
+    return merge_metrics(parts) | {"loss": total}

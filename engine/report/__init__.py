@@ -1,0 +1,1 @@
+"""Show a run: live table, metrics of all processes merged, curves, summary, transcripts."""

@@ -1,0 +1,219 @@
+"""What a person watches while a run goes on: a live table on a terminal, elsewhere one plain line per row of metrics.
+
+Both are told the same: the stage that begins, then every row of metrics.jsonl (keys as training/trainer.py names them).
+A metric that a row lacks, as a frozen agent's gradient norm, shows as "-". Where agents have processes of their own a
+row comes when the slowest has taken the step; between rows the table shows each agent's own newest step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+Column = tuple[str, str, str]  # heading, an agent's metric, format
+
+OPTIMISER: tuple[Column, ...] = (
+    ("entropy", "entropy_mean", ".2f"),
+    ("grad", "grad_norm", ".3g"),
+    ("lr", "lr", ".1e"),
+    ("tok/s", "perf/tokens_per_second", ",.0f"),
+)
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "warmup": (("logprob", "logprob_mean", ".3f"), *OPTIMISER),
+    "rl": (
+        ("reward", "reward_mean", ".3f"),
+        ("format", "format", ".2f"),
+        ("correct", "correct", ".3f"),
+        ("expert", "expert", ".3f"),
+        ("calls", "calls_mean", ".2f"),
+        ("length", "length_mean", ".0f"),
+        *OPTIMISER,
+    ),
+}
+OWN_PACE: tuple[Column, Column] = (("step", "step", ".0f"), ("wait", "time/waiting", ".1f"))  # of decoupled agents
+BRIEF = ("logprob", "reward", "correct", "expert", "calls", "entropy")  # headings on a plain line
+RECENT = 10  # steps whose median time tells how long the others take
+
+
+class Display(Protocol):
+    """Shows a run. `stage` begins one: `first` of its `steps` steps is next. `row`: one row of metrics.jsonl."""
+
+    def stage(self, name: str, first: int, steps: int) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        """Each agent's newest metrics, and what there is to say of processes: only what can be taken back shows it."""
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_display(agents: list[str], console: Console | None = None, *, decoupled: bool = False) -> Display:
+    """A live table if the console (standard output) is a terminal, else plain lines."""
+    console = console or Console()
+    return _Table(agents, console, decoupled) if console.is_terminal else _Lines(agents, console)
+
+
+class Progress:
+    """Where a run stands, from the stages and rows it was told."""
+
+    def __init__(self) -> None:
+        self.stage("", 0, 0)
+        self.accuracy = ""
+
+    def stage(self, name: str, first: int, steps: int) -> None:
+        self.name, self.done, self.steps = name, first, steps
+        self.began = time.monotonic()
+        self.latest: Row = {}
+        self.eta = ""
+        self._recent: deque[float] = deque(maxlen=RECENT)
+
+    def row(self, row: Row) -> None:
+        if is_evaluation(row):
+            self.accuracy = accuracy(row)
+            return
+        self.latest, self.done = row, row["step"] + 1
+        if "time/step" in row:
+            self._recent.append(row["time/step"])
+        if self._recent:
+            self.eta = clock(statistics.median(self._recent) * (self.steps - self.done))
+
+    @property
+    def lost(self) -> str:
+        """What the latest step's rollouts lacked, "" if nothing."""
+        counts = {kind: self.latest.get(f"rollouts/{kind}", 0) for kind in ("unscored", "failed")}
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+class _Lines:
+    """A short line per row, at once, for logs and pipes."""
+
+    def __init__(self, agents: Sequence[str], console: Console) -> None:
+        self.agents, self.console, self.progress = agents, console, Progress()
+
+    def stage(self, name: str, first: int, steps: int) -> None:
+        self.progress.stage(name, first, steps)
+        if first < steps:
+            self.say(f"{name}: steps {first + 1} to {steps}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.progress.row(row)
+        if is_evaluation(row):
+            self.say(f"{row['stage']} {row['step']}/{self.progress.steps} | {self.progress.accuracy}")
+        else:
+            self.say(" | ".join(self._parts(row)))
+
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        """A line stands for ever: it waits for the whole row."""
+
+    def say(self, text: str) -> None:
+        print(text, file=self.console.file, flush=True)
+
+    def close(self) -> None:
+        """Every line is out already."""
+
+    def _parts(self, row: Row) -> list[str]:
+        columns = [column for column in COLUMNS[row["stage"]] if column[0] in BRIEF]
+        agents = [" ".join([agent, *cells]) for agent in self.agents if (cells := _named(row, agent, columns))]
+        times = f"{_cell(row, 'time/step', '.1f')} s, {self.progress.eta or '-'} left"
+        lost = [self.progress.lost] if self.progress.lost else []
+        return [f"{row['stage']} {self.progress.done}/{self.progress.steps}", *agents, *lost, times]
+
+
+class _Table:
+    """A table that is drawn anew every second, so that the clock shows that the run lives."""
+
+    def __init__(self, agents: Sequence[str], console: Console, decoupled: bool) -> None:
+        self.agents, self.console, self.progress = agents, console, Progress()
+        self.decoupled = decoupled
+        self.newest: Row = {}
+        self.notes: Sequence[str] = ()
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=1)
+
+    def stage(self, name: str, first: int, steps: int) -> None:
+        self.progress.stage(name, first, steps)
+        self.newest = {}
+        self.live.start()
+        self.live.refresh()
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.progress.row(row)
+        self.live.refresh()
+
+    def now(self, row: Row, notes: Sequence[str]) -> None:
+        self.newest, self.notes = row, notes
+        self.live.refresh()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        self.live.stop()
+
+    def _render(self) -> RenderableType:
+        """Called by the table's own thread too: reads only what `Progress` replaces as a whole."""
+        progress = self.progress
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(progress.name, style="bold"),
+            f"step {progress.done} of {progress.steps}",
+            ProgressBar(max(progress.steps, 1), progress.done, width=24),
+            f"elapsed {clock(time.monotonic() - progress.began)}",
+            f"ETA {progress.eta or '-'}",
+        )
+        notes = [note for note in (progress.accuracy, progress.lost) if note]
+        agents = self._agents(progress.name, self.newest or progress.latest)
+        return Group(head, Text("   ".join(notes) or "not evaluated yet"), agents, *map(Text, self.notes))
+
+    def _agents(self, stage: str, row: Row) -> Table:
+        columns = COLUMNS.get(stage, ())
+        if self.decoupled:
+            columns = (OWN_PACE[0], *(column for column in columns if column[0] != "lr"), OWN_PACE[1])
+        table = Table("agent", box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for heading, _, _ in columns:
+            table.add_column(heading, justify="right")
+        for agent in self.agents:
+            cells = [_cell(row, f"{agent}/{metric}", how) for _, metric, how in columns]
+            table.add_row(Text(agent, style="bold"), *cells)
+        return table
+
+
+def is_evaluation(row: Row) -> bool:
+    return "eval/held_out_accuracy" in row
+
+
+def accuracy(row: Row) -> str:
+    """An evaluation row in words."""
+    interval = f"{_cell(row, 'eval/low', '.1%')} to {_cell(row, 'eval/high', '.1%')}"
+    found = f"held-out {_cell(row, 'eval/held_out_accuracy', '.1%')} ({interval}) after {row['step']} steps"
+    return found + (f", {row['eval/failed']} of {row['eval/questions']} failed" if row.get("eval/failed") else "")
+
+
+def clock(seconds: float) -> str:
+    """As 1:02:03, or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _cell(row: Row, key: str, how: str) -> str:
+    value = row.get(key)
+    return "-" if value is None else format(value, how)
+
+
+def _named(row: Row, agent: str, columns: Sequence[Column]) -> list[str]:
+    """The columns an agent has, each after its heading."""
+    cells = ((heading, _cell(row, f"{agent}/{metric}", how)) for heading, metric, how in columns)
+    return [f"{heading} {cell}" for heading, cell in cells if cell != "-"]

@@ -1,0 +1,201 @@
+"""Whole episodes to read: who called whom, what each agent wrote, what it was shown, and what training made of it.
+
+The texts are the recorded token ids, decoded; reward, advantage and multiplicity are computed as the trainer does.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import sqlalchemy as sa
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mgrpo.engine.batch.advantages import main_reward, weigh
+from mgrpo.engine.config.schema import Config
+from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.run.trajectories import read
+from mgrpo.engine.store.groups import CallRecord, Group, RolloutRecord, Store
+from mgrpo.engine.store.open import files_of, open_store
+from mgrpo.engine.types import MAIN, Trajectory
+
+COLUMN = 40  # characters an episode needs to stand beside another
+Key = tuple[str, int, int]  # of a call: agent, rollout, call
+Weight = tuple[float, float, float]  # reward, advantage, multiplicity
+
+
+class Transcripts:
+    """The recorded rl episodes of a run directory."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self.run, self.config = run, config
+        self.tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
+
+    def show(self, console: Console, count: int, queries: Sequence[int]) -> None:
+        """Print `count` episodes, from the best to the worst, of the first query whose rewards differ, or of the first.
+
+        Raises ValueError if that query was not sampled, or its tokens are not there.
+        """
+        query, rollouts, calls = self._find(queries)
+        weights = weights_of(self.config, query, rollouts, calls)
+        some = spread(rollouts, self.config, count)
+        asked = f"query {query}"
+        if self.config.topology == "colocated":  # elsewhere groups are dropped and replaced, and agents differ
+            asked += f" of rl step {query // self.config.queries_per_step}"
+        console.print(Text(f"{asked}: {len(some)} of {len(rollouts)} rollouts", style="bold"))
+        marks = ("<<", ">>") if console.color_system is None else ("", "")
+        written, shown = sampled_text("so", marks), Text("so", style="dim")
+        console.print(Text.assemble("written by the agent itself: ", written, "; shown to it: ", shown))
+        episodes = [self._episode(rollout, calls, weights, marks) for rollout in some]
+        beside = max(1, console.width // COLUMN)
+        for first in range(0, len(episodes), beside):
+            console.print(side_by_side(episodes[first : first + beside]))
+
+    def _find(self, queries: Sequence[int]) -> tuple[int, list[RolloutRecord], list[CallRecord]]:
+        """The query to show, with its records."""
+        with copied_store(self.run, self.config) as store:
+            rollouts = {query: store.rollouts_of(query) for query in queries}
+            query = next((query for query in queries if self._differ(rollouts[query])), queries[0])
+            calls = store.calls_of(query)
+        if not rollouts[query]:
+            each = self.config.queries_per_step
+            raise ValueError(
+                f"query: {query} given, expected one that was sampled (step s asks {each} from {each} s on)"
+            )
+        return query, rollouts[query], calls
+
+    def _differ(self, rollouts: Sequence[RolloutRecord]) -> bool:
+        return len({main_reward(r, self.config.reward) for r in rollouts if r.status == "scored"}) > 1
+
+    def _episode(
+        self, rollout: RolloutRecord, calls: Sequence[CallRecord], weights: dict[Key, Weight], marks: tuple[str, str]
+    ) -> RenderableType:
+        """The main agent's call, then the calls it made of each sub-agent."""
+        order = [MAIN, *self.config.subs]
+        mine = sorted((c for c in calls if c.rollout == rollout.rollout), key=lambda call: order.index(call.agent))
+        trajectories = read(files_of(self.config, "trajectories", self.run), [call.position for call in mine])
+        scored = rollout.status == "scored"
+        found = f"correct {rollout.correct:g}" if scored else f"{rollout.status}: {visible(rollout.error)}"
+        head = Text(f"rollout {rollout.rollout}: {found}, {rollout.seconds:.1f} s", style="bold")
+        panels = [
+            self._panel(call, trajectory, weights.get((call.agent, call.rollout, call.call)), marks)
+            for call, trajectory in zip(mine, trajectories, strict=True)
+        ]
+        return Stack(head, *panels)
+
+    def _panel(self, call: CallRecord, trajectory: Trajectory, weight: Weight | None, marks: tuple[str, str]) -> Panel:
+        who = MAIN if call.agent == MAIN else f"{MAIN} -> {call.agent}, call {call.call + 1}"
+        facts = f"{call.tokens} tokens, {call.turns} turns, ended by {call.ended or 'an error'}, weights {call.version}"
+        text = Text.assemble((judged(call, weight), "cyan"), "\n", (facts, "cyan"), "\n\n")
+        for first, last in runs(trajectory.sampled):
+            words = self._decode(call.agent, trajectory.tokens[first:last].tolist())
+            text.append_text(sampled_text(words, marks) if trajectory.sampled[first] else Text(words, style="dim"))
+        return Panel(text, title=Text(who), title_align="left")
+
+    def _decode(self, agent: str, ids: list[int]) -> str:
+        words = self.tokenizers[agent].decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(words, str)  # a list, for a list of lists
+        return visible(words)
+
+
+def weights_of(
+    config: Config, query: int, rollouts: Sequence[RolloutRecord], calls: Sequence[CallRecord]
+) -> dict[Key, Weight]:
+    """Reward, advantage and multiplicity of every call in the query's scored rollouts, as the trainer weighs them."""
+    found: dict[Key, Weight] = {}
+    for index, name in enumerate(config.agents):
+        group = Group(query, "", 0, list(rollouts), [call for call in calls if call.agent == name])
+        weighted = weigh(name, index, [group], config.algorithm, config.reward, config.seed)
+        rows = zip(weighted.rewards, weighted.advantages, weighted.multiplicities, strict=True)
+        for call, (reward, advantage, copies) in zip(weighted.calls, rows, strict=True):
+            found[call.agent, call.rollout, call.call] = (float(reward), float(advantage), float(copies))
+    return found
+
+
+def spread(rollouts: Sequence[RolloutRecord], config: Config, count: int) -> list[RolloutRecord]:
+    """`count` rollouts from the best to the worst reward, evenly between; then unscored ones, if there are too few."""
+    scored = [r for r in rollouts if r.status == "scored"]
+    ranked = sorted(scored, key=lambda r: main_reward(r, config.reward), reverse=True)
+    if len(ranked) < count:
+        return (ranked + [r for r in rollouts if r.status != "scored"])[:count]
+    places = np.linspace(0, len(ranked) - 1, count).round().astype(int)
+    return [ranked[place] for place in places]
+
+
+def runs(flags_L: np.ndarray) -> list[tuple[int, int]]:
+    """[first, last) of the runs of equal flags, in order."""
+    edges = np.flatnonzero(np.diff(flags_L.astype(np.int8))) + 1
+    return list(pairwise([0, *edges.tolist(), len(flags_L)])) if len(flags_L) else []
+
+
+def visible(text: str) -> str:
+    """The text, with what does not print written as escapes: a model may write the codes that steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def sampled_text(words: str, marks: tuple[str, str]) -> Text:
+    return Text(f"{marks[0]}{words}{marks[1]}", style="bold green")
+
+
+def judged(call: CallRecord, weight: Weight | None) -> str:
+    """What a call is worth to training, in words."""
+    if weight is None:
+        return "not trained on"
+    reward, advantage, copies = weight
+    expert = "" if call.expert is None else f"expert {call.expert:.2f}, "
+    counts = "" if call.agent == MAIN else f", counts {copies:g}x"
+    return f"{'' if call.format else 'format invalid, '}{expert}reward {reward:.2f}, advantage {advantage:+.2f}{counts}"
+
+
+def side_by_side(columns: Sequence[RenderableType]) -> Table:
+    grid = Table.grid(expand=True)
+    for _ in columns:
+        grid.add_column(ratio=1)
+    grid.add_row(*columns)
+    return grid
+
+
+@contextmanager
+def copied_store(run: Path, config: Config) -> Iterator[Store]:
+    """The store as it is now; a SQLite file is copied, it would be locked against a training's writes while it is read.
+
+    Raises ValueError if the run has none.
+    """
+    if config.store.url.startswith("postgresql") and config.topology != "colocated":
+        with closing(open_store(config)) as store:
+            yield store
+        return
+    source = sqlite_file(run, config)
+    if not source.is_file():
+        raise ValueError(f"RUN: {run} given: expected a run directory with a {source.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "store.db"
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=60)) as original,
+            closing(sqlite3.connect(target)) as copy,
+        ):
+            original.backup(copy)
+        url = sa.URL.create("sqlite", database=str(target)).render_as_string()
+        with closing(Store(url, name_of(config))) as store:
+            yield store
+
+
+def name_of(config: Config) -> str:
+    """Of the run in its store, as `ledger.open_store` says."""
+    colocated = config.topology == "colocated" or not config.store.url
+    return config.topology if colocated else Path(config.run_dir).name
+
+
+def sqlite_file(run: Path, config: Config) -> Path:
+    if config.store.url and config.topology != "colocated":
+        return Path(sa.make_url(config.store.url).database or "").absolute()
+    return run.absolute() / "store.db"

@@ -1,0 +1,1 @@
+"""Play episodes between agents and record them; decide which task comes when."""

@@ -1,0 +1,1 @@
+"""Own a run's files: the run directory with its lock and checkpoints, metrics, trajectories, published weights."""

@@ -1,0 +1,206 @@
+"""Published weights: what a trainer hands to the samplers of its agent, as one safetensors file a version.
+
+Departs from the library's writer: we write the format ourselves (the header's length, a JSON header, the tensors'
+bytes), tensor by tensor, from where they lie in the CPU's memory, so that one thread hashes the bytes while another
+writes them and nothing is copied once more for the file. A file has its name only when it is whole: on a file system it
+is written aside, forced to the disk and renamed; in an object store it is one upload. The library reads it, after its
+size and SHA-256 were compared with those in the store.
+
+The *probe*: trainer and sampler both compute the log-probs of a prompt that follows from the run's seed. Weights that
+came over halved, stale or into the wrong places show as a gap that no rounding explains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mgrpo.engine.run.trajectories import below, fsync, listing
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FORCE = 32 << 20  # bytes after which those written so far are forced to the disk
+NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
+PROBE_TOKENS = 32
+PROBE_SEED = 1 << 34  # apart from whatever else is drawn from the run's seed
+
+
+class GapError(RuntimeError):
+    """A sampler's log-probs are not those of the trainer whose weights it loaded."""
+
+
+class DamagedWeightsError(ValueError):
+    """A published file does not hold the bytes that were published: torn, altered, or not yet seen whole from here."""
+
+
+class Published(NamedTuple):
+    """file: relative to the root; checksum: SHA-256 of its bytes, in hex; size: in bytes."""
+
+    file: str
+    checksum: str
+    size: int
+
+
+def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, Tensor]) -> Published:
+    """Writes `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
+
+    root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16; those not contiguous or not on
+    the CPU are copied first. Raises ValueError for another dtype; OSError that names the file when it cannot be
+    written: then there is none.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
+    parts = [_header(tensors), *map(_bytes, tensors.values())]
+    try:
+        fs.makedirs(f"{directory}/{agent}", exist_ok=True)
+        with ThreadPoolExecutor(1) as beside, _whole_file(fs, f"{directory}/{name}") as file:
+            checksum = beside.submit(_sha256, parts)
+            for part in parts:
+                _write_all(file, part)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write weights: {error.strerror or error}", f"{root}/{name}") from error
+    return Published(name, checksum.result(), sum(map(len, parts)))
+
+
+def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Tensor]:
+    """The tensors of a published file, on the CPU.
+
+    Raises DamagedWeightsError when the file has another size or checksum, or holds no safetensors; FileNotFoundError
+    when it is gone; ValueError when it lies outside the root.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    data = fs.cat_file(below(directory, file))
+    if len(data) != size:
+        raise DamagedWeightsError(f"weights {file}: expected {size} bytes, it has {len(data)}")
+    found = _sha256([data])
+    if found != checksum:
+        raise DamagedWeightsError(f"weights {file}: expected SHA-256 {checksum}, it has {found}")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise DamagedWeightsError(f"weights {file}: no safetensors: {error}") from error
+
+
+def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
+    """Deletes an agent's files but those named and the NEWEST written; also what a killed writer left. Returns them.
+
+    Only for the one trainer that acts for the agent.
+    """
+    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    written = {path: fs.modified(path) for path in listing(fs, f"{directory}/{agent}")}
+    whole = [path for path in written if re.fullmatch(r"v\d+-[0-9a-f]{8}\.safetensors", os.path.basename(path))]
+    kept = set(sorted(whole, key=lambda path: written[path])[-NEWEST:]) | {f"{directory}/{name}" for name in named}
+    old = sorted(written.keys() - kept)
+    for path in old:
+        fs.rm_file(path)
+    return [f"{agent}/{os.path.basename(path)}" for path in old]
+
+
+def probe_tokens(seed: int, vocabulary: int, context: int) -> list[int]:
+    """The prompt on which the two are compared: PROBE_TOKENS ids below `vocabulary`, but at most `context`."""
+    return np.random.default_rng([seed, PROBE_SEED]).integers(vocabulary, size=min(PROBE_TOKENS, context)).tolist()
+
+
+def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Sequence[float], limit: float) -> float:
+    """The mean absolute difference of two lists of log-probs, in nats. Raises GapError when it is above `limit`."""
+    assert len(trainer) == len(sampler) > 0, (len(trainer), len(sampler))
+    gap = float(np.abs(np.subtract(trainer, sampler)).mean())
+    if not gap <= limit:  # nor when it is NaN
+        raise GapError(
+            f"agents.{agent}: with version {version} of the weights the sampler's log-probs differ from the trainer's "
+            f"by {gap:.3g} nats a token: expected at most sampling.max_gap = {limit}"
+        )
+    return gap
+
+
+def _header(tensors: Mapping[str, Tensor]) -> memoryview:
+    """Its own length in 8 bytes, then JSON, filled up with spaces so that the tensors begin at a multiple of 8."""
+    entries, begin = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"weights: {name!r} is {tensor.dtype}: expected one of {list(DTYPES)}")
+        end = begin + tensor.numel() * tensor.itemsize
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    """Of them all, one after the other; while it computes, other threads may run."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """A raw write may take only a part, as it does just before the disk is full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+class _Forced:
+    """A file whose bytes go on to the disk while more are written, so that little is left to wait for in the end."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.waiting = file, 0
+        self.disk, self.forced = ThreadPoolExecutor(1), list[Future[None]]()
+
+    def __enter__(self) -> _Forced:
+        return self
+
+    def write(self, data: memoryview) -> int:
+        written = self.file.write(data)
+        self.waiting += written
+        if self.waiting >= FORCE:
+            self.forced.append(self.disk.submit(os.fsync, self.file))
+            self.waiting = 0
+        return written
+
+    def __exit__(self, *_: object) -> None:
+        self.disk.shutdown()
+        for forced in self.forced:  # the system tells of an error once: the last fsync need not hear of it
+            forced.result()
+
+
+@contextmanager
+def _whole_file(fs: Any, path: str) -> Iterator[Any]:
+    """A file to write to, which is there under its name if all went well, and else not at all."""
+    if not isinstance(fs, LocalFileSystem):
+        with fs.transaction, fs.open(path, "wb") as file:
+            yield file
+        return
+    folder, name = os.path.split(path)
+    aside = f"{folder}/.tmp-{name}"
+    try:
+        with open(aside, "wb", buffering=0) as file:
+            with _Forced(file) as forced:
+                yield forced
+            os.fsync(file)
+        os.rename(aside, path)
+        fsync(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            os.unlink(aside)

@@ -1,0 +1,1 @@
+"""Keep the shared statistics in a database: queries, groups, leases, roles, published weights."""

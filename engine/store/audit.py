@@ -1,0 +1,145 @@
+"""The part of the store that only looks: where groups stand, whether the books balance, what can be thrown away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+import sqlalchemy as sa
+
+from mgrpo.engine.store.database import reads, writes
+from mgrpo.engine.store.roles import Roster
+from mgrpo.engine.store.tables import STATES, calls, groups, metadata, publications, queries, roles, rollouts, runs
+
+FINISHED = ("acked", "expired")  # for good
+
+Counts = dict[str, dict[str, int]]
+
+
+class Accounts(Roster):
+    """What the command line, tests and reports ask."""
+
+    @reads
+    def runs(self, db: sa.Connection) -> list[str]:
+        """Every run in the database, colocated ones too."""
+        return sorted(db.scalars(sa.union(sa.select(runs.c.run), sa.select(queries.c.run))))
+
+    @reads
+    def accounting(self, db: sa.Connection) -> Counts:
+        """Of each agent the number of groups in each of STATES."""
+        return self._accounting(db)
+
+    @reads
+    def balance(self, db: sa.Connection) -> dict[str, Any]:
+        """The books, on one snapshot: "agents" (as `accounting`, with "opened" and, of the expired, "refilled"),
+        "queries", "rollouts", "calls", "late" (records that came too late), and "violations" by kind, which are all 0
+        in a run that lost nothing and did nothing twice.
+        """
+        found: dict[str, Any] = {"agents": self._accounting(db)}
+        for agent, counts in found["agents"].items():
+            counts["opened"] = sum(counts.values())
+            refilled = (groups.c.agent == agent, groups.c.state == "expired", groups.c.reason == "zero_std")
+            counts["refilled"] = self._count(db, groups, *refilled)
+        for table in (queries, rollouts, calls):
+            found[table.name] = self._count(db, table)
+        late = sa.select(sa.func.coalesce(sa.func.sum(queries.c.late), 0)).where(self._of(queries))
+        found["late"] = int(db.scalar(late) or 0)
+        found["violations"] = {kind: self._count(db, *rule) for kind, rule in self._violations().items()}
+        return found
+
+    @reads
+    def status(self, db: sa.Connection) -> dict[str, Any]:
+        """Of the run: "agents" and what each has published, "roles" and "leases" by who holds them, seconds left."""
+        left = sa.func.max(queries.c.deadline) - self.now
+        leased = self._of(queries, ~queries.c.sealed, queries.c.worker != "")
+        workers = sa.select(queries.c.worker, sa.func.count(), left).where(leased).group_by(queries.c.worker)
+        held = sa.select(roles.c.role, roles.c.holder, roles.c.deadline - self.now).where(self._of(roles))
+        return {
+            "agents": self._accounting(db),
+            "publications": {agent: vars(publication) for agent, publication in self._publications(db).items()},
+            "roles": {role: {"holder": holder, "seconds": left} for role, holder, left in db.execute(held)},
+            "leases": {worker: {"queries": count, "seconds": left} for worker, count, left in db.execute(workers)},
+        }
+
+    @reads
+    def dump(self, db: sa.Connection, write: Callable[[str], object]) -> None:
+        """Hands over every row of the run, a line of JSON with its "table", without holding them all at once."""
+        for table in metadata.sorted_tables:
+            if "run" in table.c:
+                rows = sa.select(table).where(self._of(table)).execution_options(yield_per=1000)
+                for row in db.execute(rows).mappings():
+                    write(json.dumps({"table": table.name, **row}))
+
+    @reads
+    def garbage(self, db: sa.Connection) -> list[str]:
+        """Trajectory files of whose calls every one is acked or expired for its agent.
+
+        A file that its writer has not closed may be among them: who deletes must leave out those.
+        """
+        waiting = sa.case((groups.c.state.in_(FINISHED), 0), else_=1)
+        files = sa.select(calls.c.file).join(groups, _same(groups, calls, "run", "agent", "query"))
+        done = files.where(self._of(calls)).group_by(calls.c.file).having(sa.func.sum(waiting) == 0)
+        return list(db.scalars(done.order_by(calls.c.file)))
+
+    @writes
+    def forget(self, db: sa.Connection, files: Collection[str]) -> int:
+        """Deletes the finished calls in files that are gone; rollouts and groups stay. Returns how many."""
+        group = _same(groups, calls, "run", "agent", "query")
+        finished = sa.exists().where(group, groups.c.state.in_(FINISHED))
+        return db.execute(sa.delete(calls).where(self._of(calls, calls.c.file.in_(files), finished))).rowcount
+
+    # ---- within a transaction
+
+    def _count(self, db: sa.Connection, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
+        return db.scalar(sa.select(sa.func.count()).select_from(table).where(self._of(table, *conditions))) or 0
+
+    def _accounting(self, db: sa.Connection) -> Counts:
+        counts = sa.select(groups.c.agent, groups.c.state, sa.func.count()).where(self._of(groups))
+        by_agent: Counts = {}
+        for agent, state, count in db.execute(counts.group_by(groups.c.agent, groups.c.state).order_by("agent")):
+            by_agent.setdefault(agent, dict.fromkeys(STATES, 0))[state] = count
+        return by_agent
+
+    def _violations(self) -> dict[str, tuple[Any, ...]]:
+        """What must never be, by kind: the table and the conditions of its rows that are wrong."""
+        query_of = {table: sa.exists().where(_same(queries, table, "run", "query")) for table in (rollouts, groups)}
+        sealed = {state: query_of[groups].where(queries.c.sealed == state) for state in (False, True)}
+        ended = _number(rollouts, queries, "run", "query")
+        agents = sa.select(sa.func.count(groups.c.agent.distinct())).where(self._of(groups)).scalar_subquery()
+        before = queries.alias()
+        follows = sa.exists().where(before.c.run == queries.c.run, before.c.query == queries.c.query - 1)
+        begun = sa.exists().where(self._of(runs))
+        acked = _number(groups, publications, "run", "agent", also=groups.c.state == "acked")
+        later = publications.alias()
+        newer = sa.exists().where(_same(later, publications, "run", "agent"), later.c.step > publications.c.step)
+        return {
+            "rollouts without a query": (rollouts, ~query_of[rollouts]),
+            "rollouts beyond K": (rollouts, query_of[rollouts].where(rollouts.c.rollout >= queries.c.rollouts)),
+            "calls without a rollout": (calls, ~sa.exists().where(_same(rollouts, calls, "run", "query", "rollout"))),
+            "groups without a query": (groups, ~query_of[groups]),
+            "queries without a group of each agent": (queries, _number(groups, queries, "run", "query") != agents),
+            "open groups of sealed queries": (groups, groups.c.state == "open", sealed[True]),
+            "closed groups of open queries": (groups, groups.c.state != "open", sealed[False]),
+            "open queries that are whole": (queries, ~queries.c.sealed, ended >= queries.c.rollouts),
+            "queries sealed too early": (
+                queries,
+                queries.c.sealed,
+                ended < sa.case((queries.c.rollouts < 2, queries.c.rollouts), else_=2),
+            ),
+            "numbers left out": (queries, begun, queries.c.query > 0, ~follows),
+            "acked, but not once": (groups, groups.c.acks != sa.case((groups.c.state == "acked", 1), else_=0)),
+            "agents with more acked than published": (publications, ~newer, acked > publications.c.trained),
+        }
+
+
+def _same(one: sa.FromClause, other: sa.FromClause, *names: str) -> sa.ColumnElement[bool]:
+    return sa.and_(*(one.c[name] == other.c[name] for name in names))
+
+
+def _number(
+    of: sa.Table, each: sa.Table, *names: str, also: sa.ColumnElement[bool] | None = None
+) -> sa.ScalarSelect[int]:
+    """How many rows `of` a table go with each row of another."""
+    conditions = [_same(of, each, *names)] + ([] if also is None else [also])
+    return sa.select(sa.func.count()).select_from(of).where(*conditions).correlate(each).scalar_subquery()

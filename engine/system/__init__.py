@@ -1,0 +1,1 @@
+"""Wrap the operating system: processes, signals, process groups, user imports, statistics."""

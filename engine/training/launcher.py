@@ -1,0 +1,190 @@
+"""Topology `local`: one trainer process, or group of ranks, per agent, its vLLM servers, and some rollout workers.
+
+This process trains nothing and imports no torch: it holds the run directory, begins the run in the store, and starts,
+watches and stops the others. All they need to go on is in their own checkpoints and in the store.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import cycle, islice
+from pathlib import Path
+
+from mgrpo.engine.config.resume import check_unchanged
+from mgrpo.engine.config.schema import Config, dump_config, read_dump
+from mgrpo.engine.inference.vllm.endpoints import Place, announce, transfer_kind
+from mgrpo.engine.inference.vllm.server import free_ports, server_task, url
+from mgrpo.engine.report.curves import draw_curves
+from mgrpo.engine.report.display import Display
+from mgrpo.engine.report.follow import Watch
+from mgrpo.engine.report.metrics import read_rows
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.store.open import begin, open_store
+from mgrpo.engine.system.process import RENDEZVOUS
+from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
+
+ENTRY = (sys.executable, "-P", "-m", "mgrpo.engine")  # -P: what lies in the working directory shadows no module
+LOOK = 1.0  # seconds between two looks at the metrics
+# Who never works beside another process may spin some 20 us between its small pieces of work: GNU's OpenMP then samples
+# a third faster than one that sleeps at once. Beside another it would be 2.6 times as slow.
+SPIN = {"GOMP_SPINCOUNT": "10000"}
+LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def train(config: Config, resume: bool, display: Display) -> None:
+    """Run or go on with a run; returns when all of it is done.
+
+    Raises ValueError for bad input, ChildProcessError when a process failed too often, Interrupted after Ctrl-C.
+    """
+    with closing(RunDirectory(config.run_dir, resume)) as run:
+        _begin(config, run)
+        try:
+            _supervise(config, run, display)
+        except ChildProcessError:
+            if not any(run.path.glob("agents/*/checkpoints/*-*")):  # nothing to go on from: no run that was begun
+                run.config.unlink()
+            raise
+
+
+def _begin(config: Config, run: RunDirectory) -> None:
+    if run.config.exists():
+        check_unchanged(read_dump(run.config.read_text()), config)
+    else:
+        for rest in run.path.glob("store.db*"):  # of an attempt that came to nothing, perhaps with another config
+            rest.unlink()
+    with closing(open_store(config)) as store:  # refuses a url with a password before the config is written down
+        begin(store, config)
+    run.write_config(dump_config(config))
+
+
+def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
+    logs = run.path / "logs"
+    logs.mkdir(exist_ok=True)
+    watch = Watch(config, display)
+    with tempfile.TemporaryDirectory(prefix="mgrpo-") as meeting:
+        supervisor = Supervisor(tasks_of(config, run.config, Path(meeting)), logs, config.restarts, display.say)
+        look = _every(LOOK, lambda: watch.look(supervisor.states()))
+        supervisor.run(look)
+    watch.look(supervisor.states())
+    try:
+        draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
+    except OSError as error:  # the run is whole without it
+        display.say(f"no figure: {error}; `mgrpo report {run.path}` draws it")
+
+
+def tasks_of(config: Config, file: Path, meeting: Path) -> list[ProcessSpec]:
+    """The run's processes. file: the config as JSON; meeting: a private folder in which ranks find each other."""
+    devices = cycle(gpus(config) or [""])
+    mine = {name: list(islice(devices, agent.ranks)) for name, agent in config.agents.items()}
+    tasks, places = _servers(config, devices, mine)
+    known = announce(places)
+    for name, agent in config.agents.items():
+        settings = _settings(agent.ranks, mine[name], {}) | known
+        environments = _ranks(agent.ranks, settings, f"file://{meeting}/{name}")
+        tasks.append(ProcessSpec(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
+    served = [agent.vllm is not None for agent in config.agents.values()]
+    alone = config.sampling.workers == 1 and config.sampling.max_staleness == 0 and not any(served)
+    for number in range(config.sampling.workers):
+        settings = _settings(1, [] if all(served) else [next(devices)], SPIN if alone else {}) | known
+        command = [*ENTRY, "rollout", str(file), "--name", f"worker-{number}"]
+        tasks.append(ProcessSpec(f"worker-{number}", command, lambda _, settings=settings: [settings]))  # type: ignore[misc]
+    return tasks
+
+
+def _servers(
+    config: Config, devices: Iterator[str], trainers: Mapping[str, Sequence[str]]
+) -> tuple[list[ProcessSpec], dict[str, Place]]:
+    """Those that the run starts itself, and where they are. trainers: the GPUs of each agent's trainer."""
+    tasks, places = [], {}
+    for name, agent in config.agents.items():
+        vllm = agent.vllm
+        if vllm is None or vllm.urls:
+            continue
+        size = vllm.tensor_parallel * vllm.data_parallel
+        cards = [card for card in vllm.gpus or islice(devices, vllm.servers * size) if card]
+        kind = transfer_kind(vllm.transfer, set(trainers[name]) - {""}, set(cards))
+        ports = free_ports(vllm.servers)
+        for number, port in enumerate(ports):
+            tasks.append(
+                server_task(
+                    f"server-{name}-{number}",
+                    agent.model,
+                    port,
+                    dtype=config.compute.dtype,
+                    max_context=agent.max_context,
+                    transfer=kind,
+                    gpus=cards[number * size : (number + 1) * size],
+                    tensor_parallel=vllm.tensor_parallel,
+                    data_parallel=vllm.data_parallel,
+                    extra=vllm.arguments,
+                    settings=_settings(1, [], {}),
+                )
+            )
+        places[name] = Place([url(port) for port in ports], kind)
+    return tasks, places
+
+
+def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int], Sequence[Mapping[str, str]]]:
+    """What torchrun would set, but that each attempt's ranks meet in a new file and not at a port."""
+    common = {**settings, **LOOPBACK, "WORLD_SIZE": str(ranks)}
+
+    def environments(attempt: int) -> list[Mapping[str, str]]:
+        return [
+            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), RENDEZVOUS: f"{meet}-{attempt}"}
+            for rank in range(ranks)
+        ]
+
+    return environments
+
+
+def _settings(ranks: int, devices: Sequence[str], spin: Mapping[str, str]) -> dict[str, str]:
+    """The cores and GPUs of one of `ranks` processes that work at the same time.
+
+    Agents and workers mostly wait for each other, so that each has all cores; but where a thread would spin while it
+    waits for the next piece of work, it must sleep and leave the core to another process.
+    """
+    cores = len(os.sched_getaffinity(0))
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "OMP_WAIT_POLICY": "PASSIVE", **spin}
+    settings = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    return settings | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if any(devices) else {})
+
+
+def gpus(config: Config) -> list[str]:
+    """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them, found without loading CUDA here."""
+    if config.compute.device not in ("auto", "cuda"):  # a certain one is every process' own
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len(list(folder.iterdir())))] if folder.is_dir() else []
+
+
+def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
+    """`act`, but at most once in so many seconds."""
+    due = 0.0
+
+    def tick() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            act()
+            due = time.monotonic() + seconds
+
+    return tick
+
+
+def cluster_commands(config: Config, file: Path) -> str:
+    """What to run where, for topology `cluster`."""
+    lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
+    lines += [f"  torchrun … -m mgrpo.engine agent {file} --name {name}" for name in config.agents]
+    for agent in config.agents.values():
+        if agent.vllm:
+            lines.append(
+                f"  mgrpo serve {agent.model} …      # at {', '.join(agent.vllm.urls)}; MGRPO_SERVER_TOKEN everywhere"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,267 @@
+"""The LM head and its softmax, a chunk of rows at a time: log-prob, entropy and the gradient in one sweep.
+
+Departs from the standard method in two ways. The gradient with respect to the logits is formed as soon as a row's
+log-prob is known, so that one sweep costs three matmuls and keeps no logits. And the softmax walks a chunk in blocks
+small enough for the cache: only the matmul's own (chunk x V) buffer, in the matmul's dtype, ever lies in memory; it
+holds the logits first and their gradient afterwards. On a GPU `fused.py` does the same with Triton.
+
+Legend: N all rows, L live rows, D left out, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .dispatch import takes_kernels, triton_module
+from .terms import Coefficients
+from .vocab_parallel import LOWEST, Shard, Statistics
+
+# Long enough for the matmuls to run at speed (650 bf16 rows of a vocabulary of 49152), short against (N x V).
+CHUNK_BYTES = 1 << 26
+# Two blocks of this size stay in a CPU's last-level cache. Smaller ones are no faster and cost more thread barriers,
+# each of which waits a time slice where cores are shared; on a GPU, more launches.
+BLOCK_BYTES = {"cpu": 3 << 21}
+BLOCK_BYTES_ELSEWHERE = 1 << 26
+# Vocabulary rows of dW formed at a time, so that the partial product is small and is added while in the cache.
+DWEIGHT_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which rows to sweep and how.  index_L None: all, else rest_D are the others.  temperature: a number or (L,).
+
+    With a shard the targets count from the first row of this rank's weight, and may lie outside it.
+    """
+
+    targets_L: Tensor
+    index_L: Tensor | None
+    temperature: float | Tensor
+    matmul_dtype: torch.dtype
+    chunk_rows: int | None = None
+    shard: Shard | None = None
+    rest_D: Tensor | None = None
+
+    def take(self, source: Tensor, rows: slice) -> Tensor:
+        """Those rows of an (N, ...) tensor."""
+        return source[rows] if self.index_L is None else source.index_select(0, self.index_L[rows])
+
+    def put(self, source_LX: Tensor, count: int) -> Tensor:
+        """An (N, ...) tensor with these live rows, and zeros elsewhere."""
+        if self.index_L is None:
+            return source_LX
+        return source_LX.new_zeros(count, *source_LX.shape[1:]).index_copy_(0, self.index_L, source_LX)
+
+    def widest(self, vocabulary: int) -> int:
+        """Columns of the longest row of logits on any rank, since all must cut their rows alike."""
+        return max(vocabulary, self.shard.widest) if self.shard else vocabulary
+
+    def chunks(self, vocabulary: int) -> Iterator[slice]:
+        """Equal chunks of at most `chunk_rows` rows, or as many as CHUNK_BYTES hold."""
+        fitting = CHUNK_BYTES // (self.widest(vocabulary) * self.matmul_dtype.itemsize)
+        return slices(len(self.targets_L), self.chunk_rows or max(1, fitting), even=True)
+
+
+class Sweep(NamedTuple):
+    """Log-prob and entropy of each row, and the gradients asked for.
+
+    Of hidden: live rows only, in its dtype; of weight and bias, and of hidden with a shard: in float32 or float64.
+    """
+
+    logprobs_L: Tensor
+    entropy_L: Tensor
+    dhidden_LH: Tensor | None
+    dweight_VH: Tensor | None
+    dbias_V: Tensor | None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything but the matmuls."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slices(total: int, size: int, *, even: bool = False) -> Iterator[slice]:
+    """range(total) in slices of at most `size`; `even`: all about as long."""
+    if even and total:
+        size = math.ceil(total / math.ceil(total / size))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def sweep(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: HeadPlan,
+    coefficients: Coefficients | None = None,
+    needs: tuple[bool, ...] = (False, False, False),
+) -> Sweep:
+    """Log-prob and entropy of the plan's rows; with `coefficients`, also the gradients that `needs` asks for.
+
+    Of a sharded head each rank gets the gradient of its own rows of weight and bias, and all of hidden's.
+    """
+    method = triton_module("linear_head").linear_sweep if takes_kernels(hidden_NH, plan.matmul_dtype) else _sweep
+    with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
+        coefficients = coefficients if any(needs) else None
+        if len(weight_VH):
+            out = method(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
+        else:
+            out = _sweep_nothing(method, hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
+        if plan.shard is not None and out.dhidden_LH is not None:
+            dist.all_reduce(out.dhidden_LH, group=plan.shard.group)
+    return out
+
+
+def _sweep_nothing(
+    method: Callable[..., Sweep], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *rest: Any
+) -> Sweep:
+    """An empty shard takes part with one row of a bias that no softmax sees."""
+    row_1H, bias_1 = weight_VH.new_zeros(1, weight_VH.shape[1]), weight_VH.new_full((1,), -torch.inf)
+    out = method(hidden_NH, row_1H, bias_1, *rest)
+    dweight_VH, dbias_V = (None if t is None else t[:0] for t in (out.dweight_VH, out.dbias_V))
+    return out._replace(dweight_VH=dweight_VH, dbias_V=dbias_V)
+
+
+def _sweep(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: HeadPlan,
+    coefficients: Coefficients | None,
+    needs: tuple[bool, ...],
+) -> Sweep:
+    matmul_VH = weight_VH.to(plan.matmul_dtype)
+    (vocabulary, width), count, dtype = weight_VH.shape, len(plan.targets_L), wide(plan.matmul_dtype)
+    new = hidden_NH.new_empty
+    out = Sweep(
+        new(count, dtype=dtype),
+        new(count, dtype=dtype),
+        new(count, width, dtype=dtype if plan.shard else hidden_NH.dtype) if needs[0] else None,
+        torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        hidden_NH.new_zeros(vocabulary, dtype=dtype) if needs[2] else None,
+    )
+    chunks = list(plan.chunks(vocabulary))
+    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+    buffer_CV = new(longest, vocabulary, dtype=plan.matmul_dtype)
+    softmax = Softmax(vocabulary, dtype, hidden_NH.device, longest, plan)
+    for rows in chunks:
+        hidden_CH = plan.take(hidden_NH, rows).to(plan.matmul_dtype)
+        logits_CV = torch.mm(hidden_CH, matmul_VH.t(), out=buffer_CV[: rows.stop - rows.start])
+        for block in softmax.blocks(rows):
+            inside = slice(block.start - rows.start, block.stop - rows.start)
+            gradient_BV = softmax.block(logits_CV[inside], bias_V, block, out, coefficients)
+            if gradient_BV is not None:
+                logits_CV[inside].copy_(gradient_BV)
+                if out.dbias_V is not None:
+                    out.dbias_V.add_(gradient_BV.sum(0))
+        if out.dhidden_LH is not None:
+            out.dhidden_LH[rows] = torch.mm(logits_CV, matmul_VH)
+        if out.dweight_VH is not None:
+            _add_dweight(out.dweight_VH, logits_CV, hidden_CH)
+    return out
+
+
+def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+    """dW += dlogits^T hidden, summed in dW's wide dtype whatever the matmul's: bf16 sums stall over many chunks."""
+    for part in slices(len(dweight_VH), DWEIGHT_ROWS):
+        dweight_VH[part].add_(torch.mm(dlogits_CV[:, part].t(), hidden_CH))
+
+
+class Softmax:
+    """Log-softmax, entropy and gradient of a block of rows at a time, in two reused buffers.
+
+    With z the shifted, tempered logits, e = exp z, Z = sum e:  logp = z_y - log Z,  H = log Z - sum(e z)/Z,
+    dlogp/dz_j = [j = y] - p_j,  dH/dz_j = -p_j (log p_j + H).  Of a shard all but z is the whole vocabulary's.
+    """
+
+    def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device, longest: int, plan: HeadPlan) -> None:
+        size = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // (plan.widest(vocabulary) * dtype.itemsize)
+        self.rows, self.plan = max(1, min(size, longest)), plan
+        self.work_2BV = torch.empty(2, self.rows, vocabulary, dtype=dtype, device=device)
+
+    def blocks(self, rows: slice) -> Iterator[slice]:
+        """The slice in blocks that fit the buffers."""
+        return (slice(rows.start + s.start, rows.start + s.stop) for s in slices(rows.stop - rows.start, self.rows))
+
+    def forward(self, logits_BV: Tensor, bias_V: Tensor | None, targets_B: Tensor) -> Statistics:
+        """Statistics of each row.  The buffers then hold e and e z for `gradient`."""
+        z_BV, self.e_BV = self.work_2BV[:, : len(logits_BV)]
+        z_BV.copy_(logits_BV)
+        if bias_V is not None:
+            z_BV.add_(bias_V)
+        self.top_B1 = z_BV.amax(1, keepdim=True).clamp_(min=torch.finfo(z_BV.dtype).min)
+        z_BV.sub_(self.top_B1)
+        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+            z_BV.div_(self.temperature)
+        self.here_B1 = ((targets_B >= 0) & (targets_B < z_BV.shape[1]))[:, None]
+        self.at_B1 = targets_B[:, None].clamp(0, z_BV.shape[1] - 1)
+        target_B1 = z_BV.gather(1, self.at_B1).masked_fill_(~self.here_B1, -torch.inf)
+        torch.exp(z_BV.clamp_(min=LOWEST), out=self.e_BV)
+        self.ez_BV = z_BV.mul_(self.e_BV)
+        sum_B1 = self.e_BV.sum(1, keepdim=True)
+        log_sum_B1 = sum_B1.log()
+        entropy_B1 = log_sum_B1 - self.ez_BV.sum(1, keepdim=True) / sum_B1
+        return Statistics(target_B1[:, 0] - log_sum_B1[:, 0], entropy_B1[:, 0], self.top_B1[:, 0], log_sum_B1[:, 0])
+
+    def gradient(self, found: Statistics, by_logprob_B: Tensor, by_entropy_B: Tensor | None) -> Tensor:
+        """Gradient with respect to the logits of the block just done, valid until the next one."""
+        _, entropy_B1, top_B1, log_sum_B1 = (t[:, None] for t in found if t is not None)
+        c_B1 = by_logprob_B[:, None] / self.temperature
+        log_p_less_z_B1 = ((self.top_B1 - top_B1) / self.temperature - log_sum_B1).clamp_(min=LOWEST)
+        p_per_e_B1 = log_p_less_z_B1.exp()
+        if by_entropy_B is None:
+            self.e_BV.mul_(-c_B1 * p_per_e_B1)
+        else:
+            g_B1 = by_entropy_B[:, None] / self.temperature
+            self.e_BV.mul_(-(c_B1 + g_B1 * (entropy_B1 + log_p_less_z_B1)) * p_per_e_B1)
+            self.e_BV.addcmul_(self.ez_BV, -g_B1 * p_per_e_B1)
+        return self.e_BV.scatter_add_(1, self.at_B1, c_B1 * self.here_B1)
+
+    def block(
+        self,
+        logits_BV: Tensor,
+        bias_V: Tensor | None,
+        rows: slice,
+        out: "Sweep | TokenSweep",
+        coefficients: Coefficients | None,
+    ) -> Tensor | None:
+        """Write the rows' log-prob and entropy to `out`; the gradient w.r.t. their logits if there are coefficients."""
+        temperature = self.plan.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows, None].to(self.work_2BV.dtype)
+        self.temperature = temperature
+        found = self.forward(logits_BV, bias_V, self.plan.targets_L[rows])
+        if self.plan.shard is not None:
+            found = self.plan.shard.merge(found, temperature if isinstance(temperature, float) else temperature[:, 0])
+        out.logprobs_L[rows], out.entropy_L[rows] = found[:2]
+        return None if coefficients is None else self.gradient(found, *coefficients.of(found.logprobs_L, rows))
+
+
+class TokenSweep(NamedTuple):
+    """Log-prob and entropy of each row."""
+
+    logprobs_L: Tensor
+    entropy_L: Tensor
+
+
+@torch.no_grad()
+def token_sweep(
+    logits_NV: Tensor, plan: HeadPlan, coefficients: Coefficients | None = None, gradient_NV: Tensor | None = None
+) -> TokenSweep:
+    """The same for logits that exist already; with `coefficients` the live rows of `gradient_NV` are written.
+
+    That may be the logits themselves: a block of rows is copied before its gradient is.
+    """
+    count, dtype = len(plan.targets_L), wide(logits_NV.dtype)
+    new = logits_NV.new_empty
+    out = TokenSweep(new(count, dtype=dtype), new(count, dtype=dtype))
+    softmax = Softmax(logits_NV.shape[1], dtype, logits_NV.device, count, plan)
+    for rows in softmax.blocks(slice(0, count)):
+        gradient_BV = softmax.block(plan.take(logits_NV, rows), None, rows, out, coefficients)
+        if gradient_NV is not None and gradient_BV is not None:
+            where = rows if plan.index_L is None else plan.index_L[rows]
+            gradient_NV[where] = gradient_BV.to(gradient_NV.dtype)
+    return out

@@ -1,0 +1,151 @@
+"""The sweeps of `head.py` with the row kernel of `epilogue.py`, for a GPU.
+
+Departs from `head.py` in where the logits lie: in float32, as the matmul sums them, a few rows at a time in one reused
+buffer; their gradient, in the matmul's dtype, fills a second one of more rows, because each pass over dW reads and
+writes all of it in float32, which takes longer than the matmul itself unless that has some thousand rows.
+
+Legend: L live rows, C rows of a chunk, B rows of a block of logits, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linear_head import HeadPlan, Sweep, slices
+from ..terms import Coefficients
+from ..vocab_parallel import Statistics
+from .epilogue import new_statistics, run_rows
+
+# Float32 logits in memory at a time, and bf16 gradients: of a vocabulary of 151936, 256 and 768 rows. With the float32
+# dW of a width of 4096 and dX of 8192 rows that is just below 3 GB.
+LOGITS_BYTES = 5 << 25
+GRADIENT_BYTES = 15 << 24
+# Rows of a matmul's tile: a slice of one more than these costs as much as one of twice as many.
+TILE_ROWS = 128
+
+
+def whole_tiles(rows: int) -> int:
+    """At most that many rows, whole tiles of a matmul if there is room for one."""
+    return rows // TILE_ROWS * TILE_ROWS or max(1, rows)
+
+
+def tiled_slices(total: int, size: int) -> Iterator[slice]:
+    """range(total) in slices of at most `size`, about as long as each other but, the last apart, of whole tiles."""
+    size = whole_tiles(size)
+    even = math.ceil(total / max(1, math.ceil(total / size)))
+    return slices(total, min(size, max(1, math.ceil(even / TILE_ROWS)) * TILE_ROWS))
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, summed and written in out's dtype: that of a and b, or float32."""
+    beta = 1 if add else 0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:  # torch has no such matmul for a CPU, where only the tests come by
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def linear_sweep(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: HeadPlan,
+    coefficients: Coefficients | None,
+    needs: tuple[bool, ...],
+) -> Sweep:
+    """`head.sweep`."""
+    (vocabulary, width), count = weight_VH.shape, len(plan.targets_L)
+    matmul_VH = weight_VH.to(plan.matmul_dtype)
+    new = hidden_NH.new_empty
+    widest = plan.widest(vocabulary)
+    statistics = new_statistics(hidden_NH, count, for_gradient=plan.shard is not None)
+    out = Sweep(
+        statistics.logprobs_L,
+        statistics.entropy_L,
+        new(count, width, dtype=torch.float32 if plan.shard else hidden_NH.dtype) if needs[0] else None,
+        new(vocabulary, width, dtype=torch.float32) if needs[1] else None,
+        hidden_NH.new_zeros(vocabulary, dtype=torch.float32) if needs[2] else None,
+    )
+    if not count and out.dweight_VH is not None:
+        out.dweight_VH.zero_()
+    chunks = list(tiled_slices(count, plan.chunk_rows or GRADIENT_BYTES // (widest * plan.matmul_dtype.itemsize)))
+    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+    logits_BV = new(whole_tiles(min(longest, LOGITS_BYTES // (4 * widest))), vocabulary, dtype=torch.float32)
+    gradient_CV = new(longest, vocabulary, dtype=plan.matmul_dtype) if coefficients else None
+    for rows in chunks:
+        hidden_CH = plan.take(hidden_NH, rows).to(plan.matmul_dtype)
+        for inside in tiled_slices(len(hidden_CH), len(logits_BV)):
+            logits = logits_BV[: inside.stop - inside.start]
+            multiply(hidden_CH[inside], matmul_VH.t(), logits)
+            block = slice(rows.start + inside.start, rows.start + inside.stop)
+            gradient = None if gradient_CV is None else gradient_CV[inside]
+            _do_rows(logits, bias_V, plan, block, statistics, coefficients, gradient)
+        if gradient_CV is not None:
+            _add_gradients(out, rows, gradient_CV[: len(hidden_CH)], hidden_CH, matmul_VH)
+    return out
+
+
+def _do_rows(
+    logits_BV: Tensor,
+    bias_V: Tensor | None,
+    plan: HeadPlan,
+    rows: slice,
+    statistics: Statistics,
+    coefficients: Coefficients | None,
+    gradient_BV: Tensor | None,
+) -> None:
+    """Statistics and gradient of a block of logits: in one launch, or one before and one after the ranks' merge."""
+
+    def launch(*, known: bool, **gradient: Any) -> None:
+        run_rows(logits_BV, bias_V, plan.targets_L, plan.temperature, rows, statistics, known=known, **gradient)
+
+    if plan.shard is None:
+        return launch(known=False, coefficients=coefficients, gradient_CV=gradient_BV)
+    launch(known=False)
+    temperature = plan.temperature[rows] if isinstance(plan.temperature, Tensor) else plan.temperature
+    mine = Statistics(*(t[rows] for t in statistics if t is not None))
+    for whole_L, merged_B in zip(statistics, plan.shard.merge(mine, temperature), strict=True):
+        assert whole_L is not None and merged_B is not None
+        whole_L[rows] = merged_B
+    if gradient_BV is not None:
+        launch(known=True, coefficients=coefficients, gradient_CV=gradient_BV)
+
+
+def _add_gradients(out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tensor, matmul_VH: Tensor) -> None:
+    if out.dhidden_LH is not None:
+        multiply(gradient_CV, matmul_VH, out.dhidden_LH[rows])
+    if out.dweight_VH is not None:
+        multiply(gradient_CV.t(), hidden_CH, out.dweight_VH, add=rows.start > 0)
+    if out.dbias_V is not None:
+        out.dbias_V.add_(gradient_CV.sum(0, dtype=out.dbias_V.dtype))
+
+
+def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
+    """Statistics of the plan's rows of existing logits, which are read once."""
+    statistics = new_statistics(logits_NV, len(plan.targets_L), for_gradient=True)
+    rows = slice(0, len(plan.targets_L))
+    run_rows(logits_NV, None, plan.targets_L, plan.temperature, rows, statistics, index_L=plan.index_L)
+    return statistics
+
+
+def token_backward(
+    logits_NV: Tensor, plan: HeadPlan, kept: Sequence[Tensor], coefficients: Coefficients, gradient_NV: Tensor
+) -> None:
+    """Write the gradient with respect to the live rows of the logits, over these if told: one read and one write."""
+    run_rows(
+        logits_NV,
+        None,
+        plan.targets_L,
+        plan.temperature,
+        slice(0, len(plan.targets_L)),
+        Statistics(*kept),
+        coefficients=coefficients,
+        gradient_CV=gradient_NV,
+        index_L=plan.index_L,
+        known=True,
+    )

@@ -1,0 +1,72 @@
+"""What a decoupled run's checkpoints are worth: each agent has its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mgrpo.engine.cli import check
+from mgrpo.engine.config.schema import VLLMConfig
+from mgrpo.engine.policy.policy import Policy
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.training.leader import CheckpointInfo
+from mgrpo.engine.training.trainer import AgentTrainer
+from toy import make_model, toy_config
+
+
+def save(policy: Policy, run: Path, steps: list[int]) -> None:
+    """Checkpoints as the agent's trainer leaves them, later ones with other weights."""
+    own = RunDirectory(run / "agents" / policy.name)
+    for step in steps:
+
+        def write(folder: Path, step: int = step) -> None:
+            saved = CheckpointInfo(stage="rl", step=step, policy=policy.save_state(folder / policy.name))
+            (folder / "state.json").write_bytes(msgspec.json.encode(saved))
+
+        own.save_checkpoint(f"rl-{step:05d}", write, keep=9)
+        for weight in policy.masters.weights.values():
+            weight.data.add_(1.0)
+    own.close()
+
+
+def test_an_agents_servers_are_told_and_its_weights_are_not_the_workers(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, topology="local")
+    sizes = dict.fromkeys(config.agents, (1.0, 3.0, 0.5))
+    assert "1.5 GiB" not in check.totals(config, sizes) and "3.0 GiB for each rollout worker" in check.totals(
+        config, sizes
+    )
+    for vllm, told in (
+        (VLLMConfig(servers=2, tensor_parallel=4), "2 x vLLM server of 4 GPUs for main"),
+        (VLLMConfig(urls=["http://a:1", "http://b:2"]), "vLLM at http://a:1 and http://b:2 for main"),
+    ):
+        main = msgspec.structs.replace(config.agents["main"], vllm=vllm)
+        served = msgspec.structs.replace(config, agents={**config.agents, "main": main})
+        assert told in check.processes(served)
+        assert "1.5 GiB for each rollout worker" in check.totals(served, sizes)
+
+
+def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config, run = toy_config(tmp_path), tmp_path / "run"
+    policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
+    save(policies["main"], run, [2, 10])
+    with pytest.raises(ValueError, match="expected a checkpoint of agent 'clerk' in it"):
+        check.evaluate(config, run)
+    save(policies["clerk"], run, [4])
+    told = check.evaluate(config, run)
+    assert told.startswith(f"{run}: main rl step 10, clerk rl step 4: held-out accuracy ")
+    assert "on 10 questions" in told
+
+
+@pytest.mark.parametrize("key", ["objective", "advantage"])
+def test_a_function_of_the_users_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, key: str):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, algorithm={"rollouts": 4, key: "nowhere.py:f"})
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+        check.describe(config)
+    policy = Policy("main", config.agents["main"], config.compute)
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+        AgentTrainer(config, policy, str(tmp_path))

@@ -1,0 +1,172 @@
+"""`mgrpo store init|status|dump|gc`, of a run's file and of a URL."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_store import episode
+
+from mgrpo.bench.postgres import PASSWORD
+from mgrpo.engine.cli import main as cli
+from mgrpo.engine.config.schema import load_config
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.store import open as ledger
+from mgrpo.engine.store.groups import Publication, Store
+
+FILE = """
+run_dir = "{folder}/run"
+topology = "local"
+queries_per_step = 2
+[environment]
+use = "sums.py:Sums"
+[agents.main]
+model = "{folder}/model"
+[agents.search]
+model = "{folder}/model"
+[algorithm]
+rollouts = 2
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(FILE.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def mgrpo(monkeypatch, capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mgrpo", "store", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def fill(file: Path) -> Store:
+    """Two queries recorded, the main agent has acked one, and their files of 10 bytes are there."""
+    config = load_config(file)
+    RunDirectory(config.run_dir, resume=True).close()
+    store = ledger.open_store(config)
+    ledger.begin(store, config)
+    for agent in config.agents:
+        store.hold(f"trainer:{agent}", "host:7", 50)
+        weights = {"file": "f", "checksum": "", "size": 1, "trained": 1, "version": 1}
+        store.publish(Publication(agent=agent, step=1, **weights), "host:7")
+    store.take("worker-1", 2, ahead=1, total=9, task_of=str, lease=50)
+    for rollout in range(2):
+        store.record(*episode(0, rollout))
+        store.record(*episode(1, rollout))
+    store.claim("main", 2, "host:7")
+    store.ack("main", [0, 1], "host:7")
+    for agent in config.agents:
+        (Path(config.run_dir) / "trajectories" / f"{agent}-00000.arrow").write_bytes(b"0123456789")
+    return store
+
+
+def test_init_makes_the_run_once_and_not_as_another(file, mgrpo):
+    for _ in range(2):
+        code, out, _ = mgrpo("init", file)
+        assert code == 0 and "store.db: run 'local' of main, search is begun" in out
+    file.write_text(file.read_text().replace("rollouts = 2", "rollouts = 3"))
+    code, _, err = mgrpo("init", file)
+    assert code == 1 and err.startswith("error: run 'local': rollouts: 3 given: expected 2")
+
+
+def test_status_and_dump_of_a_file_and_of_its_url(file, mgrpo):
+    store = fill(file)
+    for target in (file, store.name):
+        code, out, _ = mgrpo("status", target)
+        assert code == 0
+        assert "run local: 2 queries, 4 rollouts, 12 calls" in out
+        assert "main: 2 acked, 2 opened; step 1 published" in out and "search: 2 sealed, 2 opened" in out
+        assert "trainer:main is held by host:7, for another" in out
+        assert "violations: 1 agents with more acked than published" in out
+        code, out, _ = mgrpo("dump", target)
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 0 and sum(row["table"] == "calls" for row in rows) == 12
+        assert {row["run"] for row in rows} == {"local"}
+
+
+def test_a_store_that_is_not_there_is_not_made(file, mgrpo, tmp_path):
+    for target in (file, f"sqlite:///{tmp_path}/none.db"):
+        for command in ("status", "dump"):
+            code, _, err = mgrpo(command, target)
+            assert code == 1 and err.startswith("error: store: ") and err.endswith("is not there\n")
+    assert not list(tmp_path.rglob("*.db"))
+
+
+def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
+    store = fill(file)
+    folder = Path(load_config(file).run_dir)
+    code, _, err = mgrpo("gc", file)
+    assert code == 1 and "gc: run 'local' is alive (trainer:main, trainer:search): stop it first" in err
+    for agent in ("main", "search"):
+        store.release_role(f"trainer:{agent}", "host:7")
+    held = RunDirectory(folder, resume=True)
+    code, _, err = mgrpo("gc", file)
+    assert code == 1 and "is in use by process" in err
+    held.close()
+    for target in (file, store.name):
+        code, out, _ = mgrpo("gc", target)
+        assert code == 0 and out == (
+            "run local: 1 files of 4 calls deleted, 10 bytes\n"
+            if target == file
+            else "run local: 0 files of 0 calls deleted, 0 bytes\n"
+        )
+    assert [path.name for path in (folder / "trajectories").iterdir()] == ["search-00000.arrow"]
+    assert len(store.calls_of(0)) == 4
+
+
+def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrpo, monkeypatch, tmp_path):
+    monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
+    url = server.create()
+    file.write_text(f'{file.read_text()}\n[store]\nurl = "{url}"\n')
+    store = fill(file)
+    assert store.run == "run"
+    code, _, err = mgrpo("gc", url)
+    assert code == 1 and "expected --run-dir" in err
+    for agent in ("main", "search"):
+        store.release_role(f"trainer:{agent}", "host:7")
+    (tmp_path / "other" / "trajectories").mkdir(parents=True)
+    assert mgrpo("gc", url, "--run-dir", tmp_path / "other")[1] == f"{url}: no run 'other'\n"
+    code, _, err = mgrpo("gc", url, "--run-dir", tmp_path / "nowhere")
+    assert code == 1 and "expected a run directory with trajectories" in err
+    assert mgrpo("gc", url, "--run-dir", tmp_path / "run")[1].startswith("run run: 1 files of 4 calls deleted")
+    assert mgrpo("status", url)[0] == 0
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "", "..", "a\\..\\b"])
+def test_gc_deletes_nothing_outside_the_run(tmp_path, name):
+    root = tmp_path / "trajectories"
+    root.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (root / "main-00000.arrow").write_text("x")
+    with pytest.raises(ValueError, match="expected a path below"):
+        ledger.remove(str(root), ["main-00000.arrow", name])
+    assert (tmp_path / "secret").exists() and (root / "main-00000.arrow").exists()
+
+
+def test_a_run_is_the_same_with_other_steps_or_machines_but_not_with_other_rewards(file):
+    def changed(*overrides: str) -> str:
+        return ledger.fingerprint(load_config(file, overrides))
+
+    assert len(changed()) == 32
+    for override in (
+        "sampling.workers=9",
+        "checkpoint.every=3",
+        "steps=99",
+        "agents.main.ranks=2",
+        "run_dir=elsewhere",
+    ):
+        assert changed(override) == changed()
+    for override in ("reward.main_correct=0.5", "agents.main.lr=1e-3", "seed=1", "queries_per_step=3"):
+        assert changed(override) != changed()

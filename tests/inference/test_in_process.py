@@ -1,0 +1,582 @@
+"""The in-process sampler: the plain model's own distribution, whoever is beside; one prefill; exact ends of turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PreTrainedTokenizerFast
+
+from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.inference import in_process as inprocess
+from mgrpo.engine.inference.in_process import InProcessSampler, draw
+from mgrpo.engine.inference.kv_cache import KVCache
+from mgrpo.engine.inference.sampler import Completion, Session
+from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
+from toy import EOS, make_model
+
+LAST = 1 - 2.0**-53  # the largest number that numpy's generator returns
+
+
+GRANITE = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+GPT2 = {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+
+
+class Kit:
+    """A tiny model behind our attention, and the same one plain."""
+
+    def __init__(self, folder: Path, dtype: str = "float32"):
+        agent = AgentConfig(model=str(folder), max_context=256)
+        self.model = load_model("main", agent, ComputeConfig(dtype=dtype, device="cpu"))
+        self.tokenizer = load_tokenizer("main", agent)
+        self.plain = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+        ).eval()
+
+    def sampler(self, concurrency: int = 8, tokenizer=None, **agent) -> InProcessSampler:
+        options = {"max_new_tokens": 12, "max_context": 256, **agent}
+        return InProcessSampler(
+            self.model, tokenizer or self.tokenizer, AgentConfig(model="", **options), concurrency, version=3
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of the plain model at every position, (L, V) float64."""
+        return self.plain(input_ids=torch.tensor(tokens)[None]).logits[0].double()
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory) -> Kit:
+    return Kit(make_model(tmp_path_factory.mktemp("model")))
+
+
+def prompt(seed: int, length: int = 9) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 257, length).tolist()
+
+
+def new_session(seed: int, tokens: list[int], greedy: bool = False) -> Session:
+    session = Session((seed,), greedy)
+    session.append(tokens)
+    return session
+
+
+async def drive(sampler: InProcessSampler, coroutines: list) -> list:
+    running = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    while not all(task.done() for task in running):
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if sampler.pending:
+            sampler.step()
+    return [task.result() for task in running]
+
+
+async def talk(sampler: InProcessSampler, session: Session, observations: Sequence[list[int]] = ()) -> list[Completion]:
+    """A call: turns with what the agent is shown between them; closed at its end."""
+    turns = [await sampler.act(session)]
+    for tokens in observations:
+        session.append(tokens)
+        turns.append(await sampler.act(session))
+    sampler.close(session)
+    return turns
+
+
+def run(sampler: InProcessSampler, sessions: list[Session], observations: Sequence[list[int]] = ()) -> list:
+    return asyncio.run(drive(sampler, [talk(sampler, session, observations) for session in sessions]))
+
+
+def one(sampler: InProcessSampler, session: Session) -> Completion:
+    return run(sampler, [session])[0][0]
+
+
+def true_logps(logits_LV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """float64, one row at a time: the fewest likeliest tokens that reach top_p, renormalised."""
+    probs_LV = (logits_LV.double() / temperature).softmax(-1)
+    for probs_V in probs_LV:
+        order = probs_V.argsort(descending=True, stable=True).tolist()
+        kept, total = 0, 0.0
+        while total < top_p and kept < len(order):
+            total += float(probs_V[order[kept]])
+            kept += 1
+        probs_V[order[kept:]] = 0
+    return (probs_LV / probs_LV.sum(-1, keepdim=True)).log()
+
+
+def gap(kit: Kit, session: Session, temperature: float = 1.0, top_p: float = 1.0) -> float:
+    """Largest difference between the session's log-probs and the plain model's."""
+    at = np.flatnonzero(session.sampled)
+    logps_LV = true_logps(kit.logits(session.tokens)[at - 1], temperature, top_p)
+    truth = logps_LV[torch.arange(len(at)), torch.tensor(session.tokens)[at]]
+    return float((truth - torch.tensor(session.logprobs).double()[at]).abs().max())
+
+
+# ---- what is sampled, and with which log-probs
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.9), (0.8, 0.5), (1.0, 1e-6)])
+def test_recorded_logprobs_are_those_of_the_plain_models_full_forward(kit, temperature, top_p):
+    sampler = kit.sampler(temperature=temperature, top_p=top_p)
+    sessions = [new_session(i, prompt(i, 1 + 7 * i)) for i in range(6)]
+    run(sampler, sessions, [prompt(90, 1), prompt(91, 5), []])
+    for i, session in enumerate(sessions):
+        assert gap(kit, session, temperature, top_p) <= 1e-4  # infinite for a token outside of the nucleus
+        assert sum(session.sampled) >= 4 and not any(session.sampled[: 1 + 7 * i])
+        assert not np.array(session.logprobs)[~np.array(session.sampled)].any()
+        trajectory = session.trajectory()
+        assert trajectory.tokens.tolist() == session.tokens and trajectory.sampled.tolist() == session.sampled
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_kind_of_head_gives_the_plain_models_logprobs(tmp_path, tie, groups):
+    kit = Kit(make_model(tmp_path, tie=tie, num_key_value_heads=groups))
+    sessions = [new_session(i, prompt(i, 3 + i)) for i in range(4)]
+    run(kit.sampler(), sessions, [prompt(8, 3)])
+    assert max(gap(kit, session) for session in sessions) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GraniteConfig(**GRANITE, attention_multiplier=0.9), GPT2Config(**GPT2)],
+    ids=["an attention scale of its own", "learned positions, no key-value groups"],
+)
+def test_other_architectures_give_the_plain_models_logprobs(tmp_path, config):
+    make_model(tmp_path)  # for the tokenizer
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    kit = Kit(tmp_path)
+    sessions = [new_session(i, prompt(i, 3 + i)) for i in range(4)]
+    run(kit.sampler(), sessions, [prompt(8, 3)])
+    assert max(gap(kit, session) for session in sessions) <= 1e-4
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_twice_the_plain_bfloat16_model(tmp_path):
+    folder = make_model(tmp_path)
+    low, high = Kit(folder, "bfloat16"), Kit(folder)
+    high.plain.load_state_dict({k: v.float() for k, v in low.plain.state_dict().items()})
+    sessions = [new_session(i, prompt(i)) for i in range(8)]
+    run(low.sampler(), sessions, [prompt(8, 3)])
+    plain = []
+    for session in sessions:
+        at = np.flatnonzero(session.sampled)
+        rows, ids = torch.arange(len(at)), torch.tensor(session.tokens)[at]
+        truth, rounded = (k.logits(session.tokens)[at - 1].log_softmax(-1)[rows, ids] for k in (high, low))
+        plain.append(float((truth - rounded).abs().max()))
+    assert max(gap(high, session) for session in sessions) <= 2 * max(plain) + 1e-3
+
+
+def test_greedy_takes_the_plain_models_argmax_token_for_token(kit):
+    sessions = [new_session(i, prompt(i), greedy=True) for i in range(4)]
+    run(kit.sampler(temperature=0.7, top_p=0.4), sessions, [prompt(50, 4)])
+    for session in sessions:
+        best = kit.logits(session.tokens).argmax(-1).tolist()
+        at = np.flatnonzero(session.sampled)
+        assert len(at) >= 2 and all(session.tokens[i] == best[i - 1] for i in at)
+        assert not any(session.logprobs)  # no choice, no log-prob
+
+
+def test_the_same_seed_samples_the_same_and_another_another(kit):
+    sessions = [new_session(seed, prompt(1)) for seed in (5, 5, 6)]
+    run(kit.sampler(), sessions)
+    assert sessions[0].tokens == sessions[1].tokens != sessions[2].tokens
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 9), st.permutations(range(7)), st.integers(0, 3))
+def test_a_session_does_not_depend_on_who_is_beside_it_on_slots_or_on_order(kit, concurrency, order, prompts):
+    shared = [prompt(i % (prompts + 1), 6 + i % (prompts + 1)) for i in range(7)]
+    alone = [new_session(i, shared[i]) for i in range(7)]
+    for session in alone:
+        run(kit.sampler(concurrency=1), [session], [prompt(9, 2)])
+    beside = [new_session(i, shared[i]) for i in range(7)]
+    run(kit.sampler(concurrency=concurrency), [beside[i] for i in order], [prompt(9, 2)])
+    assert [s.tokens for s in beside] == [s.tokens for s in alone]
+    np.testing.assert_allclose(
+        np.concatenate([s.logprobs for s in beside]), np.concatenate([s.logprobs for s in alone]), atol=2e-5
+    )
+
+
+# ---- what goes through the model
+
+
+@pytest.fixture
+def through(monkeypatch) -> list[int]:
+    """Counts of the tokens of every forward."""
+    counts: list[int] = []
+    real = inprocess.hidden_states
+
+    def counted(model, input_ids_T, *args):
+        counts.append(len(input_ids_T))
+        return real(model, input_ids_T, *args)
+
+    monkeypatch.setattr(inprocess, "hidden_states", counted)
+    return counts
+
+
+def total_if_each_token_once(sessions: list[Session], prompt_length: int) -> int:
+    """The prompt once, its last token and all but the last of what follows once per session."""
+    return prompt_length - 1 + sum(len(s.tokens) - prompt_length for s in sessions)
+
+
+@pytest.mark.parametrize("concurrency", [8, 3], ids=["all at once", "few slots"])
+def test_sessions_of_one_prompt_share_one_prefill(kit, through, concurrency):
+    sessions = [new_session(i, prompt(0, 40)) for i in range(8)]
+    run(kit.sampler(concurrency=concurrency), sessions)
+    assert sum(through) == total_if_each_token_once(sessions, 40)  # there is always a live one to copy from
+    assert max(gap(kit, session) for session in sessions) <= 1e-4
+
+
+def test_a_prompt_is_copied_from_any_live_session_that_holds_it(kit, through):
+    sampler = kit.sampler()
+    first, second, late = (new_session(i, prompt(0, 40)) for i in range(3))
+
+    async def play() -> None:
+        await drive(sampler, [sampler.act(first), sampler.act(second)])
+        sampler.close(first)  # the one that computed it
+        through.clear()
+        await drive(sampler, [talk(sampler, late)])
+
+    asyncio.run(play())
+    assert through[0] == 1 and sum(through) == sum(late.sampled)
+    assert gap(kit, late) <= 1e-4
+
+
+def test_later_turns_compute_only_their_new_tokens(kit, through):
+    session = new_session(0, prompt(0, 30))
+    run(kit.sampler(), [session], [prompt(1, 7), [], prompt(2, 1)])
+    assert sum(through) == len(session.tokens) - 1
+    assert gap(kit, session) <= 1e-4
+
+
+def test_release_forgets_what_old_weights_computed(tmp_path, through):
+    kit = Kit(make_model(tmp_path))
+    sampler = kit.sampler()
+    run(sampler, [new_session(0, prompt(0, 40))])
+    sampler.release_cache()
+    assert sampler.cache.k.numel() == sampler.cache.v.numel() == 0
+    for model in (kit.model, kit.plain):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(-1)
+    through.clear()
+    session = new_session(1, prompt(0, 40))
+    run(sampler, [session])
+    assert through[0] == 40 and gap(kit, session) <= 1e-4
+
+
+def test_the_cache_is_not_released_under_a_live_session(kit):
+    sampler = kit.sampler()
+    asyncio.run(drive(sampler, [sampler.act(new_session(0, prompt(0)))]))
+    with pytest.raises(AssertionError):
+        sampler.release_cache()
+
+
+def test_closing_in_the_middle_of_a_turn_frees_the_slot_for_the_next(kit):
+    sampler = kit.sampler(concurrency=1, max_new_tokens=6)
+    first, second = new_session(0, prompt(0)), new_session(1, prompt(1))
+
+    async def play() -> None:
+        turns = [asyncio.create_task(sampler.act(session)) for session in (first, second)]
+        await asyncio.sleep(0)
+        assert sampler.pending == 1  # the other one has no slot
+        sampler.step()
+        sampler.step()
+        turns[0].cancel()
+        sampler.close(first)
+        await drive(sampler, [asyncio.wait_for(turns[1], 5)])
+        sampler.close(second)
+
+    asyncio.run(play())
+    assert sum(first.sampled) == 2 and sum(second.sampled) == 6 and gap(kit, second) <= 1e-4
+    assert sampler.pending == 0
+    sampler.release_cache()
+
+
+# ---- new weights
+
+
+def moved(kit: Kit, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    named = kit.model.named_parameters()
+    return {name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for name, p in named}
+
+
+def put(kit: Kit, tensors: dict[str, torch.Tensor]) -> None:
+    """Into the plain model."""
+    parameters = dict(kit.plain.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_new_weights_sample_the_turns_after_them_and_old_ones_those_before(tmp_path, tie):
+    kit = Kit(make_model(tmp_path, tie=tie))
+    sampler = kit.sampler(max_new_tokens=6)
+    old = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    new = moved(kit, 1)
+    running, fresh, over = (new_session(seed, prompt(0, 20)) for seed in range(3))  # of one prompt: it is cached
+    switch: list[int] = []
+
+    async def play() -> None:
+        await drive(sampler, [sampler.act(running), talk(sampler, over)])
+        assert sampler.update(new, version=5, weights_step=2)
+        switch.append(len(running.tokens))
+        running.append(prompt(7, 3))
+        await drive(sampler, [talk(sampler, running), talk(sampler, fresh)])
+
+    asyncio.run(play())
+    (at,) = switch
+    first = Session((0,), tokens=running.tokens[:at], sampled=running.sampled[:at], logprobs=running.logprobs[:at])
+    masked = [False] * at + running.sampled[at:]
+    last = Session((0,), tokens=running.tokens, sampled=masked, logprobs=running.logprobs)
+    for weights, right, wrong in ((old, [over, first], [fresh, last]), (new, [fresh, last], [over, first])):
+        put(kit, weights)
+        assert max(gap(kit, session) for session in right) <= 1e-4
+        assert min(gap(kit, session) for session in wrong) > 0.01
+    named = [(t.version, t.version_last, t.step) for t in (s.trajectory() for s in (running, fresh, over))]
+    assert named == [(3, 5, 0), (5, 5, 2), (3, 3, 0)]
+
+
+def test_new_weights_wait_for_the_running_turns_and_no_new_one_begins_before_them(tmp_path):
+    kit = Kit(make_model(tmp_path))
+    sampler = kit.sampler(max_new_tokens=6)
+    before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    new = moved(kit, 1)
+    first, second = new_session(0, prompt(0)), new_session(1, prompt(1))
+
+    async def play() -> None:
+        turns = [asyncio.create_task(sampler.act(first))]
+        await asyncio.sleep(0)
+        sampler.step()
+        assert not sampler.update(new, 5, 2)
+        turns.append(asyncio.create_task(sampler.act(second)))
+        await asyncio.sleep(0)
+        while sampler.active:
+            assert sampler.pending == 1 and not sampler.update(new, 5, 2)
+            sampler.step()
+        assert sampler.pending == 0, "the second waits for the weights"
+        assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
+        assert sampler.update(new, 5, 2)
+        await drive(sampler, [asyncio.wait_for(turn, 20) for turn in turns])
+
+    asyncio.run(play())
+    assert gap(kit, first) <= 1e-4 and first.version == 3
+    put(kit, new)
+    assert gap(kit, second) <= 1e-4 and (second.version, second.version_last, second.weights_step) == (5, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, r"'model\.norm\.weight' is None: expected \(\(32,\), torch\.float32\)"),
+        ({"model.norm.weight": torch.ones(31)}, r"'model\.norm\.weight' is \(\(31,\), torch\.float32\): expected"),
+        ({"model.norm.weight": torch.ones(32).double()}, r"is \(\(32,\), torch\.float64\): expected \(\(32,\), .*32"),
+        (
+            {"lm_head.weight": torch.ones(257, 32)},
+            r"'lm_head\.weight' is \(\(257, 32\), torch\.float32\): expected None",
+        ),
+    ],
+    ids=["missing", "shape", "dtype", "too many"],
+)
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(kit, change, message):
+    sampler = kit.sampler()
+    before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
+    tensors = {name: t for name, t in (moved(kit, 1) | change).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        sampler.update(tensors, 5, 2)
+    assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
+    assert (sampler.version, sampler.weights_step, sampler.held) == (3, 0, False)
+
+
+def test_a_session_names_the_oldest_and_the_newest_of_its_weights_also_when_a_run_was_rewound():
+    session = new_session(0, prompt(0))
+    seen = []
+    for version, step in [(4, 2), (6, 3), (2, 1), (5, 3)]:  # nothing is sampled with the first
+        session.begin_turn(version, step)
+        seen.append((session.version, session.version_last, session.weights_step))
+        if version != 4:
+            session.append([1], [-1.0])
+    assert seen == [(4, 4, 2), (6, 6, 3), (2, 6, 1), (2, 6, 1)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_of_given_tokens_are_the_plain_models_and_disturb_no_one(kit, temperature):
+    sampler = kit.sampler(temperature=temperature, top_p=0.5)
+    tokens, beside = prompt(3, 30), new_session(0, prompt(0))
+
+    async def play() -> list[float]:
+        turn = asyncio.create_task(sampler.act(beside))
+        await asyncio.sleep(0)
+        sampler.step()
+        given = sampler.logprobs(tokens)
+        await drive(sampler, [asyncio.wait_for(turn, 20)])
+        sampler.close(beside)
+        return given
+
+    given = asyncio.run(play())
+    truth = (kit.logits(tokens)[:-1] / temperature).log_softmax(-1)[torch.arange(29), torch.tensor(tokens[1:])]
+    np.testing.assert_allclose(given, truth.numpy(), atol=1e-4)
+    assert gap(kit, beside, temperature, 0.5) <= 1e-4
+
+
+# ---- where a turn ends: a tokenizer whose tokens hold newlines, several characters and halves of them
+
+
+def ragged_tokenizer() -> PreTrainedTokenizerFast:
+    pieces = [b"\n", b"a", b"b", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x99\x82", b"ab", b"b\na", b" "]
+    pieces += [b"a\n", b"\xa9b", b"</", b"s>", b"\xac\n\xe2"]
+    hidden = [c for c in range(256) if not chr(c).isprintable() or chr(c) in " \xad"]  # as GPT-2 writes bytes
+    shown = {c: chr(256 + hidden.index(c)) if c in hidden else chr(c) for c in range(256)}
+    texts = ["".join(shown[byte] for byte in piece) for piece in pieces]
+    texts += [f"w{i}" for i in range(256 - len(texts))]
+    tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate([EOS, *texts])}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+RAGGED = ragged_tokenizer()
+
+
+# any token, and those that make up one of the stop strings below
+FRAGMENTS = [(i,) for i in range(18)] + [(4, 5), (4, 14), (6, 7), (6, 17), (8, 9), (15, 16), (1, 1)]
+
+
+class Scripted:
+    """In place of `draw`: the tokens of a turn, in order."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = iter(tokens)
+
+    def __call__(self, logits_RV, *_):
+        return [next(self.tokens)], [-1.0]
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map(lambda parts: [i for part in parts for i in part]),
+    st.lists(st.sampled_from(["\n", "\n\n", "é", "€", "🙂", "€\n", "</s>", "bé", "ab\na", "a€"]), max_size=3),
+    st.integers(1, 12),
+    st.integers(2, 14),
+)
+@example([2, 4, 5, 3], ["é"], 9, 14)
+@example([2, 6, 17, 3], ["€"], 9, 14)
+@example([2, 15, 16, 3], ["</s>"], 9, 14)
+@example([2, 3], [], 9, 2)
+def test_a_turn_ends_at_its_first_stop_string_end_of_sequence_or_limit(kit, tokens, stop, max_new, max_context):
+    begin, max_new = 2, min(max_new, len(tokens))
+    limit = min(max_new, max_context - begin)
+    sampler = kit.sampler(tokenizer=RAGGED, stop=stop, max_new_tokens=max_new, max_context=max_context)
+    session = new_session(0, prompt(0, begin))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inprocess, "draw", Scripted(tokens))
+        turn = one(sampler, session)
+    ends = [n for n in range(1, limit + 1) if any(s in RAGGED.decode(tokens[:n]) for s in stop) or tokens[n - 1] == 0]
+    length = ends[0] if ends else limit
+    assert session.tokens[begin:] == tokens[:length] and turn.tokens == length
+    assert turn.truncated == (not ends)
+    assert turn.text == RAGGED.decode([token for token in tokens[:length] if token])  # the end token is not text
+
+
+def test_a_context_without_room_adds_nothing_and_is_truncated(kit):
+    session = new_session(0, prompt(0, 20))
+    assert one(kit.sampler(max_context=20), session) == Completion("", 0, truncated=True)
+    assert len(session.tokens) == 20
+
+
+# ---- draw
+
+finite = st.floats(-60, 60, width=32)
+logit = st.one_of(finite, st.sampled_from([0.0, -1e4, 80.0, float("-inf")]))
+uniform = st.one_of(st.floats(0, LAST), st.sampled_from([0.0, 2.0**-53, 0.5, LAST]))
+
+
+def draw_one(logits: Sequence[float], uniforms: Sequence[float], temperature: float = 1.0, top_p: float = 1.0):
+    logits_RV = torch.tensor([list(logits)] * len(uniforms), dtype=torch.float32)
+    return draw(logits_RV, temperature, top_p, list(uniforms), [False] * len(uniforms))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8)])
+def test_draws_have_the_exact_probabilities(temperature, top_p):
+    logits = [1.0, -0.5, float("-inf"), 2.0, 0.0, 2.0, -1.5]
+    probs = true_logps(torch.tensor([logits]), temperature, top_p)[0].exp().numpy()
+    count = 20000
+    tokens, logps = draw_one(logits, np.random.default_rng(0).random(count), temperature, top_p)
+    seen = np.bincount(tokens, minlength=len(logits))
+    assert not seen[probs == 0].any()
+    possible = probs > 0
+    chi_square = ((seen - count * probs)[possible] ** 2 / (count * probs[possible])).sum()
+    assert chi_square < 30  # 99.99 % of chi-square with 6 degrees of freedom lie below 28
+    np.testing.assert_allclose(logps, np.log(probs[tokens]), atol=1e-6)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(logit, min_size=1, max_size=40).filter(lambda row: max(row) > float("-inf")),
+    st.lists(uniform, min_size=1, max_size=5),
+    st.sampled_from([1e-3, 0.3, 1.0, 5.0, 1e3]),
+    st.sampled_from([1e-9, 0.3, 0.9, 1.0]),
+)
+def test_a_draw_inverts_the_cumulated_probabilities_whatever_the_logits(logits, uniforms, temperature, top_p):
+    tokens, logps = draw_one(logits, uniforms, temperature, top_p)
+    true_V = (torch.tensor(logits) / temperature).double().log_softmax(-1)
+    for token, logp, u in zip(tokens, logps, uniforms, strict=True):
+        assert logits[token] > float("-inf") and np.isfinite(logp) and logp <= 1e-6
+        assert logp >= float(true_V[token]) - 1e-3  # a cut raises what it keeps
+        if top_p == 1:
+            below, p = float(true_V[:token].exp().sum()), float(true_V[token].exp())
+            assert below - 1e-5 <= u <= below + p + 1e-5
+            assert logp == pytest.approx(float(true_V[token]), rel=1e-5, abs=1e-4)
+        else:
+            likelier = float(true_V[true_V > true_V[token] + 1e-5].exp().sum())
+            assert likelier < top_p + 1e-5
+
+
+@pytest.mark.parametrize("width", [2, 257, 151_936])
+def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token(width):
+    logits_RV = torch.zeros(3, width)
+    logits_RV[1, 0] = logits_RV[1, -1] = float("-inf")
+    logits_RV[1, width // 2 :] = torch.where(torch.arange(width)[width // 2 :] == width // 2, 0.0, float("-inf"))
+    logits_RV[2, width // 2] = 1000.0  # everything else underflows
+    first, _ = draw(logits_RV, 1.0, 1.0, [0.0] * 3, [False] * 3)
+    last, _ = draw(logits_RV, 1.0, 1.0, [LAST] * 3, [False] * 3)
+    if width > 2:
+        assert first == [0, 1, width // 2] and last[1:] == [width // 2, width // 2]
+    assert last[0] >= width * (1 - 1e-4) - 1 and last[0] < width
+
+
+def test_greedy_and_sampled_rows_may_lie_side_by_side():
+    logits_RV = torch.tensor([[0.0, 3.0, 1.0]] * 2)
+    tokens, logps = draw(logits_RV, 5.0, 0.99, [0.0, 0.0], [True, False])
+    assert tokens == [1, 0] and logps[0] == 0.0
+    assert logps[1] == pytest.approx(float((logits_RV[0] / 5).log_softmax(-1)[0]), abs=1e-6)
+
+
+def test_the_cache_keeps_what_it_holds_when_it_grows_and_never_beyond_the_context(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
+    cache = KVCache(model, slots=3, most_tokens=300)
+    cache.reserve(5)
+    held = [torch.randn_like(x) for x in (cache.k, cache.v)]
+    cache.k.copy_(held[0])
+    cache.v.copy_(held[1])
+    cache.reserve(129)
+    for grown, before in zip((cache.k, cache.v), held, strict=True):
+        assert grown.shape[:3] == before.shape[:3] and 129 <= grown.shape[3] <= 300
+        assert torch.equal(grown[:, :, :, : before.shape[3]], before)
+        assert not grown[:, :, :, before.shape[3] :].any()
+    cache.reserve(300)
+    assert cache.k.shape[3] == 300

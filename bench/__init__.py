@@ -1,1 +1,1 @@
-"""Benchmarks: `mgrpo bench kernels`, `mgrpo bench packing`. Nothing imports them but each other and that command."""
+"""Benchmarks: `mgrpo bench kernels|packing|step|rollout|store`. Only that command and the benchmarks import them."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds, tests the kernels compiled, measures, within ten minutes. Logs and JSON go to $OUT
-# (bench/results unless set). A part that fails is told at the end and in the exit status; the later ones run all the same.
+# Builds, tests the compiled kernels and runs the benchmarks on a machine with a GPU, within ten minutes. Logs and JSON
+# go to $OUT (default: bench/results). A failed part is reported at the end and in the exit status; later parts still run.
 #
-#   bench/gpu.sh [--quick]      --quick: the benchmarks' own
+#   bench/gpu.sh [--quick]      --quick is passed to the benchmarks
 #   WHEELS  a folder of wheels to install first, for a machine without a network
-#   COMMIT  what to write into the results where there is no git checkout
-#   PYTHON  python3 unless set
+#   COMMIT  the commit to write into the results outside a git checkout
+#   PYTHON  the interpreter (default: python3)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -17,7 +17,7 @@ failed=()
 
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # candidates of very different sizes share the memory in turns
 
-# part NAME SECONDS COMMAND…: runs it with a time limit, its output to the screen and to $OUT/gpu-NAME.log
+# part NAME SECONDS COMMAND…: run the command with a time limit, its output to the screen and to $OUT/gpu-NAME.log
 part() {
   local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) status
   shift 2
@@ -33,13 +33,13 @@ part() {
   return "$status"
 }
 
-# bench NAME SECONDS: mgrpo bench NAME, and its last line to $OUT/gpu-NAME.json
+# bench NAME SECONDS: run mgrpo bench NAME, and write its last line to $OUT/gpu-NAME.json
 bench() {
   part "$1" "$2" "$PYTHON" -c 'from mgrpo.engine.cli.main import main; main()' bench "$1" "${quick[@]}" &&
     tail -n 1 "$OUT/gpu-$1.log" >"$OUT/gpu-$1.json"
 }
 
-# One at a time: one that does not fit this Python must not keep the others out.
+# Install one at a time: a wheel that does not fit this Python must not prevent the others.
 wheels() {
   local wheel status=0
   for wheel in "$WHEELS"/*.whl; do
@@ -48,11 +48,11 @@ wheels() {
   return "$status"
 }
 
-# Without the build's tools: the packages as they lie here, and the C++ packer if cmake and pybind11 are there.
+# Without the build tools: link the packages from here, and build the C++ packer if cmake and pybind11 are installed.
 layout() {
-  local package pybind
+  local part pybind
   mkdir -p build/ns/mgrpo
-  for package in engine kernels bench; do ln -sfn "$root/$package" "build/ns/mgrpo/$package"; done
+  for part in engine kernels bench api/__init__.py; do ln -sfn "$root/$part" "build/ns/mgrpo/${part##*/}"; done
   pybind=$("$PYTHON" -m pybind11 --cmakedir) &&
     cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
       -Dpybind11_DIR="$pybind" &&
@@ -74,7 +74,7 @@ installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("mgrpo.
 part versions 30 "$PYTHON" -c '
 import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
-# By name: a file whose imports are missing here would keep all the others from being collected.
+# Name the files: one whose imports are missing here would prevent the collection of all the others.
 mapfile -t compiled < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
 part tests 150 "$PYTHON" -m pytest -q -m gpu --durations=5 "${compiled[@]}"
 bench kernels 250

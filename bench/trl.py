@@ -1,8 +1,11 @@
-"""`python -m mgrpo.bench.trl [--quick]`: a step of TRL's GRPOTrainer with our loss under it, against TRL's own.
+"""`python -m mgrpo.bench.trl [--quick]`: compares TRL's GRPOTrainer with our loss inside it to TRL's own loss.
 
-One micro-batch as the trainer hands it to its loss, forward and backward, off-policy, with and without a KL term; times
-in turns, memory above what was held before. The model is small but for its vocabulary, so the head weighs much; one
-sequence in four has advantage 0. Losses and gradients are equal (tests/integrations/test_integrations_trl.py).
+(`bench/step/trl.py` is another comparison: TRL's whole step against the engine's.)
+
+It measures forward and backward of one micro-batch, as the trainer passes it to its loss, off-policy, with and without
+a KL term: times in turns, memory above what was held before. The model is small except for its vocabulary, so that the
+head dominates; one sequence in four has advantage 0. tests/integrations/test_integrations_trl.py holds losses and
+gradients equal.
 
 Legend: B sequences, P columns of the prompts, T of the completions.
 """
@@ -28,7 +31,7 @@ ROUNDS = 5
 
 
 def trainers(sizes: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
-    """TRL's trainer and ours over it, of the same weights."""
+    """Make TRL's trainer, and the same with our loss, from the same weights."""
     import datasets
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +59,7 @@ def trainers(sizes: dict[str, Any], folder: Path, **options: Any) -> dict[str, A
 
 
 def micro_batch(vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """Prompts padded left, completions right, of random lengths."""
+    """Make prompts padded on the left and completions padded on the right, of random lengths."""
     g = torch.Generator().manual_seed(0)
     batch, prompt, completion = SHAPE
     prompts, lengths = (torch.randint(n // 8, n + 1, (batch, 1), generator=g) for n in (prompt, completion))
@@ -75,12 +78,13 @@ def micro_batch(vocabulary: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def step(trainer: Any, inputs: dict[str, Tensor]) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     trainer.model.zero_grad()
     trainer._compute_loss(trainer.model, dict(inputs)).backward()
 
 
 def results(sizes: dict[str, Any], rounds: int) -> list[Result]:
+    """Return time and memory of both, with and without a KL term."""
     found = []
     for name, beta in (("no KL", 0.0), ("KL", 0.1)):
         with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +104,7 @@ def results(sizes: dict[str, Any], rounds: int) -> list[Result]:
 
 
 def main(quick: bool) -> None:
+    """Measure and print."""
     warnings.simplefilter("ignore")
     report("trl_step", results(QUICK if quick else SIZES, 1 if quick else ROUNDS))
 

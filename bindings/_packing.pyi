@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-Ragged: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]]  # one array (T,), or one of each trajectory
+Ragged: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]]  # one array (T,), or one per trajectory
 
 def align(
     counts_R: NDArray[np.int64],

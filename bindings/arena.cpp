@@ -59,12 +59,12 @@ size_t Arena::held() const {
 }
 
 std::shared_ptr<Slab> Arena::allocate(size_t capacity) const {
-  const auto wanted = static_cast<py::ssize_t>(capacity + Slab::kSlack);
-  if (allocate_.is_none()) return std::make_shared<Slab>(py::array_t<uint8_t>(wanted), capacity);
-  return std::make_shared<Slab>(allocate_(wanted), capacity);
+  const auto size = static_cast<py::ssize_t>(capacity + Slab::kSlack);
+  if (allocate_.is_none()) return std::make_shared<Slab>(py::array_t<uint8_t>(size), capacity);
+  return std::make_shared<Slab>(allocate_(size), capacity);
 }
 
-/// They leave the list before they end: the end of a Python buffer can run any code, this arena's included.
+/// Slabs leave the list before they are destroyed: destroying a Python buffer can run any code, also this arena's.
 void Arena::drop_free() {
   const auto used = [](const auto& slab) { return slab.use_count() > 1; };
   const auto free = std::partition(slabs_.begin(), slabs_.end(), used);
@@ -89,15 +89,15 @@ py::capsule keep(std::shared_ptr<Slab> slab) {
 void bind_arena(py::module_& module) {
   py::class_<Arena>(module, "Arena", R"(Arena(allocate=None)
 
-Memory for `fill` and `tree_fill`, taken again by a later call once no array of an earlier one is left: what is still
-held is never overwritten. It holds as many slabs as were in use at one time, each as large as the largest asked for, and half as much
-again where one was outgrown.
+Hold memory for `fill` and `tree_fill`. A later call reuses it once no array of an earlier call is left; memory that an
+array still refers to is never overwritten. It holds as many slabs as were in use at one time, each as large as the
+largest request; a slab that is too small is replaced by one at least half as large again.
 
 allocate: called with a number of bytes, returns a writable buffer of that size or more, such as pinned memory; None for
-numpy's. What reads an array after the last reference to it is gone, as a copy under way on a GPU does, is not seen.
-ValueError: allocate is not callable, or returns something else, too little or memory still in use.)")
+numpy's. The arena cannot see reads after the last reference to an array is gone, such as a running copy to a GPU.
+Raises ValueError if allocate is not callable, or returns something else, too little, or memory still in use.)")
       .def(py::init<py::object>(), py::arg("allocate") = py::none())
-      .def_property_readonly("held", &Arena::held, "The bytes it holds, in use or not.");
+      .def_property_readonly("held", &Arena::held, "Bytes that it holds, in use or not.");
 }
 
 }  // namespace mgrpo::bindings

@@ -1,4 +1,4 @@
-// Memory that fills take again and again: faulting fresh pages in costs more than writing to them.
+// Memory that fills reuse: faulting in fresh pages costs more than writing to them.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -11,11 +11,11 @@
 
 namespace mgrpo::bindings {
 
-/// A writable buffer of Python's, held as long as anything refers to it.
+/// Holds a writable Python buffer as long as anything refers to it.
 class Slab {
  public:
-  /// Throws std::invalid_argument unless `memory` is a writable contiguous buffer of at least `capacity` bytes, and
-  /// kSlack more to begin at a page.
+  /// Throws std::invalid_argument unless `memory` is a writable contiguous buffer of at least `capacity` bytes plus
+  /// kSlack, which lets it begin at a page.
   Slab(const pybind11::object& memory, size_t capacity);
   ~Slab();
   Slab(const Slab&) = delete;
@@ -33,13 +33,13 @@ class Slab {
   size_t capacity_;
 };
 
-/// Slabs, each taken again once nothing else refers to it. Used with the GIL held.
+/// Holds slabs, each of which is reused once nothing else refers to it. Used with the GIL held.
 class Arena {
  public:
-  /// `allocate`: a Python callable that gives a writable buffer of so many bytes; None for numpy's own memory.
+  /// `allocate`: a Python callable that returns a writable buffer of a given number of bytes; None for numpy's memory.
   explicit Arena(pybind11::object allocate = pybind11::none());
 
-  /// A slab of `bytes` or more that nobody uses: the smallest that does, else a new one in place of those too small.
+  /// Returns an unused slab of at least `bytes`: the smallest, or else a new one, which replaces those too small.
   std::shared_ptr<Slab> take(size_t bytes);
 
   size_t held() const;
@@ -52,10 +52,10 @@ class Arena {
   std::vector<std::shared_ptr<Slab>> slabs_;
 };
 
-/// The arena that was given, else `fresh`, whose memory is new.
+/// Returns the arena that was given, or else `fresh`, whose memory is new.
 Arena& arena_or(Arena& fresh, const pybind11::object& given);
 
-/// Lays columns out one after another, each at a cache line's start. Without memory it only adds them up.
+/// Lays out columns one after another, each at the start of a cache line. Without memory it only adds up their sizes.
 class Columns {
  public:
   explicit Columns(std::byte* memory) : memory_(memory) {}
@@ -74,10 +74,10 @@ class Columns {
   size_t used_ = 0;
 };
 
-/// What keeps a slab from being taken again, as long as an array over a part of it lives.
+/// Returns an object that keeps a slab from being reused as long as an array over a part of it lives.
 pybind11::capsule keep(std::shared_ptr<Slab> slab);
 
-/// An array over a part of a slab that `slab` keeps.
+/// Returns an array over a part of a slab, which `slab` keeps from being reused.
 template <class T>
 pybind11::array_t<T> part(T* column, int64_t begin, int64_t size, const pybind11::capsule& slab) {
   return pybind11::array_t<T>(static_cast<pybind11::ssize_t>(size), column + begin, slab);

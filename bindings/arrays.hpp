@@ -1,5 +1,5 @@
-// Python's arrays and numbers as the core takes them: checked views, never a copy or a conversion behind the caller's
-// back, and a ValueError that says what was given and what was expected.
+// Turns Python's arrays and numbers into what the core takes: checked views, never a silent copy or conversion, and a
+// ValueError that says what was given and what was expected.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -38,7 +38,7 @@ std::span<const T> view(py::handle given) {
   return {static_cast<const T*>(array.data()), static_cast<size_t>(array.size())};
 }
 
-/// `name` is anything that a message can hold.
+/// `name` may be anything that can be part of a message.
 template <class T, class Name>
 std::span<const T> column(const Name& name, const char* expected, py::handle given) {
   if (!is_column<T>(given)) {
@@ -60,7 +60,7 @@ std::span<const uint8_t> flags(const Name& name, py::handle given) {
   return column<uint8_t>(name, "bool or uint8", given);
 }
 
-/// A column of one number for each trajectory, which is few: float32 is widened.
+/// A column of one number per trajectory; as these are few, float32 is converted to float64.
 inline std::vector<double> floats(const char* name, py::handle given) {
   if (is_column<float>(given)) {
     const auto values = view<float>(given);
@@ -79,7 +79,7 @@ T number(const char* name, const char* expected, py::handle given) {
 
 inline int64_t integer(const char* name, py::handle given) { return number<int64_t>(name, "a 64-bit integer", given); }
 
-/// How many threads may share the work; 0: as many as the machine runs at once.
+/// Returns how many threads may share the work; 0: as many as the machine runs at once.
 inline int64_t threads_of(py::handle given) {
   constexpr int64_t kMostThreads = 1024;
   const auto threads = integer("threads", given);

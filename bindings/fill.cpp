@@ -1,4 +1,4 @@
-// trainable_rows and fill for Python.
+// Binds trainable_rows and fill.
 #include "fill.hpp"
 
 #include <ostream>
@@ -11,7 +11,7 @@
 namespace mgrpo::bindings {
 namespace {
 
-/// One of the arrays of a list, as a message names it.
+/// Names one array of a list in a message.
 struct Entry {
   const char* list;
   size_t index;
@@ -21,13 +21,13 @@ struct Entry {
   }
 };
 
-/// A list is taken as a tuple, which keeps its arrays alive whatever becomes of the list while the GIL is released.
+/// Turns a list into a tuple, which keeps its arrays alive whatever happens to the list while the GIL is released.
 py::object held(const py::object& given) { return py::isinstance<py::list>(given) ? py::tuple(given) : given; }
 
-/// The items themselves: a subclass may well iterate over something else, which nobody keeps alive.
+/// Returns the tuple's own items: a subclass may iterate over something else, which nothing keeps alive.
 py::tuple items(const py::object& given) { return py::reinterpret_borrow<py::tuple>(given); }
 
-/// `read` gives the checked view of one array by its name.
+/// `read` returns the checked view of one array, given its name.
 template <class T, class Read>
 Column<T> ragged(const char* name, const py::object& given, const Read& read) {
   Column<T> column{name, {}, {}, true};
@@ -69,7 +69,7 @@ struct Options {
 
 Live live_of(py::handle given) {
   if (given.is_none()) return Live::none;
-  const bool is_text = py::isinstance<py::str>(given);  // what else there is may compare as it likes
+  const bool is_text = py::isinstance<py::str>(given);  // other objects may define their own comparison
   if (is_text && given.equal(py::str("weight"))) return Live::weight;
   require(is_text && given.equal(py::str("advantage")), "live must be 'weight', 'advantage' or None, got ",
           std::string(py::repr(given)));
@@ -143,11 +143,12 @@ py::list fill_all(const Trajectories<Token>& given, const Bins& bins, const Opti
   return filled;
 }
 
-/// The columns, kept alive as long as the core reads them.
+/// Holds the columns, and keeps them alive while the core reads them.
 struct Given {
   py::object tokens, offsets, sampled, rows;
   std::vector<double> advantages_N, weights_N;
-  std::vector<std::pair<const char*, py::object>> logprobs;  // by the name that they come back by; None where not given
+  std::vector<std::pair<const char*, py::object>>
+      logprobs;  // by the name under which they are returned; None if not given
 
   template <class Token>
   Trajectories<Token> trajectories(const char* token) const {
@@ -165,7 +166,7 @@ struct Given {
   }
 };
 
-/// Whether the tokens, or the first of several arrays of them, are int32. No arrays at all may be taken for either.
+/// Returns whether the tokens, or the first of several arrays, are int32. Without any array either would do.
 bool holds_int32(const py::object& tokens) {
   if (!py::isinstance<py::tuple>(tokens)) return is_column<int32_t>(tokens);
   return items(tokens).empty() || is_column<int32_t>(items(tokens)[0]);
@@ -206,36 +207,37 @@ py::object fill(const py::object& tokens, const py::object& offsets, const py::o
 constexpr const char* kTrainableRows =
     R"(trainable_rows(offsets_N1, sampled_T) -> int64 (N,)
 
-The index of each trajectory's last sampled token, 0 where none is or only token 0: as many rows as can add to a loss
-over sampled tokens, since row i predicts token i + 1 and the model is causal.
+Return the index of each trajectory's last sampled token, 0 if there is none or only token 0. This is the number of rows
+that can add to a loss over sampled tokens, since row i predicts token i + 1 and the model is causal.
 
 offsets_N1: int64 (N + 1,), rising from 0 to T. sampled_T: bool or uint8, true where the agent chose the token: (T,), or
 a list of N arrays.
-ValueError: offsets that do not rise from 0 to T, sizes that differ.)";
+Raises ValueError for offsets that do not rise from 0 to T, and for sizes that differ.)";
 
 constexpr const char* kFill =
     R"(fill(tokens_T, offsets_N1, sampled_T, ids_B, rows_N, advantages_N, weights_N, *, old_logprobs_T=None,
      sampler_logprobs_T=None, ref_logprobs_T=None, bins_M1=None, live=None, narrow=False, arena=None, threads=0) -> dict
 
-The flat buffers of one micro-batch: the first rows_N[id] tokens of each trajectory of ids_B, in that order. P rows.
-With bins_M1 those of M, in one pass, as a list: micro-batch m is of ids_B[bins_M1[m]:bins_M1[m + 1]], as from `plan`.
+Return the flat buffers of one micro-batch of P rows: the first rows_N[id] tokens of each trajectory of ids_B, in that
+order. With bins_M1 return a list of M such dicts, filled in one pass: micro-batch m holds
+ids_B[bins_M1[m]:bins_M1[m + 1]], as from `plan`.
 
-tokens_T: int32 or int64. sampled_T: bool or uint8. *_logprobs_T: float32, entry t is that of token t. Each of these is
-one array (T,), or a list (or tuple) of N arrays, one of each trajectory, which are read where they lie.
+tokens_T: int32 or int64. sampled_T: bool or uint8. *_logprobs_T: float32, entry t belongs to token t. Each of these is
+one array (T,), or a list (or tuple) of N arrays, one per trajectory, which are read without a copy.
 offsets_N1, ids_B, rows_N, bins_M1: int64. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the
-weight of each of its sampled tokens. live: 'weight' or 'advantage'. narrow: ids in int32, for int32 tokens.
-arena: an Arena whose memory is used again; None for fresh memory. threads: 0 for as many as the machine runs at once;
-the result does not depend on it. No array may change during the call.
+weight of each of its sampled tokens. live: 'weight' or 'advantage'. narrow: return ids in int32, for int32 tokens.
+arena: an Arena whose memory is reused; None for fresh memory. threads: 0 for as many as the machine runs at once; the
+result does not depend on it. No array may change during the call.
 
-Gives input_ids, positions, targets int64 or int32 (P,): row i of a trajectory reads token i and predicts token i + 1;
-cu_seqlens int32 (B + 1,); max_seqlen int; action_mask bool (P,), true where the target was sampled; weights float32
-(P,), 0 where it was not; advantages float32 (P,); segment_ids int32 (P,), the sequence's place in the micro-batch; and
-old_logprobs, sampler_logprobs, ref_logprobs float32 (P,) as far as given, those of the targets, 0 where not sampled.
-live_rows int64, where asked for: the rows of weight other than 0, and with 'advantage' of advantage other than 0 too.
+The result has input_ids, positions, targets int64 or int32 (P,): row i of a trajectory reads token i and predicts token
+i + 1; cu_seqlens int32 (B + 1,); max_seqlen int; action_mask bool (P,), true where the target was sampled; weights
+float32 (P,), 0 where it was not; advantages float32 (P,); segment_ids int32 (P,), the sequence's index in the
+micro-batch; and, if given, old_logprobs, sampler_logprobs, ref_logprobs float32 (P,), those of the targets, 0 where not
+sampled. With live it has live_rows int64: the rows of nonzero weight and, for 'advantage', nonzero advantage.
 Denominators: sequences, actions (rows of the mask) int, weight_sum float. The arrays of a call share their memory.
-ValueError: offsets that do not rise from 0 to T, sizes that differ, an id out of range, rows_N[id] not below the
-trajectory's length, advantage or weight not finite, bins that do not rise from 0 to B, 2^31 rows or more in one
-micro-batch or 2^36 in all, an option out of range.)";
+Raises ValueError for offsets that do not rise from 0 to T, sizes that differ, an id out of range, rows_N[id] not below
+the trajectory's length, an advantage or weight that is not finite, bins that do not rise from 0 to B, 2^31 rows or more
+in one micro-batch or 2^36 in all, or an option out of range.)";
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Lists of lists of Python's integers as one flat array: the one input that must be copied, so it is copied fast.
+// Copies lists of lists of Python integers into one flat array: the only input that must be copied, so this is fast.
 #include <pybind11/numpy.h>
 
 #include <limits>
@@ -12,7 +12,7 @@ namespace {
 
 namespace py = pybind11;
 
-/// The items of a list or tuple. They stay as they are while no Python code runs, and below none does.
+/// Returns the items of a list or tuple. They cannot change while no Python code runs, and none runs below.
 std::span<PyObject* const> items(py::handle given) {
   return {PySequence_Fast_ITEMS(given.ptr()), static_cast<size_t>(PySequence_Fast_GET_SIZE(given.ptr()))};
 }
@@ -28,13 +28,13 @@ std::vector<int64_t> offsets_of(std::span<PyObject* const> lists_N) {
     require(is_sequence(lists_N[n]), "lists[", n, "] must be a list or tuple of int, got ", type_of(lists_N[n]));
     const auto length = static_cast<int64_t>(items(lists_N[n]).size());
     require(length <= std::numeric_limits<int64_t>::max() - offsets_N1.back(), "lists[", n, "] has ", length,
-            " entries: the sum passes the largest 64-bit integer");
+            " entries: the sum exceeds the largest 64-bit integer");
     offsets_N1.push_back(offsets_N1.back() + length);
   }
   return offsets_N1;
 }
 
-/// Only int itself: True is no token, and what merely converts to an integer runs code of its own.
+/// Accepts only int itself: True is not a token, and objects that convert to an integer would run their own code.
 int64_t checked(PyObject* item, size_t n, size_t i) {
   require(PyLong_CheckExact(item), "lists[", n, "][", i, "] must be an int, got ", type_of(item));
   int overflow = 0;
@@ -62,8 +62,9 @@ void bind_lists(py::module_& module) {
   module.def("from_lists", from_lists, py::arg("lists_N"),
              R"(from_lists(lists_N) -> (values_T, offsets_N1), both int64
 
-A list (or tuple) of N lists (or tuples) of int as one array: list n is values_T[offsets_N1[n]:offsets_N1[n + 1]].
-ValueError, naming the place: an entry that is not an int (bool is none), or is beyond int64.)");
+Copy a list (or tuple) of N lists (or tuples) of int into one array: list n is
+values_T[offsets_N1[n]:offsets_N1[n + 1]].
+Raises ValueError, naming the place, for an entry that is not an int (a bool is not one) or does not fit in int64.)");
 }
 
 }  // namespace mgrpo::bindings

@@ -1,5 +1,5 @@
-// mgrpo._packing: the C++ packer for Python. numpy in, numpy out; the GIL is released while the core works.
-// Every mistake of the caller's is a ValueError; an array is never copied or converted behind the caller's back.
+// mgrpo._packing: the C++ packer for Python. It takes and returns numpy arrays, and releases the GIL while the core
+// works. Every mistake of the caller is a ValueError; an array is never copied or converted silently.
 #include <optional>
 
 #include "align.hpp"
@@ -13,7 +13,7 @@ using mgrpo::require;
 namespace {
 
 mgrpo::AlignMode align_mode(py::handle given) {
-  const bool is_text = py::isinstance<py::str>(given);  // an array compares entry by entry, or not at all
+  const bool is_text = py::isinstance<py::str>(given);  // an array would compare entry by entry, or not at all
   if (is_text && given.equal(py::str("sampled"))) return mgrpo::AlignMode::sampled;
   require(is_text && given.equal(py::str("expected")), "mode must be 'sampled' or 'expected', got ",
           std::string(py::repr(given)));
@@ -25,19 +25,19 @@ py::array_t<double> align(const py::object& counts, const py::object& target, co
   const auto counts_R = integers("counts", counts);
   const auto keys_R = column<uint64_t>("keys", "uint64", keys);
   const auto how = align_mode(mode);
-  const auto wanted = integer("target", target);
+  const auto aligned = integer("target", target);
   const auto start = number<uint64_t>("seed", "an integer from 0 to 2^64 - 1", seed);
   std::vector<double> copies_T;
   {
     const py::gil_scoped_release released;
-    copies_T = mgrpo::align(counts_R, wanted, how, start, keys_R);
+    copies_T = mgrpo::align(counts_R, aligned, how, start, keys_R);
   }
   return to_numpy(copies_T);
 }
 
 mgrpo::Cost cost_pair(py::handle given) {
   const bool is_pair = py::isinstance<py::sequence>(given) && PySequence_Size(given.ptr()) == 2;
-  PyErr_Clear();  // an array without dimensions is a sequence without a length
+  PyErr_Clear();  // a 0-dimensional array is a sequence without a length
   require(is_pair, "cost must be a pair (per row, per row squared), got ", std::string(py::repr(given)));
   const auto pair = py::reinterpret_borrow<py::sequence>(given);
   return {number<double>("cost[0]", "a number", py::object(pair[0])),
@@ -75,38 +75,43 @@ int64_t l2_bound(const py::object& lengths, const py::object& cap) {
 constexpr const char* kAlign =
     R"(align(counts_R, target, mode, seed, keys_R) -> float64 (sum(counts_R),)
 
-How often each trajectory counts when every rollout is aligned to `target` of them (M-GRPO, arXiv 2511.13288).
+Return how often each trajectory counts when every rollout is aligned to `target` of them (M-GRPO, arXiv 2511.13288).
 
 counts_R: int64 (R,), the trajectories of each rollout, 0 allowed. target: D, from 1 to 2^20. keys_R: uint64 (R,).
-mode 'sampled': whole numbers that sum to D over each rollout with any: one short of D has each once and the rest
-uniformly with replacement, one beyond D has D chosen uniformly without replacement. mode 'expected': D / count for all.
-The draws of a rollout depend on (seed, its key, its count, D) alone; rollouts with equal keys draw alike.
-ValueError: negative counts, more than 2^28 trajectories, D or seed out of range, another mode, sizes that differ.)";
+mode 'sampled': whole numbers that sum to D over each rollout that has trajectories. A rollout with fewer than D gets
+each once and the rest drawn uniformly with replacement; one with more gets D of them, drawn uniformly without
+replacement.
+mode 'expected': D / count for all. A rollout's draws depend only on (seed, its key, its count, D); rollouts with equal
+keys draw alike.
+Raises ValueError for negative counts, more than 2^28 trajectories, D or seed out of range, another mode, and sizes that
+differ.)";
 
 constexpr const char* kPlan =
     R"(plan(lengths_N, cap, ranks=1, cost=(1.0, 0.0), *, groups_N=None, mini_batches=1, seed=0, allow_empty=False)
      -> (offsets_M1, ids_N, mini_batches_B1), all int64
 
-Puts N sequences into M micro-batches of at most `cap` rows: micro-batch m holds ids_N[offsets_M1[m]:offsets_M1[m + 1]],
+Put N sequences into M micro-batches of at most `cap` rows: micro-batch m holds ids_N[offsets_M1[m]:offsets_M1[m + 1]],
 and mini-batch b (one optimizer step) runs the micro-batches mini_batches_B1[b] to mini_batches_B1[b + 1] - 1.
-The sequences are dealt into mini-batches of near-equal cost; those of nearly the same cost in an order drawn from seed.
-In each, the number of micro-batches is what best-fit decreasing needs, rounded up to a multiple of ranks; those that
-run side by side (ranks of them, one after another in the plan) are at near-equal cost, the dearest first. Rank r runs
-r, r + ranks, .... A pure function of its arguments.
+The sequences are divided into mini-batches of near-equal cost; those of nearly the same cost in an order drawn from
+seed. In each mini-batch the number of micro-batches is what best-fit decreasing needs, rounded up to a multiple of
+ranks.
+Micro-batches that run side by side (ranks of them, adjacent in the plan) have near-equal cost; the most expensive come
+first. Rank r runs r, r + ranks, .... This is a pure function of its arguments.
 
 lengths_N: int64 (N,), in rows, from 1 to cap. cost: (a, b), a sequence of L rows costs a*L + b*L^2. groups_N: int64
-(N,), sequences with the same number share a micro-batch. seed: from 0 to 2^64 - 1, of no effect on one mini-batch.
-allow_empty: let micro-batches be empty where there are fewer sequences (or groups) than micro-batches. N = 0 gives none,
-or with allow_empty `ranks` empty ones a mini-batch.
-ValueError: a length, cap, ranks, cost, mini_batches or seed out of range; groups that do not match or that have more
-than cap rows; without allow_empty, fewer sequences (or groups) in a mini-batch than its micro-batches.)";
+(N,), sequences with the same number share a micro-batch. seed: from 0 to 2^64 - 1, without effect on one mini-batch.
+allow_empty: let micro-batches be empty if there are fewer sequences (or groups) than micro-batches. N = 0 gives none,
+or with allow_empty `ranks` empty ones per mini-batch.
+Raises ValueError for a length, cap, ranks, cost, mini_batches or seed out of range; for groups that do not match or
+that have more than cap rows; and, without allow_empty, for fewer sequences (or groups) in a mini-batch than
+micro-batches.)";
 
 constexpr const char* kL2Bound =
     R"(l2_bound(lengths_N, cap) -> int
 
-A number of micro-batches of `cap` rows that no packing can do with fewer than (L2 of Martello and Toth 1990, 8.3).
+Return a lower bound on the number of micro-batches of `cap` rows (L2 of Martello and Toth 1990, 8.3).
 
-lengths_N: int64 (N,), from 1 to cap. ValueError: a length or cap out of range.)";
+lengths_N: int64 (N,), from 1 to cap. Raises ValueError for a length or cap out of range.)";
 
 }  // namespace
 

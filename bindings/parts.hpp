@@ -1,4 +1,4 @@
-// The parts of mgrpo._packing that stand in files of their own.
+// The parts of mgrpo._packing that have their own files.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// The prefix trees of mgrpo._packing: tree_plan and tree_fill. As in packing.cpp, numpy in, numpy out; the GIL is
-// released while the core works; an array is never copied or converted behind the caller's back.
+// The prefix trees of mgrpo._packing: tree_plan and tree_fill. As in packing.cpp they take and return numpy arrays, and
+// release the GIL while the core works; an array is never copied or converted silently.
 #include "tree.hpp"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace mgrpo::bindings {
 namespace {
 
-/// Calls make(sequences) with the tokens as what they are, int32 or int64.
+/// Calls make(sequences) with the tokens in their own type, int32 or int64.
 template <class Make>
 auto with_tokens(const py::object& tokens, const py::object& offsets, const py::object& rows, Make make) {
   const auto offsets_N1 = integers("offsets", offsets), rows_N = integers("rows", rows);
@@ -39,7 +39,7 @@ py::tuple tree_plan(const py::object& tokens, const py::object& offsets, const p
 
 using Logprobs = std::vector<std::pair<const char*, std::span<const float>>>;
 
-/// The columns of log-probs that were given.
+/// Returns the columns of log-probs that were given.
 Logprobs logprob_columns(const py::object& old, const py::object& sampler, const py::object& ref, size_t tokens) {
   Logprobs columns;
   const std::pair<const char*, py::object> given[] = {
@@ -54,7 +54,7 @@ Logprobs logprob_columns(const py::object& old, const py::object& sampler, const
   return columns;
 }
 
-/// One micro-batch's part of the slab.
+/// Lays out one micro-batch's part of the slab.
 struct TreeArrays {
   TreeBuffers filled;
   std::span<int32_t> cu_seqlens_q_S1, cu_seqlens_k_S1, leaf_B;
@@ -87,7 +87,7 @@ TreeArrays add_arrays(Columns& columns, const TreeLayout& layout, size_t logprob
   return made;
 }
 
-/// Gives the number of prediction rows: merging leaves fewer than there is room for.
+/// Fills the buffers and returns the number of prediction rows; merging leaves fewer than there is room for.
 template <class Token>
 int64_t fill_arrays(const TreeInput<Token>& given, const TreeLayout& layout, const TreeArrays& to) {
   std::ranges::copy(layout.cu_seqlens_q_S1, to.cu_seqlens_q_S1.begin());
@@ -146,7 +146,7 @@ py::list fill_all(const std::vector<TreeInput<Token>>& bins_M, const Logprobs& l
   return filled;
 }
 
-/// Cuts the trajectories of `all` into micro-batches.
+/// Splits the trajectories of `all` into micro-batches.
 template <class Token>
 std::vector<TreeInput<Token>> cut(const TreeInput<Token>& all, std::span<const int64_t> bins_M1) {
   check_size("shared", all.shared_B.size(), all.ids_B.size(), "ids");
@@ -187,45 +187,50 @@ py::object tree_fill(const py::object& tokens, const py::object& offsets, const 
 constexpr const char* kTreePlan =
     R"(tree_plan(tokens_T, offsets_N1, rows_N, cap, groups_N=None) -> (offsets_M1, ids_N, shared_N), all int64
 
-Puts N trajectories into M micro-batches of at most `cap` distinct tokens, each common prefix counted once: micro-batch m
-holds ids_N[offsets_M1[m]:offsets_M1[m + 1]], depth-first, and of each trajectory the first shared_N tokens are those of
-the one before it, so that it computes the sum of rows - shared tokens. A subtree that fits no micro-batch is spread over
-several, its prefix repeated; so is one that fills a gap, where that saves micro-batches. Of several packings, which cut
-ever more subtrees, that of the fewest micro-batches is taken, then of the fewest tokens; but none that takes 1/16 more
-tokens where another does without, and never one of more micro-batches than filling one after another in the given order
-makes. Identical trajectories stay together. A pure function of its arguments.
+Put N trajectories into M micro-batches of at most `cap` distinct tokens, where each common prefix counts once.
+Micro-batch m holds ids_N[offsets_M1[m]:offsets_M1[m + 1]] in depth-first order; each trajectory shares its first
+shared_N tokens with the one before it, so that the micro-batch computes the sum of rows - shared tokens. A subtree that
+fits no micro-batch is spread over several, with its prefix repeated; so is one that fills a gap, if that saves
+micro-batches. Of several packings, which cut more and more subtrees, the one of the fewest micro-batches is taken, then
+of the fewest tokens; but none that needs 1/16 more tokens than another, and never one of more micro-batches than
+filling one after another in the given order makes. Identical trajectories stay together. This is a pure function of its
+arguments.
 
 tokens_T: int32 or int64. offsets_N1: int64 (N + 1,), rising from 0 to T. rows_N: int64 (N,), the leading tokens of each
-trajectory that are computed, from 1 to its length. groups_N: int64 (N,), only trajectories of one group share; None: all.
-ValueError: offsets that do not rise from 0 to T, sizes that differ, rows out of range or above cap, a cap below 1.)";
+trajectory that are computed, from 1 to its length. groups_N: int64 (N,), only trajectories of one group share; None:
+all.
+Raises ValueError for offsets that do not rise from 0 to T, sizes that differ, rows out of range or above cap, and a cap
+below 1.)";
 
 constexpr const char* kTreeFill =
     R"(tree_fill(tokens_T, offsets_N1, sampled_T, ids_B, shared_B, rows_N, advantages_N, weights_N, *, old_logprobs_T=None,
           sampler_logprobs_T=None, ref_logprobs_T=None, merge=True, bins_M1=None, arena=None, threads=0) -> dict
 
-The flat buffers of one micro-batch of `tree_plan`: B trajectories, P tokens, S segments, M prediction rows. A segment is
-a run of tokens that ends where trajectories part or end; it attends to the path from the root to its own end.
-With bins_M1 those of several, as a list: micro-batch m is of ids_B[bins_M1[m]:bins_M1[m + 1]], as from `tree_plan`.
+Return the flat buffers of one micro-batch of `tree_plan`: B trajectories, P tokens, S segments, M prediction rows. A
+segment is a run of tokens that ends where trajectories part or end; it attends to the path from the root to its own
+end.
+With bins_M1 return a list of several: micro-batch m holds ids_B[bins_M1[m]:bins_M1[m + 1]], as from `tree_plan`.
 
 tokens_T, offsets_N1, rows_N: as given to `tree_plan`. ids_B, shared_B, bins_M1: int64, its ids, shared and offsets, or
-slices. sampled_T: bool or uint8. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the weight
-(>= 0) of each of its sampled tokens. *_logprobs_T: float32, entry t is that of token t.
-arena: an Arena whose memory is used again; None for fresh memory. threads: 0 for as many as the machine runs at once,
-each on micro-batches of its own; the result does not depend on it. No array may change during the call.
+slices of them. sampled_T: bool or uint8. advantages_N, weights_N: float64 or float32, a trajectory's advantage and the
+weight (>= 0) of each of its sampled tokens. *_logprobs_T: float32, entry t belongs to token t.
+arena: an Arena whose memory is reused; None for fresh memory. threads: 0 for as many as the machine runs at once, each
+on its own micro-batches; the result does not depend on it. No array may change during the call.
 
-As TRL 1.16's TreeRow: input_ids int64 (P,); positions int64 (P,), the depth; tree_kv_index int64, the packed positions
-of all paths; tree_cu_seqlens_q, tree_cu_seqlens_k int32 (S + 1,), bounds of segments and paths; tree_max_seqlens int64
-(2,), the longest segment and path; token_index int64 (M,), the token whose hidden state predicts; segment_id int64 (M,),
-the place in ids_B of the (first) trajectory that asks for it. Otherwise: targets int64 (M,); weights, advantages float32
-(M,); old_logprobs, sampler_logprobs, ref_logprobs float32 (M,) as far as given; leaf int32 (B,), the segment whose path
-is the whole trajectory. There is a prediction row for each sampled token after a computed one, weight 0 left out, in
-the order of ids_B.
-merge: rows of equal token, target, log-probs (to the bit) and advantage sign become one, weights summed and advantages
-averaged by weight. Exact for ratios by token; leave it off for ratios that a trajectory's rows share.
+As in TRL 1.16's TreeRow: input_ids int64 (P,); positions int64 (P,), the depth; tree_kv_index int64, the packed
+positions of all paths; tree_cu_seqlens_q, tree_cu_seqlens_k int32 (S + 1,), bounds of segments and paths;
+tree_max_seqlens int64 (2,), the longest segment and path; token_index int64 (M,), the token whose hidden state
+predicts; segment_id int64 (M,), the index in ids_B of the (first) trajectory of the row. Others: targets int64 (M,);
+weights, advantages float32 (M,); if given, old_logprobs, sampler_logprobs, ref_logprobs float32 (M,); leaf int32 (B,),
+the segment whose path is the whole trajectory. There is one prediction row for each sampled token after a computed one,
+except those of weight 0, in the order of ids_B.
+merge: rows of equal token, target, log-probs (to the bit) and advantage sign become one, with the weights summed and
+the advantages averaged by weight. This is exact for ratios by token; leave it off if a trajectory's rows share their
+ratio.
 The arrays of a call share their memory.
-ValueError: sizes that differ, an id, offset, rows or shared out of range, shared tokens that differ, an advantage or
-weight not finite or a weight negative, bins that do not rise from 0 to B, more of anything in one micro-batch than
-int32 counts, an option out of range.)";
+Raises ValueError for sizes that differ, an id, offset, rows or shared out of range, shared tokens that differ, an
+advantage or weight that is not finite, a negative weight, bins that do not rise from 0 to B, more of anything in one
+micro-batch than int32 can count, or an option out of range.)";
 
 }  // namespace
 

@@ -8,12 +8,13 @@
 namespace mgrpo {
 namespace {
 
-/// The random numbers of one rollout: splitmix64 started from its seed and key.
+/// Draws the random numbers of one rollout: splitmix64, started from its seed and key.
 class Draws {
  public:
   Draws(uint64_t seed, uint64_t key) : state_(start(seed, key)) {}
 
-  /// Uniform in [0, bound): the lowest 2^64 mod bound numbers are drawn again, so no value has one more than another.
+  /// Draws uniformly from [0, bound). The lowest 2^64 mod bound numbers are rejected, so that all values are equally
+  /// likely.
   int64_t below(int64_t bound) {
     const auto n = static_cast<uint64_t>(bound);
     uint64_t draw = next();
@@ -33,7 +34,7 @@ void add_with_replacement(std::span<double> copies, int64_t target, Draws& draws
   for (int64_t i = count; i < target; ++i) copies[draws.below(count)] += 1.0;
 }
 
-/// Floyd's sampling: `target` draws whatever the count, no table.
+/// Samples without replacement by Floyd's method: `target` draws for any count, and no table.
 void choose_without_replacement(std::span<double> copies, int64_t target, Draws& draws) {
   const auto count = static_cast<int64_t>(copies.size());
   for (int64_t last = count - target; last < count; ++last) {
@@ -42,12 +43,12 @@ void choose_without_replacement(std::span<double> copies, int64_t target, Draws&
   }
 }
 
-/// The checked sum of the counts.
+/// Checks the counts and returns their sum.
 int64_t total_of(std::span<const int64_t> counts_R) {
   int64_t total = 0;
   for (size_t r = 0; r < counts_R.size(); ++r) {
     require(counts_R[r] >= 0, "counts[", r, "] is ", counts_R[r], ", expected at least 0");
-    require(counts_R[r] <= kMostTrajectories - total, "counts[", r, "] is ", counts_R[r], ": the sum passes ",
+    require(counts_R[r] <= kMostTrajectories - total, "counts[", r, "] is ", counts_R[r], ": the sum exceeds ",
             kMostTrajectories);
     total += counts_R[r];
   }

@@ -11,7 +11,7 @@ namespace {
 
 using Counts = std::vector<int64_t>;
 
-/// Every rollout's own index is its key.
+/// Uses every rollout's index as its key.
 std::vector<double> align_all(const Counts& counts_R, int64_t target, AlignMode mode, uint64_t seed) {
   std::vector<uint64_t> keys_R(counts_R.size());
   std::iota(keys_R.begin(), keys_R.end(), 0);
@@ -56,7 +56,7 @@ void mistakes_are_refused() {
     return [=] { align_all(counts_R, target, AlignMode::sampled, 0); };
   };
   CHECK(refuses(with({3, -1}, 2), "counts[1] is -1"));
-  CHECK(refuses(with({1, INT64_MAX}, 2), "the sum passes"));
+  CHECK(refuses(with({1, INT64_MAX}, 2), "the sum exceeds"));
   CHECK(refuses(with({1}, 0), "target must be from 1"));
   CHECK(refuses(with({1}, kMostTarget + 1), "target must be from 1"));
   CHECK(refuses([] { align(Counts{1, 2}, 2, AlignMode::sampled, 0, {}); }, "keys has 0 entries"));

@@ -13,7 +13,7 @@ using Ids = std::vector<uint32_t>;
 constexpr uint32_t kNone = ~uint32_t{0};
 constexpr int64_t kLargestTable = int64_t{1} << 24;
 
-/// A set of numbers from 0 to `most`: a bit for each, and above them a bit for each word that has any, level by level.
+/// Holds a set of numbers from 0 to `most`: one bit for each, and level by level above one bit for each nonzero word.
 class Bitmap {
  public:
   explicit Bitmap(int64_t most) {
@@ -21,7 +21,7 @@ class Bitmap {
     do {
       most >>= 6;
       levels_.push_back(words);
-      words += most + 2;  // one to spare: at_least may look at what follows the last
+      words += most + 2;  // one spare word: at_least may read the one after the last
     } while (most > 0);
     words_.resize(words);
   }
@@ -45,7 +45,7 @@ class Bitmap {
     }
   }
 
-  /// The smallest of the set that is at least `value`, or -1.
+  /// Returns the smallest number of the set that is at least `value`, or -1.
   int64_t at_least(int64_t value) const {
     for (size_t up = 0; up < levels_.size(); ++up) {
       const uint64_t rest = words_[levels_[up] + (value >> 6)] >> (value & 63);
@@ -61,11 +61,11 @@ class Bitmap {
     return value;
   }
 
-  std::vector<size_t> levels_;  // where each begins in words_
+  std::vector<size_t> levels_;  // where each level begins in words_
   std::vector<uint64_t> words_;
 };
 
-/// The latest bin of each room that some bin has, kNone of others.
+/// Maps each room that some bin has to the latest such bin, and other rooms to kNone.
 class TableOfRooms {
  public:
   explicit TableOfRooms(int64_t cap) : rooms_(cap), latest_(cap + 1, kNone) {}
@@ -82,7 +82,7 @@ class TableOfRooms {
   Ids latest_;
 };
 
-/// The same for a cap so large that a table of all rooms would cost more than the items.
+/// Does the same for a cap so large that a table of all rooms would cost more than the items.
 class MapOfRooms {
  public:
   int64_t at_least(int64_t room) const {
@@ -110,7 +110,7 @@ class Packer {
  public:
   Packer(Rooms rooms, int64_t cap, size_t items) : rooms_(std::move(rooms)), cap_(cap), fit_{Ids(items), 0} {}
 
-  /// Items of equal rows, until there are `end` items in all.
+  /// Places items of equal rows, until `end` items have been placed.
   void put(int64_t rows, uint32_t end) {
     while (k_ < end) {
       const int64_t room = rooms_.at_least(rows);
@@ -126,8 +126,8 @@ class Packer {
   Fit done() { return std::move(fit_); }
 
  private:
-  /// Fills up bins that have the same `room`, one after another, as far as there are items. Gives the first bin that
-  /// is left of the chain.
+  /// Fills the bins that have the same `room`, one after another, while there are items. Returns the first bin that is
+  /// left in the chain.
   uint32_t fill_chain(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
     const int64_t filled = room - rows < rows ? room - rows : room % rows;
     uint32_t latest = rooms_.latest(filled);
@@ -136,7 +136,7 @@ class Packer {
       const int64_t left = fill_bin(bin, room, rows, end);
       if (left == filled) {
         next_[bin] = std::exchange(latest, bin);
-      } else {  // the items ran out; no other bin has this room, or it would have been the best fit
+      } else {  // no items are left; no other bin has this room, or it would have been the best fit
         next_[bin] = kNone;
         rooms_.set(left, bin);
       }
@@ -156,7 +156,7 @@ class Packer {
 
   Rooms rooms_;
   int64_t cap_;
-  Ids next_;  // the bin that had the same room before
+  Ids next_;  // the previous bin with the same room
   Fit fit_;
   uint32_t k_ = 0;
 };

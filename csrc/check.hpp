@@ -1,4 +1,4 @@
-// What every part of the packer uses to refuse a caller's mistake: one line a check, the message in pieces.
+// Checks of what a caller hands in, for all parts of the packer: one line per check, with the message in pieces.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace mgrpo {
 
-/// Apart from require, so that a check that holds costs a comparison.
+/// Separate from require, so that a check that holds costs only a comparison.
 template <class... Parts>
 [[noreturn, gnu::cold, gnu::noinline]] void refuse(const Parts&... parts) {
   std::ostringstream message;
@@ -18,13 +18,13 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-/// Throws std::invalid_argument with the parts put together, unless `holds`.
+/// Throws std::invalid_argument with the concatenated parts, unless `holds`.
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (!holds) refuse(parts...);
 }
 
-/// Offsets of runs that lie one after another.
+/// Checks the offsets of runs that follow one another.
 inline void check_rising(const char* name, std::span<const int64_t> offsets, const char* of) {
   require(!offsets.empty(), name, " is empty, expected one entry more than there are ", of);
   require(offsets[0] == 0, name, "[0] is ", offsets[0], ", expected 0");
@@ -34,7 +34,7 @@ inline void check_rising(const char* name, std::span<const int64_t> offsets, con
   }
 }
 
-/// Bounds of the micro-batches among `ids` entries of ids.
+/// Checks the bounds of the micro-batches within the `ids` entries of ids.
 inline void check_bins(std::span<const int64_t> bins_M1, size_t ids) {
   check_rising("bins", bins_M1, "micro-batches");
   require(static_cast<size_t>(bins_M1.back()) == ids, "bins ends at ", bins_M1.back(), ", expected the ", ids,

@@ -12,11 +12,11 @@
 namespace mgrpo {
 namespace {
 
-constexpr size_t kTries = 8;  // so many bins are asked for room before dealing anew is given up
+constexpr size_t kTries = 8;  // bins tried for room before redistribution is given up
 
 using Entry = std::pair<double, size_t>;  // (cost, bin)
 
-/// Halves a bin of several: each item, longest first, to the cheaper half. The second half is returned.
+/// Halves a bin of several items: each item, longest first, goes to the cheaper half. Returns the second half.
 FewBin split(FewBin& bin, const Items& items) {
   FewBin halves[2];
   for (const uint32_t id : bin.ids) halves[halves[1].cost < halves[0].cost].put(id, items);
@@ -24,7 +24,7 @@ FewBin split(FewBin& bin, const Items& items) {
   return std::move(halves[1]);
 }
 
-/// Brings the bins to `count` by halving the dearest that has several items, again and again, as long as one has.
+/// Brings the bins to `count` by repeatedly halving the most expensive bin that has several items, while there is one.
 void open_further(std::vector<FewBin>& bins, const Items& items, size_t count) {
   std::priority_queue<Entry> several;
   const auto offer = [&](size_t m) {
@@ -41,7 +41,7 @@ void open_further(std::vector<FewBin>& bins, const Items& items, size_t count) {
   bins.resize(count);
 }
 
-/// The ids of all bins, longest first.
+/// Returns the ids of all bins, longest first.
 std::vector<uint32_t> pour_out(std::span<const FewBin> bins, const Items& items) {
   std::vector<uint32_t> ids, sorted;
   for (const auto& bin : bins) ids.insert(ids.end(), bin.ids.begin(), bin.ids.end());
@@ -50,8 +50,8 @@ std::vector<uint32_t> pour_out(std::span<const FewBin> bins, const Items& items)
   return sorted;
 }
 
-/// Each item into the cheapest of `count` bins, or the next cheapest with room (list scheduling: Graham 1969). None if
-/// the few cheapest have no room.
+/// Puts each item into the cheapest of `count` bins that has room (list scheduling: Graham 1969). Returns none if the
+/// few cheapest have no room.
 std::optional<std::vector<FewBin>> deal_anew(std::span<const uint32_t> ids, const Items& items, int64_t cap,
                                              size_t count) {
   std::vector<FewBin> bins(count);
@@ -75,7 +75,7 @@ std::optional<std::vector<FewBin>> deal_anew(std::span<const uint32_t> ids, cons
 
 void sort_dearest_first(std::vector<FewBin>& bins) { std::ranges::stable_sort(bins, std::greater<>{}, &FewBin::cost); }
 
-/// The time that the bins, dearest first, take at `ranks` a turn.
+/// Returns the time that the bins, most expensive first, take if `ranks` of them run at a time.
 double time_of(std::span<const FewBin> bins, int64_t ranks) {
   double time = 0.0;
   for (size_t m = 0; m < bins.size(); m += ranks) time += bins[m].cost;

@@ -54,18 +54,18 @@ void check_id(const Trajectories<Token>& given, int64_t b, int64_t id) {
   check_float32("weights", id, given.weights_N[id]);
 }
 
-/// Lays micro-batch m out behind the others.
+/// Lays out micro-batch m after the others.
 template <class Token>
 void add_bin(const Trajectories<Token>& given, const Bins& bins, size_t m, Layout& layout) {
   const int64_t begin = bins.bins_M1[m], end = bins.bins_M1[m + 1];
-  require(end - begin < kMostRows, "micro-batch ", m, " has ", end - begin, " sequences, more than int32 counts");
+  require(end - begin < kMostRows, "micro-batch ", m, " has ", end - begin, " sequences, more than int32 can count");
   MicroBatch made{.row = layout.rows()};
   for (int64_t b = begin; b < end; ++b) {
     const int64_t id = bins.ids_B[b];
     check_id(given, b, id);
     const int64_t rows = given.rows_N[id];
     require(rows <= kMostRows - made.rows, "ids[", b, "] = ", id, " brings the batch to ", made.rows, " + ", rows,
-            " rows, more than int32 counts");
+            " rows, more than int32 can count");
     made.rows += rows;
     made.longest = std::max(made.longest, rows);
     layout.rows_B1.push_back(made.row + made.rows);
@@ -81,12 +81,12 @@ void add_pieces(std::vector<Piece>& pieces, int64_t bin, const MicroBatch& of) {
   }
 }
 
-/// Rows of one sequence: `count` from its `first` on, which lie in the columns from `row` on.
+/// Rows of one sequence: `count` of them from its row `first`, stored in the columns from `row`.
 struct Run {
   int64_t place, id, first, row, count;
 };
 
-/// The runs that a piece consists of, in order.
+/// Visits the runs of a piece in order.
 struct Runs {
   const Bins& bins;
   const Layout& layout;
@@ -104,14 +104,14 @@ struct Runs {
   }
 };
 
-/// What the rows of a run predict.
+/// Returns the targets of a run's rows.
 template <class Token, class T>
 const T* next_of(const Trajectories<Token>& given, const Column<T>& column, const Run& run) {
   return column.of(run.id, given.offsets_N1[run.id]) + run.first + 1;
 }
 
 int64_t count_nonzero(const uint8_t* flags, int64_t count) {
-  constexpr int64_t kBlock = 128;  // what a sum of bytes can hold, so that the compiler adds 16 at a time
+  constexpr int64_t kBlock = 128;  // the most that a sum of bytes can hold, so that the compiler adds 16 at a time
   int64_t total = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     uint8_t block = 0;
@@ -137,7 +137,7 @@ void count(const Trajectories<Token>& given, const Bins& bins, Live live, const 
   });
 }
 
-/// Adds the pieces' counts up, in order, so that the sums do not depend on who counted.
+/// Adds up the pieces' counts in order, so that the sums do not depend on the threads.
 void add_up(Layout& layout) {
   int64_t& live = layout.lives;
   size_t p = 0;
@@ -155,7 +155,7 @@ void add_up(Layout& layout) {
   }
 }
 
-/// to[i] = flags[i] ? value(i) : 0. The value is read either way: a read on condition would go one by one.
+/// to[i] = flags[i] ? value(i) : 0. The value is always read: a conditional read would prevent vectorisation.
 template <class Value>
 void where(const uint8_t* __restrict flags, int64_t count, float* __restrict to, const Value& value) {
   for (int64_t i = 0; i < count; ++i) {
@@ -208,8 +208,8 @@ void fill_actions(const Trajectories<Token>& given, const Runs& runs, const Batc
   }
 }
 
-/// Writes the rows of the actions of live runs, counted from the micro-batch's `first_row`. Every row is written, and
-/// kept by moving on where it is an action: no branch to mispredict.
+/// Writes the action rows of live runs, counted from the micro-batch's `first_row`. Every row is written, but the end
+/// advances only for an action: there is no branch to mispredict.
 template <class Token>
 void fill_live(const Trajectories<Token>& given, const Runs& runs, Live live, int64_t first_row,
                std::span<int64_t> live_rows) {

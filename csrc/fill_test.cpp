@@ -1,5 +1,6 @@
-// The fill without Python, against a loop over rows: every type of id, columns in one buffer or many, rows in many
-// pieces, any number of threads. Every buffer is of its exact size, so that the sanitizers see a step beyond it.
+// Tests the fill without Python, against a loop over rows: every type of id, columns in one buffer or many, rows in
+// many pieces, any number of threads. Every buffer has its exact size, so that the sanitizers detect an access beyond
+// it.
 #include "fill.hpp"
 
 #include <iterator>
@@ -15,7 +16,8 @@ namespace {
 using Numbers = std::vector<int64_t>;
 constexpr const char* kLogprobs = "old_logprobs";
 
-/// Trajectories and the micro-batches to make of them. A weight is a multiple of a quarter: sums of them are exact.
+/// Trajectories and the micro-batches to make of them. Weights are multiples of a quarter, so that their sums are
+/// exact.
 template <class Token>
 struct Case {
   Numbers offsets_N1{0}, rows_N, bins_M1, ids_B;
@@ -49,7 +51,7 @@ struct Case {
   }
 };
 
-/// A column in a buffer for each trajectory.
+/// A column with one buffer per trajectory.
 template <class T>
 struct Each {
   std::vector<std::vector<T>> each_N;
@@ -68,7 +70,7 @@ struct Filled {
   std::vector<uint8_t> action_mask;
   std::vector<float> weights, advantages, logprobs;
   std::vector<int32_t> segment_ids, cu_seqlens;
-  Numbers live_rows, counts_M;  // counts_M: of each micro-batch its rows, live ones, longest sequence and actions
+  Numbers live_rows, counts_M;  // counts_M: rows, live rows, longest sequence and actions of each micro-batch
   std::vector<double> weight_sums_M;
 
   bool operator==(const Filled&) const = default;
@@ -97,7 +99,7 @@ Filled<Id> filled(const Trajectories<Token>& given, const Bins& bins, Live live,
   return f;
 }
 
-/// What one row adds. `place`: of the sequence in its micro-batch.
+/// Adds one row. `place`: the sequence's index in its micro-batch.
 template <class Id, class Token>
 void add_row(Filled<Id>& f, const Case<Token>& c, int64_t id, int64_t i, int64_t place) {
   const int64_t next = c.offsets_N1[id] + i + 1;
@@ -157,7 +159,7 @@ void check_case(const Case<Token>& c) {
   }
 }
 
-/// Trajectories of these lengths, some of them cut short, all of them in three micro-batches of which one is empty.
+/// Makes trajectories of these lengths, some cut short, in three micro-batches of which one is empty.
 template <class Token>
 Case<Token> made_of(const Numbers& lengths) {
   Case<Token> c;

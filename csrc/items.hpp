@@ -1,4 +1,4 @@
-// What is put into bins: a sequence, or a group of sequences that stay together.
+// The items that are put into bins: sequences, or groups of sequences that stay together.
 // Legend: I items.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace mgrpo {
 
-/// What a sequence of L rows costs: linear * L + square * L^2. Neither may be negative, and one must be positive.
+/// The cost of a sequence of L rows: linear * L + square * L^2. Neither may be negative, and one must be positive.
 struct Cost {
   double linear = 1.0;
   double square = 0.0;
@@ -21,8 +21,8 @@ struct Cost {
 
 struct Items {
   std::span<const int64_t> rows_I;
-  Cost rule;                         // of sequences
-  std::span<const double> cost_I{};  // of groups
+  Cost rule;                         // the cost of sequences
+  std::span<const double> cost_I{};  // the cost of groups
 
   double cost(uint32_t i) const { return cost_I.empty() ? rule.of(rows_I[i]) : cost_I[i]; }
 };

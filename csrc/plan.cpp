@@ -19,11 +19,11 @@
 namespace mgrpo {
 namespace {
 
-constexpr int64_t kFew = 32;  // so many bins, the cheapest, are evened out; more are even already
+constexpr int64_t kFew = 32;  // the cheapest bins, so many, are evened out; the others are even already
 
 using Ids = std::vector<uint32_t>;
 
-/// Gives the sum of the lengths.
+/// Checks the lengths and returns their sum.
 int64_t check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
   require(cap >= 1, "cap must be at least 1, got ", cap);
   require(lengths_N.size() <= kMostSequences, "lengths has ", lengths_N.size(), " entries, expected at most ",
@@ -33,7 +33,7 @@ int64_t check_lengths(std::span<const int64_t> lengths_N, int64_t cap) {
     require(lengths_N[n] >= 1, "lengths[", n, "] is ", lengths_N[n], ", expected at least 1");
     require(lengths_N[n] <= cap, "lengths[", n, "] is ", lengths_N[n], ", more than cap ", cap);
     require(lengths_N[n] <= std::numeric_limits<int64_t>::max() - total, "lengths[", n, "] is ", lengths_N[n],
-            ": the sum passes the largest 64-bit integer");
+            ": the sum exceeds the largest 64-bit integer");
     total += lengths_N[n];
   }
   return total;
@@ -44,7 +44,7 @@ void check_cost(Cost cost, int64_t total) {
   require(valid && cost.linear + cost.square > 0,
           "cost must be two finite numbers, none negative and one positive, got (", cost.linear, ", ", cost.square,
           ")");
-  // No sum of costs is above that of one sequence of all rows; half, for what is lost in rounding.
+  // No sum of costs exceeds the cost of one sequence of all rows. Half of the range is kept for rounding errors.
   require(cost.of(total) <= std::numeric_limits<double>::max() / 2, "cost (", cost.linear, ", ", cost.square,
           ") is too large: that of the ", total, " rows in all is not finite");
 }
@@ -57,7 +57,7 @@ void check(std::span<const int64_t> lengths_N, const Terms& terms) {
   check_cost(terms.cost, total);
 }
 
-/// Groups as items, by rising id. Item i has the sequences members_N[starts_I1[i]] .. members_N[starts_I1[i + 1] - 1].
+/// Groups as items, by rising id. Item i holds sequences members_N[starts_I1[i]] .. members_N[starts_I1[i + 1] - 1].
 struct Groups {
   Ids members_N, starts_I1;
   std::vector<int64_t> rows_I;
@@ -92,14 +92,14 @@ Ids longest_first(std::span<const int64_t> rows_I) {
   return sorted_by(rows_I.size(), [&](uint32_t i) { return ~static_cast<uint64_t>(rows_I[i]); });
 }
 
-/// The parts of ids_I, in its order, that the mini-batches get: the dearest item first, each to the cheapest part.
+/// Splits ids_I among the mini-batches, keeping its order: each item, most expensive first, goes to the cheapest part.
 std::vector<Ids> deal_out(const Items& items, Ids ids_I, int64_t parts, uint64_t seed) {
   std::vector<Ids> dealt(parts);
   if (parts == 1) {
     dealt[0] = std::move(ids_I);
     return dealt;
   }
-  std::vector<uint64_t> key_I;  // exponent and 4 bits of the cost, below them what shuffles
+  std::vector<uint64_t> key_I;  // exponent and 4 bits of the cost, and below them random bits that shuffle
   for (uint32_t i = 0; i < ids_I.size(); ++i) {
     const uint64_t dear = std::bit_cast<uint64_t>(items.cost(i)) >> 48;
     key_I.push_back(~dear << 48 | start(seed, i) >> 16);
@@ -118,7 +118,7 @@ std::vector<Ids> deal_out(const Items& items, Ids ids_I, int64_t parts, uint64_t
   return dealt;
 }
 
-/// Without a branch on whether rows change, which would be mispredicted half of the time.
+/// Has no branch on whether rows change, which would be mispredicted half of the time.
 std::vector<Run> runs_of(std::span<const int64_t> rows_I, const Ids& ids_K) {
   if (ids_K.empty()) return {};
   const uint64_t distinct = rows_I[ids_K.front()] - rows_I[ids_K.back()] + 1;
@@ -154,7 +154,7 @@ std::vector<Bin> sum_up(const Items& items, const Ids& ids_K, std::span<const Ru
   return bins_M;
 }
 
-/// Every other turn of `ranks` bins from the last rank to the first. The bins begin with turn `turn`.
+/// Reverses every other turn of `ranks` bins (snake order). The bins begin with turn `turn`.
 template <class Each>
 void snake(std::span<Each> bins, int64_t ranks, int64_t turn) {
   for (; !bins.empty(); bins = bins.subspan(ranks), ++turn) {
@@ -162,8 +162,7 @@ void snake(std::span<Each> bins, int64_t ranks, int64_t turn) {
   }
 }
 
-/// How many bins to even out: the cheapest few, in whole turns, and more if those have too few items for each to have
-/// one.
+/// Returns how many bins to even out: the cheapest few, in whole turns, or more if those have fewer items than bins.
 int64_t few_of(std::span<const Bin> bins_M, const Ids& order_M, int64_t count, int64_t ranks) {
   int64_t few = 0, within = 0, m = order_M.size();
   while (few < count && (few < kFew || within < few)) {
@@ -173,7 +172,7 @@ int64_t few_of(std::span<const Bin> bins_M, const Ids& order_M, int64_t count, i
   return few;
 }
 
-/// Writes the ids bin after bin, in the order of order_M. Gives how many each has.
+/// Writes the ids bin after bin, in the order of order_M. Returns the number of ids in each bin.
 std::vector<int64_t> place(const Ids& ids_K, const Fit& fit, std::span<const Bin> bins_M, const Ids& order_M,
                            std::span<int64_t> into_K) {
   std::vector<int64_t> at_M(fit.bins), sizes_M;
@@ -186,7 +185,7 @@ std::vector<int64_t> place(const Ids& ids_K, const Fit& fit, std::span<const Bin
   return sizes_M;
 }
 
-/// Evens the last bins out, those from `head` on, and brings all to `count`.
+/// Evens out the bins from `head` on, and brings the total number of bins to `count`.
 void even_out_last(std::vector<int64_t>& sizes_M, std::span<int64_t> ids_K, const Items& items, size_t head,
                    int64_t count, const Terms& terms) {
   size_t at = std::reduce(sizes_M.begin(), sizes_M.begin() + head, size_t{0}), end = at;
@@ -204,7 +203,8 @@ void even_out_last(std::vector<int64_t>& sizes_M, std::span<int64_t> ids_K, cons
   }
 }
 
-/// One mini-batch, its items longest first in ids_K: writes their ids bin after bin, and gives how many each bin has.
+/// Plans one mini-batch, whose items are in ids_K, longest first: writes the ids bin after bin, and returns how many
+/// each bin has.
 std::vector<int64_t> pack(const Items& items, const Ids& ids_K, const Terms& terms, std::string_view kind,
                           std::span<int64_t> into_K) {
   const auto runs = runs_of(items.rows_I, ids_K);
@@ -223,7 +223,7 @@ std::vector<int64_t> pack(const Items& items, const Ids& ids_K, const Terms& ter
   return sizes_M;
 }
 
-/// All mini-batches, in items: `offsets_M1` and `ids_I` are of items.
+/// Plans all mini-batches in terms of items: `offsets_M1` and `ids_I` refer to items.
 Plan plan_items(const Items& items, const Terms& terms, std::string_view kind, std::span<int64_t> ids_I) {
   Plan plan{{0}, {0}};
   for (const auto& ids_K : deal_out(items, longest_first(items.rows_I), terms.mini_batches, terms.seed)) {
@@ -236,7 +236,7 @@ Plan plan_items(const Items& items, const Terms& terms, std::string_view kind, s
   return plan;
 }
 
-/// From a plan of groups to one of their sequences.
+/// Turns a plan of groups into one of their sequences.
 void ungroup(Plan& plan, const Groups& groups, std::span<const int64_t> ids_I, std::span<int64_t> ids_N) {
   std::vector<int64_t> ends_I1{0};
   for (const int64_t i : ids_I) {
@@ -266,7 +266,7 @@ int64_t l2_bound(std::span<const int64_t> lengths_N, int64_t cap) {
   const Ids ids_N = longest_first(lengths_N);
   const auto half = std::ranges::partition_point(ids_N, [&](uint32_t n) { return lengths_N[n] > cap - lengths_N[n]; });
   const int64_t large = half - ids_N.begin();
-  // Those above cap - limit leave no room for the small ones of at least `limit` rows; the others large leave `room`.
+  // Items above cap - limit leave no room for small ones of at least `limit` rows; the other large ones leave `room`.
   int64_t small = 0, room = 0, bound = large;
   auto next = half;
   for (auto id = half; id != ids_N.end(); ++id) {

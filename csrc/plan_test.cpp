@@ -84,7 +84,7 @@ void extremes() {
   CHECK(planned({}, {.cap = 5, .ranks = 3}).plan.offsets_M1 == Lengths{0});
 }
 
-/// What every rank computes for itself: nothing is shared, and nothing is random.
+/// Checks that every rank computes the same plan by itself: nothing is shared, and nothing is random.
 void threads_plan_alike() {
   const auto lengths_N = test::numbers(3, 20000, 1, 16384);
   const Terms terms{.cap = 16384, .ranks = 8, .cost = {1.0, 1e-4}, .mini_batches = 2, .seed = 1};
@@ -96,7 +96,7 @@ void threads_plan_alike() {
   for (const auto& each : made) CHECK(each == made[0]);
 }
 
-/// Best fit decreasing by looking at every bin.
+/// Computes best-fit decreasing by looking at every bin.
 uint32_t bins_needed(Lengths lengths_N, int64_t cap) {
   std::ranges::sort(lengths_N, std::greater<>{});
   std::multiset<int64_t> rooms;
@@ -156,7 +156,7 @@ void mistakes_are_refused() {
   CHECK(refuses(with({0}, {.cap = 1}), "lengths[0] is 0, expected at least 1"));
   CHECK(refuses(with({1, INT64_MIN}, {.cap = 1}), "lengths[1] is -9223372036854775808"));
   CHECK(refuses(with({3}, {.cap = 2}), "lengths[0] is 3, more than cap 2"));
-  CHECK(refuses(with({INT64_MAX, 1}, {.cap = INT64_MAX}), "lengths[1] is 1: the sum passes"));
+  CHECK(refuses(with({INT64_MAX, 1}, {.cap = INT64_MAX}), "lengths[1] is 1: the sum exceeds"));
   CHECK(refuses(with({1}, {.cap = 1, .ranks = 0}), "ranks must be from 1"));
   CHECK(refuses(with({1}, {.cap = 1, .ranks = 2, .mini_batches = kMostRanks}), "mini_batches must be from 1"));
   CHECK(refuses(with({1}, {.cap = 1, .cost = {0.0, -1.0}}), "cost must be two finite numbers"));

@@ -1,5 +1,5 @@
-// A stable radix sort of indices by unsigned keys, linear in their number whatever the keys.
-// Departs from the textbook in the digit: the more indices the wider, so that short keys take one pass.
+// A stable radix sort of indices by unsigned keys, linear in their number for any keys.
+// Unlike in the textbook, the digit is wider for more indices, so that short keys take one pass.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,13 @@
 
 namespace mgrpo {
 
-/// The indices 0 .. count - 1, those of smaller key(index) first, equal ones in order. count is below 2^32.
+/// Returns the indices 0 .. count - 1, ordered by key(index); equal keys keep their order. count is below 2^32.
 template <class Key>
 std::vector<uint32_t> sorted_by(size_t count, Key key) {
-  uint64_t ones = 0, zeros = 0;  // bits that are set, or not, in some key
+  uint64_t ones = 0, zeros = 0;  // bits that are set, or clear, in some key
   for (uint32_t n = 0; n < count; ++n) ones |= key(n), zeros |= ~key(n);
   const int widest = std::clamp<int>(std::bit_width(count), 8, 16);
-  const int low = std::countr_zero(ones & zeros) % 64;  // 0 where all keys are the same
+  const int low = std::countr_zero(ones & zeros) % 64;  // 0 if all keys are the same
   const int bits = std::bit_width(ones & zeros) - low;
   const int passes = std::max(1, (bits + widest - 1) / widest), width = std::max(1, (bits + passes - 1) / passes);
   std::vector<uint32_t> order_N, sorted_N(count), place(size_t{1} << width);

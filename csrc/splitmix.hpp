@@ -1,4 +1,4 @@
-// The random numbers of the packer: counter-based, so that none depends on threads, on order or on the machine.
+// The random numbers of the packer: counter-based, so that they do not depend on threads, order or the machine.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-/// Where the numbers of (seed, key) start.
+/// Returns the state from which the numbers of (seed, key) start.
 inline uint64_t start(uint64_t seed, uint64_t key) { return mix(mix(seed + kGolden) + key); }
 
 }  // namespace mgrpo

@@ -1,4 +1,4 @@
-// What the tests of the core use, without a framework and without Python: a check that fails is printed with its place,
+// Helpers of the core's tests, without a framework and without Python: a check that fails is printed with its place,
 // and the program ends in failure.
 #pragma once
 
@@ -21,7 +21,7 @@ inline void check(bool holds, const char* condition, const char* file, int line)
   std::cerr << file << ':' << line << ": " << condition << '\n';
 }
 
-/// Whether the call is refused as a caller's mistake, with this in the message.
+/// Returns whether the call is refused as a caller's mistake, with this text in the message.
 template <class Call>
 bool refuses(const Call& call, const std::string& part) {
   try {
@@ -32,7 +32,7 @@ bool refuses(const Call& call, const std::string& part) {
   return false;
 }
 
-/// `count` numbers from `low` to `high`. The same on every machine, unlike those of std::uniform_int_distribution.
+/// Draws `count` numbers from `low` to `high`, the same on every machine, unlike std::uniform_int_distribution.
 inline std::vector<int64_t> numbers(uint64_t seed, size_t count, int64_t low, int64_t high) {
   std::mt19937_64 random(seed);
   std::vector<int64_t> drawn(count);
@@ -40,7 +40,7 @@ inline std::vector<int64_t> numbers(uint64_t seed, size_t count, int64_t low, in
   return drawn;
 }
 
-/// What main returns.
+/// Returns the exit status of main.
 inline int result() { return failures == 0 ? 0 : 1; }
 
 }  // namespace mgrpo::test

@@ -1,5 +1,5 @@
-// A loop over several threads. They are started for each loop, not kept: starting one takes microseconds, the loops
-// that are worth sharing take milliseconds, and a process that forks has no pool to lose.
+// A loop over several threads. They are started for each loop and not kept: starting one takes microseconds, loops
+// worth sharing take milliseconds, and a process that forks has no pool to lose.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@
 
 namespace mgrpo {
 
-/// As many threads as the machine runs at once, where `asked` is 0.
+/// Returns `asked`, or the number of threads that the machine runs at once if that is 0.
 inline int64_t threads_or_all(int64_t asked) {
   return asked > 0 ? asked : std::max<int64_t>(std::thread::hardware_concurrency(), 1);
 }
 
-/// Calls work(i) once for each i below `count`, on `threads` threads of which this is one. What throws keeps none of
-/// the others from being called; then what the lowest i threw is thrown again, so that it does not depend on the
-/// threads.
+/// Calls work(i) once for each i below `count`, on `threads` threads including this one. An exception does not keep the
+/// other calls from running; afterwards the exception of the lowest i is thrown again, so that the outcome does not
+/// depend on the threads.
 template <class Work>
 void parallel_for(int64_t count, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -39,7 +39,7 @@ void parallel_for(int64_t count, int64_t threads, const Work& work) {
     try {
       while (others.size() < others.capacity()) others.emplace_back(take_turns);
     } catch (const std::system_error&) {
-      // no more threads to be had: those there are do all of it
+      // the system has no more threads: those that exist do all the work
     }
     take_turns();
   }

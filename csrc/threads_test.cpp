@@ -1,4 +1,4 @@
-// The loop over several threads: everything is done once, and what is thrown does not depend on who did it.
+// Tests the loop over several threads: everything is done once, and the exception does not depend on the threads.
 #include "threads.hpp"
 
 #include "test.hpp"
@@ -11,7 +11,7 @@ void each_is_called_once(int64_t count, int64_t threads) {
   CHECK(std::ranges::all_of(called, [](const auto& times) { return times == 1; }));
 }
 
-/// Of the multiples of `step`, and the others are called all the same.
+/// Throws for the multiples of `step`, and checks that the others are called all the same.
 void the_lowest_is_thrown_again(int64_t step, int64_t threads) {
   constexpr int64_t kCount = 500;
   std::atomic<int64_t> called = 0;

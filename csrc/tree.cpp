@@ -39,7 +39,7 @@ void check(const Sequences<Token>& given, int64_t cap, std::span<const int64_t> 
           ", expected the ", given.tokens_T.size(), " tokens");
 }
 
-/// Tokens of each node's subtree, its own run included.
+/// Returns the tokens of each node's subtree, including the node's own run.
 std::vector<int64_t> subtree_sizes(const Trie& trie) {
   std::vector<int64_t> size(trie.nodes.size(), 0);
   for (size_t node = trie.nodes.size(); node-- > 1;) {
@@ -51,14 +51,15 @@ std::vector<int64_t> subtree_sizes(const Trie& trie) {
 }
 
 struct Packing {
-  std::vector<int32_t> bin_N;  // of each trajectory in the trie's order
+  std::vector<int32_t> bin_N;  // the bin of each trajectory, in the trie's order
   int32_t bins = 0;
   int64_t tokens = 0;
 };
 
-/// Packs bin after bin, walking down from the root: of the subtrees at a node the largest that fits goes in whole, and
-/// when none fits the walk enters the largest, if what it may bring is `worth` times the tokens that its run repeats.
-/// While a bin is empty it enters the largest first, whatever it repeats: that one fits into no bin whole.
+/// Packs one bin after another, walking down from the root. The largest subtree at a node that fits goes in whole. If
+/// none fits, the walk enters the largest, provided that the tokens it may add are `worth` times those that its run
+/// repeats. While a bin is empty the walk enters the largest first, whatever it repeats, as that one fits into no bin
+/// whole.
 class Packer {
  public:
   Packer(const Trie& trie, std::vector<int64_t> sizes, int64_t cap, int64_t worth)
@@ -84,15 +85,15 @@ class Packer {
 
   struct Visit {
     int32_t node;
-    int64_t run;  // the tokens that being here costs
-    Key below;    // larger children were refused
+    int64_t run;  // the tokens that it costs to be at this node
+    Key below;    // larger children did not fit
     int tries;
     bool took;
   };
 
-  static constexpr int kMostTries = 8;  // a gap that eight subtrees could not fill stays
+  static constexpr int kMostTries = 8;  // a gap that eight subtrees could not fill is left
 
-  /// What is left of a node's children, by size.
+  /// Returns the remaining children of a node, by size.
   std::set<Key>& rest_of(int32_t node) {
     const auto [found, fresh] = rest_.try_emplace(node);
     if (fresh) {
@@ -128,7 +129,7 @@ class Packer {
     return true;
   }
 
-  /// Enters the largest child that is worth it.
+  /// Enters the largest child that is worth entering.
   bool cut() {
     auto& here = path_.back();
     auto& rest = rest_of(here.node);
@@ -167,8 +168,8 @@ class Packer {
   }
 
   const Trie& trie_;
-  std::vector<int64_t> size_;     // of what is left of each subtree
-  std::vector<int32_t> entered_;  // the last bin that has the node's run for a part of its subtree
+  std::vector<int64_t> size_;     // the size of what is left of each subtree
+  std::vector<int32_t> entered_;  // the last bin that holds the node's run for a part of its subtree
   std::unordered_map<int32_t, std::set<Key>> rest_;
   std::vector<Visit> path_;
   Packing packing_;
@@ -176,7 +177,7 @@ class Packer {
   bool bin_is_empty_ = true;
 };
 
-/// Tokens that two leaves' paths have in common.
+/// Returns the number of tokens that two leaves' paths share.
 int64_t common_depth(const Trie& trie, int32_t a, int32_t b) {
   while (a != b) (a > b ? a : b) = trie.nodes[std::max(a, b)].parent;
   return trie.nodes[a].depth;
@@ -191,11 +192,12 @@ std::vector<int32_t> leaf_of_each(const Trie& trie) {
   return leaf_N;
 }
 
-/// One open bin in the given order, closed when the next trajectory does not fit: what other planners of trees do.
-/// Identical trajectories go with the first of them.
+/// Keeps one bin open in the given order, and closes it when the next trajectory does not fit, as other tree planners
+/// do. Identical trajectories join the first of them.
 Packing next_fit(const Trie& trie, int64_t cap) {
   const auto leaf_N = leaf_of_each(trie);
-  std::vector<int32_t> place_N(leaf_N.size()), latest(trie.nodes.size(), -1);  // latest: bin that a node was put into
+  std::vector<int32_t> place_N(leaf_N.size()),
+      latest(trie.nodes.size(), -1);  // latest: the last bin that a node was put into
   for (size_t r = 0; r < leaf_N.size(); ++r) place_N[trie.order_N[r]] = static_cast<int32_t>(r);
   Packing packing{std::vector<int32_t>(leaf_N.size())};
   int64_t room = 0;
@@ -220,10 +222,10 @@ Packing next_fit(const Trie& trie, int64_t cap) {
   return packing;
 }
 
-/// Of several packings that of the fewest bins, then the fewest tokens, but none of more bins than next_fit's, and none
-/// that saves bins at the cost of 1/16 more tokens while another has so few. No more are tried once the bins are within
-/// 1/256 of what the distinct tokens alone need, or the tokens exceed that 1/16: the less a cut must be worth the more
-/// tokens are repeated.
+/// Chooses among several packings the one of the fewest bins, then the fewest tokens; but none of more bins than
+/// next_fit's, and none that saves bins at the cost of 1/16 more tokens than another needs. Stops trying once the bins
+/// are within 1/256 of what the distinct tokens alone need, or the tokens exceed that 1/16: the less a cut must be
+/// worth, the more tokens are repeated.
 Packing best_packing(const Trie& trie, int64_t cap) {
   const auto sizes = subtree_sizes(trie);
   const int64_t fewest = sizes[0] / cap + (sizes[0] % cap != 0);

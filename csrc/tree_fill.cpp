@@ -24,7 +24,7 @@ void check_sizes(const TreeInput<Token>& given) {
   check_size("weights", given.weights_N.size(), offsets_N1.size() - 1, "trajectories");
   check_size("shared", given.shared_B.size(), given.ids_B.size(), "ids");
   require(static_cast<int64_t>(given.ids_B.size()) < kMost, "ids has ", given.ids_B.size(),
-          " entries, more than int32 counts");
+          " entries, more than int32 can count");
 }
 
 template <class Token>
@@ -57,27 +57,27 @@ void check_shared(const TreeInput<Token>& given, size_t b) {
           " part after ", alike, " tokens");
 }
 
-/// A prefix of a trajectory as runs of packed tokens: from depth `depth` on it lies at `start` and on.
+/// A prefix of a trajectory as runs of packed tokens: from depth `depth` on it is stored from `start` on.
 struct Run {
   int64_t depth, start;
 };
 
 class Path {
  public:
-  /// Keeps the first `depth` tokens and goes on at packed position `start`.
+  /// Keeps the first `depth` tokens and continues at packed position `start`.
   void fork(int64_t depth, int64_t start) {
     while (!runs_.empty() && runs_.back().depth >= depth) runs_.pop_back();
     runs_.push_back({depth, start});
   }
 
-  /// Where the path's token at `depth` is.
+  /// Returns the packed position of the path's token at `depth`.
   int64_t position(int64_t depth) const {
     const Run run = *(std::ranges::upper_bound(runs_, depth, {}, &Run::depth) - 1);
     return run.start + depth - run.depth;
   }
 
-  /// Calls visit(from, to, start) for the runs of the first `depth` tokens: depths `from` to `to` lie at `start` and
-  /// on.
+  /// Calls visit(from, to, start) for the runs of the first `depth` tokens: depths `from` to `to` are stored from
+  /// `start` on.
   template <class Visit>
   void each_run(int64_t depth, Visit visit) const {
     for (size_t r = 0; r < runs_.size() && runs_[r].depth < depth; ++r) {
@@ -90,7 +90,7 @@ class Path {
   std::vector<Run> runs_;
 };
 
-/// Bounds of the segments, and in leaf_B the packed position of each trajectory's last token.
+/// Computes the bounds of the segments and, in leaf_B, the packed position of each trajectory's last token.
 template <class Token>
 std::vector<int32_t> segment_bounds(const TreeInput<Token>& given, std::vector<int32_t>& leaf_B) {
   Path path;
@@ -99,7 +99,7 @@ std::vector<int32_t> segment_bounds(const TreeInput<Token>& given, std::vector<i
   for (size_t b = 0; b < given.ids_B.size(); ++b) {
     const int64_t rows = given.sequences.rows_N[given.ids_B[b]], shared = given.shared_B[b];
     require(rows - shared <= kMost - tokens, "ids[", given.first + b, "] = ", given.ids_B[b], " brings the batch to ",
-            tokens, " + ", rows - shared, " tokens, more than int32 counts");
+            tokens, " + ", rows - shared, " tokens, more than int32 can count");
     if (shared > 0) bounds.push_back(static_cast<int32_t>(path.position(shared - 1) + 1));
     path.fork(shared, tokens);
     tokens += rows - shared;
@@ -111,7 +111,7 @@ std::vector<int32_t> segment_bounds(const TreeInput<Token>& given, std::vector<i
   return bounds;
 }
 
-/// Calls visit(path, depth at the segment's end, segment) for each segment in order.
+/// Calls visit(path, depth at the segment's end, segment) for each segment, in order.
 template <class Token, class Visit>
 void for_each_segment(const TreeInput<Token>& given, std::span<const int32_t> bounds_S1, Visit visit) {
   Path path;
@@ -134,12 +134,13 @@ int64_t count_predictions(const TreeInput<Token>& given) {
     const auto [start, stop] = std::pair(given.sequences.offsets_N1[id], given.sequences.offsets_N1[id + 1]);
     const int64_t last = std::min(start + given.sequences.rows_N[id] + 1, stop);
     for (int64_t t = start + 1; t < last; ++t) count += given.sampled_T[t] != 0;
-    require(count <= kMost, "trajectory ", id, " brings the batch to ", count, " predictions, more than int32 counts");
+    require(count <= kMost, "trajectory ", id, " brings the batch to ", count,
+            " predictions, more than int32 can count");
   }
   return count;
 }
 
-/// Calls visit(from, to) for the longest stretches of `begin` to `end` that are sampled throughout.
+/// Calls visit(from, to) for the longest ranges within `begin` to `end` in which every token is sampled.
 template <class Visit>
 void each_sampled(const uint8_t* sampled, int64_t begin, int64_t end, Visit visit) {
   for (int64_t from = begin; from < end; ++from) {
@@ -151,8 +152,8 @@ void each_sampled(const uint8_t* sampled, int64_t begin, int64_t end, Visit visi
   }
 }
 
-/// Tokens, positions and predictions of trajectory b, whose own tokens begin at packed position `start`. Of these the
-/// next trajectory shares some; if not the next then none.
+/// Writes tokens, positions and predictions of trajectory b, whose own tokens begin at packed position `start`. The
+/// next trajectory may share some of these; if it does not, no later one does.
 template <class Token>
 void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, const Path& path, const TreeBuffers& out,
                      Predictions<Token>& predictions) {
@@ -166,7 +167,7 @@ void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, con
   const int64_t predicting = std::min(rows, given.sequences.offsets_N1[id + 1] - first - 1);
   const int64_t next = given.merge && b + 1 < given.ids_B.size() ? given.shared_B[b + 1] : 0;
   const int64_t closed = std::clamp(next, std::min(shared, predicting), predicting);
-  const uint8_t* sampled = given.sampled_T.data() + first + 1;  // of what row i predicts
+  const uint8_t* sampled = given.sampled_T.data() + first + 1;  // whether the token that row i predicts is sampled
   path.each_run(std::min(shared, predicting), [&](int64_t begin, int64_t end, int64_t at) {
     each_sampled(sampled, begin, end, [&](int64_t from, int64_t to) {
       if (!given.merge) return predictions.append(at + from - begin, first + from + 1, to - from);
@@ -181,7 +182,7 @@ void fill_trajectory(const TreeInput<Token>& given, size_t b, int64_t start, con
   });
 }
 
-/// Tokens that a trajectory adds and the next one shares.
+/// Returns the number of tokens that trajectories add and the next one shares.
 template <class Token>
 int64_t reused_tokens(const TreeInput<Token>& given) {
   int64_t count = 0;
@@ -211,7 +212,7 @@ TreeLayout lay_out_tree(const TreeInput<Token>& given) {
   layout.cu_seqlens_k_S1.push_back(0);
   for_each_segment(given, bounds, [&](const Path&, int64_t depth, size_t segment) {
     paths += depth;
-    require(paths <= kMost, "segment ", segment, " brings the paths to ", paths, " entries, more than int32 counts");
+    require(paths <= kMost, "segment ", segment, " brings the paths to ", paths, " entries, more than int32 can count");
     layout.cu_seqlens_k_S1.push_back(static_cast<int32_t>(paths));
     layout.longest_segment = std::max<int64_t>(layout.longest_segment, bounds[segment + 1] - bounds[segment]);
     layout.longest_path = std::max(layout.longest_path, depth);

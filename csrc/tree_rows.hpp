@@ -1,8 +1,8 @@
-// The prediction rows of a prefix tree, equal ones found and made one: see tree_fill.hpp.
-// A row may be asked for again while its token is on the path of a later trajectory. Such a row is "open": its sums are
-// kept in double until the end, and a hash of all that equal rows have in common leads to it, so that thousands of
-// trajectories which share a token and no log-prob are no quadratic search. Other rows cost their writing alone.
-// Legend: as in tree_fill.hpp; H heads of chains.
+// Finds and merges equal prediction rows of a prefix tree: see tree_fill.hpp.
+// A row may be needed again while its token is on the path of a later trajectory. Such a row is "open": its sums are
+// kept in double until the end, and it is found by a hash of everything that equal rows have in common, so that
+// thousands of trajectories which share a token but no log-prob do not cause a quadratic search. Other rows are only
+// written. Legend: as in tree_fill.hpp; H heads of chains.
 #pragma once
 
 #include <algorithm>
@@ -21,20 +21,20 @@ namespace mgrpo {
 template <class Token>
 class Predictions {
  public:
-  /// About `reused` tokens are on the paths of several trajectories.
+  /// Prepares for about `reused` tokens that are on the paths of several trajectories.
   Predictions(const TreeInput<Token>& given, const TreeBuffers& out, int64_t reused)
       : given_(given), out_(out), head_H_(std::bit_ceil(static_cast<size_t>(reused) + 1), -1) {
     open_.reserve(head_H_.size());
   }
 
-  /// What follows is trajectory b's.
+  /// Begins trajectory b: the rows added next are its rows.
   void begin(size_t b) {
     b_ = static_cast<int64_t>(b);
     weight_ = given_.weights_N[given_.ids_B[b]];
     advantage_ = given_.advantages_N[given_.ids_B[b]];
   }
 
-  /// Predictions of `count` tokens from t on, from packed tokens p and on: rows that stay as they are.
+  /// Adds the predictions of `count` tokens from t on, made by packed tokens from p on: rows that nothing merges with.
   void append(int64_t p, int64_t t, int64_t count) {
     const int64_t m = std::exchange(count_, count_ + count);
     const Token* targets = given_.sequences.tokens_T.data() + t;
@@ -48,16 +48,16 @@ class Predictions {
     }
   }
 
-  /// The same, of tokens that no earlier trajectory has and the next one does.
+  /// Does the same for tokens that no earlier trajectory has, but the next one does.
   void append_open(int64_t p, int64_t t, int64_t count) {
     const int64_t m = count_;
     append(p, t, count);
     for (int64_t i = 0; i < count; ++i) open(m + i, hash(p + i, t + i));
   }
 
-  /// The prediction of token t from packed token p, which earlier trajectories may have predicted alike.
+  /// Adds the prediction of token t by packed token p, which earlier trajectories may have made too.
   void merge(int64_t p, int64_t t) {
-    if (found_ + 1 < open_.size() && alike(open_[found_ + 1], p, t)) return add(open_[++found_]);  // most often
+    if (found_ + 1 < open_.size() && alike(open_[found_ + 1], p, t)) return add(open_[++found_]);  // the common case
     const uint64_t key = hash(p, t);
     int32_t k = head_H_[key & (head_H_.size() - 1)];
     while (k >= 0 && !(open_[k].hash == key && alike(open_[k], p, t))) k = open_[k].before;
@@ -66,7 +66,7 @@ class Predictions {
     open(count_ - 1, key);
   }
 
-  /// Gives the number of rows.
+  /// Writes the sums of the open rows and returns the number of rows.
   int64_t finish() {
     for (const Open& each : open_) {
       require(each.weight <= std::numeric_limits<float>::max(), "weights of a token that trajectories share sum to ",
@@ -81,7 +81,7 @@ class Predictions {
   struct Open {
     double weight, advantage;
     uint64_t hash;
-    int32_t row, before;  // before: the latest earlier one of those whose hashes end alike, or -1
+    int32_t row, before;  // before: the previous row in the same hash chain, or -1
   };
 
   void open(int64_t m, uint64_t key) {
@@ -124,7 +124,7 @@ class Predictions {
   const TreeInput<Token>& given_;
   const TreeBuffers& out_;
   std::vector<Open> open_;
-  std::vector<int32_t> head_H_;  // the latest of open_ of those whose hashes end in h
+  std::vector<int32_t> head_H_;  // the latest row of open_ in each hash chain
   size_t found_ = 0;
   int64_t count_ = 0, b_ = 0;
   double weight_ = 0, advantage_ = 0;

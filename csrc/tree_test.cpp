@@ -1,4 +1,4 @@
-// Prefix trees without Python: a worked example by hand, and random forests whose every token is read back.
+// Tests prefix trees without Python: an example worked by hand, and random forests of which every token is read back.
 #include "tree.hpp"
 
 #include <algorithm>
@@ -76,7 +76,7 @@ void a_worked_example() {
   CHECK((f.layout.cu_seqlens_k_S1 == std::vector<int32_t>{0, 2, 5, 9}));
   CHECK((f.kv_index == std::vector<int64_t>{0, 1, 0, 1, 2, 0, 1, 3, 4}));
   CHECK((f.layout.leaf_B == std::vector<int32_t>{0, 1, 2, 2}));
-  // Of a -> b, one row for A- and one for A+; b -> c and b -> d from one token; d -> e twice.
+  // a -> b has one row for A- and one for A+; b -> c and b -> d come from one token; d -> e occurs twice.
   CHECK((f.token_index == std::vector<int64_t>{0, 0, 1, 1, 3}));
   CHECK((f.targets == std::vector<int64_t>{2, 2, 3, 4, 5}));
   CHECK((f.weights == std::vector<float>{1, 5, 1, 4, 4}));
@@ -131,7 +131,7 @@ void every_trajectory_is_read_back() {
   }
 }
 
-/// Micro-batches are laid out and filled side by side: they share nothing that they write.
+/// Checks that micro-batches can be laid out and filled in parallel: they share nothing that they write.
 void several_threads_fill_alike() {
   std::mt19937 random(1);
   Forest forest;
@@ -162,7 +162,7 @@ void several_threads_fill_alike() {
   }
 }
 
-/// Of trajectories of the same tokens, with as many log-probs of each token as there are `values`.
+/// Counts the rows of trajectories of the same tokens, whose tokens have as many log-probs as there are `values`.
 void a_row_for_each_log_prob(size_t values) {
   constexpr size_t kTrajectories = 500, kTokens = 9;
   Forest forest;

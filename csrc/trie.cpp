@@ -32,7 +32,7 @@ class Builder {
   }
 
  private:
-  /// Sets the node's depth. Whether its sequences are identical.
+  /// Sets the node's depth. Returns whether its sequences are identical.
   bool extend(Node& node) {
     const int64_t start = trie_.nodes[node.parent].depth;
     const int32_t first = trie_.order_N[node.begin];
@@ -50,7 +50,7 @@ class Builder {
     split(node, [&](int32_t n) { return depth < given_.rows_N[n] ? static_cast<int64_t>(given_[n][depth]) : 0; });
   }
 
-  /// Gives the node a child for each key, those sequences first that end with the node.
+  /// Gives the node a child for each key; sequences that end with the node come first.
   template <class Key>
   void split(int32_t parent, Key key) {
     const Node node = trie_.nodes[parent];
@@ -86,11 +86,11 @@ class Builder {
     keyed_ = std::move(to);
   }
 
-  static constexpr size_t kMany = 4096;  // from here on a radix sort is faster; both keep equal keys in the given order
+  static constexpr size_t kMany = 4096;  // for more a radix sort is faster; both sorts are stable
 
   const Sequences<Token>& given_;
   Trie trie_;
-  std::vector<std::tuple<bool, int64_t, int32_t>> keyed_;  // (goes on beyond the node, key, sequence)
+  std::vector<std::tuple<bool, int64_t, int32_t>> keyed_;  // (continues beyond the node, key, sequence)
 };
 
 }  // namespace

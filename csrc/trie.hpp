@@ -1,7 +1,8 @@
-// The prefixes that token sequences share, as a compressed trie: a node is the run of tokens that its sequences agree
-// on beyond its parent's. Built from the root down: the sequences of a node are compared with its first one to where
-// they part, and sorted by the token that follows. A token is read once for each level that its sequence branches at.
-// Legend: N sequences of T tokens in all; sequence n is the first rows_N[n] tokens from tokens_T[offsets_N1[n]] on.
+// A compressed trie of the prefixes that token sequences share: a node is the run of tokens beyond its parent's that
+// its sequences have in common. It is built from the root down: the sequences of a node are compared with its first one
+// up to where they part, and sorted by the token that follows. A token is read once for each level at which its
+// sequence branches. Legend: N sequences of T tokens in all; sequence n is the first rows_N[n] tokens from
+// tokens_T[offsets_N1[n]] on.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ struct Sequences {
   const Token* operator[](int64_t n) const { return tokens_T.data() + offsets_N1[n]; }
 };
 
-/// Up to which token, from `from` to at most `to`, two sequences are alike.
+/// Returns the first token, from `from` to at most `to`, at which two sequences differ.
 template <class Token>
 int64_t alike_until(const Token* a, const Token* b, int64_t from, int64_t to) {
   constexpr int64_t kBlock = 64;
@@ -42,8 +43,8 @@ struct Trie {
   std::vector<int32_t> order_N;  // depth-first, by the tokens' values
 };
 
-/// Everything was checked by the caller: rows from 1 to the sequence's length. With `groups_N`, sequences share tokens
-/// only with those of the same group; empty: all with all.
+/// Builds the trie. The caller has checked everything: rows are from 1 to the sequence's length. With `groups_N`,
+/// sequences share tokens only within a group; if it is empty, all may share.
 template <class Token>
 Trie build_trie(const Sequences<Token>& given, std::span<const int64_t> groups_N);
 

@@ -1,12 +1,13 @@
-"""The words every part of the engine speaks: tasks, actions, calls, episodes, scores, trajectories.
+"""Define the types that every part of the engine uses: tasks, actions, calls, episodes, scores, trajectories.
 
 A *call* is one run of one agent: the main agent's whole episode, or one invocation of a sub-agent. An *episode* is the
-main agent's call together with the sub-agents' calls it made. K episodes of the same task form a query's group.
+main agent's call together with the sub-agents' calls that it made. K episodes of the same task form a query's group.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ MAIN = "main"  # the name of the main agent; every other agent of a config is a 
 
 @dataclass(frozen=True)
 class Task:
-    """One question of an environment. `data` is whatever the environment needs to ask and to score it."""
+    """Hold one question of an environment. `data` is what the environment needs to ask it and to score it."""
 
     id: str
     data: Mapping[str, Any]
@@ -27,14 +28,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """The agent is done: for the main agent the final answer, for a sub-agent its report."""
+    """End the call: with the final answer of the main agent, or the report of a sub-agent."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """The agent uses a tool of the environment."""
+    """Use a tool of the environment."""
 
     name: str
     argument: str
@@ -42,7 +43,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Delegate:
-    """The main agent hands a request to a sub-agent."""
+    """Send a request from the main agent to a sub-agent."""
 
     agent: str
     request: str
@@ -50,17 +51,17 @@ class Delegate:
 
 @dataclass(frozen=True)
 class Malformed:
-    """The text is no action. The call ends here."""
+    """End the call because the text is not an action."""
 
     reason: str
 
 
-Action = Answer | Malformed | tuple[ToolCall | Delegate, ...]  # a tuple runs side by side
+Action = Answer | Malformed | tuple[ToolCall | Delegate, ...]  # the actions of a tuple run concurrently
 
 
 @dataclass
 class Turn:
-    """What the agent wrote, what it meant, and what it was shown in return ("" after the last turn)."""
+    """Hold the agent's text, the action it stands for, and the observation in return ("" after the last turn)."""
 
     text: str
     action: Action
@@ -70,7 +71,7 @@ class Turn:
 
 @dataclass
 class Call:
-    """One run of one agent: its request, its turns and how it ended."""
+    """Record one run of one agent: its request, its turns and how it ended."""
 
     agent: str
     task: Task
@@ -81,24 +82,26 @@ class Call:
 
     @property
     def truncated(self) -> bool:
+        """Whether the call or one of its turns reached a limit."""
         return self.ended in ("turns", "context") or any(turn.truncated for turn in self.turns)
 
 
 @dataclass
 class Episode:
-    """The main agent's call and the sub-agents' calls it made, in the order it made them."""
+    """Record the main agent's call and the sub-agents' calls that it made, in the order it made them."""
 
     main: Call
     calls: list[Call] = field(default_factory=list)
 
     @property
     def task(self) -> Task:
+        """The task of the main agent's call."""
         return self.main.task
 
 
 @dataclass(frozen=True)
 class CallScore:
-    """Of one sub-agent call. expert: a judge's score of that call, in [0, 1] by custom."""
+    """Score one call of a sub-agent. expert: a judge's score of that call, usually in [0, 1]."""
 
     format: bool
     expert: float
@@ -106,28 +109,54 @@ class CallScore:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one episode. `calls` is aligned with `Episode.calls`."""
+    """Score one episode. `calls` is in the order of `Episode.calls`."""
 
     format: bool
     correct: float
     calls: tuple[CallScore, ...] = ()
 
 
+@dataclass(frozen=True, order=True)
+class WeightsVersion:
+    """Name an agent's weights by the number of optimizer steps and of rl steps that led to them.
+
+    Versions are ordered as training makes them. Their text form is "OPTIMIZER_STEPS/RL_STEPS", such as "12/3".
+    """
+
+    optimizer_steps: int
+    rl_steps: int
+
+    def __str__(self) -> str:
+        return f"{self.optimizer_steps}/{self.rl_steps}"
+
+    @classmethod
+    def parse(cls, text: str) -> WeightsVersion:
+        """Return the version that `text` names. Raises ValueError if it names none."""
+        if not re.fullmatch("[0-9]+/[0-9]+", text):
+            raise ValueError(f"weights version {text!r} given: expected OPTIMIZER_STEPS/RL_STEPS, such as 12/3")
+        optimizer_steps, rl_steps = text.split("/")
+        return cls(int(optimizer_steps), int(rl_steps))
+
+
+INITIAL_WEIGHTS = WeightsVersion(0, 0)  # the version before any training
+NO_WEIGHTS = WeightsVersion(-1, -1)  # the version of weights that no trainer has sent
+
+
 @dataclass
 class Trajectory:
-    """The tokens of one call, as sampled: ids from the sampler to the loss, never turned to text and back.
+    """Hold the tokens of one call as they were sampled; they reach the loss without becoming text in between.
 
-    tokens (L,) int32; sampled (L,) bool, true exactly where the agent itself chose the token;
-    logprobs (L,) float32, the sampler's own where sampled, else 0. Of the weights that sampled it: the oldest and the
-    newest version, in optimizer steps (one and the same unless weights changed between its turns), and the rl step that
-    had led to the oldest.
+    tokens (L,) int32. sampled (L,) bool: true exactly where the agent itself chose the token. logprobs (L,) float32, in
+    nats: the sampler's own where sampled, else 0. version and version_last: the oldest and the newest weights that
+    sampled it, in optimizer steps; they are equal unless weights changed between its turns. step: the rl step that led
+    to the oldest.
     """
 
     tokens: np.ndarray
     sampled: np.ndarray
     logprobs: np.ndarray
     version: int
-    version_last: int = -1  # as `version`
+    version_last: int = -1  # -1: the same as `version`
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -140,18 +169,18 @@ class Trajectory:
 
     @property
     def rows(self) -> int:
-        """Index of the last sampled token, 0 where none is: as many tokens have to be computed to train on it."""
+        """The index of the last sampled token, 0 if there is none: so many tokens are computed to train on it."""
         drawn = np.flatnonzero(self.sampled)
         return int(drawn[-1]) if len(drawn) else 0
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits, the same for trajectories of the same tokens and flags."""
+        """32 hex digits, equal for trajectories with the same tokens and flags."""
         return _digest(self.tokens, self.sampled)
 
     @cached_property
     def sampler_digest(self) -> str:
-        """As `digest`, of the sampler's log-probs too."""
+        """Like `digest`, but equal only if the sampler's log-probs are the same too."""
         return _digest(self.tokens, self.sampled, self.logprobs)
 
 

@@ -1,8 +1,8 @@
-"""Group-relative advantages over ragged, weighted groups.
+"""Compute group-relative advantages over ragged, weighted groups.
 
-An estimator is a baseline and a scale, each a pure function in a table: adding one adds one entry.
-All of it runs in float64, on rewards shifted by their group's least, so that equal rewards of any size have std 0;
-on a GPU, but for the median and for float64 rewards, `groups.py` does it in float32 and one launch.
+An estimator is a baseline and a scale, each a pure function in a table: a new one is one more entry.
+Everything runs in float64, on rewards minus their group's lowest, so that equal rewards of any size have std 0. On a
+GPU `triton/advantages.py` does it in float32 in one launch, except for the median and for float64 rewards.
 
 Legend: R rows (trajectories), G groups, T tokens; row r of group g lies in offsets[g] <= r < offsets[g + 1].
 """
@@ -20,9 +20,9 @@ from .dispatch import takes_kernels, triton_module
 
 
 class Advantages(NamedTuple):
-    """Advantage of each row; weighted mean and population std of each group's rewards; whether std < eps.
+    """Hold the advantage of each row, and mean, population std and `std < eps` of each group's weighted rewards.
 
-    tokens_T: the advantage of each token's row, if the rows' tokens were told.
+    tokens_T: the advantage of each token's row, None if cu_seqlens was not given.
     """
 
     values_R: Tensor
@@ -34,7 +34,7 @@ class Advantages(NamedTuple):
 
 @dataclass(frozen=True)
 class _Groups:
-    """Shifted rewards with what every estimator may need.  weights_R as given, so 0 for rows that do not count."""
+    """Hold shifted rewards and what the estimators need of the groups.  weights_R is 0 for rows that do not count."""
 
     rewards_R: Tensor
     weights_R: Tensor
@@ -44,7 +44,7 @@ class _Groups:
     std_G: Tensor
 
     def total(self, values_R: Tensor) -> Tensor:
-        """Sum over each group."""
+        """Return the sum over each group."""
         return torch.zeros_like(self.weight_G).index_add_(0, self.group_R, values_R)
 
 
@@ -53,7 +53,7 @@ def _mean(groups: _Groups) -> Tensor:
 
 
 def _leave_one_out(groups: _Groups) -> Tensor:
-    """Mean of the other rows (RLOO, arXiv 2402.14740): a row's copies are one sample, so all of them are left out."""
+    """Return the mean of the other rows (RLOO, arXiv 2402.14740); all copies of a row are one sample and left out."""
     rest_R = groups.weight_G[groups.group_R] - groups.weights_R
     rest_sum_R = groups.total(groups.weights_R * groups.rewards_R)[groups.group_R] - groups.weights_R * groups.rewards_R
     alone_R = rest_R <= 1e-9 * groups.weight_G[groups.group_R]
@@ -61,7 +61,7 @@ def _leave_one_out(groups: _Groups) -> Tensor:
 
 
 def _median(groups: _Groups) -> Tensor:
-    """Weighted median, halfway between the two middle values where the weight splits evenly."""
+    """Return the weighted median, halfway between the two middle values where the weight splits evenly."""
     counted_R = groups.weights_R > 0
     rewards_R, weights_R, group_R = (t[counted_R] for t in (groups.rewards_R, groups.weights_R, groups.group_R))
     order_R = torch.argsort(rewards_R, stable=True)
@@ -71,7 +71,7 @@ def _median(groups: _Groups) -> Tensor:
     reached_R = weights_R.cumsum(0) - before_G[group_R]
     rows_G = torch.bincount(group_R, minlength=len(before_G))
     start_G = rows_G.cumsum(0) - rows_G
-    # The weights may be fractions that add up to a half only but for rounding.
+    # Fractional weights may add up to a half only up to rounding, hence the slack.
     half_R, slack_R = groups.weight_G[group_R] / 2, 1e-9 * groups.weight_G[group_R]
 
     def value_at(passed_R: Tensor) -> Tensor:
@@ -109,19 +109,21 @@ def group_advantages(
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
 ) -> Advantages:
-    """(reward - baseline) / scale of each row within its group (M-GRPO, arXiv 2511.13288, Eqs. 6 and 7).
+    """Return (reward - baseline) / scale of each row within its group (M-GRPO, arXiv 2511.13288, Eqs. 6 and 7).
 
-    rewards (R,) float; offsets (G + 1,) integer, from 0 to R; weights (R,) float or integer >= 0: multiplicities, None:
-    1 each. A row of weight 0 does not count in its group but gets a value. std is the population's, about the mean.
-    std < eps: all values of the group are 0 and zero_std is true; so too for groups that are empty or of weight 0, with
-    mean and std 0. baseline "leave_one_out" leaves out all copies of a row; a row that is alone gets 0.
-    cu_seqlens (R + 1,) integer: bounds of each row's tokens, from 0 to their number T; tokens_T then has T values.
+    rewards: (R,) float. offsets: (G + 1,) integer, from 0 to R. weights: (R,) float or integer >= 0, the rows'
+    multiplicities; None: 1 each. A row of weight 0 does not count in its group but gets a value.
+    cu_seqlens: (R + 1,) integer, the bounds of each row's tokens, from 0 to their number T; tokens_T then has T values.
 
-    A group is any run of rows, so agents need no launch of their own: concatenate the main agent's groups and those of
-    every sub-agent (one per query and agent), and the offsets with them. On a GPU all is one launch, tokens included,
-    but for the median, which is plain PyTorch everywhere; the host waits once, and once more for T.
-    Results are float32, or float64 for float64 rewards. ValueError for a reward that is not finite (naming the row), a
-    negative weight, bad offsets, or an unknown estimator.
+    std is the population std about the mean. If it is below eps, all values of the group are 0 and zero_std is true.
+    The same holds for groups that are empty or of weight 0, whose mean and std are 0. The baseline "leave_one_out"
+    leaves out all copies of a row; a row without others gets 0.
+
+    A group is any run of rows, so all agents share one call: concatenate the main agent's groups and those of every
+    sub-agent (one per query and agent) with their offsets. On a GPU this is one launch, tokens included, except for the
+    median, which is plain PyTorch everywhere; the host waits once, and once more for T.
+    Results are float32, or float64 for float64 rewards. Raises ValueError for a reward that is not finite (naming the
+    row), a negative weight, bad offsets, or an unknown estimator.
     """
     require(baseline in BASELINES, "baseline", repr(baseline), f"one of {tuple(BASELINES)}")
     require(scale in SCALES, "scale", repr(scale), f"one of {tuple(SCALES)}")
@@ -138,12 +140,12 @@ def group_advantages(
         and _can_be_offsets(offsets_G1, rewards_R.device)
     ):
         settings = {"leave_one_out": baseline == "leave_one_out", "scaled": scale == "std", "eps": eps}
-        found = triton_module("advantages").group_statistics(
+        advantages: Advantages | None = triton_module("advantages").launch_groups(
             rewards_R.detach(), offsets_G1, weights_R, cu_seqlens, tokens, **settings
         )
-        if found is not None:
-            return Advantages(*found)
-        # else something is bad, and the checks below name it
+        if advantages is not None:
+            return advantages
+        # Otherwise an input is bad, and the checks below name it.
     _check_values(rewards_R, offsets_G1, weights_R, cu_seqlens, tokens)
     weights_R = torch.ones_like(rewards_R) if weights_R is None else weights_R.detach()
     groups, least_G = _group(rewards_R.detach().double(), offsets_G1, weights_R.double())
@@ -160,7 +162,7 @@ def group_advantages(
 
 
 def _tokens(cu_seqlens: Tensor, rewards_R: Tensor) -> int:
-    """How many tokens there are, by bounds whose ends are sound."""
+    """Return the number of tokens; check dtype, shape, device and both ends of their bounds."""
     require(cu_seqlens.dtype in WHOLE, "cu_seqlens", cu_seqlens.dtype, f"one of {WHOLE}")
     expected = (len(rewards_R) + 1,)
     require(cu_seqlens.shape == expected, "cu_seqlens", tuple(cu_seqlens.shape), f"shape {expected}")
@@ -171,7 +173,7 @@ def _tokens(cu_seqlens: Tensor, rewards_R: Tensor) -> int:
 
 
 def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
-    """Bounds of at least one group, on the rewards' device; their values the kernel itself looks at."""
+    """Return whether these may bound at least one group, on the rewards' device; the kernel checks their values."""
     whole = not offsets_G1.is_floating_point() and offsets_G1.dtype != torch.bool
     return whole and offsets_G1.ndim == 1 and len(offsets_G1) > 1 and offsets_G1.device == device
 
@@ -179,6 +181,7 @@ def _can_be_offsets(offsets_G1: Tensor, device: torch.device) -> bool:
 def _check_values(
     rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor | None, cu_seqlens: Tensor | None, tokens: int
 ) -> None:
+    """Raise ValueError for the first input with a bad value."""
     values = ValueChecks(rewards_R.device)
     values.finite("rewards_R", rewards_R)
     values.offsets("offsets_G1", offsets_G1, len(rewards_R))
@@ -191,7 +194,7 @@ def _check_values(
 
 
 def _group(rewards_R: Tensor, offsets_G1: Tensor, weights_R: Tensor) -> tuple[_Groups, Tensor]:
-    """The groups, with rewards and mean shifted by each group's least reward; and that least (0 if none counts)."""
+    """Return the groups, their rewards and means less the group's lowest reward, and the lowest (0 if none counts)."""
     count = len(offsets_G1) - 1
     group_R = torch.repeat_interleave(torch.arange(count, device=rewards_R.device), offsets_G1.diff())
     counted_R = torch.where(weights_R > 0, rewards_R, math.inf)

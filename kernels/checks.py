@@ -1,6 +1,6 @@
-"""Checks of what a caller hands in: one line each, ValueError with what was given and what was expected.
+"""Check the tensors that a caller hands in; a ValueError says what was given and what was expected.
 
-Values are looked at only in rows that count (weight not 0): a masked row's label, advantage or log-prob is never read.
+Values are checked only in rows that count (weight not 0): a masked row's label, advantage or log-prob is never read.
 """
 
 import sys
@@ -17,7 +17,7 @@ WHOLE = (torch.int32, torch.int64)
 
 
 def require(holds: bool, name: str, given: object, expected: str) -> None:
-    """ValueError "name: got given, expected expected" unless it holds."""
+    """Raise ValueError "name: got {given}, expected {expected}" unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: got {given}, expected {expected}")
 
@@ -27,14 +27,14 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def require_whole(name: str, tensor: Tensor) -> None:
-    """Not a DTensor, whose rows may lie on other ranks: a head that FSDP still holds sharded would be read in part."""
-    module = sys.modules.get("torch.distributed.tensor")  # without which there are none; importing it takes long
+    """Refuse a DTensor: its rows may lie on other ranks, so only a part of a head sharded by FSDP would be read."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes long, and without it no DTensor exists
     sharded = module is not None and isinstance(tensor, module.DTensor)
     require(not sharded, name, "a DTensor", "the full tensor: call unshard() on its module, or full_tensor()")
 
 
 def check_logits(logits_NV: Tensor, *, inplace: bool) -> None:
-    """inplace: and that their storage may take their gradient."""
+    """Check shape and dtype of logits and, with `inplace`, that their gradient may be written over them."""
     require_whole("logits_NV", logits_NV)
     require(logits_NV.ndim == 2 and logits_NV.shape[1] > 0, "logits_NV", tuple(logits_NV.shape), "shape (N, V), V > 0")
     require(logits_NV.is_floating_point(), "logits_NV", logits_NV.dtype, "a float dtype")
@@ -48,7 +48,7 @@ def check_logits(logits_NV: Tensor, *, inplace: bool) -> None:
 def check_head(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, may_be_empty: bool = False
 ) -> torch.dtype:
-    """Check shapes and dtypes of the head; the dtype its matmuls run in (autocast's, where that is on)."""
+    """Check shapes and dtypes of the head; return the dtype of its matmuls (autocast's, where that is on)."""
     for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
         if tensor is not None:
             require_whole(name, tensor)
@@ -66,44 +66,44 @@ def check_head(
     else:
         dtype = hidden_NH.dtype
         require(weight_VH.dtype == dtype, "weight_VH", weight_VH.dtype, f"hidden_NH's dtype {dtype} (or autocast)")
-    # float16 is out: the gradient is formed before any loss scale is known, and small loss weights underflow.
+    # float16 is refused: the gradient is computed before any loss scale is known, and small loss weights underflow.
     require(dtype in FLOATS, "hidden_NH", dtype, f"matmuls in one of {FLOATS}")
     return dtype
 
 
 class ValueChecks:
-    """Checks of values on one device, all read by the host at once: each read would wait for the device's work."""
+    """Collect checks of values on one device; the host reads all of them at once, as each read waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._bad: list[Tensor] = []
-        self._tell: list[Callable[[], str]] = []
+        self._messages: list[Callable[[], str]] = []
 
-    def add(self, bad: Tensor, tell: Callable[[], str]) -> None:
-        """A 0-dim flag, and what to say if it is true."""
+    def add(self, bad: Tensor, message: Callable[[], str]) -> None:
+        """Add a 0-dim flag, and the function that makes the error message if the flag is true."""
         self._bad.append(bad)
-        self._tell.append(tell)
+        self._messages.append(message)
 
     def settle(self, *numbers: Tensor) -> list[int]:
-        """ValueError for the first check that failed; if none did, these whole numbers as the host sees them."""
+        """Raise ValueError for the first check that failed; if none did, return these 0-dim whole numbers as ints."""
         if not self._bad and not numbers:
             return []
         read = torch.stack([number.to(torch.int64) for number in (*self._bad, *numbers)]).tolist()
-        for bad, tell in zip(read, self._tell, strict=False):
+        for bad, message in zip(read, self._messages, strict=False):
             if bad:
-                raise ValueError(tell())
+                raise ValueError(message())
         return read[len(self._bad) :]
 
     def rows(self, name: str, values_N: Tensor, good: GoodRows, expected: str, counted_N: Tensor | None = None) -> None:
-        """Every row's value, or that of those that count, is good."""
+        """Add the check that the value of every row, or of every row that counts, is good."""
         self.require_here(name, values_N)
         bad_N = ~good(values_N) if counted_N is None else ~good(values_N) & counted_N
 
-        def tell() -> str:
+        def message() -> str:
             row = int(bad_N.nonzero()[0, 0])
             return f"{name}: got {values_N[row].item()} at row {row}, expected {expected}"
 
-        self.add(bad_N.any(), tell)
+        self.add(bad_N.any(), message)
 
     def finite(self, name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
         self.rows(name, values_N, torch.isfinite, "a finite number", counted_N)
@@ -119,7 +119,7 @@ class ValueChecks:
         )
 
     def temperature(self, temperature: float | Tensor, count: int, counted_N: Tensor | None = None) -> float | Tensor:
-        """A positive number as a float, or a positive tensor (N,), detached."""
+        """Check a temperature; return it as a float, or detached as a tensor (N,)."""
         if not isinstance(temperature, Tensor):
             require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
             return float(temperature)
@@ -134,7 +134,7 @@ class ValueChecks:
         return temperature.detach()
 
     def offsets(self, name: str, offsets: Tensor, count: int) -> None:
-        """Bounds of ragged groups: whole numbers that rise (not strictly) from 0 to count."""
+        """Check bounds of ragged groups: whole numbers from 0 to count that never fall."""
         whole = not offsets.is_floating_point() and offsets.dtype != torch.bool
         require(whole, name, offsets.dtype, "an integer dtype")
         require(offsets.ndim == 1 and len(offsets) > 0, name, tuple(offsets.shape), "shape (groups + 1,)")
@@ -160,7 +160,7 @@ def check_row_vector(name: str, values_N: Tensor, count: int) -> None:
 
 
 def check_needed(objective: Objective, ref_logprobs_N: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Inputs that the objective cannot do without."""
+    """Check that the inputs which the objective needs are there."""
     require(objective.kl_coef == 0 or ref_logprobs_N is not None, "ref_logprobs_N", None, "a tensor, as kl_coef > 0")
     shared = objective.importance != "token"
     require(not shared or cu_seqlens is not None, "cu_seqlens", None, f"a tensor, for {objective.importance} ratios")

@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels take; all others go through plain PyTorch, which is the definition."""
+"""Decide which tensors the Triton kernels take; all others go through plain PyTorch, which is the definition."""
 
 from functools import cache
 from importlib import import_module
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Set by tests, which run under TRITON_INTERPRET=1: the kernels then take CPU tensors too.
+# Tests that run under TRITON_INTERPRET=1 set this; the kernels then take CPU tensors too.
 interpreted = False
 
 
 def takes_kernels(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether Triton does the work on a tensor's device in that dtype: a GPU's, but not in float64."""
+    """Return whether Triton handles this tensor in that dtype: on a GPU, except in float64."""
     return dtype != torch.float64 and (interpreted or (tensor.is_cuda and _has_triton()))
 
 
@@ -23,5 +23,5 @@ def _has_triton() -> bool:
 
 
 def triton_module(name: str) -> Any:
-    """Return a module of `triton/`, imported at first use: triton takes half a second, and a CPU does without it."""
+    """Import and return a module of `triton/`, at first use: triton takes half a second, and a CPU does not need it."""
     return import_module(f".triton.{name}", __package__)

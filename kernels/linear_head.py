@@ -1,11 +1,11 @@
-"""The LM head and its softmax, a chunk of rows at a time: log-prob, entropy and the gradient in one sweep.
+"""The LM head and its softmax, one chunk of rows at a time: log-prob, entropy and gradient in a single sweep.
 
-Departs from the standard method in two ways. The gradient with respect to the logits is formed as soon as a row's
-log-prob is known, so that one sweep costs three matmuls and keeps no logits. And the softmax walks a chunk in blocks
-small enough for the cache: only the matmul's own (chunk x V) buffer, in the matmul's dtype, ever lies in memory; it
-holds the logits first and their gradient afterwards. On a GPU `fused.py` does the same with Triton.
+This differs from the standard method in two ways. The gradient with respect to the logits is computed as soon as a
+row's log-prob is known, so one sweep costs three matmuls and keeps no logits. And the softmax processes a chunk in
+blocks that fit the cache: in memory there is only the matmul's own (chunk x V) buffer, in the matmul's dtype, which
+holds first the logits and then their gradient. On a GPU `triton/linear_head.py` does the same with Triton.
 
-Legend: N all rows, L live rows, D left out, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
+Legend: N all rows, L live rows, D rows left out, C rows of a chunk, B rows of a block, H hidden, V vocabulary.
 """
 
 import math
@@ -21,21 +21,22 @@ from .dispatch import takes_kernels, triton_module
 from .terms import Coefficients
 from .vocab_parallel import LOWEST, Shard, Statistics
 
-# Long enough for the matmuls to run at speed (650 bf16 rows of a vocabulary of 49152), short against (N x V).
+# Enough rows for the matmuls to run at full speed (650 bf16 rows of a vocabulary of 49152), few against (N x V).
 CHUNK_BYTES = 1 << 26
-# Two blocks of this size stay in a CPU's last-level cache. Smaller ones are no faster and cost more thread barriers,
-# each of which waits a time slice where cores are shared; on a GPU, more launches.
+# Two blocks of this size stay in a CPU's last-level cache. Smaller blocks are not faster and need more thread barriers,
+# each of which costs a time slice where cores are shared; on a GPU they need more launches.
 BLOCK_BYTES = {"cpu": 3 << 21}
 BLOCK_BYTES_ELSEWHERE = 1 << 26
-# Vocabulary rows of dW formed at a time, so that the partial product is small and is added while in the cache.
+# Vocabulary rows of dW computed at a time, so that the partial product is small and is added while still in the cache.
 DWEIGHT_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which rows to sweep and how.  index_L None: all, else rest_D are the others.  temperature: a number or (L,).
+    """Say which rows to sweep and how.
 
-    With a shard the targets count from the first row of this rank's weight, and may lie outside it.
+    index_L: the live rows, None: all rows are live. rest_D: the rows left out. temperature: a number or (L,).
+    With a shard, targets are relative to the first row of this rank's weight and may lie outside the shard.
     """
 
     targets_L: Tensor
@@ -47,29 +48,30 @@ class HeadPlan:
     rest_D: Tensor | None = None
 
     def take(self, source: Tensor, rows: slice) -> Tensor:
-        """Those rows of an (N, ...) tensor."""
+        """Return a slice of the live rows of an (N, ...) tensor."""
         return source[rows] if self.index_L is None else source.index_select(0, self.index_L[rows])
 
     def put(self, source_LX: Tensor, count: int) -> Tensor:
-        """An (N, ...) tensor with these live rows, and zeros elsewhere."""
+        """Return an (N, ...) tensor that holds these live rows, and zeros elsewhere."""
         if self.index_L is None:
             return source_LX
         return source_LX.new_zeros(count, *source_LX.shape[1:]).index_copy_(0, self.index_L, source_LX)
 
     def widest(self, vocabulary: int) -> int:
-        """Columns of the longest row of logits on any rank, since all must cut their rows alike."""
+        """Return the columns of the widest rank's logits, from which every rank derives the same chunks and blocks."""
         return max(vocabulary, self.shard.widest) if self.shard else vocabulary
 
     def chunks(self, vocabulary: int) -> Iterator[slice]:
-        """Equal chunks of at most `chunk_rows` rows, or as many as CHUNK_BYTES hold."""
+        """Return even chunks of at most `chunk_rows` rows, or of as many rows as fit CHUNK_BYTES."""
         fitting = CHUNK_BYTES // (self.widest(vocabulary) * self.matmul_dtype.itemsize)
         return slices(len(self.targets_L), self.chunk_rows or max(1, fitting), even=True)
 
 
 class Sweep(NamedTuple):
-    """Log-prob and entropy of each row, and the gradients asked for.
+    """Hold log-prob and entropy of each live row, and the gradients that were asked for (None: not asked for).
 
-    Of hidden: live rows only, in its dtype; of weight and bias, and of hidden with a shard: in float32 or float64.
+    dhidden has the live rows only, in hidden's dtype. dweight and dbias, and with a shard dhidden too, are float32 or
+    float64.
     """
 
     logprobs_L: Tensor
@@ -80,12 +82,12 @@ class Sweep(NamedTuple):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of everything but the matmuls."""
+    """Return the dtype of everything outside the matmuls: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def slices(total: int, size: int, *, even: bool = False) -> Iterator[slice]:
-    """range(total) in slices of at most `size`; `even`: all about as long."""
+    """Cut range(total) into slices of at most `size`; `even`: of about equal length."""
     if even and total:
         size = math.ceil(total / math.ceil(total / size))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
@@ -99,9 +101,10 @@ def sweep(
     coefficients: Coefficients | None = None,
     needs: tuple[bool, ...] = (False, False, False),
 ) -> Sweep:
-    """Log-prob and entropy of the plan's rows; with `coefficients`, also the gradients that `needs` asks for.
+    """Compute log-prob and entropy of the plan's rows and, with `coefficients`, the gradients that `needs` asks for.
 
-    Of a sharded head each rank gets the gradient of its own rows of weight and bias, and all of hidden's.
+    needs: whether the gradients of hidden, weight and bias are needed. With a sharded head each rank gets the gradient
+    of its own rows of weight and bias, and the whole gradient of hidden.
     """
     method = triton_module("linear_head").linear_sweep if takes_kernels(hidden_NH, plan.matmul_dtype) else _sweep
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
@@ -109,16 +112,16 @@ def sweep(
         if len(weight_VH):
             out = method(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
         else:
-            out = _sweep_nothing(method, hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
+            out = _sweep_empty_shard(method, hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
         if plan.shard is not None and out.dhidden_LH is not None:
             dist.all_reduce(out.dhidden_LH, group=plan.shard.group)
     return out
 
 
-def _sweep_nothing(
+def _sweep_empty_shard(
     method: Callable[..., Sweep], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *rest: Any
 ) -> Sweep:
-    """An empty shard takes part with one row of a bias that no softmax sees."""
+    """Take part in the ranks' sweep with a single row whose bias of -inf keeps it out of every softmax."""
     row_1H, bias_1 = weight_VH.new_zeros(1, weight_VH.shape[1]), weight_VH.new_full((1,), -torch.inf)
     out = method(hidden_NH, row_1H, bias_1, *rest)
     dweight_VH, dbias_V = (None if t is None else t[:0] for t in (out.dweight_VH, out.dbias_V))
@@ -133,6 +136,7 @@ def _sweep(
     coefficients: Coefficients | None,
     needs: tuple[bool, ...],
 ) -> Sweep:
+    """Compute `sweep` in plain PyTorch."""
     matmul_VH = weight_VH.to(plan.matmul_dtype)
     (vocabulary, width), count, dtype = weight_VH.shape, len(plan.targets_L), wide(plan.matmul_dtype)
     new = hidden_NH.new_empty
@@ -165,16 +169,32 @@ def _sweep(
 
 
 def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
-    """dW += dlogits^T hidden, summed in dW's wide dtype whatever the matmul's: bf16 sums stall over many chunks."""
+    """Add dlogits^T hidden to dW in dW's wide dtype: a sum over many chunks would lose its small terms in bf16."""
     for part in slices(len(dweight_VH), DWEIGHT_ROWS):
         dweight_VH[part].add_(torch.mm(dlogits_CV[:, part].t(), hidden_CH))
 
 
-class Softmax:
-    """Log-softmax, entropy and gradient of a block of rows at a time, in two reused buffers.
+class BlockTerms(NamedTuple):
+    """Hold what a block's gradient reuses from its forward.
 
-    With z the shifted, tempered logits, e = exp z, Z = sum e:  logp = z_y - log Z,  H = log Z - sum(e z)/Z,
-    dlogp/dz_j = [j = y] - p_j,  dH/dz_j = -p_j (log p_j + H).  Of a shard all but z is the whole vocabulary's.
+    e and e z lie in the buffers of `Softmax` and are valid until its next block. at: the target's column, 0 or V - 1 if
+    it lies in another shard; here: whether it lies in this one.
+    """
+
+    e_BV: Tensor
+    ez_BV: Tensor
+    top_B1: Tensor
+    at_B1: Tensor
+    here_B1: Tensor
+    temperature: float | Tensor
+
+
+class Softmax:
+    """Compute log-softmax, entropy and gradient of one block of rows at a time, in two reused buffers.
+
+    With z = (x - max x) / T, e = exp z and Z = sum e:  logp = z_y - log Z,  H = log Z - sum(e z) / Z,
+    dlogp/dz_j = [j = y] - p_j,  dH/dz_j = -p_j (log p_j + H).  With a shard everything but z is that of the whole
+    vocabulary.
     """
 
     def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device, longest: int, plan: HeadPlan) -> None:
@@ -183,42 +203,8 @@ class Softmax:
         self.work_2BV = torch.empty(2, self.rows, vocabulary, dtype=dtype, device=device)
 
     def blocks(self, rows: slice) -> Iterator[slice]:
-        """The slice in blocks that fit the buffers."""
+        """Cut the slice into blocks that fit the buffers."""
         return (slice(rows.start + s.start, rows.start + s.stop) for s in slices(rows.stop - rows.start, self.rows))
-
-    def forward(self, logits_BV: Tensor, bias_V: Tensor | None, targets_B: Tensor) -> Statistics:
-        """Statistics of each row.  The buffers then hold e and e z for `gradient`."""
-        z_BV, self.e_BV = self.work_2BV[:, : len(logits_BV)]
-        z_BV.copy_(logits_BV)
-        if bias_V is not None:
-            z_BV.add_(bias_V)
-        self.top_B1 = z_BV.amax(1, keepdim=True).clamp_(min=torch.finfo(z_BV.dtype).min)
-        z_BV.sub_(self.top_B1)
-        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
-            z_BV.div_(self.temperature)
-        self.here_B1 = ((targets_B >= 0) & (targets_B < z_BV.shape[1]))[:, None]
-        self.at_B1 = targets_B[:, None].clamp(0, z_BV.shape[1] - 1)
-        target_B1 = z_BV.gather(1, self.at_B1).masked_fill_(~self.here_B1, -torch.inf)
-        torch.exp(z_BV.clamp_(min=LOWEST), out=self.e_BV)
-        self.ez_BV = z_BV.mul_(self.e_BV)
-        sum_B1 = self.e_BV.sum(1, keepdim=True)
-        log_sum_B1 = sum_B1.log()
-        entropy_B1 = log_sum_B1 - self.ez_BV.sum(1, keepdim=True) / sum_B1
-        return Statistics(target_B1[:, 0] - log_sum_B1[:, 0], entropy_B1[:, 0], self.top_B1[:, 0], log_sum_B1[:, 0])
-
-    def gradient(self, found: Statistics, by_logprob_B: Tensor, by_entropy_B: Tensor | None) -> Tensor:
-        """Gradient with respect to the logits of the block just done, valid until the next one."""
-        _, entropy_B1, top_B1, log_sum_B1 = (t[:, None] for t in found if t is not None)
-        c_B1 = by_logprob_B[:, None] / self.temperature
-        log_p_less_z_B1 = ((self.top_B1 - top_B1) / self.temperature - log_sum_B1).clamp_(min=LOWEST)
-        p_per_e_B1 = log_p_less_z_B1.exp()
-        if by_entropy_B is None:
-            self.e_BV.mul_(-c_B1 * p_per_e_B1)
-        else:
-            g_B1 = by_entropy_B[:, None] / self.temperature
-            self.e_BV.mul_(-(c_B1 + g_B1 * (entropy_B1 + log_p_less_z_B1)) * p_per_e_B1)
-            self.e_BV.addcmul_(self.ez_BV, -g_B1 * p_per_e_B1)
-        return self.e_BV.scatter_add_(1, self.at_B1, c_B1 * self.here_B1)
 
     def block(
         self,
@@ -228,20 +214,64 @@ class Softmax:
         out: "Sweep | TokenSweep",
         coefficients: Coefficients | None,
     ) -> Tensor | None:
-        """Write the rows' log-prob and entropy to `out`; the gradient w.r.t. their logits if there are coefficients."""
+        """Write the rows' log-prob and entropy to `out`; with coefficients return the gradient w.r.t. their logits.
+
+        The gradient lies in a buffer and is valid until the next block.
+        """
         temperature = self.plan.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature[rows, None].to(self.work_2BV.dtype)
-        self.temperature = temperature
-        found = self.forward(logits_BV, bias_V, self.plan.targets_L[rows])
+        statistics, terms = self._forward(logits_BV, bias_V, self.plan.targets_L[rows], temperature)
         if self.plan.shard is not None:
-            found = self.plan.shard.merge(found, temperature if isinstance(temperature, float) else temperature[:, 0])
-        out.logprobs_L[rows], out.entropy_L[rows] = found[:2]
-        return None if coefficients is None else self.gradient(found, *coefficients.of(found.logprobs_L, rows))
+            per_row = temperature if isinstance(temperature, float) else temperature[:, 0]
+            statistics = self.plan.shard.merge(statistics, per_row)
+        out.logprobs_L[rows], out.entropy_L[rows] = statistics[:2]
+        if coefficients is None:
+            return None
+        return _gradient(terms, statistics, *coefficients.of(statistics.logprobs_L, rows))
+
+    def _forward(
+        self, logits_BV: Tensor, bias_V: Tensor | None, targets_B: Tensor, temperature: float | Tensor
+    ) -> tuple[Statistics, BlockTerms]:
+        """Return the statistics of each row over this rank's vocabulary, and the terms of the gradient."""
+        z_BV, e_BV = self.work_2BV[:, : len(logits_BV)]
+        z_BV.copy_(logits_BV)
+        if bias_V is not None:
+            z_BV.add_(bias_V)
+        top_B1 = z_BV.amax(1, keepdim=True).clamp_(min=torch.finfo(z_BV.dtype).min)
+        z_BV.sub_(top_B1)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            z_BV.div_(temperature)
+        here_B1 = ((targets_B >= 0) & (targets_B < z_BV.shape[1]))[:, None]
+        at_B1 = targets_B[:, None].clamp(0, z_BV.shape[1] - 1)
+        target_B1 = z_BV.gather(1, at_B1).masked_fill_(~here_B1, -torch.inf)
+        torch.exp(z_BV.clamp_(min=LOWEST), out=e_BV)
+        ez_BV = z_BV.mul_(e_BV)
+        sum_B1 = e_BV.sum(1, keepdim=True)
+        log_sum_B1 = sum_B1.log()
+        entropy_B1 = log_sum_B1 - ez_BV.sum(1, keepdim=True) / sum_B1
+        logprob_B1 = target_B1 - log_sum_B1
+        statistics = Statistics(logprob_B1[:, 0], entropy_B1[:, 0], top_B1[:, 0], log_sum_B1[:, 0])
+        return statistics, BlockTerms(e_BV, ez_BV, top_B1, at_B1, here_B1, temperature)
+
+
+def _gradient(terms: BlockTerms, statistics: Statistics, by_logprob_B: Tensor, by_entropy_B: Tensor | None) -> Tensor:
+    """Return the gradient with respect to a block's logits, written over its e_BV."""
+    _, entropy_B1, top_B1, log_sum_B1 = (t[:, None] for t in statistics if t is not None)
+    c_B1 = by_logprob_B[:, None] / terms.temperature
+    log_p_less_z_B1 = ((terms.top_B1 - top_B1) / terms.temperature - log_sum_B1).clamp_(min=LOWEST)
+    p_per_e_B1 = log_p_less_z_B1.exp()
+    if by_entropy_B is None:
+        terms.e_BV.mul_(-c_B1 * p_per_e_B1)
+    else:
+        g_B1 = by_entropy_B[:, None] / terms.temperature
+        terms.e_BV.mul_(-(c_B1 + g_B1 * (entropy_B1 + log_p_less_z_B1)) * p_per_e_B1)
+        terms.e_BV.addcmul_(terms.ez_BV, -g_B1 * p_per_e_B1)
+    return terms.e_BV.scatter_add_(1, terms.at_B1, c_B1 * terms.here_B1)
 
 
 class TokenSweep(NamedTuple):
-    """Log-prob and entropy of each row."""
+    """Hold log-prob and entropy of each row."""
 
     logprobs_L: Tensor
     entropy_L: Tensor
@@ -251,9 +281,9 @@ class TokenSweep(NamedTuple):
 def token_sweep(
     logits_NV: Tensor, plan: HeadPlan, coefficients: Coefficients | None = None, gradient_NV: Tensor | None = None
 ) -> TokenSweep:
-    """The same for logits that exist already; with `coefficients` the live rows of `gradient_NV` are written.
+    """Compute the sweep of existing logits; with `coefficients` also write the live rows of `gradient_NV`.
 
-    That may be the logits themselves: a block of rows is copied before its gradient is.
+    gradient_NV may be the logits themselves: a block of rows is copied before its gradient is written.
     """
     count, dtype = len(plan.targets_L), wide(logits_NV.dtype)
     new = logits_NV.new_empty

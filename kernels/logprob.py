@@ -1,6 +1,6 @@
-"""Log-prob and entropy of each row's target, from logits or from the LM head's input, differentiable.
+"""Compute log-prob and entropy of each row's target, differentiable, from logits or from the LM head's input.
 
-The forward keeps no logits (the linear form) and no softmax (either form); the backward forms them again by chunks.
+The forward keeps no softmax and, from the head's input, no logits; the backward computes them again by chunks.
 
 Legend: N rows, H hidden, V vocabulary.
 """
@@ -22,21 +22,21 @@ from .vocab_parallel import check_sharded_head
 
 SPENT = (
     "inplace=True: got a second backward, expected one: the first has overwritten the logits with their gradient. "
-    "Ask for all gradients at once, or form the logits again."
+    "Ask for all gradients at once, or compute the logits again."
 )
 
 
 def token_logprob(
     logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at the target, and the entropy of that softmax, in nats.
+    """Return log softmax(logits / temperature) at the target, and the entropy of that softmax, in nats.
 
     logits (N, V) any float, targets (N,) int64, temperature a number or (N,) -> two (N,) float32, or float64 for
-    float64 logits. Differentiable in the logits.
+    float64 logits. Both are differentiable in the logits.
     inplace: the backward writes the gradient over the logits, which saves memory of their size. Nothing else may need
-    them: an operation that kept them for its own backward raises there, by torch's count of a tensor's versions.
-    ValueError for a wrong shape, dtype, target or temperature, and in place for logits that are a leaf; RuntimeError in
-    a second backward in place.
+    them: an operation that saved them for its own backward raises there, by torch's version counter.
+    Raises ValueError for a wrong shape, dtype, target or temperature and, with inplace, for logits that are a leaf;
+    RuntimeError in a second backward with inplace.
     """
     check_logits(logits_NV, inplace=inplace)
     temperature = _checked(targets_N, temperature, logits_NV, logits_NV.shape[1])
@@ -53,14 +53,14 @@ def linear_logprob(
     chunk_rows: int | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprob` of the logits hidden @ weight^T + bias, which are formed `chunk_rows` rows at a time.
+    """Return `token_logprob` of the logits hidden @ weight^T + bias, computed `chunk_rows` rows at a time.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
-    Differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
+    Both are differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
     A row's results depend on its neighbours and on chunk_rows only as far as the matmul's order of summation does. On a
-    CPU (257 rows of width 576, V 49152) no bit changed in bfloat16, nor in float32 but for chunks of one or two rows,
-    which took log-probs at most 2e-6 nats off; on a GPU it has not been measured.
-    ValueError for a wrong shape, dtype, target, temperature.
+    CPU (257 rows of width 576, V 49152) no bit changed in bfloat16. In float32 only chunks of one or two rows changed
+    log-probs, by at most 2e-6 nats. On a GPU this has not been measured.
+    Raises ValueError for a wrong shape, dtype, target or temperature.
     """
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     temperature = _checked(targets_N, temperature, hidden_NH, shard.total if shard else len(weight_VH))
@@ -70,7 +70,7 @@ def linear_logprob(
 
 
 def _checked(targets_N: Tensor, temperature: float | Tensor, rows_NX: Tensor, vocabulary: int) -> float | Tensor:
-    """The temperature, all values being sound."""
+    """Check all values of targets and temperature; return the temperature."""
     values = ValueChecks(rows_NX.device)
     values.targets(targets_N, len(rows_NX), vocabulary)
     temperature = values.temperature(temperature, len(rows_NX))
@@ -79,16 +79,16 @@ def _checked(targets_N: Tensor, temperature: float | Tensor, rows_NX: Tensor, vo
 
 
 class TokenLogprob(torch.autograd.Function):
-    """Log-prob and entropy of the plan's rows of some logits; inplace: whose gradient takes their storage."""
+    """Compute log-prob and entropy of the plan's rows of logits; inplace: the gradient is written over the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, plan: HeadPlan, inplace: bool) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.inplace, ctx.spent = plan, inplace, False
         ctx.set_materialize_grads(False)
         if takes_kernels(logits_NV, logits_NV.dtype):
-            kept = triton_module("linear_head").token_forward(logits_NV, plan)
-            ctx.save_for_backward(logits_NV, *kept)
-            return kept[:2]
+            statistics = triton_module("linear_head").token_forward(logits_NV, plan)
+            ctx.save_for_backward(logits_NV, *statistics)
+            return statistics[:2]
         ctx.save_for_backward(logits_NV)
         return token_sweep(logits_NV, plan)[:2]
 
@@ -100,21 +100,23 @@ class TokenLogprob(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(SPENT)
         ctx.spent = ctx.inplace
-        logits_NV, *kept = (t.detach() for t in ctx.saved_tensors)
+        logits_NV, *statistics = (t.detach() for t in ctx.saved_tensors)
         coefficients = Coefficients(by_logprob_L, by_entropy_L)
         gradient_NV = logits_NV if ctx.inplace else torch.empty_like(logits_NV)
-        if kept:
-            triton_module("linear_head").token_backward(logits_NV, ctx.plan, kept, coefficients, gradient_NV)
+        if statistics:
+            triton_module("linear_head").token_backward(logits_NV, ctx.plan, statistics, coefficients, gradient_NV)
         else:
             token_sweep(logits_NV, ctx.plan, coefficients, gradient_NV)
         if ctx.plan.rest_D is not None:
             gradient_NV.index_fill_(0, ctx.plan.rest_D, 0)
         if ctx.inplace:
-            increment_version(logits_NV)  # a kernel's writes are not counted
+            increment_version(logits_NV)  # autograd does not see a kernel's writes
         return gradient_NV, None, None
 
 
 class _LinearLogprob(torch.autograd.Function):
+    """Compute log-prob and entropy from the head's input; the backward sweeps a second time."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: HeadPlan

@@ -1,11 +1,11 @@
-"""What a loss reports besides its value: sums over live rows, so that micro-batches and ranks simply add.
+"""Report a loss's metrics as sums over live rows, so that those of micro-batches and ranks simply add up.
 
-Every entry is a 0-dim tensor. All add up, except those that end in `_max`, which take the maximum:
-* `rows`: live rows. LossRows left out before the head (see `rows.py`) are in no entry;
+Every entry is a 0-dim tensor. Entries are added, except those that end in `_max`, of which the maximum is taken:
+* `rows`: live rows. Rows left out before the head (see `terms.py`) are in no entry;
 * `clip_low`, `clip_high`: rows held by the lower (A < 0) or upper (A > 0) clip;
-* `sampler_weight_sum`, `sampler_capped`: the truncated weights for the sampler's log-probs, and how many met the cap;
+* `sampler_weight_sum`, `sampler_capped`: the truncated sampler weights, and how many of them reached the cap;
 * `ratio_sum`, `ratio_max`, `entropy_sum`, `logprob_sum` (nats);
-* `kl_sum`, where reference log-probs are given; `gap_sum`, `gap_max` of |old - sampler|, where the sampler's are.
+* `kl_sum`, if reference log-probs are given; `gap_sum` and `gap_max` of |old - sampler|, if the sampler's are given.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .terms import LossRows, kl_terms, policy_terms
 
 @torch.no_grad()
 def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> dict[str, Tensor]:
-    """The metrics of one micro-batch."""
+    """Return the metrics of one micro-batch."""
     log_ratio_L = policy_terms(logprobs_L, rows, objective).log_ratio_L
     ratio_L = log_ratio_L.exp()
     metrics = {
@@ -34,10 +34,10 @@ def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective
     if rows.ref_L is not None:
         metrics["kl_sum"] = kl_terms(logprobs_L, rows, objective)[0].sum()
     if rows.sampler_L is not None:
-        drift_L = (logprobs_L if rows.old_L is None else rows.old_L) - rows.sampler_L
-        metrics |= {"gap_sum": drift_L.abs().sum(), "gap_max": _max(drift_L.abs())}
+        gap_L = (logprobs_L if rows.old_L is None else rows.old_L) - rows.sampler_L
+        metrics |= {"gap_sum": gap_L.abs().sum(), "gap_max": _max(gap_L.abs())}
         if (cap := objective.sampler_cap) is not None:
-            weight_L = drift_L.exp().clamp(max=cap)
+            weight_L = gap_L.exp().clamp(max=cap)
             metrics |= {
                 "sampler_weight_sum": weight_L.sum(),
                 "sampler_capped": (weight_L == cap).sum(dtype=weight_L.dtype),
@@ -50,20 +50,20 @@ def _max(values_L: Tensor) -> Tensor:
 
 
 def merge_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Means and maxima over the rows of several micro-batches.
+    """Merge the metrics of several micro-batches into means and maxima over their rows.
 
-    `rows` is their total, `*_max` the maximum; `clip_low`, `clip_high` become fractions, and `x_sum` becomes `x_mean`.
-    An entry that some parts lack is averaged over the rows of the parts that have it; a mean over no rows is 0.
+    `rows` is the total, `*_max` the maximum; `clip_low` and `clip_high` become fractions of the rows, and `x_sum`
+    becomes `x_mean`. An entry that some parts lack is averaged over the rows of the others; a mean over no rows is 0.
     """
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
-        having = [part for part in parts if name in part]
-        values = [float(part[name]) for part in having]
+        reporting = [part for part in parts if name in part]
+        values = [float(part[name]) for part in reporting]
         if name.endswith("_max"):
             merged[name] = max(values)
         elif name == "rows":
             merged[name] = sum(values)
         else:
-            rows = sum(float(part["rows"]) for part in having)
+            rows = sum(float(part["rows"]) for part in reporting)
             merged[name.replace("_sum", "_mean")] = sum(values) / rows if rows else 0.0
     return merged

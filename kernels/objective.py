@@ -1,9 +1,8 @@
-"""The objective: its settings, and per row its value and its slope in closed form.
+"""The objective: its settings, and the value and slope of each row in closed form.
 
-Everything here works on vectors over rows, never on the vocabulary, so both losses (from logits, from the head's
-input) share it, and a caller's `Rule` may take its place. The clip is written in the log domain: `A * exp(clamp(log
-rho))` equals `min(rho A, clip(rho) A)`, and no overflowing ratio meets a zero. The literal form is in `reference.py`;
-the tests hold the two together.
+Everything here works on vectors over rows, never on the vocabulary, so all losses share it, and a caller's `Rule` can
+replace it. The clip is written in the log domain: `A * exp(clamp(log rho))` equals `min(rho A, clip(rho) A)`, and a
+ratio that overflows is never multiplied by zero. The literal form is in `reference.py`; tests compare the two.
 
 Legend: L live rows.
 """
@@ -21,11 +20,11 @@ Kl = Literal["k1", "k2", "k3"]
 
 
 class RuleRows(NamedTuple):
-    """What a rule sees of the rows that count, (L,) each, float32, or float64 for float64 inputs; nats.
+    """Hold what a rule sees of the rows that count: (L,) each, in nats, float32 or float64 for float64 inputs.
 
-    logprobs, entropies: of the weights that are trained, differentiable. Constants: advantages; weights, by which the
-    rule's terms are multiplied afterwards; old (on-policy: the log-probs, detached); sampler, ref: None if not given.
-    segments: the sequence of each row, int64 in [0, sequences); None without cu_seqlens.
+    logprobs, entropies: those of the weights being trained, differentiable. The others are constants: advantages;
+    weights, by which the rule's terms are multiplied afterwards; old (on-policy: the log-probs, detached); sampler and
+    ref, None if not given. segments: the sequence of each row, int64 in [0, sequences), None without cu_seqlens.
     """
 
     logprobs: Tensor
@@ -41,18 +40,20 @@ class RuleRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is maximised per row (M-GRPO, arXiv 2511.13288, Eqs. 8-17; dual clip: arXiv 1912.09729; sequence: GSPO).
+    """Describe what is maximised per row (M-GRPO, arXiv 2511.13288, Eqs. 8-17).
 
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high may be inf.
-    dual_clip: for a negative advantage A the term is at least dual_clip * A; more than 1, None: off.
-    importance: ratio of each token, or one shared by the sequence: "sequence" (geometric mean), "trajectory" (product).
+    dual_clip: for a negative advantage A the term is at least dual_clip * A (arXiv 1912.09729). Must be more than 1;
+        None: off.
+    importance: the ratio is that of each "token", or one that the sequence shares: "sequence" (geometric mean, GSPO) or
+        "trajectory" (product).
     kl_coef, kl: penalty against `ref_logprobs` by estimator k1 (d), k2 (d^2/2), k3 (exp(-d) + d - 1), d = logp - ref.
-    entropy_coef: bonus (a negative one is a penalty).
-    sampler_cap: rows are weighted by min(exp(old - sampler), sampler_cap), a constant in the gradient. inf: not
-        truncated. None: not weighted, the gap is still measured.
-    rule: a caller's own term of each row, in the place of all of the above, which it is told: rule(rows, objective) ->
-        (L,) terms to minimise, differentiable in the log-probs, and in the entropies if it likes. It sees all rows of a
-        micro-batch that count, as vectors; loss and gradient stay fused, at one matmul more.
+    entropy_coef: bonus (a negative coefficient is a penalty).
+    sampler_cap: rows are weighted by min(exp(old - sampler), sampler_cap), a constant in the gradient. inf: the weight
+        is not truncated. None: rows are not weighted, but the gap is still measured.
+    rule: a caller's function that replaces all of the above: rule(rows, objective) -> (L,) terms to minimise,
+        differentiable in the log-probs and, if wanted, in the entropies. It sees all rows of a micro-batch that count,
+        as vectors. Loss and gradient stay fused, at the cost of one more matmul.
     Raises ValueError that names the field.
     """
 
@@ -84,22 +85,22 @@ class Objective:
 
     @property
     def needs_every_row(self) -> bool:
-        """Whether rows of advantage 0 have a gradient."""
+        """Whether rows of advantage 0 have a gradient too."""
         return self.kl_coef != 0 or self.entropy_coef != 0 or self.rule is not None
 
     @property
     def log_low(self) -> float:
-        """log(1 - clip_low)."""
+        """The lowest log ratio, log(1 - clip_low)."""
         return math.log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
 
     @property
     def log_high(self) -> float:
-        """log(1 + clip_high)."""
+        """The highest log ratio, log(1 + clip_high)."""
         return math.log1p(self.clip_high)
 
     @property
     def log_dual(self) -> float:
-        """log(dual_clip), inf when off."""
+        """The log of dual_clip, inf when that is off."""
         return math.inf if self.dual_clip is None else math.log(self.dual_clip)
 
 
@@ -113,7 +114,7 @@ def _require(field: str, value: object, holds: Callable[[float], bool], expected
 
 
 def policy_gain(log_ratio_L: Tensor, advantages_L: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """The clipped gain of each row and its derivative with respect to the log of the ratio."""
+    """Return the clipped gain of each row and its derivative with respect to the log of the ratio."""
     below_L = log_ratio_L.clamp(objective.log_low, objective.log_dual)
     above_L = log_ratio_L.clamp(max=objective.log_high)
     clipped_L = torch.where(advantages_L < 0, below_L, above_L)
@@ -134,6 +135,6 @@ def _k3(delta_L: Tensor) -> tuple[Tensor, Tensor]:
     return expm1_L + delta_L, -expm1_L
 
 
-# Estimator of KL(current || reference) per row, and its derivative, from delta = logp - ref (Schulman, "Approximating
-# KL divergence", 2020).
+# Each returns an estimate of KL(current || reference) per row and its derivative, from delta = logp - ref (Schulman,
+# "Approximating KL divergence", 2020).
 KL_TERMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"k1": _k1, "k2": _k2, "k3": _k3}

@@ -1,6 +1,6 @@
-"""The definition: each quantity as the paper writes it, on whole (N x V) logits, with plain autograd.
+"""Define each quantity as the paper writes it, on whole (N x V) logits, with plain autograd.
 
-Slow, literal and independent of the fast path; the tests hold that against this, in float64.
+These functions are slow, literal and independent of the fast path; the tests compare it with them in float64.
 
 Legend: N rows, H hidden, V vocabulary, S sequences.
 """
@@ -12,7 +12,7 @@ from .objective import Objective
 
 
 def token_logprob_ref(logits_NV: Tensor, targets_N: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of each row of softmax(logits / temperature)."""
+    """Return log p(target) and the entropy of each row of softmax(logits / temperature)."""
     scaled_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scaled_NV.dtype).reshape(-1, 1)
@@ -23,7 +23,7 @@ def token_logprob_ref(logits_NV: Tensor, targets_N: Tensor, temperature: float |
 def log_ratio_ref(
     logprobs_N: Tensor, old_N: Tensor, weights_N: Tensor, cu_seqlens: Tensor | None, importance: str
 ) -> Tensor:
-    """Log of each row's importance ratio; shared ones over the rows of non-zero weight of each sequence."""
+    """Return the log of each row's importance ratio; a shared one is over the sequence's rows of non-zero weight."""
     difference_N = logprobs_N - old_N
     if importance == "token":
         return difference_N
@@ -47,7 +47,7 @@ def row_losses_ref(
     ref_N: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """l_i of every row: the clipped term, dual clip, sampler weight, KL and entropy of `Objective`, word for word."""
+    """Return l_i of every row: the clipped term, dual clip, sampler weight, KL and entropy as in `Objective`."""
     old_N = logprobs_N.detach() if old_N is None else old_N
     ratio_N = log_ratio_ref(logprobs_N, old_N, weights_N, cu_seqlens, objective.importance).exp()
     clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
@@ -79,7 +79,7 @@ def grpo_loss_ref(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, logprobs_N, entropy_N), differentiable; every row must hold sound values, also those of weight 0."""
+    """Return (loss, logprobs_N, entropy_N), differentiable; every row, also of weight 0, must hold valid values."""
     logprobs_N, entropy_N = token_logprob_ref(logits_NV, targets_N, temperature)
     losses_N = row_losses_ref(
         logprobs_N,
@@ -106,6 +106,6 @@ def linear_grpo_loss_ref(
     bias_V: Tensor | None = None,
     **inputs: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grpo_loss_ref` of the logits hidden @ weight^T + bias, all of them at once."""
+    """Return `grpo_loss_ref` of the logits hidden @ weight^T + bias, all of them at once."""
     logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
     return grpo_loss_ref(logits_NV, targets_N, advantages_N, loss_weights_N, objective, **inputs)  # type: ignore[arg-type]

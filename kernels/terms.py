@@ -1,6 +1,6 @@
-"""The rows of a loss: which of them count, what each carries, and its loss and slope under an objective.
+"""The rows of a loss: the inputs of each row, which rows are live, and their loss and slopes under an objective.
 
-A row that adds nothing to the loss's gradient is left out before the head is touched (`live_rows`): weight 0, or
+A row that adds nothing to the gradient is left out before the head is touched (`live_rows`): one of weight 0, or of
 advantage 0 with neither KL nor entropy term nor rule, unless it shares the ratio of a sequence that has some advantage.
 
 Legend: N all rows, L live rows, S sequences.
@@ -17,7 +17,7 @@ from .objective import KL_TERMS, Objective, RuleRows, policy_gain
 
 @dataclass(frozen=True)
 class LossRows:
-    """Per-row inputs of the objective, all of one float dtype; `segment_L` is the sequence of each row."""
+    """Hold the objective's inputs of each row, all of one float dtype; `segment_L` is the sequence of each row."""
 
     advantages_L: Tensor
     weights_L: Tensor
@@ -28,12 +28,12 @@ class LossRows:
     sequences: int
 
     def select(self, which: Tensor | slice) -> "LossRows":
-        """The same for some of the rows."""
-        taken: dict[str, Any] = {name: t[which] for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **taken)
+        """Return the inputs of some of the rows."""
+        selected: dict[str, Any] = {name: t[which] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **selected)
 
     def share(self, values_L: Tensor, objective: Objective) -> Tensor:
-        """Sum or mean over the rows of each sequence, given back to its rows.  Linear and its own adjoint."""
+        """Replace each row's value by the sum or mean over its sequence.  This map is linear and its own adjoint."""
         if objective.importance == "token":
             return values_L
         assert self.segment_L is not None
@@ -45,7 +45,7 @@ class LossRows:
 
 
 def live_rows(rows: LossRows, objective: Objective) -> Tensor:
-    """Whether each row can add to the gradient, or shares the ratio of one that can.  (N,) bool."""
+    """Return whether each row can add to the gradient, or shares the ratio of a row that can.  (N,) bool."""
     counted_N = rows.weights_L != 0
     if objective.needs_every_row:
         return counted_N
@@ -58,7 +58,7 @@ def live_rows(rows: LossRows, objective: Objective) -> Tensor:
 
 
 class PolicyTerms(NamedTuple):
-    """Weighted policy loss of each row, its derivative with respect to each log-prob, and the log of the ratio."""
+    """Hold the weighted policy loss of each row, its derivative with respect to the log-prob, and the log ratio."""
 
     loss_L: Tensor
     slope_L: Tensor
@@ -66,7 +66,7 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_terms(logprobs_L: Tensor, rows: LossRows, objective: Objective) -> PolicyTerms:
-    """The policy part of the loss.  With shared ratios `rows` must hold whole sequences."""
+    """Return the policy part of the loss.  With shared ratios `rows` must hold whole sequences."""
     old_L = logprobs_L if rows.old_L is None else rows.old_L
     log_ratio_L = rows.share(logprobs_L - old_L, objective)
     gain_L, slope_L = policy_gain(log_ratio_L, rows.advantages_L, objective)
@@ -78,13 +78,17 @@ def policy_terms(logprobs_L: Tensor, rows: LossRows, objective: Objective) -> Po
 
 
 def uses_sampler_weight(rows: LossRows, objective: Objective) -> bool:
+    """Return whether rows are weighted by their importance relative to the sampler."""
     return rows.sampler_L is not None and objective.sampler_cap is not None
 
 
 def slopes(
     logprobs_L: Tensor, rows: LossRows, objective: Objective, policy_slope_L: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Derivatives of the loss with respect to each row's log-prob and entropy (None: entropy adds nothing)."""
+    """Return the derivatives of the loss with respect to each row's log-prob and entropy (None: no entropy term).
+
+    policy_slope_L: the policy's part, if it is known already.
+    """
     if policy_slope_L is None:
         policy_slope_L = policy_terms(logprobs_L, rows, objective).slope_L
     if objective.kl_coef != 0:
@@ -97,9 +101,9 @@ def slopes(
 
 @dataclass(frozen=True)
 class Coefficients:
-    """dloss/dlogprob and dloss/dentropy (None: zero) of each row: given ones, or an objective's over some rows.
+    """Hold dloss/dlogprob and dloss/dentropy (None: zero) of each row, as given or by an objective over the rows.
 
-    With an objective `by_logprob_L` is the policy's part of the slope; None: each row's own, known with its log-prob.
+    With an objective `by_logprob_L` is only the policy's part of the slope; None: it follows from each row's log-prob.
     """
 
     by_logprob_L: Tensor | None
@@ -108,7 +112,7 @@ class Coefficients:
     objective: Objective | None = None
 
     def of(self, logprobs_B: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Those of a slice of the rows, whose log-probs are known by now."""
+        """Return the coefficients of a slice of the rows, whose log-probs are known by now."""
         by_logprob_B, by_entropy_B = (t if t is None else t[rows] for t in (self.by_logprob_L, self.by_entropy_L))
         if self.rows is not None and self.objective is not None:
             return slopes(logprobs_B, self.rows.select(rows), self.objective, by_logprob_B)
@@ -116,7 +120,7 @@ class Coefficients:
 
 
 def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> Tensor:
-    """sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i), or the rule's terms.  0-dim."""
+    """Return sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i), or the rule's loss.  0-dim."""
     if objective.rule is not None:
         return rule_loss(logprobs_L, entropy_L, rows, objective)
     loss_L = policy_terms(logprobs_L, rows, objective).loss_L
@@ -128,13 +132,13 @@ def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective:
 
 
 def kl_terms(logprobs_L: Tensor, rows: LossRows, objective: Objective) -> tuple[Tensor, Tensor]:
-    """KL estimate of each row and its derivative, unweighted."""
+    """Return the KL estimate of each row and its derivative, unweighted."""
     assert rows.ref_L is not None
     return KL_TERMS[objective.kl](logprobs_L - rows.ref_L)
 
 
 def rule_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> Tensor:
-    """sum_i weight_i * rule_i.  0-dim.  Raises ValueError for terms that are not one of each row."""
+    """Return sum_i weight_i * rule_i, 0-dim.  Raises ValueError unless the rule returns one term for each row."""
     assert objective.rule is not None
     if not len(logprobs_L):
         return logprobs_L.sum()
@@ -150,7 +154,7 @@ def rule_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: 
 def rule_slopes(
     logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
-    """`slopes` of a rule, by autograd over the vectors."""
+    """Return the `slopes` of a rule, by autograd over the vectors of rows."""
     with torch.enable_grad():
         leaves = [values_L.detach().requires_grad_() for values_L in (logprobs_L, entropy_L)]
         loss = rule_loss(leaves[0], leaves[1], rows, objective)

@@ -1,11 +1,11 @@
-"""An LM head split by vocabulary over a process group (tensor parallel).
+"""An LM head whose vocabulary is split over a process group (tensor parallel).
 
-Each rank holds some consecutive rows of the weight, perhaps none, and sees every row of the input. A row's softmax over
-the whole vocabulary follows from those over its shards: with q the share of the probability that lies in a shard,
-log p = log p(in the shard) + log q at the target's, and H = sum q (H(in the shard) - log q).
+Each rank holds some consecutive rows of the weight, possibly none, and sees every row of the input. A row's softmax
+over the whole vocabulary follows from the softmax over each shard: with q the probability mass of a shard,
+log p = log p(within the shard) + log q for the target's shard, and H = sum q (H(within the shard) - log q).
 
-Departs from the usual three all-reduces (maximum, sum, target's logit) by gathering four numbers a row once: each rank
-merges the same numbers in the same order, so that results are the same bits on all.
+Instead of the usual three all-reduces (maximum, sum, target's logit) the ranks gather four numbers per row, once. Each
+rank merges the same numbers in the same order, so that the results are the same to the bit on all ranks.
 
 Legend: N rows, B rows merged at once, S shards, H hidden, V vocabulary of this rank.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .checks import FLOATS, check_head, require
 
-# exp() of this is 0 in any dtype, so raising lower (shifted) logits to it is exact, and -inf * 0 never happens.
+# exp() of this is 0 in any dtype, so clamping shifted logits to it is exact, and -inf * 0 never occurs.
 LOWEST = -1e4
 
 
 class Statistics(NamedTuple):
-    """Per row: log-prob of the target, entropy; if kept, the maximum, and log Z = log sum e^((x - maximum) / T)."""
+    """Hold of each row the target's log-prob, the entropy and, if kept, the maximum x and log sum e^((x - max) / T)."""
 
     logprobs_L: Tensor
     entropy_L: Tensor
@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's rows of the weight: those from `first` on, of `total`; `widest`: rows of the largest shard."""
+    """Describe this rank's rows of the weight: from `first` on, of `total`; `widest`: rows of the largest shard."""
 
     group: dist.ProcessGroup
     first: int
@@ -42,22 +42,22 @@ class Shard:
     widest: int
 
     def merge(self, mine: Statistics, temperature: float | Tensor) -> Statistics:
-        """Statistics over the whole vocabulary from those over this rank's part; a target elsewhere has log-prob -inf.
+        """Return the statistics over the whole vocabulary, given those over this rank's part.
 
-        All ranks merge the same rows at the same time.
+        mine: log-prob -inf for a target in another shard. All ranks must merge the same rows at the same time.
         """
         mine_4B = torch.stack([values_B for values_B in mine if values_B is not None])
         parts_S4B = mine_4B.new_empty(self.group.size(), *mine_4B.shape)
         dist.all_gather(list(parts_S4B), mine_4B, group=self.group)
         logprob_SB, entropy_SB, top_SB, log_sum_SB = parts_S4B.unbind(1)
-        nothing_SB = log_sum_SB == -torch.inf  # an empty shard, or only logits of -inf
+        empty_SB = log_sum_SB == -torch.inf  # the shard has no rows, or only logits of -inf
         top_B = top_SB.amax(0)
         mass_SB = (top_SB - top_B) / temperature + log_sum_SB
         log_sum_B = mass_SB.logsumexp(0)
         log_share_SB = mass_SB - log_sum_B
-        logprob_B = (logprob_SB.masked_fill(nothing_SB, -torch.inf) + log_share_SB).amax(0)
+        logprob_B = (logprob_SB.masked_fill(empty_SB, -torch.inf) + log_share_SB).amax(0)
         log_share_SB = log_share_SB.clamp(min=LOWEST)
-        entropy_B = (log_share_SB.exp() * (entropy_SB.masked_fill(nothing_SB, 0) - log_share_SB)).sum(0)
+        entropy_B = (log_share_SB.exp() * (entropy_SB.masked_fill(empty_SB, 0) - log_share_SB)).sum(0)
         return Statistics(logprob_B, entropy_B, top_B, log_sum_B)
 
 
@@ -68,9 +68,10 @@ def check_sharded_head(
     chunk_rows: int | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.dtype, Shard | None]:
-    """`check_head`, over the group if there is one: if it fails on one rank or ranks disagree, all raise ValueError.
+    """Check the head and return the matmuls' dtype and, with a group, this rank's shard.
 
-    A rank that raised alone would leave the others waiting for it.
+    If a check fails on one rank, or the ranks disagree, all ranks raise ValueError: a rank that raised alone would
+    leave the others waiting for it.
     """
     require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
     if group is None:
@@ -90,13 +91,14 @@ def check_sharded_head(
     return dtype, Shard(group, sum(rows_S[: group.rank()]), sum(rows_S), max(rows_S))
 
 
-# What must be the same on all ranks for their collectives to meet.
+# These must be the same on all ranks, or their collectives would not match.
 FACTS = ("sound head", "rows", "columns", "matmul dtype", "chunk_rows", "gradient of hidden_NH", "any gradient")
 
 
 def _facts(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int | None, dtype: torch.dtype
 ) -> list[int]:
+    """Return this rank's values of FACTS."""
     leaves = (hidden_NH, weight_VH, bias_V)
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     return [1, *hidden_NH.shape, FLOATS.index(dtype), chunk_rows or 0, needs[0], any(needs)]
@@ -105,7 +107,7 @@ def _facts(
 def _gather(
     rows: int, facts: list[int], device: torch.device, group: dist.ProcessGroup
 ) -> tuple[list[int], list[list[int]]]:
-    """Rows of each rank's shard, and each fact of each rank."""
+    """Return the rows of each rank's shard, and for each of FACTS its values by rank."""
     mine_F = torch.tensor([rows, *facts], device=device)
     all_SF = mine_F.new_empty(group.size(), len(mine_F))
     dist.all_gather(list(all_SF), mine_F, group=group)

@@ -1,1 +1,1 @@
-"""`python -m mgrpo.bench.ablation`: what training the agents together is worth."""
+"""`python -m mgrpo.bench.ablation`: measures what training the agents together is worth."""

@@ -1,4 +1,4 @@
-"""The command: `python -m mgrpo.bench.ablation --out DIR`."""
+"""Run `python -m mgrpo.bench.ablation --out DIR`."""
 
 import sys
 

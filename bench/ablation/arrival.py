@@ -1,7 +1,8 @@
-"""Sub-agents' samples grouped as they arrive, whatever their query: what the public code of M-GRPO's authors does.
+"""Group a sub-agent's samples as they arrive, whatever their query, as the public code of M-GRPO's authors does.
 
-There a sub-agent's samples wait in one queue, and a group is the next so many of it. Here they are sorted by when their
-rollouts ended, and cut into as many groups as queries have any, of as many aligned copies each.
+There a sub-agent's samples wait in one queue, and a group is a fixed number of the next ones. Here they are sorted by
+the time at which their rollouts ended, and cut into groups of equally many aligned copies, as many groups as there are
+queries with samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mgrpo.engine.types import MAIN
 
 
 def by_arrival(rewards: np.ndarray, offsets: np.ndarray, weights: np.ndarray, origin: Origin) -> np.ndarray:
-    """An estimator for `algorithm.advantage`: rewards, weights (N,), offsets (Q + 1,) -> advantages (N,), float64.
+    """Estimate advantages for `algorithm.advantage`: rewards, weights (N,), offsets (Q + 1,) -> (N,) float64.
 
     The main agent's groups stay those of the queries.
     """
@@ -29,7 +30,7 @@ def by_arrival(rewards: np.ndarray, offsets: np.ndarray, weights: np.ndarray, or
 
 
 def cuts(weights: np.ndarray, groups: int) -> np.ndarray:
-    """Bounds (G + 1,) of groups of like weight: one begins with the first sample that the weight before it allows."""
+    """Return bounds (G + 1,) of groups of equal weight: each begins where the weight before it reaches its share."""
     before = np.cumsum(weights) - weights
     share = weights.sum() / max(groups, 1)
     return np.append(np.searchsorted(before, share * np.arange(groups) - 1e-9 * share), len(weights))

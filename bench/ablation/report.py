@@ -1,7 +1,7 @@
-"""What came of the runs of `ablation.py`: table, figure and JSON, from their folders alone.
+"""Report the runs of the ablation as a table, a figure and JSON, from their folders alone.
 
-A seed is one sample: intervals are Student's t over seeds, 95 %, and say nothing of other questions or models. An arm's
-difference from co-training is taken seed by seed, as arms of one seed began alike.
+A seed is one sample: intervals are 95 % of Student's t over seeds, and say nothing about other questions or models. An
+arm's difference from co-training is taken seed by seed, as all arms of a seed begin with the same weights.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mgrpo.bench.harness import commit, machine, show
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.report.curves import COLORS, curve, running_mean
 from mgrpo.engine.report.summary import read_config
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.metrics import Row, is_evaluation, read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 REFERENCE = "co-train"
-EDGE = 10  # steps that the "last" figures are means of
-WATCHED = ("reward_mean", "calls_mean", "entropy_mean", "zero_std")  # where one would look for why
-# Student's t, 0.975, of 1 to 30 degrees of freedom; beyond, the normal's with two terms of Cornish and Fisher
+EDGE = 10  # steps over which the "last" figures are averaged
+WATCHED = ("reward_mean", "calls_mean", "entropy_mean", "zero_std")  # these may explain a difference
+# Student's t at 0.975 for 1 to 30 degrees of freedom; beyond that, the normal's with two Cornish-Fisher terms
 T = (
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.306, 2.2622, 2.2281),
     *(2.201, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.093, 2.086),
@@ -37,18 +37,19 @@ Z = 1.95996
 
 @dataclass(frozen=True)
 class Ended:
-    """One run that ended. rows: those of its rl stage."""
+    """Hold one run that ended. rows: the metrics of its rl stage."""
 
     config: Config
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row]
     commits: Sequence[str]
 
     @property
     def accuracies(self) -> list[float]:
-        """On the held-out questions, at the start of the rl stage, then as often as evaluated, and at its end."""
-        return [row["eval/held_out_accuracy"] for row in self.rows if "eval/held_out_accuracy" in row]
+        """Accuracy on held-out questions: at the start of the rl stage, at each evaluation, and at the end."""
+        return [row["eval/held_out_accuracy"] for row in self.rows if is_evaluation(row)]
 
     def last(self, key: str) -> float | None:
+        """Return the mean of the last values of a metric; None if there are none."""
         values = [row[key] for row in self.rows if row.get(key) is not None][-EDGE:]
         return mean(values) if values else None
 
@@ -57,19 +58,19 @@ Arms = Mapping[str, Mapping[int, Ended]]  # by arm, then by seed
 
 
 def final(folder: Path) -> Ended | None:
-    """The run in a folder, if there is one and it was evaluated after its last step."""
+    """Return the run in a folder, or None unless it was evaluated after its last step."""
     if not (folder / "config.json").exists():
         return None
     config = read_config(folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == "rl"]
-    if not any(row["step"] == config.steps and "eval/held_out_accuracy" in row for row in rows):
+    if not any(row["step"] == config.steps and is_evaluation(row) for row in rows):
         return None
-    said = folder / "commits"
-    return Ended(config, rows, sorted(set(said.read_text().split())) if said.exists() else [])
+    commits = folder / "commits"
+    return Ended(config, rows, sorted(set(commits.read_text().split())) if commits.exists() else [])
 
 
 def collect(runs: Path) -> dict[str, dict[str, dict[int, Ended]]]:
-    """By model, arm and seed, from folders <model>/<arm>-<seed>."""
+    """Return the runs by model, arm and seed, from folders <model>/<arm>-<seed>."""
     found: dict[str, dict[str, dict[int, Ended]]] = {}
     for folder in sorted(runs.glob("*/*-*")):
         arm, _, seed = folder.name.rpartition("-")
@@ -82,14 +83,14 @@ def collect(runs: Path) -> dict[str, dict[str, dict[int, Ended]]]:
 
 
 def t_quantile(freedom: int) -> float:
-    """Of Student's t, 0.975."""
+    """Return the 0.975 quantile of Student's t."""
     if freedom <= len(T):
         return T[freedom - 1]
     return Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean of the seeds with its 95 % t-interval, which one seed has not."""
+    """Return the mean over the seeds with its 95 % t-interval, which is None for a single seed."""
     middle = mean(values)
     if len(values) < 2:
         return {"mean": middle, "low": None, "high": None}
@@ -98,7 +99,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def band(curves_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same for each of N steps of S seeds: mean, low, high (N,); of one seed the band is empty."""
+    """Return mean, low, high (N,) over S seeds for each of N steps; for a single seed all three are equal."""
     middle_N = curves_SN.mean(0)
     if len(curves_SN) < 2:
         return middle_N, middle_N, middle_N
@@ -107,7 +108,7 @@ def band(curves_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def summary(arms: Arms) -> dict[str, Any]:
-    """Of each arm: its seeds, accuracy at start and end, and what became of it against co-training, seed by seed."""
+    """Summarise each arm: its seeds, accuracy at start and end, and its difference from co-training, seed by seed."""
     return {arm: _summary(runs, arms.get(REFERENCE, {})) for arm, runs in arms.items()}
 
 
@@ -137,34 +138,34 @@ def report(runs: Path, results: Path = RESULTS) -> None:
     found = collect(runs)
     if not found:
         return print("no run has ended yet")
-    said = {model: summary(arms) for model, arms in found.items()}
-    for model, arms in said.items():
+    summaries = {model: summary(arms) for model, arms in found.items()}
+    for model, arms in summaries.items():
         heads = ("arm", "seeds", "start of rl", "end of rl", "less co-train, points", "")
         show(
             f"{model}: held-out accuracy, mean and 95 % interval over seeds",
             heads,
             [_row(*one) for one in arms.items()],
         )
-    line = {"bench": "ablation", "commit": commit(), "machine": machine(), "models": said}
+    line = {"bench": "ablation", "commit": commit(), "machine": machine(), "models": summaries}
     results.mkdir(parents=True, exist_ok=True)
     _write(results / "ablation.json", json.dumps(line, indent=1) + "\n")
     draw(found, results / "ablation.png")
     print(f"written to {results}")
 
 
-def _row(arm: str, said: Mapping[str, Any]) -> tuple[str, ...]:
-    less = "" if arm == REFERENCE or said["less co-train"] is None else _points(said["less co-train"])
-    return arm, str(len(said["seeds"])), _points(said["start"]), _points(said["end"]), less, ""
+def _row(arm: str, summary: Mapping[str, Any]) -> tuple[str, ...]:
+    less = "" if arm == REFERENCE or summary["less co-train"] is None else _points(summary["less co-train"])
+    return arm, str(len(summary["seeds"])), _points(summary["start"]), _points(summary["end"]), less, ""
 
 
 def _points(of: Mapping[str, float | None]) -> str:
-    """In points of a hundred."""
+    """Format a mean and its interval in percentage points."""
     middle, low, high = (None if of[key] is None else 100 * float(of[key] or 0) for key in ("mean", "low", "high"))
     return f"{middle:.1f}" + ("" if low is None else f" ({low:.1f} to {high:.1f})")
 
 
 def draw(found: Mapping[str, Arms], to: Path) -> None:
-    """A line of panels for each model: accuracy over the steps, at the end, and the rewards of main and sub-agent."""
+    """Draw a line of panels per model: accuracy over the steps and at the end, rewards of main and sub-agent."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(17, 4.4 * len(found)), dpi=120, layout="constrained")
@@ -181,7 +182,7 @@ def draw(found: Mapping[str, Arms], to: Path) -> None:
         line[2].set(title=f"main's reward, mean of {EDGE} steps", xlabel="rl steps")
         line[3].set(title="sub-agent's reward", xlabel="rl steps")
         line[0].legend(fontsize=8, frameon=False)
-        for ax in line:  # an interval of few seeds reaches beyond what can be
+        for ax in line:  # an interval of few seeds may reach beyond [0, 1]
             low, high = ax.get_ylim()
             ax.set_ylim(max(low, 0), min(high, 1))
     aside = to.with_name(f".{to.name}")
@@ -212,7 +213,7 @@ def _ends(ax: Any, arms: Arms, colors: Mapping[str, str]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """The old file or the new, whoever else writes it at the same time."""
+    """Replace a file atomically: readers see the old or the new one, also if several processes write it."""
     aside = path.with_name(f".{path.name}")
     aside.write_text(text)
     aside.replace(path)

@@ -1,18 +1,19 @@
-"""`python -m mgrpo.bench.ablation.run --out DIR`: what training the agents together is worth, on geography.
+"""`python -m mgrpo.bench.ablation --out DIR`: measures on geography what training the agents together is worth.
 
     co-train       both agents are trained, by M-GRPO as it is
     main-only      the sub-agent is frozen after the warm-up
     single         there is no sub-agent: the main agent searches itself
-    by-arrival     a sub-agent's groups are made as samples arrive, whatever their query (`ablation_arrival.py`)
-    no-alignment   a sub-agent's calls count once each, however many a rollout made
+    by-arrival     a sub-agent's groups are made as samples arrive, whatever their query (`arrival.py`)
+    no-alignment   each of a sub-agent's calls counts once, however many a rollout made
 
-Each arm and seed is one run of `mgrpo train` with evaluations on held-out questions; arms of one seed begin with the
-same weights, the same demonstrations and the same questions. The tiny model is made and taught first, and its held-out
-questions are its own (`ablation_tiny.py`); --model PATH takes other weights, as examples/geography/train.toml does.
+Each arm and seed is one run of `mgrpo train` with evaluations on held-out questions; the arms of a seed begin with the
+same weights, demonstrations and questions. The tiny model is made and taught first, and has its own held-out questions
+(`tiny.py`); --model PATH takes other weights, with the settings of examples/geography/train.toml.
 
-All is in DIR and nothing is done twice: a run that ended is not begun again, one that was stopped goes on from its
-checkpoint. Several processes may share DIR if they have no seed in common. At the end a table, a figure and JSON are
-made of all runs in DIR that ended (`ablation_report.py`), whoever ran them; --report makes them only.
+Everything is kept in DIR and nothing is done twice: a run that ended is not repeated, and one that was stopped
+continues from its checkpoint. Several processes may share DIR if they have no seed in common. At the end a table, a
+figure and JSON are made of all runs in DIR that ended (`report.py`), whichever process ran them; --report only makes
+these.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mgrpo.bench.harness import commit
 from mgrpo.engine.config.resume import check_unchanged
 from mgrpo.engine.config.schema import Config, load_config
 from mgrpo.engine.report.display import make_display
-from mgrpo.engine.training import colocated as launch
+from mgrpo.engine.training import colocated
 
 ARMS = {
     "co-train": [],
@@ -57,7 +58,7 @@ LESSONS = [
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed, in a folder of its own."""
+    """Describe one arm with one seed; its folder holds nothing else."""
 
     arm: str
     seed: int
@@ -68,14 +69,14 @@ class Run:
         return Path(self.config.run_dir)
 
     def ended(self) -> bool:
-        """Whether it is there, whole. Raises ValueError if it is, of another configuration."""
+        """Return whether the run has ended. Raises ValueError if it ran with another configuration."""
         before = final(self.folder)
         if before is not None:
             check_unchanged(before.config, self.config)
         return before is not None and before.config.steps == self.config.steps
 
     def train(self) -> None:
-        """Begin it, or go on. Raises Interrupted after Ctrl-C."""
+        """Begin the run or continue it. Raises Interrupted after Ctrl-C."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "commits").open("a") as file:
             file.write(f"{commit()}\n")
@@ -83,15 +84,16 @@ class Run:
 
 
 def train(config: Config) -> None:
+    """Train with a display."""
     display = make_display(list(config.agents))
     try:
-        launch.train(config, True, display)
+        colocated.train(config, True, display)
     finally:
         display.close()
 
 
 def make_run(out: Path, arm: str, seed: int, model: str, changes: Sequence[str] = ()) -> Run:
-    """An arm's configuration. model: TINY or a directory. changes: KEY=VALUE, over all else."""
+    """Return an arm's run. model: TINY or a directory. changes: KEY=VALUE, applied last."""
     models = weights(out, arm) if model == TINY else {"main": Path(model), "sub": Path(model)}
     overrides = [
         f"run_dir={folder_of(out, arm, seed, model)}",
@@ -109,21 +111,21 @@ def folder_of(out: Path, arm: str, seed: int, model: str) -> Path:
 
 
 def example(data: Path) -> list[str]:
-    """Where the environment and its data are."""
+    """Return the overrides that say where the environment and its data are."""
     return [f"environment.use={GEOGRAPHY / 'environment.py'}:Geography", f"environment.options.data={data}"]
 
 
-# ---- what the runs begin with
+# ---- the weights and questions that runs begin with
 
 
 def weights(out: Path, arm: str) -> dict[str, Path]:
-    """What the tiny model's agents of an arm begin with."""
+    """Return the tiny model's weights with which the agents of an arm begin."""
     roles = {"main": "single", "sub": "sub"} if arm == "single" else {"main": "main", "sub": "sub"}
     return {agent: out / "taught" / role for agent, role in roles.items()}
 
 
 def prepare(out: Path, tiny: bool = True, changes: Sequence[str] = ()) -> None:
-    """Bring data and the tiny model to completeness; one process does, others wait for it."""
+    """Make the data and the tiny model if they are missing; one process does this while others wait."""
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / "prepare.lock"):
         script = [sys.executable, str(GEOGRAPHY / "prepare.py"), "--out", str(out / "data"), "--only", "tiny"]
@@ -143,7 +145,7 @@ def prepare_tiny(out: Path, changes: Sequence[str]) -> None:
 
 
 def teach(out: Path, arm: str, roles: dict[str, str], changes: Sequence[str]) -> None:
-    """A long warm-up on flawless demonstrations; its weights become the models that an arm's agents begin with."""
+    """Run a long warm-up on flawless demonstrations; an arm's agents begin with the weights that it ends with."""
     if all((out / "taught" / role).exists() for role in roles.values()):
         return
     models = [f"agents.{agent}.model={out / 'untaught'}" for agent in ("main", "sub")]
@@ -156,7 +158,7 @@ def teach(out: Path, arm: str, roles: dict[str, str], changes: Sequence[str]) ->
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Waits until no other process is within."""
+    """Hold a lock on the file; wait while another process holds it."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -167,16 +169,17 @@ def alone(path: Path) -> Iterator[None]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mgrpo.bench.ablation", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=lambda text: Path(text).absolute(), required=True, help="where all of it lies")
+    parser.add_argument("--out", type=lambda text: Path(text).absolute(), required=True, help="folder for everything")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--model", default=TINY, help="tiny, or a directory with a transformers causal LM")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of every run to change")
-    parser.add_argument("--report", action="store_true", help="only look at what ran")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys to change in every run")
+    parser.add_argument("--report", action="store_true", help="only report the runs that ended")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all arms and seeds that have not ended, and report."""
     options = parse(arguments)
     if not options.report:
         prepare(options.out, options.model == TINY)
@@ -186,6 +189,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not run.ended():
                     print(f"{options.model}: {arm}, seed {seed}", flush=True)
                     run.train()
-                if (left := run.folder / "checkpoints").exists():  # gigabytes, and nothing goes on from them
+                if (left := run.folder / "checkpoints").exists():  # gigabytes that nothing needs any more
                     shutil.rmtree(left)
     report(options.out / "runs")

@@ -1,12 +1,12 @@
-"""The tiny model of `ablation.py` and the questions it is asked: geography at a size that trains in minutes.
+"""Make the ablation's tiny model and its questions: geography at a size that trains in minutes.
 
-A model of half a million weights learns to copy names and to plan hops, but not, in that time, to find a record among
-those of a card that it never met: it learns the facts by heart. So held out are not countries, as in the example, but
-questions: each fact that a held-out question needs is part of some training question, and the question of none. The
-rest is the example's own: environment, search, rewards.
+In that time a model of half a million weights learns to copy names and to plan hops, but not to find a record on a card
+that it has never seen: it memorises the facts. So questions are held out, not countries as in the example: each fact
+that a held-out question needs is part of some training question, but no training question equals a held-out one.
+Everything else is the example's own: environment, search, rewards.
 
-Departs from the tokenizer of the example's own tiny model, whose names are fragments: here a word is a token. Between
-words its decoder puts a space, which `fold` does not mind.
+Unlike in the example's own tiny model, where names are split into fragments, a token is a word here. The decoder puts a
+space between words, which `fold` ignores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Question = dict[str, Any]  # a line of the example's .jsonl files
 
 
 def write_questions(out: Path, example: Path) -> None:
-    """The example's training questions, some of them held out, in a folder of their own; last, its gazetteer."""
+    """Write the example's training questions, some of them held out, into a folder; the gazetteer is written last."""
     out.mkdir(parents=True, exist_ok=True)
     lines = (example / "train.jsonl").read_text(encoding="utf-8").splitlines()
     for name, chosen in zip(("train", "held_out"), hold_out([json.loads(line) for line in lines]), strict=True):
@@ -53,7 +53,7 @@ def write_questions(out: Path, example: Path) -> None:
 
 
 def hold_out(questions: Sequence[Question], count: int = HELD_OUT) -> tuple[list[Question], list[Question]]:
-    """Those to train on, and `count` to hold out, whose every fact one of the former asks for; seeded."""
+    """Split into questions to train on and `count` to hold out, whose every fact the former ask for; seeded."""
     asked = Counter(fact for question in questions for fact in facts(question))
     train: list[Question] = []
     held_out: list[Question] = []
@@ -65,14 +65,15 @@ def hold_out(questions: Sequence[Question], count: int = HELD_OUT) -> tuple[list
 
 
 def facts(question: Question) -> set[tuple[str, str]]:
+    """Return the facts that a question needs."""
     return {(hop["entity"], hop["relation"]) for hop in question["hops"]}
 
 
 def write_tiny(folder: Path, data: Path, seed: int) -> None:
-    """A Llama of random weights with a token for each word of the data."""
+    """Save a Llama of random weights, with a token for each word of the data."""
     texts = [(data / name).read_text(encoding="utf-8") for name in ("train.jsonl", "held_out.jsonl", "gazetteer.json")]
     found = {token for text in [PROTOCOL, *texts] for token in re.findall(r"\w+|[^\w\s]", text)}
-    words = sorted(token for token in found if not token.isdigit())  # of ids
+    words = sorted(token for token in found if not token.isdigit())  # digits occur in ids
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate([EOS, UNSEEN, "\n", *words])}, unk_token=UNSEEN)
     )
@@ -91,7 +92,7 @@ def write_tiny(folder: Path, data: Path, seed: int) -> None:
 
 
 def export(config: Config, agent: str, state: Path, folder: Path) -> None:
-    """The weights of an agent's checkpoint as a directory that a run can begin with, whole or not at all."""
+    """Save the weights of an agent's checkpoint as a model directory, which appears only when it is complete."""
     policy = Policy(agent, config.agents[agent], config.compute)
     policy.load_state(state)
     aside = folder.with_name(f".{folder.name}")

@@ -1,1 +1,1 @@
-"""`mgrpo bench kernels`: the loss and log-prob kernels against their floor and their peers."""
+"""`mgrpo bench kernels`: compares the loss and log-prob kernels with their floor and their peers."""

@@ -1,4 +1,4 @@
-"""One case of `mgrpo bench kernels`: try every candidate, compare its answer with ours, then time all in turns.
+"""Run one case of `mgrpo bench kernels`: try every candidate, compare its answer with ours, then time all in turns.
 
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
@@ -17,16 +17,16 @@ from mgrpo.bench.harness import Candidate, Result, Timing, extra_bytes, interlea
 from mgrpo.bench.kernels.inputs import Inputs
 from mgrpo.bench.kernels.peers import OURS, Answer, Unavailable
 
-# A relative distance of the gradients beyond which a peer computes something else and is not timed.
+# If a peer's gradients differ by more (relative), it computes something else and is not timed.
 DIFFERENT = 0.05
-# What a peer raises that is not installed, is of another version than its caller expects, or cannot run here. Out of
-# memory, Dynamo's and Inductor's errors are RuntimeErrors.
+# A peer raises these if it is not installed, has an unexpected version, or cannot run here. Out-of-memory errors and
+# those of Dynamo and Inductor are RuntimeErrors.
 FAULTS = (ImportError, AttributeError, RuntimeError, TritonError)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate under one fraction of live rows.  why: why it was not timed."""
+    """Hold one candidate at one fraction of live rows.  why: the reason if it was not timed."""
 
     name: str
     live: float
@@ -42,7 +42,7 @@ class Entry:
 
 
 def trial(name: str, live: float, function: Callable[[Any], Answer], inputs: Inputs, truth: Answer | None) -> Entry:
-    """Runs a candidate twice: for its answer, and what it compiles; and for its memory."""
+    """Run a candidate twice: first for its answer (and to let it compile), then for its memory."""
     entry = Entry(name, live, lambda: function(inputs))
     device = inputs.targets_N.device
     try:
@@ -54,18 +54,18 @@ def trial(name: str, live: float, function: Callable[[Any], Answer], inputs: Inp
         why = str(fault)
     except FAULTS as fault:
         why = f"{type(fault).__name__}: {str(fault).strip() or 'no message'}".splitlines()[0][:160]
-    release(device)  # here, where the fault and the tensors its traceback holds are gone
+    release(device)  # only here, after the exception and the tensors that its traceback holds are gone
     return replace(entry, why=why)
 
 
 def distance(answer: Answer, truth: Answer) -> float:
-    """The largest relative distance of any of the tensors, in the 2-norm; NaN, which max() passes over, if any is."""
+    """Return the largest relative distance of any of the tensors, in the 2-norm; NaN if that of any is NaN."""
     pairs = zip(answer, truth, strict=True)
     return float(torch.stack([(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs]).max())
 
 
 def release(device: torch.device) -> None:
-    """Give back what is no longer held."""
+    """Free memory that nothing holds any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,7 +74,7 @@ def release(device: torch.device) -> None:
 def try_all(
     functions: Mapping[str, Callable[[Any], Answer]], inputs: Inputs, live: float, skipped: Mapping[str, str]
 ) -> list[Entry]:
-    """A trial of every candidate, ours first: the others are compared with it.  skipped: whom not to try, and why."""
+    """Try every candidate, and compare the others with ours.  skipped: candidates not to try, with the reason."""
     truth = functions[OURS](inputs)
     entries = []
     for name, function in functions.items():
@@ -88,20 +88,20 @@ def try_all(
 def time_all(
     entries: list[Entry], others: Mapping[str, Candidate], rounds: int, device: torch.device
 ) -> tuple[list[Entry], dict[str, Timing]]:
-    """The entries with their timings, and the timings of the others; all in turns, after one round that is not kept."""
+    """Time the entries and the others, all in turns after a warm-up round; return entries and the others' timings."""
     runnable = {entry.key: entry.run for entry in entries if not entry.why}
     timings = interleave({**others, **runnable}, rounds=rounds, device=device)
     return [replace(entry, timing=timings.get(entry.key)) for entry in entries], {n: timings[n] for n in others}
 
 
 def ours_of(entries: list[Entry], live: float) -> Entry:
-    """Our own entry, which has a timing."""
+    """Return our own entry, which always has a timing."""
     return next(entry for entry in entries if entry.name == OURS and entry.live == live)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the inputs ask for at least: how much of `unit` per second is useful, and the floor in seconds."""
+    """Hold the least work that the inputs need: its amount in `unit` times seconds, and the floor in seconds."""
 
     amount: float
     unit: str
@@ -109,7 +109,7 @@ class Work:
 
 
 def results_of(case: str, entries: list[Entry], work: Mapping[float, Work]) -> list[Result]:
-    """Time and memory of every entry; ours also against the floor, the others against ours."""
+    """Return time and memory of every entry; ours also against the floor, the others also against ours."""
     results = []
     for entry in entries:
         name = f"{case}, {entry.live:.0%} live, {entry.name}"
@@ -135,7 +135,7 @@ def _results_of_ours(name: str, seconds: float, work: Work) -> list[Result]:
 
 
 def show_case(title: str, entries: list[Entry], work: Mapping[float, Work]) -> None:
-    """The same as a table, one line an entry."""
+    """Print the results as a table, one line per entry."""
     unit = next(iter(work.values())).unit
     columns = ("", "live", "ms", unit, "% of floor", "extra GB", "time / ours", "differs by", "")
     show(title, columns, [_cells(entry, entries, work[entry.live]) for entry in entries])

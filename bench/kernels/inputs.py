@@ -1,4 +1,4 @@
-"""The inputs of `mgrpo bench kernels`: packed rows with masked spans, one clipped loss over them.
+"""Make the inputs of `mgrpo bench kernels`: packed rows with masked spans, and one clipped loss over them.
 
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from mgrpo.kernels import Objective, linear_logprob, token_logprob
 
 OBJECTIVE = Objective()
-# Rows of a sequence, all of one advantage: some peers take one a sequence.
+# Rows of a sequence, all with the same advantage: some peers take only one per sequence.
 SEQUENCE = 256
-# Live and masked rows alternate, as an agent's text and its tools' output do, with this period.
+# Live and masked rows alternate with this period, as an agent's text and its tools' output do.
 PERIOD = 64
-# Logits of this spread make a softmax peaked like a trained model's: a peer that skips tiny gradients could skip nearly
-# all of them were every token about as likely.
+# Logits of this spread make a softmax as peaked as a trained model's. If all tokens were about equally likely, a peer
+# that skips tiny gradients could skip nearly all of them.
 LOGIT_STD = 4.0
-# Logs of the ratio, far enough from the clip's bounds that no rounding moves a row across one.
+# Logs of the ratio, far enough from the clip bounds that rounding moves no row across one.
 LOG_RATIOS = (-0.4, -0.1, 0.0, 0.1, 0.4)
 
 Some = TypeVar("Some", bound="Inputs")
@@ -29,7 +29,7 @@ Some = TypeVar("Some", bound="Inputs")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given.  weights_N: 1 / L at the live rows, else 0."""
+    """Hold what every candidate is given.  weights_N: 1 / L at the live rows, 0 elsewhere."""
 
     source: tuple[Tensor, ...]
     targets_N: Tensor
@@ -38,7 +38,7 @@ class Inputs:
     old_logprobs_N: Tensor
 
     def with_live(self: Some, fraction: float) -> Some:
-        """The same with that fraction of live rows."""
+        """Return the same inputs with that fraction of live rows."""
         place_N = torch.arange(len(self.targets_N), device=self.targets_N.device) % PERIOD
         live_N = (place_N < round(PERIOD * fraction)).float()
         return replace(self, weights_N=live_N / live_N.sum())
@@ -50,13 +50,13 @@ class Inputs:
 
     @property
     def sequences(self) -> int:
-        """How many there are; N is a multiple of their length."""
+        """The number of sequences; N is a multiple of their length."""
         return len(self.targets_N) // SEQUENCE
 
 
 @dataclass(frozen=True)
 class Linear(Inputs):
-    """source: hidden states (N, H) and head (V, H), to differentiate by."""
+    """Hold hidden states (N, H) and head (V, H) as source, with respect to which candidates differentiate."""
 
     @property
     def hidden_NH(self) -> Tensor:
@@ -69,7 +69,7 @@ class Linear(Inputs):
 
 @dataclass(frozen=True)
 class Logits(Inputs):
-    """source: logits (N, V), which are all but the last row of `padded_MV`: Liger's layout has one more."""
+    """Hold logits (N, V) as source: all but the last row of `padded_MV`, as Liger's layout has one row more."""
 
     padded_MV: Tensor
 
@@ -79,7 +79,7 @@ class Logits(Inputs):
 
 
 def linear_inputs(rows: int, width: int, vocabulary: int, device: torch.device) -> Linear:
-    """bf16 hidden states and head, all rows live; every sequence has an advantage of its own."""
+    """Make bf16 hidden states and head, all rows live; each sequence has its own advantage."""
     assert rows % SEQUENCE == 0
     torch.manual_seed(0)
     hidden_NH = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
@@ -92,7 +92,7 @@ def linear_inputs(rows: int, width: int, vocabulary: int, device: torch.device) 
 
 
 def logits_inputs(rows: int, vocabulary: int, device: torch.device) -> Logits:
-    """bf16 logits, all rows live, of one advantage, because Liger's layout makes one sequence of them."""
+    """Make bf16 logits, all rows live, with one advantage for all, as Liger's layout makes them one sequence."""
     torch.manual_seed(0)
     padded_MV = torch.randn(rows + 1, vocabulary, device=device, dtype=torch.bfloat16).mul_(LOGIT_STD)
     targets_N = torch.randint(vocabulary, (rows,), device=device)
@@ -107,7 +107,7 @@ def _old(logprobs_N: Tensor) -> Tensor:
 
 
 def clipped_loss(logprobs_N: Tensor, inputs: Inputs) -> Tensor:
-    """The loss of `OBJECTIVE` from log-probs, as every trainer writes it; masked rows multiplied by 0."""
+    """Return the loss of `OBJECTIVE` from log-probs as every trainer writes it; masked rows are multiplied by 0."""
     ratio_N = (logprobs_N - inputs.old_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1 - OBJECTIVE.clip_low, 1 + OBJECTIVE.clip_high)
     term_N = torch.minimum(ratio_N * inputs.advantages_N, clipped_N * inputs.advantages_N)

@@ -1,8 +1,8 @@
-"""The candidates of `mgrpo bench kernels`: ours, and what others run for the same loss.
+"""Define the candidates of `mgrpo bench kernels`: ours, and what other libraries run for the same loss.
 
 Every candidate takes the same inputs and returns the loss with its gradients, so that the answers can be compared
-before anything is timed. A peer that offers log-probs only gets the loss of `kernel_inputs.py` on top. Each is called
-as its authors call it, at its fastest for this loss: no entropy, no reference model, temperature 1.
+before anything is timed. A peer that offers only log-probs gets the loss of `inputs.py` on top. Each is called as its
+authors call it, in its fastest form for this loss: no entropy, no reference model, temperature 1.
 
 Legend: N rows, L live rows, S sequences of T rows, H hidden, V vocabulary.
 """
@@ -19,16 +19,16 @@ from torch import Tensor
 from mgrpo.bench.kernels.inputs import OBJECTIVE, SEQUENCE, Inputs, Linear, Logits, clipped_loss
 from mgrpo.kernels import grpo_loss, linear_grpo_loss, token_logprob
 
-Answer = tuple[Tensor, ...]  # the loss, and its gradient by each tensor of the source
-# Rows of one of Liger's chunks, which it works through in pieces of as many; by default a chunk is one sequence.
+Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each tensor of the source
+# Rows of one of Liger's chunks; by default a chunk is one sequence.
 LIGER_ROWS = 2048
-# Columns of logits that TRL's trainer forms at a time.
+# Columns of logits that TRL's trainer computes at a time.
 TRL_COLUMNS = 32768
 TEMPERATURE = 1.0
 
 
 class Unavailable(Exception):
-    """This candidate does not run here; the message says why."""
+    """Tell that a candidate does not run here; the message says why."""
 
 
 def _differentiate(loss: Tensor, inputs: Inputs) -> Answer:
@@ -44,7 +44,7 @@ def _require_gpu(inputs: Inputs) -> None:
 
 
 def ours_linear(inputs: Linear) -> Answer:
-    """`linear_grpo_loss`."""
+    """Run `linear_grpo_loss`."""
     vectors = (inputs.targets_N, inputs.advantages_N, inputs.weights_N)
     out = linear_grpo_loss(
         inputs.hidden_NH, inputs.weight_VH, *vectors, OBJECTIVE, old_logprobs_N=inputs.old_logprobs_N
@@ -53,23 +53,23 @@ def ours_linear(inputs: Linear) -> Answer:
 
 
 def torch_linear(inputs: Linear) -> Answer:
-    """What one writes first: all logits, masked afterwards."""
+    """Compute all logits and mask afterwards, which is what one writes first."""
     return _differentiate(_torch_linear_loss(inputs.hidden_NH, inputs.weight_VH, inputs), inputs)
 
 
 def compiled_linear(inputs: Linear) -> Answer:
-    """The same through torch.compile."""
+    """Run `torch_linear` through torch.compile."""
     return _differentiate(_compiled(_torch_linear_loss)(inputs.hidden_NH, inputs.weight_VH, inputs), inputs)
 
 
 def liger_linear(inputs: Linear) -> Answer:
-    """Liger's chunks of whole sequences."""
+    """Run Liger's fused linear loss, in chunks of whole sequences."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     peer = LigerFusedLinearGRPOLoss(
         beta=0.0,
         use_ref_model=False,
-        compiled=inputs.targets_N.is_cuda,  # elsewhere each process would compile anew for a part of no weight
+        compiled=inputs.targets_N.is_cuda,  # on a CPU each process would compile again, for an unimportant part
         chunk_size=LIGER_ROWS // SEQUENCE,
         epsilon_low=OBJECTIVE.clip_low,
         epsilon_high=OBJECTIVE.clip_high,
@@ -88,7 +88,7 @@ def liger_linear(inputs: Linear) -> Answer:
 
 
 def trl_linear(inputs: Linear) -> Answer:
-    """TRL's log-probs of the live rows, which are taken out before the head."""
+    """Run TRL's log-probs on the live rows, which are selected before the head."""
     from trl.kernels import ChunkedLogProbFunction
 
     live_N = inputs.live_N
@@ -99,7 +99,7 @@ def trl_linear(inputs: Linear) -> Answer:
 
 
 def cut_cross_entropy_linear(inputs: Linear) -> Answer:
-    """Apple's log-probs; it leaves out the rows whose target it is told to ignore."""
+    """Run Apple's log-probs, which leave out the rows whose target is marked as ignored."""
     _require_gpu(inputs)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -112,25 +112,25 @@ def cut_cross_entropy_linear(inputs: Linear) -> Answer:
 
 
 def ours_logits(inputs: Logits) -> Answer:
-    """`grpo_loss`."""
+    """Run `grpo_loss`."""
     vectors = (inputs.targets_N, inputs.advantages_N, inputs.weights_N)
     out = grpo_loss(inputs.logits_NV, *vectors, OBJECTIVE, old_logprobs_N=inputs.old_logprobs_N)
     return _differentiate(out.loss, inputs)
 
 
 def torch_logits(inputs: Logits) -> Answer:
-    """Log-softmax in float32 and a gather."""
+    """Compute the loss with a log-softmax in float32 and a gather."""
     return _differentiate(clipped_loss(_torch_logprobs(inputs.logits_NV, inputs.targets_N), inputs), inputs)
 
 
 def compiled_logits(inputs: Logits) -> Answer:
-    """The same through torch.compile."""
+    """Run `torch_logits` through torch.compile."""
     logprobs_N = _compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N)
     return _differentiate(clipped_loss(logprobs_N, inputs), inputs)
 
 
 def liger_logits(inputs: Logits) -> Answer:
-    """Liger's Triton loss, one sequence of all rows, the logits left as they are."""
+    """Run Liger's Triton loss on all rows as one sequence, without overwriting the logits."""
     _require_gpu(inputs)
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -157,17 +157,17 @@ def liger_logits(inputs: Logits) -> Answer:
 
 
 def ours_token(inputs: Logits) -> Answer:
-    """`token_logprob`, with an upstream gradient of its own for each row."""
+    """Run `token_logprob` with a different upstream gradient for each row."""
     return _differentiate(_weighted(token_logprob(inputs.logits_NV, inputs.targets_N)[0], inputs), inputs)
 
 
 def torch_token(inputs: Logits) -> Answer:
-    """Log-softmax in float32 and a gather."""
+    """Compute log-probs with a log-softmax in float32 and a gather."""
     return _differentiate(_weighted(_torch_logprobs(inputs.logits_NV, inputs.targets_N), inputs), inputs)
 
 
 def compiled_token(inputs: Logits) -> Answer:
-    """The same through torch.compile."""
+    """Run `torch_token` through torch.compile."""
     return _differentiate(_weighted(_compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N), inputs), inputs)
 
 

@@ -1,7 +1,7 @@
-"""`mgrpo bench kernels`: the kernels against their floor and against their peers, in turns, in one run.
+"""`mgrpo bench kernels`: compares the kernels with their floor and with their peers, in turns, in one run.
 
-The ceilings are measured in the same process: what a large copy moves, and what the head's three matmuls reach bare.
-Every figure stands as a share of what these allow. A target of another kind of machine stays without a value.
+The ceilings are measured in the same process: the rate of a large copy, and that of the head's three bare matmuls.
+Every figure is given as a share of what these allow. Targets for another kind of machine have no value.
 
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
@@ -19,25 +19,25 @@ from mgrpo.bench.kernels import targets
 from mgrpo.bench.kernels.case import Entry, Work, ours_of, release, results_of, show_case, time_all, try_all
 from mgrpo.bench.kernels.inputs import Linear, linear_inputs, logits_inputs
 from mgrpo.bench.kernels.peers import LINEAR, LOGITS, TOKEN
-from mgrpo.bench.kernels.targets import Found, Plan, Shape, Target, plan_for, settled
+from mgrpo.bench.kernels.targets import Plan, Shape, Target, TargetValue, plan_for, target_results
 from mgrpo.kernels import group_advantages
 
-# Of the bare matmuls: more rows would not make them faster, and their logits might not fit.
+# Rows of the bare matmuls: with more they would not be faster, and their logits might not fit.
 GEMM_ROWS = 8192
 GROUP = 8
 
 FLOORS = """\
 Floors. A copy reads and writes each byte once; its rate is measured here.
-linear_grpo_loss, forward and backward: 6 L H V flop, three matmuls of the L live rows, at the rate that these reach
-  bare in the same rounds (on a GPU X W^T and G^T X into float32, G W into bf16); or, if that takes longer, X and W
-  read and dX and dW written once at the rate of the copy.
-grpo_loss and token_logprob, forward and backward: bf16 logits read once and their gradient written once, 4 N V bytes,
-  at the rate of the copy.
+linear_grpo_loss, forward and backward: 6 L H V flop (three matmuls of the L live rows) at the rate of the bare matmuls
+  in the same rounds (on a GPU X W^T and G^T X into float32, G W into bf16); or, if that takes longer, reading X and W
+  and writing dX and dW once at the rate of the copy.
+grpo_loss and token_logprob, forward and backward: reading bf16 logits once and writing their gradient once, 4 N V
+  bytes, at the rate of the copy.
 Extra memory: the peak during the call, results included, above what was held before."""
 
 
 def main(quick: bool) -> None:
-    """Measures what this machine can, and prints it."""
+    """Measure what this machine can measure, and print it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(FLOORS)
     session = Session(plan_for(device, quick), device)
@@ -47,24 +47,24 @@ def main(quick: bool) -> None:
             session.linear(shape)
             release(device)
         else:
-            why = f"not begun: {session.plan.seconds:g} s were over"
+            why = f"not begun: the time limit of {session.plan.seconds:g} s was reached"
             session.results.append(Result(f"linear_grpo_loss bf16 {shape}", None, "ms", why=why))
     for rows, vocabulary in session.plan.logits:
         session.logits(rows, vocabulary)
         release(device)
     session.advantages()
-    results = session.results + settled(session.found, device, quick)
+    results = session.results + target_results(session.values, device, quick)
     report("kernels", results, device, targets_only=True)
 
 
 @dataclass
 class Session:
-    """One run: the results so far, and what was found of the targets.  bandwidth: bytes per second of a copy."""
+    """Hold one run: its results so far, and the values found for targets.  bandwidth: bytes per second of a copy."""
 
     plan: Plan
     device: torch.device
     results: list[Result] = field(default_factory=list)
-    found: dict[Target, Found] = field(default_factory=dict)
+    values: dict[Target, TargetValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bandwidth = copy_bandwidth(self.plan.copy_bytes, self.device)
@@ -72,7 +72,7 @@ class Session:
         print(f"copy of {self.plan.copy_bytes} bytes: {self.bandwidth / 1e9:.4g} GB/s")
 
     def linear(self, shape: Shape) -> None:
-        """`linear_grpo_loss` and its peers at every fraction of live rows, and the bare matmuls, in the same rounds."""
+        """Measure `linear_grpo_loss`, its peers and the bare matmuls in turns, at each fraction of live rows."""
         inputs = linear_inputs(shape.rows, shape.width, shape.vocabulary, self.device)
         bare = bare_gemms(inputs)
         tried = [e for live in shape.live for e in try_all(LINEAR, inputs.with_live(live), live, self.plan.skipped)]
@@ -80,16 +80,16 @@ class Session:
         case, total, rows = f"linear_grpo_loss bf16 {shape}", summed(gemms.values()), min(shape.rows, GEMM_ROWS)
         flop = 2 * rows * shape.width * shape.vocabulary
         rates = {name: flop / timing.seconds / 1e12 for name, timing in gemms.items()}
-        told = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+        listed = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
         work = {live: linear_work(shape, live, total.seconds / rows, self.bandwidth) for live in shape.live}
-        show_case(f"\n{case}: bare GEMMs of {rows} rows {total.seconds * 1e3:.4g} ms; TFLOP/s {told}", entries, work)
+        show_case(f"\n{case}: bare GEMMs of {rows} rows {total.seconds * 1e3:.4g} ms; TFLOP/s {listed}", entries, work)
         self.results += [Result(f"{case}, bare {name}: rate", rate, "TFLOP/s") for name, rate in rates.items()]
         self.results.append(Result(f"{case}, three bare GEMMs of {rows} rows: time", total.seconds * 1e3, "ms"))
         self.results += results_of(case, entries, work)
-        self.found |= found_of(shape, entries, total)
+        self.values |= target_values(shape, entries, total)
 
     def logits(self, rows: int, vocabulary: int) -> None:
-        """`grpo_loss` and `token_logprob`, forward and backward, from logits that exist, all rows live."""
+        """Measure `grpo_loss` and `token_logprob`, forward and backward, from existing logits, all rows live."""
         inputs = logits_inputs(rows, vocabulary, self.device)
         moved = 4 * rows * vocabulary
         work = {1.0: Work(moved / 1e9, "GB/s", moved / self.bandwidth)}
@@ -100,10 +100,10 @@ class Session:
             show_case(f"\n{case}, forward and backward", entries, work)
             self.results += results_of(case, entries, work)
             if (function, rows, vocabulary) == ("grpo_loss", *targets.GPU_LOGITS):
-                self.found[targets.BANDWIDTH] = 100 * work[1.0].floor / _timing(ours_of(entries, 1.0)).seconds
+                self.values[targets.BANDWIDTH] = 100 * work[1.0].floor / _timing(ours_of(entries, 1.0)).seconds
 
     def advantages(self) -> None:
-        """`group_advantages` of equal groups, which plain torch can do too."""
+        """Measure `group_advantages` on groups of equal size, which plain torch can do too."""
         count = self.plan.trajectories
         torch.manual_seed(0)
         rewards_R = torch.rand(count, device=self.device)
@@ -120,18 +120,18 @@ class Session:
         case = f"group_advantages, {count} trajectories in groups of {GROUP}"
         show(f"\n{case}", ("", "us", ""), [(name, f"{value:.4g}", "") for name, value in microseconds.items()])
         self.results += [Result(f"{case}, {name}: time", value, "us") for name, value in microseconds.items()]
-        self.found[targets.ADVANTAGES] = microseconds["ours"]
+        self.values[targets.ADVANTAGES] = microseconds["ours"]
 
 
 def copy_bandwidth(size: int, device: torch.device) -> float:
-    """Bytes read and written per second by the fastest of some large copies."""
+    """Return the bytes read and written per second by the fastest of several large copies."""
     source, sink = (torch.ones(size // 4, device=device) for _ in range(2))
     timing = interleave({"copy": lambda: sink.copy_(source)}, rounds=10, device=device)["copy"]
     return 2 * size / min(timing.rounds)
 
 
 def bare_gemms(inputs: Linear) -> dict[str, Candidate]:
-    """The head's matmuls and nothing else, on at most GEMM_ROWS rows, into buffers that are there."""
+    """Return the head's matmuls and nothing else, on at most GEMM_ROWS rows, into existing buffers."""
     x_NH, w_VH = inputs.hidden_NH.detach()[:GEMM_ROWS], inputs.weight_VH.detach()
     g_NV = torch.randn(len(x_NH), len(w_VH), device=x_NH.device, dtype=x_NH.dtype)
     wide = torch.float32 if x_NH.is_cuda else x_NH.dtype
@@ -149,21 +149,21 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Candidate:
 
 
 def linear_work(shape: Shape, live: float, gemm_seconds_per_row: float, bandwidth: float) -> Work:
-    """Of the live rows."""
+    """Return the least work of the live rows."""
     rows, size = shape.rows * live, shape.width * shape.vocabulary
     moved = 2 * 2 * (rows * shape.width + size)
     return Work(6 * rows * size / 1e12, "TFLOP/s", max(rows * gemm_seconds_per_row, moved / bandwidth))
 
 
 def torch_advantages(rewards_R: Tensor) -> Tensor:
-    """Of groups of GROUP rows each, whose rewards differ."""
+    """Compute the advantages of groups of GROUP rows each, whose rewards differ."""
     rewards_GK = rewards_R.view(-1, GROUP)
     deviation_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
     return (deviation_GK / rewards_GK.std(1, keepdim=True, correction=0)).flatten()
 
 
-def found_of(shape: Shape, entries: list[Entry], bare: Timing) -> dict[Target, Found]:
-    """What the targets about this shape ask for."""
+def target_values(shape: Shape, entries: list[Entry], bare: Timing) -> dict[Target, TargetValue]:
+    """Return the values of the targets that are about this shape."""
     if shape == targets.GPU_SHAPE:
         full, quarter = ours_of(entries, 1.0), ours_of(entries, 0.25)
         assert full.extra is not None
@@ -187,10 +187,10 @@ def _timing(entry: Entry) -> Timing:
     return entry.timing
 
 
-def _times_as_fast(ours: Entry, peer: Entry) -> Found:
+def _times_as_fast(ours: Entry, peer: Entry) -> TargetValue:
     return f"{peer.name}: {peer.why}" if peer.timing is None else _timing(ours).times_faster_than(peer.timing)
 
 
-def _extra_over(ours: Entry, peer: Entry) -> Found:
+def _extra_over(ours: Entry, peer: Entry) -> TargetValue:
     assert ours.extra is not None
     return ours.extra / peer.extra if peer.extra else f"{peer.name}: {peer.why}"

@@ -1,4 +1,4 @@
-"""What `mgrpo bench kernels` measures on which machine, and the figures it wants to reach there.
+"""Define what `mgrpo bench kernels` measures on which machine, and its targets there.
 
 Legend: N rows, H hidden, V vocabulary.
 """
@@ -16,7 +16,7 @@ from mgrpo.bench.harness import Result, figure
 
 @dataclass(frozen=True)
 class Shape:
-    """A head: N, H, V, and the fractions of live rows to time."""
+    """Describe a head: N, H, V, and the fractions of live rows to time."""
 
     rows: int
     width: int
@@ -29,7 +29,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.  logits: N and V.  skipped: candidates not to try, and why.  seconds: to begin shapes in."""
+    """Say what to measure.
+
+    logits: N and V. skipped: candidates not to try, with the reason. seconds: after this time no new shape begins.
+    """
 
     shapes: tuple[Shape, ...]
     logits: tuple[tuple[int, int], ...]
@@ -59,7 +62,7 @@ _GPU = Plan(
     copy_bytes=1 << 30,
     trajectories=TRAJECTORIES,
     rounds=7,
-    seconds=170,  # and a while for the last shape and the logits: four minutes in all
+    seconds=170,  # the last shape and the logits take more: four minutes in all
 )
 _GPU_QUICK = Plan((GPU_SHAPE,), (GPU_LOGITS,), copy_bytes=1 << 30, trajectories=TRAJECTORIES, rounds=3)
 _CPU = Plan((CPU_SHAPE,), ((512, 49152),), copy_bytes=1 << 28, trajectories=TRAJECTORIES, rounds=5)
@@ -69,12 +72,12 @@ _CPU_QUICK = Plan(
     copy_bytes=1 << 24,
     trajectories=1 << 14,
     rounds=2,
-    skipped={"torch.compile": "--quick compiles nothing: that takes longer than all the rest"},
+    skipped={"torch.compile": "--quick compiles nothing: compiling takes longer than everything else"},
 )
 
 
 def plan_for(device: torch.device, quick: bool) -> Plan:
-    """The plan of that kind of machine; on a CPU the quick one has other shapes, on a GPU fewer."""
+    """Return the plan for that kind of machine; the quick plan has smaller shapes on a CPU, fewer shapes on a GPU."""
     if device.type == "cuda":
         return _GPU_QUICK if quick else _GPU
     return _CPU_QUICK if quick else _CPU
@@ -82,7 +85,7 @@ def plan_for(device: torch.device, quick: bool) -> Plan:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to reach, on a GPU (the bounds are an H100's) or on a CPU."""
+    """Describe a figure to reach on a GPU (the bounds are for an H100) or on a CPU."""
 
     name: str
     unit: str
@@ -104,16 +107,16 @@ TRL = Target(f"{_ON_CPU}: times as fast as TRL chunked log-prob", "x", False, at
 TENTH = Target(f"{_ON_CPU}: extra memory over plain torch's", "x", False, at_most=0.1)
 TARGETS = (GEMMS, MEMORY, QUARTER, BANDWIDTH, ADVANTAGES, TORCH, TRL, TENTH)
 
-Found = float | str  # a value, or why there is none
+TargetValue = float | str  # the value, or the reason why there is none
 
 
-def settled(found: Mapping[Target, Found], device: torch.device, quick: bool) -> list[Result]:
-    """Every target as a result, whether this machine could measure it or not."""
+def target_results(values: Mapping[Target, TargetValue], device: torch.device, quick: bool) -> list[Result]:
+    """Return every target as a result, whether this machine could measure it or not."""
 
     def result(target: Target) -> Result:
-        value = found.get(target, "--quick measures a smaller shape" if quick else "not measured")
+        value = values.get(target, "--quick measures a smaller shape" if quick else "not measured")
         if target.on_gpu != (device.type == "cuda"):
-            value = "no GPU" if target.on_gpu else "a CPU's: measured where no GPU is seen"
+            value = "no GPU" if target.on_gpu else "measured on machines without a GPU"
         number, why = (None, value) if isinstance(value, str) else (value, None)
         return figure(target.name, number, target.unit, at_least=target.at_least, at_most=target.at_most, why=why)
 

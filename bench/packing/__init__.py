@@ -1,1 +1,1 @@
-"""`mgrpo bench packing`: the packer against its peers from PyPI."""
+"""`mgrpo bench packing`: compares the packer with its peers from PyPI."""

@@ -1,6 +1,6 @@
-"""The fill: seven columns of flat buffers against numpy, torch, memcpy and a list collator; lists of ints as input.
+"""Measure the fill: seven columns of flat buffers against numpy, torch, memcpy and a list collator; and lists of ints.
 
-numpy, torch and `fill` read the same trajectories and build the same columns, compared before the clock starts.
+numpy, torch and `fill` read the same trajectories and build the same columns, which are compared before timing.
 
 Legend: N trajectories of T tokens in all, P rows.
 """
@@ -18,28 +18,29 @@ from numpy.typing import NDArray
 
 from mgrpo import _packing
 from mgrpo.bench.harness import Candidate, Result, figure, interleave
-from mgrpo.bench.packing import memory as packing_memory
+from mgrpo.bench.packing import memory
 from mgrpo.bench.packing.peers import flattening_collator, numpy_columns, torch_columns
 from mgrpo.bench.packing.plan import fastest
 
 LENGTH = 4096
 COLUMNS = ("input_ids", "positions", "targets", "action_mask", "weights", "advantages", "segment_ids")
-BYTES_READ, BYTES_WRITTEN = 8 + 1, 3 * 8 + 1 + 3 * 4  # a row: its token and flag; the columns
+BYTES_READ, BYTES_WRITTEN = 8 + 1, 3 * 8 + 1 + 3 * 4  # per row: its token and flag; the columns
 WORDS = (
     f"fill: trajectories of {LENGTH} tokens (int64), 47 % of them sampled, into {', '.join(COLUMNS)}: "
-    f"{BYTES_READ} bytes read and {BYTES_WRITTEN} written a row; memcpy: half as many bytes as those two together, by "
-    "numpy.copyto cut over as many threads, or by torch's copy_ if faster; numpy and torch fill fresh memory each time"
+    f"{BYTES_READ} bytes read and {BYTES_WRITTEN} written per row; memcpy: a copy of half the sum of these, by "
+    "numpy.copyto split over as many threads or by torch's copy_, whichever is faster; numpy and torch allocate memory "
+    "in each call"
 )
 COLLATOR_WORDS = (
-    "collator: DataCollatorWithFlattening makes 3 columns and cu_seqlens of one list of ints a trajectory, which "
-    "includes joining the lists and turning them into tensors; `fill` makes its 7 of arrays, or, where it says lists, "
-    "of the same lists"
+    "collator: DataCollatorWithFlattening makes 3 columns and cu_seqlens from one list of ints per trajectory, which "
+    "includes joining the lists and turning them into tensors; `fill` makes its 7 columns from arrays or, where a line "
+    "says lists, from the same lists"
 )
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """N trajectories of LENGTH tokens, one after another."""
+    """Hold N trajectories of LENGTH tokens, one after another."""
 
     tokens_T: NDArray[np.int64]
     sampled_T: NDArray[np.bool_]
@@ -55,6 +56,7 @@ class Trajectories:
         return np.full(len(self.weights_N), LENGTH - 1)
 
     def first(self, count: int) -> Trajectories:
+        """Return the first `count` trajectories."""
         tokens = count * LENGTH
         return Trajectories(
             self.tokens_T[:tokens], self.sampled_T[:tokens], self.advantages_N[:count], self.weights_N[:count]
@@ -62,7 +64,7 @@ class Trajectories:
 
 
 def trajectories(count: int) -> Trajectories:
-    """A prompt of 1024 tokens, then turns of 192 that a tool wrote and 320 that the agent sampled."""
+    """Make trajectories: a prompt of 1024 tokens, then turns of 192 by a tool and 320 that the agent sampled."""
     random = np.random.default_rng(count)
     place_L = np.arange(LENGTH)
     sampled_L = (place_L >= 1024) & (place_L % 512 >= 192)
@@ -77,7 +79,7 @@ def trajectories(count: int) -> Trajectories:
 def ours(
     given: Trajectories, arena: _packing.Arena | None = None, threads: int | None = None
 ) -> Callable[[], dict[str, Any]]:
-    """`threads`: as many as torch has unless given."""
+    """Return a call of `fill`.  threads: as many as torch uses, unless given."""
     ids_B, rows_N, offsets_N1 = np.arange(len(given.weights_N)), given.rows_N, given.offsets_N1
     return lambda: _packing.fill(
         given.tokens_T,
@@ -113,7 +115,7 @@ def torchs(given: Trajectories) -> Callable[[], dict[str, Any]]:
 
 
 def memcpy(size: int, pool: ThreadPoolExecutor, threads: int) -> dict[str, Candidate]:
-    """Two ways to copy `size` bytes into memory that is there."""
+    """Return two ways to copy `size` bytes into existing memory."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     sources, targets = np.array_split(source, threads), np.array_split(target, threads)
     source_S, target_S = torch.from_numpy(source), torch.from_numpy(target)
@@ -124,6 +126,7 @@ def memcpy(size: int, pool: ThreadPoolExecutor, threads: int) -> dict[str, Candi
 
 
 def check(given: Trajectories) -> None:
+    """Check that `fill`, numpy and torch make the same columns."""
     made, by_numpy, by_torch = ours(given)(), numpys(given)(), torchs(given)()
     for column in COLUMNS:
         assert np.array_equal(made[column], by_numpy[column]), column
@@ -131,6 +134,7 @@ def check(given: Trajectories) -> None:
 
 
 def measure(count: int, rounds: int) -> list[Result]:
+    """Measure the fill of `count` trajectories, into fresh and into reused memory."""
     given = trajectories(count)
     check(given.first(64))
     threads, rows = torch.get_num_threads(), count * (LENGTH - 1)
@@ -143,7 +147,7 @@ def measure(count: int, rounds: int) -> list[Result]:
             "numpy": numpys(given),
             "torch": torchs(given),
         }
-        timings = packing_memory.settled({**builders, **copies}, rounds)
+        timings = memory.time_settled({**builders, **copies}, rounds)
     fresh, reused = timings["fresh"], timings["reused"]
     rival, copy = fastest(timings[way] for way in ("numpy", "torch")), fastest(timings[way] for way in copies)
     name = f"fill {count} x {LENGTH}"
@@ -159,7 +163,7 @@ def measure(count: int, rounds: int) -> list[Result]:
 
 
 def measure_collator(count: int, rounds: int) -> list[Result]:
-    """Fewer trajectories, as many on either side: a list takes 40 bytes a token."""
+    """Measure the fill against the collator, on fewer trajectories because a list takes 40 bytes per token."""
     given = trajectories(count)
     lists = given.tokens_T.reshape(-1, LENGTH).tolist()
 
@@ -167,7 +171,7 @@ def measure_collator(count: int, rounds: int) -> list[Result]:
         tokens_T, _ = _packing.from_lists(lists)
         return ours(replace(given, tokens_T=tokens_T))()
 
-    timings = packing_memory.settled(
+    timings = memory.time_settled(
         {"arrays": ours(given), "lists": from_lists, "collator": flattening_collator(lists)}, rounds
     )
     name = f"fill {count} x {LENGTH}: times the flattening collator"
@@ -178,7 +182,7 @@ def measure_collator(count: int, rounds: int) -> list[Result]:
 
 
 def measure_lists(count: int, rounds: int) -> list[Result]:
-    """One list of `count` ints."""
+    """Measure the conversion of one list of `count` ints."""
     values = np.random.default_rng(count).integers(0, 150_000, count).tolist()
     ways: dict[str, Candidate] = {
         "from_lists": lambda: _packing.from_lists([values]),
@@ -190,6 +194,7 @@ def measure_lists(count: int, rounds: int) -> list[Result]:
 
 
 def results(quick: bool) -> list[Result]:
+    """Return all results of the fill."""
     trajectories, rounds = (512, 3) if quick else (4096, 9)
     return [
         *measure(trajectories, rounds),

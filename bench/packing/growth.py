@@ -1,4 +1,4 @@
-"""How the packer's time grows: the plan with the number of sequences, the fill with the threads.
+"""Measure how the packer's time grows: the plan's with the number of sequences, the fill's with the threads.
 
 Legend: N sequences.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from mgrpo import _packing
 from mgrpo.bench.harness import Result, Timing, figure, interleave
-from mgrpo.bench.packing import fill as packing_fill
+from mgrpo.bench.packing import fill
 from mgrpo.bench.packing.peers import planners
 from mgrpo.bench.packing.plan import COST, LOG_NORMAL, RANKS
 
@@ -24,33 +24,34 @@ ROUNDS = 5
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """k of the power law c * N^k through the points, by least squares of the logarithms."""
+    """Return k of the power law c * N^k through the points, by least squares of the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def plan_times() -> dict[str, dict[int, float]]:
-    """Seconds by planner and N."""
+    """Return the seconds by planner and N."""
     seconds: dict[str, dict[int, float]] = {}
     for count in SIZES:
         lengths_N = LOG_NORMAL.lengths(count)
         peers = planners(lengths_N, LOG_NORMAL.cap, RANKS) if count <= PEERS_TO else {}
-        here = {name: run for name, run in peers.items() if run is not None}
+        installed = {name: run for name, run in peers.items() if run is not None}
         ours = {"ours": lambda lengths_N=lengths_N: _packing.plan(lengths_N, LOG_NORMAL.cap, RANKS, COST)}
-        for name, timing in interleave({**ours, **here}, rounds=ROUNDS).items():
+        for name, timing in interleave({**ours, **installed}, rounds=ROUNDS).items():
             seconds.setdefault(name, {})[count] = timing.seconds
     return seconds
 
 
 def fill_times(count: int) -> dict[int, Timing]:
-    """By the number of threads, into reused memory."""
-    given = packing_fill.trajectories(count)
+    """Return the fill's timing into reused memory, by the number of threads."""
+    given = fill.trajectories(count)
     threads = range(1, len(os.sched_getaffinity(0)) + 1)
-    runs = {str(n): packing_fill.ours(given, _packing.Arena(), threads=n) for n in threads}
+    runs = {str(n): fill.ours(given, _packing.Arena(), threads=n) for n in threads}
     timings = interleave(runs, rounds=ROUNDS)
     return {n: timings[str(n)] for n in threads}
 
 
 def draw(plans: dict[str, dict[int, float]], fills: dict[int, Timing], to: Path) -> None:
+    """Draw both curves into a PNG file."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(10, 4), layout="constrained")
@@ -66,9 +67,10 @@ def draw(plans: dict[str, dict[int, float]], fills: dict[int, Timing], to: Path)
 
 
 def results() -> list[Result]:
+    """Measure and draw how the times grow."""
     plans, fills = plan_times(), fill_times(1024)
     draw(plans, fills, FIGURE)
-    print(f"growth: drawn to {FIGURE}")
+    print(f"growth: written to {FIGURE}")
     fitted = {count: s for count, s in plans["ours"].items() if count >= FITTED_FROM}
     most = max(fills)
     return [

@@ -1,8 +1,8 @@
-"""The packers that ours is measured against, each called in its cheapest form; a peer that is not installed is None.
+"""Define the packers that ours is compared with, each called in its cheapest form; None if it is not installed.
 
-LightBinPack and the flattening collator of transformers take lists, all others numpy arrays or tensors: what a peer
-takes is made before the clock starts, what it makes of it is its own time. Nothing of a peer is changed, and no answer
-of its is used as ours.
+LightBinPack and the flattening collator of transformers take lists, all others numpy arrays or tensors. A peer's input
+is made before timing starts; converting it further counts as the peer's time. The peers are not modified, and none of
+their answers is used as ours.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PEERS = ("lightbinpack", "seqpacker", "transformers", "trl")
 
 
 def versions() -> str:
+    """Return the peers' names and versions."""
     return ", ".join(f"{peer} {_version(peer)}" for peer in PEERS)
 
 
@@ -49,7 +50,7 @@ def seqpacker() -> ModuleType | None:
 
 
 def planners(lengths_N: NDArray[np.int64], cap: int, ranks: int) -> dict[str, Candidate | None]:
-    """Best-fit decreasing of each peer. `ogbfd` also deals the bins to `ranks`, the others leave that to do."""
+    """Return each peer's best-fit decreasing. `ogbfd` also assigns the bins to `ranks`; the others do not."""
     lengths = lengths_N.tolist()
     planners: dict[str, Candidate | None] = dict.fromkeys(("LightBinPack ogbfd", "LightBinPack obfd", "seqpacker obfd"))
     if (lbp := lightbinpack()) is not None:
@@ -67,7 +68,7 @@ def numpy_columns(
     advantages_N: NDArray[np.float32],
     weights_N: NDArray[np.float32],
 ) -> dict[str, NDArray]:
-    """The columns that `fill` makes, by numpy's concatenate and repeat."""
+    """Make the columns of `fill` with numpy's concatenate and repeat."""
     counting = np.arange(rows_N.max())
     mask_P = np.concatenate([s[1 : n + 1] for s, n in zip(sampled, rows_N, strict=True)])
     weights_P = np.repeat(weights_N, rows_N)
@@ -90,7 +91,7 @@ def torch_columns(
     advantages_N: torch.Tensor,
     weights_N: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """The same, by torch's cat and repeat_interleave."""
+    """Make the columns of `fill` with torch's cat and repeat_interleave."""
     rows = rows_N.tolist()
     counting = torch.arange(max(rows))
     mask_P = torch.cat([s[1 : n + 1] for s, n in zip(sampled, rows, strict=True)])
@@ -106,7 +107,7 @@ def torch_columns(
 
 
 def flattening_collator(trajectories: Sequence[Sequence[int]]) -> Candidate:
-    """Three columns (input_ids, labels, position_ids) and cu_seqlens, from a list of ints for each trajectory."""
+    """Return a call that makes input_ids, labels, position_ids and cu_seqlens from one list of ints per trajectory."""
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     features = [{"input_ids": tokens} for tokens in trajectories]
     return lambda: collate(features)

@@ -1,7 +1,7 @@
-"""The plan: time against the peers, bins against best-fit decreasing and the lower bound, the ranks' imbalance.
+"""Measure the plan: time against the peers, bins against best-fit decreasing and the lower bound, ranks' imbalance.
 
-Every planner has the same lengths, each in the form it takes without converting. The bounds are computed here, by
-code that shares nothing with the planner.
+Every planner gets the same lengths, in the form that it takes without conversion. The bounds are computed here, by code
+that shares nothing with the planner.
 
 Legend: N sequences, M micro-batches ("bins").
 """
@@ -29,11 +29,14 @@ COST = (1.0, 1 / 49152)
 
 @dataclass(frozen=True)
 class Mix:
+    """Describe a distribution of lengths."""
+
     name: str
     words: str
     cap: int
 
     def lengths(self, count: int) -> NDArray[np.int64]:
+        """Draw `count` lengths."""
         random = np.random.default_rng(count)
         drawn = _agents(random, count) if self.name == "agents" else _lognormal(random, count, 1500, 1.0)
         return drawn.clip(1 if self.name == "log-normal" else 200, self.cap).astype(np.int64)
@@ -57,7 +60,7 @@ def _lognormal(random: np.random.Generator, count: int, median: float, sigma: fl
 
 
 def _agents(random: np.random.Generator, count: int) -> NDArray[np.float64]:
-    """Main trajectories stand at the rollouts' beginnings, sub-agents' after them."""
+    """Draw the lengths of rollouts: each is a main trajectory, followed by those of its sub-agents."""
     subs_R = np.minimum(random.geometric(1 / 6, count) - 1, 48)
     starts_R = np.cumsum(subs_R + 1) - subs_R - 1
     mains = starts_R[starts_R < count]
@@ -67,9 +70,9 @@ def _agents(random: np.random.Generator, count: int) -> NDArray[np.float64]:
 
 
 def best_fit_decreasing(lengths_N: NDArray[np.int64], cap: int) -> int:
-    """The number of bins: each sequence goes where it leaves the least room."""
-    rooms: list[int] = []  # in order, each once
-    bins: Counter[int] = Counter()  # with that much room
+    """Return the number of bins if each sequence goes where it leaves the least room."""
+    rooms: list[int] = []  # ascending, each value once
+    bins: Counter[int] = Counter()  # by their room
     for length in np.sort(lengths_N)[::-1].tolist():
         place = bisect_left(rooms, length)
         room = rooms[place] if place < len(rooms) else cap
@@ -84,10 +87,10 @@ def best_fit_decreasing(lengths_N: NDArray[np.int64], cap: int) -> int:
 
 
 def lower_bound(lengths_N: NDArray[np.int64], cap: int) -> int:
-    """L2 of Martello and Toth (1990): no packing into bins of `cap` needs fewer.
+    """Return L2 of Martello and Toth (1990), a lower bound on the number of bins of size `cap`.
 
-    For each a <= cap/2: those above cap - a and those above cap/2 need a bin each; the room that the latter leave must
-    hold all of length a to cap/2, or further bins must.
+    For each a <= cap/2, every length above cap/2 needs its own bin. Lengths from a to cap/2 must fit into the room that
+    lengths of more than cap/2 and at most cap - a leave in their bins, or else into further bins.
     """
     up_N = np.sort(lengths_N)
     sums_N1 = np.concatenate([[0], np.cumsum(up_N)])
@@ -103,11 +106,12 @@ def lower_bound(lengths_N: NDArray[np.int64], cap: int) -> int:
 def bin_sums(
     values_N: NDArray[np.float64], offsets_M1: NDArray[np.int64], ids_N: NDArray[np.int64]
 ) -> NDArray[np.float64]:
+    """Return the sum of the values in each bin."""
     return np.diff(np.concatenate([[0.0], np.cumsum(values_N[ids_N])])[offsets_M1])
 
 
 def imbalance(cost_M: NDArray[np.float64], ranks: int) -> float:
-    """Of the bins that run side by side, the dearest over the mean; the mean of that over the steps."""
+    """Return the mean over steps of the highest cost over the mean cost among the bins that run side by side."""
     cost_SD = cost_M.reshape(-1, ranks)
     return float((cost_SD.max(1) / cost_SD.mean(1)).mean())
 
@@ -115,24 +119,25 @@ def imbalance(cost_M: NDArray[np.float64], ranks: int) -> float:
 def times(
     name: str, ours: Timing | None, theirs: Timing | None, why: str, *, at_least: float | None = None, unit: str = "x"
 ) -> Result:
-    """How many times as long the other takes; where one of them is missing, why."""
+    """Return how many times as long the other takes or, if one of them is missing, why."""
     if ours is None or theirs is None:
         return figure(name, None, unit, at_least=at_least, why=why)
     return figure(name, ours.times_faster_than(theirs), unit, at_least=at_least)
 
 
 def fastest(timings: Iterable[Timing]) -> Timing:
-    """The fastest of each round."""
+    """Return the fastest of each round."""
     return Timing(tuple(map(min, zip(*(t.rounds for t in timings), strict=True))))
 
 
 def measure(mix: Mix, count: int, rounds: int) -> list[Result]:
+    """Measure the plan of `count` sequences: its time against the peers, and its quality."""
     lengths_N = mix.lengths(count)
     name = f"plan {mix.name} {count:_}"
     peers = planners(lengths_N, mix.cap, RANKS)
-    here = {peer: run for peer, run in peers.items() if run is not None}
-    timings = interleave({"ours": lambda: _packing.plan(lengths_N, mix.cap, RANKS, COST), **here}, rounds=rounds)
-    ours, rival = timings["ours"], fastest(timings[peer] for peer in here) if here else None
+    installed = {peer: run for peer, run in peers.items() if run is not None}
+    timings = interleave({"ours": lambda: _packing.plan(lengths_N, mix.cap, RANKS, COST), **installed}, rounds=rounds)
+    ours, rival = timings["ours"], fastest(timings[peer] for peer in installed) if installed else None
     return [
         figure(f"{name}: time", ours.seconds * 1e3, "ms"),
         times(f"{name}: times the fastest peer", ours, rival, "no peer is installed", at_least=10),
@@ -142,6 +147,7 @@ def measure(mix: Mix, count: int, rounds: int) -> list[Result]:
 
 
 def quality(name: str, mix: Mix, lengths_N: NDArray[np.int64]) -> list[Result]:
+    """Return the bins against their bounds, and the imbalance of the ranks."""
     offsets_M1, ids_N, _ = _packing.plan(lengths_N, mix.cap, RANKS, COST)
     assert np.array_equal(np.sort(ids_N), np.arange(len(lengths_N)))
     rows_M = bin_sums(lengths_N.astype(np.float64), offsets_M1, ids_N)
@@ -159,5 +165,6 @@ def quality(name: str, mix: Mix, lengths_N: NDArray[np.int64]) -> list[Result]:
 
 
 def results(quick: bool) -> list[Result]:
+    """Return all results of the plan."""
     sizes = {10_000: 9, 100_000: 5} if quick else {10_000: 51, 100_000: 21, 1_000_000: 7}
     return [r for mix in MIXES for count, rounds in sizes.items() for r in measure(mix, count, rounds)]

@@ -1,4 +1,4 @@
-"""What the trees are measured on, and the fewest tokens that any tree of it has.
+"""Make the trajectories that the trees are measured on, and compute the fewest tokens that any tree of them has.
 
 Legend: N trajectories of T tokens in all.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROLLOUTS, PROMPT, TURN, SAMPLED = 16, 512, 320, 256
-SHARERS = (4, 2)  # of the turns after the prompt: so many rollouts have it in common
+SHARERS = (4, 2)  # rollouts that share the first and the second turn after the prompt
 WORDS = (
     f"tree: queries of {ROLLOUTS} rollouts that share a prompt of {PROMPT} tokens; of the turns ({SAMPLED} tokens "
     f"sampled, {TURN - SAMPLED} from a tool) the first is shared by 4 rollouts each, the second by 2; "
@@ -22,7 +22,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """Trajectory n is tokens_T[offsets_N1[n]:offsets_N1[n + 1]]; groups_N is its query."""
+    """Hold trajectories: n is tokens_T[offsets_N1[n]:offsets_N1[n + 1]], of query groups_N[n]."""
 
     tokens_T: NDArray[np.int64]
     sampled_T: NDArray[np.bool_]
@@ -37,6 +37,7 @@ class Case:
 
 
 def make(queries: int) -> Case:
+    """Make the trajectories of some queries."""
     random = np.random.default_rng(queries)
     lengths_N = PROMPT + random.integers(1000, 4001, queries * ROLLOUTS)
     tokens = [t for lengths_R in lengths_N.reshape(queries, -1) for t in _query(random, lengths_R)]
@@ -45,7 +46,7 @@ def make(queries: int) -> Case:
     return Case(
         tokens_T,
         (places >= 0) & (places % TURN < SAMPLED),
-        (-(tokens_T % 97) / 64).astype(np.float32),  # equal where the tokens are
+        (-(tokens_T % 97) / 64).astype(np.float32),  # equal where the tokens are equal
         np.concatenate([[0], np.cumsum(lengths_N)]),
         np.arange(queries).repeat(ROLLOUTS),
         random.normal(size=len(lengths_N)),
@@ -53,7 +54,7 @@ def make(queries: int) -> Case:
 
 
 def _query(random: np.random.Generator, lengths_R: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Its rollouts' tokens. Rollouts of a turn in common stand side by side."""
+    """Draw the tokens of a query's rollouts. Rollouts that share a turn are neighbours."""
     tokens_RL = random.integers(0, 150_000, (ROLLOUTS, lengths_R.max()))
     tokens_RL[:, :PROMPT] = tokens_RL[0, :PROMPT]
     for turn, sharers in enumerate(SHARERS):
@@ -64,8 +65,11 @@ def _query(random: np.random.Generator, lengths_R: NDArray[np.int64]) -> list[ND
 
 
 def distinct_prefixes(case: Case) -> int:
-    """The fewest tokens that need computing: sorted, in whatever order of tokens, each adds what it does
-    not share with the one before."""
+    """Return the fewest tokens that need computing.
+
+    If the trajectories are sorted, by any order of tokens, each adds the tokens that it does not share with the one
+    before.
+    """
     tokens = sorted(case.tokens_T[begin:end].tobytes() for begin, end in pairwise(case.offsets_N1.tolist()))
     return len(case.tokens_T) - sum(_common(a, b) for a, b in pairwise(tokens))
 

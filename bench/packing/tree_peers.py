@@ -1,8 +1,8 @@
-"""The prefix trees that ours are measured against: TRL's TreeRow and LightBinPack's radix_merge.
+"""Define the prefix trees that ours are compared with: TRL's TreeRow and LightBinPack's radix_merge.
 
-TRL's module is loaded by itself: its package imports a trainer, which the trees do not need. Rows are opened as TRL's
-token-budget batcher does for one process: a sample joins the open row if the row says that it fits, else the row is
-closed. radix_merge does the same inside.
+TRL's module is loaded by itself because its package imports a trainer, which the trees do not need. Rows are opened as
+TRL's token-budget batcher does for one process: a sample joins the open row if the row says that it fits, otherwise the
+row is closed. radix_merge does the same internally.
 
 Legend: N trajectories.
 """
@@ -24,15 +24,15 @@ from mgrpo.bench.packing.tree_case import Case
 
 MOST_MERGED = 64  # radix_merge marks the members of a row in 64 bits
 WORDS = (
-    "tree's peers: TreeRow packs the same columns, but its labels are its tokens', where ours has prediction rows; "
-    "radix_merge returns Python lists: a row's groups, two totals of it, its tokens flattened and for each a mask of "
-    "64 bits of the members that have it; no positions, no attention paths, no prediction rows"
+    "tree's peers: TreeRow packs the same columns, but its labels belong to tokens, where ours has prediction rows; "
+    "radix_merge returns Python lists: a row's groups, two totals, its tokens flattened, and for each token a 64-bit "
+    "mask of the members that have it; no positions, no attention paths, no prediction rows"
 )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A peer's rows: how many, of how many tokens in all, and the call to be timed."""
+    """Hold the number of a peer's rows, the number of their tokens, and the call to be timed."""
 
     count: int
     tokens: int
@@ -40,6 +40,7 @@ class Rows:
 
 
 def tree_row() -> type[Any] | None:
+    """Load TRL's TreeRow; return None if TRL is not installed."""
     trl = find_spec("trl")
     if trl is None or trl.origin is None:
         return None
@@ -51,6 +52,7 @@ def tree_row() -> type[Any] | None:
 
 
 def samples_of(case: Case) -> list[dict[str, Any]]:
+    """Return the trajectories in TRL's form."""
     return [
         {
             "input_ids": torch.from_numpy(case.tokens_T[begin:end]),
@@ -64,7 +66,7 @@ def samples_of(case: Case) -> list[dict[str, Any]]:
 
 
 def trl_rows(case: Case, cap: int) -> Rows | None:
-    """Timed: the rows built again of the samples that each has, and packed; not the search for what fits."""
+    """Return TRL's rows.  Timed is building and packing rows of known samples, not the search for what fits."""
     row_type = tree_row()
     if row_type is None:
         return None
@@ -85,6 +87,7 @@ def _build_and_pack(row_type: type[Any], samples: Sequence[dict[str, Any]]) -> d
 
 
 def radix_rows(case: Case, cap: int) -> Rows | None:
+    """Return LightBinPack's rows, timed as a whole."""
     peer = lightbinpack()
     if peer is None:
         return None

@@ -1,9 +1,9 @@
-"""The prefix trees: time, tokens and rows against TRL's TreeRow and LightBinPack's radix_merge.
+"""Measure the prefix trees: time, tokens and rows against TRL's TreeRow and LightBinPack's radix_merge.
 
-Timed of ours: the plan (which trajectories share a row) and the buffers of every row, on one thread, as the peers are.
-All have the same cap, on the distinct tokens of a row; TRL holds a row's trained tokens, shared or not, to it as well.
-Measured twice: `fresh`, which the targets are for, and `reused`, where ours has an Arena and the peers the memory rule
-`recycled` of packing_memory.
+Our time is that of the plan (which trajectories share a row) and of the buffers of every row, on one thread like the
+peers. All have the same cap on the distinct tokens of a row; TRL also applies it to a row's trained tokens, shared or
+not. There are two measurements: `fresh`, which the targets are for, and `reused`, where ours has an Arena and the peers
+the memory rule `recycled` (see `memory.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from mgrpo import _packing
 from mgrpo.bench.harness import Candidate, Result, figure
-from mgrpo.bench.packing import memory as packing_memory
+from mgrpo.bench.packing import memory
 from mgrpo.bench.packing.plan import times
 from mgrpo.bench.packing.tree_case import ROLLOUTS, Case, distinct_prefixes, make
 from mgrpo.bench.packing.tree_peers import Rows, radix_rows, trl_rows
@@ -24,6 +24,7 @@ TARGETS = {"TRL TreeRow": 100, "LightBinPack radix_merge": 20}
 
 
 def ours(case: Case, arena: _packing.Arena | None = None) -> list[dict[str, Any]]:
+    """Plan and fill our trees."""
     rows_N = case.rows_N
     offsets_M1, ids_N, shared_N = _packing.tree_plan(case.tokens_T, case.offsets_N1, rows_N, CAP)
     return _packing.tree_fill(
@@ -43,13 +44,14 @@ def ours(case: Case, arena: _packing.Arena | None = None) -> list[dict[str, Any]
 
 
 def measure(queries: int, rounds: int) -> list[Result]:
+    """Measure the trees of some queries against the peers'."""
     case, arena = make(queries), _packing.Arena()
     peers = {"TRL TreeRow": trl_rows(case, CAP), "LightBinPack radix_merge": radix_rows(case, CAP)}
-    here: dict[str, Candidate] = {name: rows.run for name, rows in peers.items() if rows is not None}
-    fresh = packing_memory.settled({"ours": lambda: ours(case), **here}, rounds)
-    packing_memory.fix("recycled")
-    reused = packing_memory.settled({"ours": lambda: ours(case, arena), **here}, rounds)
-    packing_memory.fix("fresh")
+    installed: dict[str, Candidate] = {name: rows.run for name, rows in peers.items() if rows is not None}
+    fresh = memory.time_settled({"ours": lambda: ours(case), **installed}, rounds)
+    memory.fix("recycled")
+    reused = memory.time_settled({"ours": lambda: ours(case, arena), **installed}, rounds)
+    memory.fix("fresh")
     made, fewest, name = ours(case), distinct_prefixes(case), f"tree {queries} x {ROLLOUTS}"
     tokens = sum(len(row["input_ids"]) for row in made)
     assert max(len(row["input_ids"]) for row in made) <= CAP
@@ -71,6 +73,7 @@ def measure(queries: int, rounds: int) -> list[Result]:
 
 
 def compared(name: str, peer: str, rows: Rows | None, count: int, tokens: int) -> list[Result]:
+    """Return our rows and tokens against a peer's."""
     why = None if rows else "not installed"
     return [
         figure(f"{name}: bins / {peer}'s", count / rows.count if rows else None, "", at_most=1, why=why),
@@ -79,4 +82,5 @@ def compared(name: str, peer: str, rows: Rows | None, count: int, tokens: int) -
 
 
 def results(quick: bool) -> list[Result]:
+    """Return all results of the trees."""
     return measure(8, 3) if quick else measure(64, 3)

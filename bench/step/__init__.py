@@ -1,1 +1,1 @@
-"""`mgrpo bench step`: one whole optimisation step, one elimination after another."""
+"""`mgrpo bench step`: times one whole optimisation step, one elimination after another."""

@@ -1,10 +1,10 @@
-"""What `mgrpo bench step` trains on: sealed groups of one agent, their trajectories in files, as a trainer finds them.
+"""Make what `mgrpo bench step` trains on: sealed groups of one agent with trajectory files, as a trainer finds them.
 
-Three sources. *A recorded run* of the geography example, if there is one: what was sampled in the middle of its rl.
-*Geography* as its scripts play it, with another draw of careless mistakes for every rollout of a question: real texts,
-tools, rewards and d_k, the same for everyone who has run `prepare.py`. *The agent mix*: random tokens with the lengths
-of agents of a long horizon. Lengths and d_k are the quantiles of their distributions, dealt in random order, so that
-few rollouts stand for many.
+There are three sources. *A recorded run* of the geography example, if there is one: the samples in the middle of its
+rl stage. *Geography* as its scripts play it, with careless mistakes drawn anew for every rollout of a question: real
+texts, tools, rewards and d_k, the same for everyone who has run `prepare.py`. *The agent mix*: random tokens with the
+lengths of long-horizon agents. Lengths and d_k are the quantiles of their distributions in random order, so that few
+rollouts represent many.
 
 Legend: N trajectories or rollouts, L tokens of a trajectory.
 """
@@ -17,45 +17,46 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import Config, load_config, parse_config, read_dump
-from mgrpo.engine.inference.sampler import Sampler
+from mgrpo.engine.environment.loader import load_environment
 from mgrpo.engine.model.causal_lm import load_tokenizer
-from mgrpo.engine.report.transcript import copied_store
-from mgrpo.engine.rollout.episodes import Demonstrations, Job, load_environment
+from mgrpo.engine.rollout.demonstrations import Demonstrations
+from mgrpo.engine.rollout.episodes import Job
 from mgrpo.engine.rollout.records import write_rollouts
 from mgrpo.engine.run.trajectories import Position, TrajectoryWriter
-from mgrpo.engine.store.groups import CallRecord, Group, RolloutRecord
+from mgrpo.engine.store import CallRecord, Group, RolloutRecord
+from mgrpo.engine.store.open import open_copy
 from mgrpo.engine.types import MAIN, Task, Trajectory
 
 SUB = "sub"
-LR = 1e-30  # so small that no weight moves: every step begins at the same ones, and costs what any other does
+LR = 1e-30  # so small that no weight changes: every step begins with the same weights and costs the same
 GEOGRAPHY, RECORDED = Path("examples/geography/train.toml"), Path("runs/geography/train")
-CARELESSNESS = 0.4  # of a call: of a question's rollouts some are right then, and some are not
-LENGTHS = {MAIN: (8192, 32768), SUB: (205, 4096)}  # tokens of a trajectory: bounds of a log-uniform distribution
-TURNS = {MAIN: 1024, SUB: 256}  # tokens from where an agent writes to where it writes again
-WRITTEN = 0.25  # of a turn; the rest is what a tool returned
-PROMPT = 0.125  # of a trajectory
+CARELESSNESS = 0.4  # probability per call; some of a question's rollouts are then right, and some wrong
+LENGTHS = {MAIN: (8192, 32768), SUB: (205, 4096)}  # tokens of a trajectory, bounds of a log-uniform distribution
+TURNS = {MAIN: 1024, SUB: 256}  # tokens of a turn: what the agent writes and what a tool returns
+WRITTEN = 0.25  # share of a turn that the agent writes; the tool returned the rest
+PROMPT = 0.125  # share of a trajectory
 ALIGNED, CALLS, SPREAD = 8, 3.0, 1.0  # D; the mean of d_k, which is log-normal with this sigma
 _MAIN, _SUB = ("{} to {}".format(*LENGTHS[agent]) for agent in (MAIN, SUB))
 WORDS = f"""\
 The agent mix: main trajectories of {_MAIN} tokens, the sub-agent's of {_SUB}, log-uniform, divided by the factor
-after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. Of a trajectory
-{PROMPT:.1%} is its prompt, of the rest {WRITTEN:.0%} the agent's own tokens. Queries differ in how many rollouts are
-right, evenly from none to all; all or none leave the main agent no advantage. No two trajectories are alike.
-Geography: episodes recorded in the middle of {RECORDED}, if that is there; else played by the
-example's scripts, {CARELESSNESS:.0%} of the calls spoilt by a careless mistake, drawn anew for every rollout."""
+after "mix/"; d_k log-normal (sigma {SPREAD:g}) with mean {CALLS:g}, aligned to D = {ALIGNED}. The prompt takes
+{PROMPT:.1%} of a trajectory; {WRITTEN:.0%} of the rest are the agent's own tokens. The number of right rollouts varies
+evenly over the queries, from none to all; if none or all are right, the main agent has no advantage. No two
+trajectories are identical.
+Geography: episodes recorded in the middle of {RECORDED} if that exists, otherwise episodes played by the
+example's scripts, with a careless mistake in {CARELESSNESS:.0%} of the calls, drawn anew for every rollout."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sealed groups of one agent. config: of the run that they would be of; trajectories: the folder of their files."""
+    """Hold sealed groups of one agent. config: that of a run with such groups; trajectories: their files' folder."""
 
     name: str
     agent: str
@@ -65,6 +66,7 @@ class Case:
 
     @property
     def index(self) -> int:
+        """The agent's position in the config."""
         return list(self.config.agents).index(self.agent)
 
 
@@ -72,7 +74,7 @@ class Case:
 
 
 def mix(agent: str, model: Path, folder: Path, factor: int, queries: int, rollouts: int, **compute: Any) -> Case:
-    """Its groups for one agent, with lengths divided by `factor`. compute: of the config."""
+    """Make the agent mix for one agent, with lengths divided by `factor`. compute: keys of the config's section."""
     random = np.random.default_rng(len(agent))
     counts_N = np.ones(queries * rollouts, np.int64) if agent == MAIN else calls_made(queries * rollouts, random)
     lengths_N = lengths_of(LENGTHS[agent], int(counts_N.sum()), factor, random)
@@ -83,7 +85,7 @@ def mix(agent: str, model: Path, folder: Path, factor: int, queries: int, rollou
 
 
 def long(model: Path, folder: Path, length: int, rollouts: int, **compute: Any) -> Case:
-    """One query whose rollouts are all of one length and, but for their first half turn, the agent's own tokens."""
+    """Make one query whose rollouts have one length; after the first half turn all tokens are the agent's own."""
     random, vocabulary = np.random.default_rng(0), _vocabulary(model)
     tokens = random.integers(1, vocabulary, (rollouts, length + 1)).astype(np.int32)
     sampled_L = np.arange(length + 1) >= TURNS[MAIN] // 2
@@ -110,24 +112,25 @@ def _vocabulary(model: Path) -> int:
 
 
 def calls_made(rollouts: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """d_k of so many rollouts."""
+    """Return d_k of each rollout."""
     spread_N = np.exp(SPREAD * quantiles(NormalDist().inv_cdf, rollouts))
     return random.permutation(np.round(spread_N * CALLS / spread_N.mean()).astype(np.int64))
 
 
 def lengths_of(bounds: tuple[int, int], count: int, factor: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return `count` lengths, log-uniform within the bounds divided by `factor`."""
     least, most = (math.log(bound / factor) for bound in bounds)
     lengths_N = np.exp(quantiles(lambda share: least + share * (most - least), count))
     return random.permutation(np.maximum(np.round(lengths_N).astype(np.int64), 4))
 
 
 def quantiles(inverse: Any, count: int) -> NDArray[np.float64]:
-    """In the middles of `count` equal shares."""
+    """Return the quantiles at the middles of `count` equal shares."""
     return np.array([inverse((i + 0.5) / count) for i in range(count)])
 
 
 def trajectory_of(length: int, turn: int, vocabulary: int, random: np.random.Generator) -> Trajectory:
-    """A prompt, turns, and at the end what the agent wrote last."""
+    """Make a trajectory: a prompt, turns, and at the end what the agent wrote last."""
     written = max(1, round(WRITTEN * turn))
     places_L = np.arange(length) - max(1, round(PROMPT * length))
     sampled_L = (places_L >= 0) & (places_L % turn < written)
@@ -137,7 +140,7 @@ def trajectory_of(length: int, turn: int, vocabulary: int, random: np.random.Gen
 
 
 def sealed(agent: str, trajectories: Sequence[Trajectory], counts_QK: NDArray[np.int64], folder: Path) -> list[Group]:
-    """Written to the folder, and grouped by query: counts_QK of them for each rollout."""
+    """Write trajectories to the folder and group them by query, counts_QK of them for each rollout."""
     writer = TrajectoryWriter(str(folder), agent)
     placed = iter(list(zip(trajectories, writer.append(trajectories), strict=True)))
     writer.close()
@@ -152,10 +155,11 @@ def sealed(agent: str, trajectories: Sequence[Trajectory], counts_QK: NDArray[np
 
 
 def right_of(query: int, queries: int, rollouts: int) -> int:
-    """How many rollouts of a query are right.
+    """Return how many rollouts of a query are right.
 
-    Were a query's chance of that uniform, so were their number: from 0 to K, and 2 of K + 1 groups left no advantage.
-    The quantiles at the first quarters of equal shares make it one of 3 or 4 queries where K is 6, nearest to that.
+    If each query's probability of that were uniform, the number would be uniform from 0 to K, and 2 of K + 1 groups
+    would have no advantage. Quantiles at the first quarters of equal shares come nearest to that: 1 of 3 or 4 queries
+    for K = 6.
     """
     return int((query + 0.25) / queries * (rollouts + 1))
 
@@ -193,32 +197,20 @@ def _records(
 # ---- geography
 
 
-class Speaker:
-    """What a demonstration needs of a sampler: it samples nothing."""
-
-    pending = version = weights_step = 0
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def close(self, session: object) -> None:
-        """Nothing is held."""
-
-
 def geography(folder: Path, queries: int, overrides: Sequence[str] = ()) -> list[Case]:
-    """A case for each agent of the example. Raises ValueError if its data is not there."""
+    """Make a case for each agent of the example. Raises ValueError if the example's data is missing."""
     spoilt = f"environment.options.carelessness={CARELESSNESS}"
     config = load_config(GEOGRAPHY, [spoilt, f"agents.main.lr={LR}", f"agents.sub.lr={LR}", *overrides])
     environment = load_environment(config.environment)
-    speakers = {name: cast(Sampler, Speaker(load_tokenizer(name, agent))) for name, agent in config.agents.items()}
+    tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
     tasks = environment.tasks("train")
     chosen = tasks[:: max(1, len(tasks) // queries)][:queries]
     jobs = [
-        Job(query, rollout, Task(f"{task.id}#{rollout}", task.data))  # mistakes are drawn by a hash of the id
+        Job(query, rollout, Task(f"{task.id}#{rollout}", task.data))  # a hash of the id seeds the mistakes
         for query, task in enumerate(chosen)
         for rollout in range(config.algorithm.rollouts)
     ]
-    rollouts = Demonstrations(config, environment, speakers).run(jobs)
+    rollouts = Demonstrations(config, environment, tokenizers).run(jobs)
     writers = {name: TrajectoryWriter(str(folder), name) for name in config.agents}
     records, calls = write_rollouts(writers, rollouts)
     for writer in writers.values():
@@ -230,15 +222,17 @@ def geography(folder: Path, queries: int, overrides: Sequence[str] = ()) -> list
 
 
 def recorded(run: Path, queries: int) -> list[Case]:
-    """A case for each agent of a run, of the first queries of its middle rl step. Raises ValueError if it has none."""
+    """Load a case per agent: the first queries of a run's middle rl step. Raises ValueError if it has no rollouts."""
     config = read_dump((run / "config.json").read_text())
     agents = {name: msgspec.structs.replace(agent, lr=LR) for name, agent in config.agents.items()}
     config = msgspec.structs.replace(config, agents=agents)
     first = config.steps // 2 * config.queries_per_step
-    with copied_store(run, config) as store:
-        asked = [query for query in range(first, first + config.queries_per_step) if store.rollouts_of(query)][:queries]
-        rollouts = [rollout for query in asked for rollout in store.rollouts_of(query)]
-        calls = [call for query in asked for call in store.calls_of(query)]
+    with open_copy(config, run) as store:
+        chosen = [query for query in range(first, first + config.queries_per_step) if store.groups.rollouts_of(query)][
+            :queries
+        ]
+        rollouts = [rollout for query in chosen for rollout in store.groups.rollouts_of(query)]
+        calls = [call for query in chosen for call in store.groups.calls_of(query)]
     if not rollouts:
         raise ValueError(f"{run}: no rollout of queries from {first} on, expected those of an rl step")
     return [

@@ -1,4 +1,4 @@
-"""The bar chart of `mgrpo bench step`: seconds of every row, a panel for each case."""
+"""Draw the bar chart of `mgrpo bench step`: the seconds of every row, one panel per case."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COLOURS = {OURS: "tab:green", USUAL: "tab:red", TRL: "tab:orange"}
 
 
 def draw(found: Sequence[Measured], to: Path) -> None:
+    """Draw all cases into a PNG file."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(7 * ((len(found) + 1) // 2), 7), layout="constrained")

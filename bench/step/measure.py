@@ -1,4 +1,4 @@
-"""One case of `mgrpo bench step`: every way once for its gradient and its memory, then all in turns."""
+"""Run one case of `mgrpo bench step`: every way once for its gradient and memory, then all in turns for their time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mgrpo.bench.step.models import flop
 from mgrpo.bench.step.trl import Trl, Unavailable
 from mgrpo.bench.step.usual import OURS, USUAL, WAYS, Way, samples_of, step
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.system.process import matmul_ceiling
+from mgrpo.engine.system.device import matmul_ceiling
 from mgrpo.engine.training.trainer import AgentTrainer
 from mgrpo.engine.types import Trajectory
 
 TRL = "TRL"
-SAME = "nothing of that kind here: the row above"
+SAME = "nothing to leave out here: same as the row above"
 MEANING = """\
-Useful tokens: those of the trajectories that have a gradient, each once. MFU: the flop that these need (layers, causal
-attention, the head for the agent's own tokens, forward and backward) over the time and the rate of a large matmul.
-Extra memory: the peak during a step above what was held before it. Difference: of the gradient, before clipping, from
-the usual way's: of all weights the largest relative one in the 2-norm."""
+Useful tokens: the tokens of the trajectories that have a gradient, each counted once. MFU: the flop that these need
+(layers, causal attention, the head for the agent's own tokens, forward and backward) over the time and the rate of a
+large matmul. Extra memory: the peak during a step above what was held before it. Difference: that of the gradient,
+before clipping, from the usual way's; the largest over all weights, relative, in the 2-norm."""
 
 Gradient = Mapping[str, Tensor]
 PIECE = 1 << 20
@@ -39,7 +39,7 @@ LEAST = Way(copies=False, merged=True, dropped=True)
 
 @dataclass(frozen=True)
 class Row:
-    """One way to take the step. timing None: not measured, and why; else why: what to know about it."""
+    """Hold the figures of one way. timing None: not measured, for the reason `why`; otherwise `why` is a remark."""
 
     name: str
     timing: Timing | None = None
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """A case with its rows by name. tokens, flop: useful ones of a step; ceiling: flop/s of a large matmul."""
+    """Hold a case and its rows by name. tokens, flop: the useful ones of a step; ceiling: flop/s of a large matmul."""
 
     case: Case
     rows: Mapping[str, Row]
@@ -60,10 +60,11 @@ class Measured:
 
 
 class Comparison:
-    """Keeps the first gradient that it is shown, and tells how far the last one was from it."""
+    """Keep the first gradient that it is shown, and compute the difference of the last one from it."""
 
     def __init__(self, weights: Gradient):
-        self.truth = {name: torch.zeros_like(w) for name, w in weights.items()}  # here, not while memory is measured
+        # Allocated here, before memory is measured.
+        self.truth = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.shown, self.difference = 0, 0.0
 
     def __call__(self, gradient: Gradient) -> None:
@@ -75,24 +76,25 @@ class Comparison:
 
 
 def distance(gradient: Gradient, truth: Gradient) -> float:
-    """Of all weights the largest relative distance in the 2-norm."""
+    """Return the largest relative distance over all weights, in the 2-norm."""
     assert gradient.keys() == truth.keys()
     return max(_distance(gradient[name], true) for name, true in truth.items())
 
 
 def _distance(got: Tensor, true: Tensor) -> float:
-    """In pieces: a difference as large as an embedding would show in the peak memory."""
+    """Return a relative distance, computed in pieces: a whole embedding's difference would raise the peak memory."""
     pieces = zip(got.flatten().split(PIECE), true.flatten().split(PIECE), strict=True)
     squared = sum(float((a.double() - b.double()).square().sum()) for a, b in pieces)
     return math.sqrt(squared) / max(float(true.norm()), 1e-30)
 
 
 class Watched(Policy):
-    """Shows the gradient of a step, before it is clipped, to whoever looks."""
+    """Call `look`, if it is set, with the gradient of each step before clipping."""
 
     look: Callable[[Gradient], None] | None = None
 
     def optim_step(self, lr: float | None = None) -> float:
+        """Show the gradient, then take the step."""
         if self.look is not None:
             weights = self.masters.weights.items()
             self.look({name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights})
@@ -100,13 +102,13 @@ class Watched(Policy):
 
 
 def require_useful(case: Case) -> None:
-    """Raises ValueError if no trajectory has a gradient."""
+    """Raise ValueError if no trajectory has a gradient."""
     if not samples_of(LEAST, case):
-        raise ValueError(f"{case.name}: expected rollouts of different rewards, there is nothing to train on")
+        raise ValueError(f"{case.name}: expected rollouts of different rewards, got none: there is nothing to train on")
 
 
 def useful(case: Case, model: PreTrainedModel) -> tuple[int, float]:
-    """Tokens and flop that a step cannot do without."""
+    """Return the tokens and flop that a step cannot avoid."""
     samples = samples_of(LEAST, case)
     trajectories = [s.trajectory for s in samples if isinstance(s.trajectory, Trajectory)]
     lengths = [t.rows for t in trajectories]
@@ -114,7 +116,7 @@ def useful(case: Case, model: PreTrainedModel) -> tuple[int, float]:
 
 
 def distinct(case: Case) -> dict[str, bool]:
-    """Of each way whether it is another than the one before it. Which trajectories there are may be the same."""
+    """Return of each way whether it differs from the one before; two may train on the same trajectories."""
     found, before = {}, -1
     for name, way in WAYS.items():
         count = len(samples_of(way, case)) if way.old_pass else -1
@@ -124,12 +126,12 @@ def distinct(case: Case) -> dict[str, bool]:
 
 
 def measure(case: Case, folder: Path, rounds: int) -> Measured:
-    """All ways, and TRL."""
+    """Measure all ways, and TRL."""
     policy = Watched(case.agent, case.config.agents[case.agent], case.config.compute)
     trainer = AgentTrainer(case.config, policy, case.trajectories)
-    device, other = policy.model.device, distinct(case)
+    device, differs = policy.model.device, distinct(case)
     runs: dict[str, Candidate] = {
-        name: partial(step, way, case, policy, trainer) for name, way in WAYS.items() if other[name]
+        name: partial(step, way, case, policy, trainer) for name, way in WAYS.items() if differs[name]
     }
     work, ceiling = useful(case, policy.model), matmul_ceiling(device, policy.dtype)
     with trl_beside(case, folder) as trl:
@@ -145,9 +147,9 @@ def measure(case: Case, folder: Path, rounds: int) -> Measured:
 
 
 def try_all(runs: Mapping[str, Candidate], policy: Watched, trl: Trl | str) -> dict[str, Row]:
-    """One step of each, in which its gradient and its memory are looked at."""
+    """Take one step of each, which measures its gradient and its memory."""
     for name in {OURS, TRL} & runs.keys():
-        runs[name]()  # now the optimizers have their moments
+        runs[name]()  # so that the optimizers' moments exist
     policy.look = look = Comparison(policy.masters.weights)
     if isinstance(trl, Trl):
         trl.look = look
@@ -161,7 +163,7 @@ def try_all(runs: Mapping[str, Candidate], policy: Watched, trl: Trl | str) -> d
 
 @contextmanager
 def trl_beside(case: Case, folder: Path) -> Iterator[Trl | str]:
-    """TRL's trainer on the case, or why there is none."""
+    """Yield TRL's trainer on the case, or the reason why there is none."""
     try:
         trl = Trl(case, folder / "trl")
     except Unavailable as error:
@@ -172,25 +174,27 @@ def trl_beside(case: Case, folder: Path) -> Iterator[Trl | str]:
 
 
 def trial(name: str, run: Candidate, look: Comparison, policy: Policy) -> Row:
+    """Take one step; return its memory and its gradient's difference, or why it failed."""
     device = policy.model.device
     try:
         extra = extra_bytes(run, device)
         return Row(name, extra=extra, difference=look.difference)
     except torch.OutOfMemoryError as error:
         why = f"out of memory: {error}".splitlines()[0]
-    policy.optimizer.zero_grad(set_to_none=True)  # of half a step
-    release(device)  # here, where the fault and the tensors its traceback holds are gone
+    policy.optimizer.zero_grad(set_to_none=True)  # those of the unfinished step
+    release(device)  # only here, after the exception and the tensors that its traceback holds are gone
     return Row(name, why=why)
 
 
 def release(device: torch.device) -> None:
+    """Free memory that nothing holds any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _filled(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """In order, and a way that is the same as the one before it has its figures."""
+    """Put the rows in order; a way that equals the one before it gets that one's figures."""
     found: dict[str, Row] = {}
     for name in (*WAYS, TRL):
         if name not in rows:
@@ -199,11 +203,11 @@ def _filled(rows: Mapping[str, Row]) -> dict[str, Row]:
     return found
 
 
-# ---- what to say of it
+# ---- results
 
 
 def results_of(found: Measured) -> list[Result]:
-    """All figures of all rows."""
+    """Return all figures of all rows."""
     results, usual = [], found.rows[USUAL]
     for row in found.rows.values():
         name = f"{found.case.name}, {row.name}"
@@ -225,7 +229,7 @@ def results_of(found: Measured) -> list[Result]:
 
 
 def show_case(found: Measured) -> None:
-    """The same as a table, one line a row."""
+    """Print the rows as a table."""
     rate = found.ceiling / 1e12
     title = (
         f"\n{found.case.name}: {found.tokens} useful tokens, {found.flop / 1e12:.4g} Tflop; a matmul {rate:.4g} Tflop/s"

@@ -1,4 +1,4 @@
-"""The models of `mgrpo bench step`: known architectures with random weights, which cost what trained ones do."""
+"""Make the models of `mgrpo bench step`: known architectures whose random weights cost as much as trained ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ QWEN3_17B: Sizes = {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144}
 
 
 def make_model(folder: Path, sizes: Sizes) -> Path:
-    """Saves a model of random bf16 weights, with a tokenizer that knows one token: texts play no part."""
+    """Save a model of random bf16 weights with a tokenizer of one token, as no text is used."""
     tokenizer = Tokenizer(WordLevel({EOS: 0}, unk_token=EOS))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(folder)
     torch.manual_seed(0)
@@ -59,11 +59,14 @@ def make_model(folder: Path, sizes: Sizes) -> Path:
 
 
 def flop(model: PreTrainedModel, lengths: list[int], actions: int) -> float:
-    """Of a forward and backward that computes nothing needlessly: layers for all tokens, causal attention within each
-    sequence of these lengths, the head for the actions. 6 flop a weight and token; recomputed ones do not count."""
+    """Return the flop of a forward and backward without needless work: 6 per weight and token, without recomputation.
+
+    These are the layers for all tokens, causal attention within each sequence of these lengths, and the head for the
+    actions.
+    """
     config = model.config
     head = config.vocab_size * config.hidden_size
-    outside = head if config.tie_word_embeddings else 2 * head  # the table of inputs needs no matmul
+    outside = head if config.tie_word_embeddings else 2 * head  # the input embedding needs no matmul
     layers = sum(w.numel() for w in model.parameters() if w.dim() == 2) - outside
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * size

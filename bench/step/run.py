@@ -1,8 +1,8 @@
-"""`mgrpo bench step`: one whole optimisation step of one agent, from sealed groups to new weights.
+"""`mgrpo bench step`: times one whole optimisation step of one agent, from sealed groups to new weights.
 
-First the usual way, then with each thing that it needlessly does left out in turn, up to the engine's own step; beside
-them TRL's. All of them on the same groups, in turns, in one run. A full run also draws the times, and writes its line
-of JSON beside those of the other benchmarks.
+It measures the usual way, then one way after the other that leaves out one more piece of needless work, up to the
+engine's own step, and TRL's step beside them. All run on the same groups, in turns, in one run. A full run also draws
+the times, and writes its line of JSON beside those of the other benchmarks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from mgrpo.bench.step.models import make_model
 from mgrpo.bench.step.targets import FASTER, LONG, SMALLER, TRL_FASTER, Long, Plan, long_results, plan_for
 from mgrpo.bench.step.usual import OURS, USUAL
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.system.process import keep_memory, matmul_ceiling
+from mgrpo.engine.system.device import matmul_ceiling
+from mgrpo.engine.system.process import keep_memory
 from mgrpo.engine.training.trainer import AgentTrainer
 from mgrpo.engine.types import MAIN
 
@@ -41,7 +42,7 @@ FOLDER = Path(__file__).parents[1] / "results"
 
 
 def main(quick: bool) -> None:
-    """Measures what this machine can, and prints it."""
+    """Measure what this machine can measure, and print it."""
     keep_memory()  # as a run does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_for(device, quick)
@@ -60,7 +61,7 @@ def main(quick: bool) -> None:
 
 @dataclass
 class Session:
-    """One run: what it has measured so far."""
+    """Hold one run and what it has measured so far."""
 
     plan: Plan
     device: torch.device
@@ -74,10 +75,11 @@ class Session:
 
     @property
     def compute(self) -> dict[str, object]:
+        """Keys of the config's compute section."""
         return {"device": str(self.device), **self.plan.compute}
 
     def mix(self) -> None:
-        """Both agents of the agent mix, and what that makes for the two together."""
+        """Measure both agents of the agent mix, each and the two together."""
         plan = self.plan
         found = [
             self._measure(mix(agent, self.model, self.folder, plan.factor, plan.queries, plan.rollouts, **self.compute))
@@ -87,10 +89,10 @@ class Session:
         self.results.append(beside_trl(found[0]))
 
     def geography(self) -> None:
-        """Both agents of the example."""
+        """Measure both agents of the geography example."""
         count, tiny = self.plan.geography, self.plan.overrides
         try:
-            if (RECORDED / "config.json").is_file() and not tiny:  # of another model
+            if (RECORDED / "config.json").is_file() and not tiny:  # the tiny model did not record it
                 cases = recorded(RECORDED, count)
             else:
                 cases = geography(self.folder, count, (f"compute.device={self.device}", *tiny))
@@ -111,18 +113,19 @@ class Session:
         return found
 
     def long(self, quick: bool) -> None:
+        """Measure the long rollouts, which need a GPU."""
         for one in LONG:
             why = None
             if self.device.type != "cuda":
                 why = "no GPU"
             elif quick:
-                why = "--quick leaves it out"
+                why = "--quick leaves this out"
             elif time.monotonic() - self.started > self.plan.seconds:
-                why = f"not begun: {self.plan.seconds:g} s were over"
+                why = f"not begun: the time limit of {self.plan.seconds:g} s was reached"
             self.results += long_results(one, None, None, why) if why else self._measure_long(one)
 
     def _measure_long(self, one: Long) -> list[Result]:
-        """The engine's step alone."""
+        """Measure the engine's step alone."""
         folder = self.folder / one.name
         model = make_model(folder, one.sizes)
         case = long(
@@ -138,7 +141,7 @@ class Session:
 
 
 def _engine_alone(case: Case, rounds: int, device: torch.device) -> tuple[Timing, int, float, float]:
-    """Its timing, the useful tokens and flop of a step, and the flop/s of a large matmul."""
+    """Return the timing, the useful tokens and flop of a step, and the flop/s of a large matmul."""
     policy = Policy(case.agent, case.config.agents[case.agent], case.config.compute)
     trainer = AgentTrainer(case.config, policy, case.trajectories)
     run: Callable[[], object] = lambda: trainer.train(0, case.groups)  # noqa: E731
@@ -147,7 +150,7 @@ def _engine_alone(case: Case, rounds: int, device: torch.device) -> tuple[Timing
 
 
 def both(name: str, found: list[Measured]) -> list[Result]:
-    """One step of each of the agents, one after the other."""
+    """Return the results for one step of each of the agents, one after the other."""
     rows = [(agent.rows[OURS], agent.rows[USUAL]) for agent in found]
     ours, usual = zip(*rows, strict=True)
     if why := next((row.why for row in (*ours, *usual) if row.timing is None), None):
@@ -164,6 +167,7 @@ def both(name: str, found: list[Measured]) -> list[Result]:
 
 
 def beside_trl(found: Measured) -> Result:
+    """Return TRL's time over ours."""
     ours, trl = found.rows[OURS], found.rows[TRL]
     over = trl.timing.over(ours.timing) if trl.timing and ours.timing else None
     why = None if over is not None else trl.why or ours.why

@@ -1,4 +1,4 @@
-"""What `mgrpo bench step` measures on which machine, and the figures it wants to reach there."""
+"""Define what `mgrpo bench step` measures on which machine, and its targets there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from mgrpo.bench.step.models import QWEN3_06B, QWEN3_17B, SMOLLM2_135M, TINY, Si
 
 @dataclass(frozen=True)
 class Long:
-    """Rollouts of one length, which leave nothing out. published: prime-rl's tokens/s and MFU (%), trainer alone, on
-    one H100."""
+    """Describe rollouts of one length, with nothing to leave out.
+
+    published: prime-rl's tokens/s and MFU (%) of the trainer alone, on one H100.
+    """
 
     model: str
     sizes: Sizes
@@ -31,7 +33,10 @@ class Long:
 
 @dataclass(frozen=True)
 class Plan:
-    """factor: lengths of the agent mix are divided by it. geography: queries. seconds: to begin cases in."""
+    """Say what to measure.
+
+    factor: divides the lengths of the agent mix. geography: its queries. seconds: after this time no new case begins.
+    """
 
     model: str
     sizes: Sizes
@@ -41,7 +46,7 @@ class Plan:
     compute: dict[str, Any]
     geography: int
     rounds: int
-    overrides: tuple[str, ...] = ()  # of the geography example
+    overrides: tuple[str, ...] = ()  # for the geography example
     seconds: float = math.inf
 
 
@@ -73,13 +78,14 @@ _CPU_QUICK = Plan(
 
 
 def plan_for(device: torch.device, quick: bool) -> Plan:
+    """Return the plan for that kind of machine."""
     if device.type == "cuda":
         return _GPU_QUICK if quick else _GPU
     return _CPU_QUICK if quick else _CPU
 
 
 def long_results(long: Long, rate: float | None, mfu: float | None, why: str | None = None) -> list[Result]:
-    """Useful tokens/s and MFU of long rollouts, beside what prime-rl publishes. rate None: not measured, and why."""
+    """Return tokens/s and MFU of long rollouts, and prime-rl's published ones. rate None: not measured, see `why`."""
     held = mfu is not None and long.length == 1 << 16 and long.model == "Qwen3-0.6B"
     wanted = MFU if held or (mfu is None and long is LONG[1]) else None
     results = [

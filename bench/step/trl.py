@@ -1,9 +1,11 @@
-"""The same step by TRL: `GRPOTrainer` in its own loop, held up at the beginning of each step until it is asked for.
+"""Take the step of `mgrpo bench step` with TRL's own `GRPOTrainer`, which waits at each step until it is called.
 
-Single-agent data only: TRL has no sub-agents, and wants equally many rollouts of every query. Its `rollout_func` hands
-out the recorded tokens, so nothing is sampled; its rewards are our advantages, which it centres once more (no change)
-and does not scale. No reference model, no second forward, activations kept where ours are; else as it is by default:
-fp32 weights, bf16 by autocast.
+(`bench/trl.py` measures something else: TRL's trainer with our loss inside it.)
+
+This works for single-agent data only: TRL has no sub-agents, and needs equally many rollouts of every query. Its
+`rollout_func` returns the recorded tokens, so nothing is sampled. Its rewards are our advantages, which it centres
+again (no change) and does not scale. There is no reference model and no second forward, and activations are kept where
+ours are; everything else is TRL's default: fp32 weights, bf16 by autocast.
 """
 
 from __future__ import annotations
@@ -24,24 +26,24 @@ from mgrpo.bench.step.case import LR, Case
 from mgrpo.bench.step.usual import Way, samples_of
 from mgrpo.engine.types import MAIN, Trajectory
 
-STEPS = 1_000_000  # it is stopped before
+STEPS = 1_000_000  # never reached: the trainer is stopped before
 
 
 class Unavailable(Exception):
-    """TRL does not run here, or not on this case; the message says why."""
+    """Tell that TRL does not run here, or not on this case; the message says why."""
 
 
 class _Stopped(Exception):
-    """No further step is asked for."""
+    """End the trainer's loop: no further step is needed."""
 
 
 class _Gate(TrainerCallback):
-    """Lets the trainer's loop, which runs in a thread of its own, take one step at a time."""
+    """Let the trainer's loop, which runs in its own thread, take one step at a time."""
 
     def __init__(self) -> None:
         self.go: SimpleQueue[bool] = SimpleQueue()
         self.done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self.look: Callable[[dict[str, Tensor]], None] | None = None  # whom to show the gradients
+        self.look: Callable[[dict[str, Tensor]], None] | None = None  # called with the gradients
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.go.get():
@@ -56,7 +58,7 @@ class _Gate(TrainerCallback):
 
 
 class Trl:
-    """A GRPOTrainer on the data of a case; each call takes one step. Raises Unavailable if TRL cannot do it here."""
+    """Run a GRPOTrainer on the data of a case; each call takes one step. Raises Unavailable if TRL cannot run here."""
 
     def __init__(self, case: Case, folder: Path):
         self.gate = _Gate()
@@ -65,22 +67,23 @@ class Trl:
 
         def run() -> None:
             try:
-                torch.set_num_threads(threads)  # a setting of each thread
+                torch.set_num_threads(threads)  # torch keeps this setting per thread
                 self.trainer.train()
-            except BaseException as fault:  # whatever ends this thread is the caller's, who waits for it
+            except BaseException as fault:  # passed to the caller, who waits for this thread
                 self.gate.done.put(fault)
 
         self.thread = threading.Thread(target=run, daemon=True, name="trl")
         self.thread.start()
 
     def __call__(self) -> None:
+        """Take one step."""
         self.gate.go.put(True)
         if (fault := self.gate.done.get()) is not None:
             raise fault
 
     @property
     def look(self) -> Callable[[dict[str, Tensor]], None] | None:
-        """Who is shown the gradient of each step, by the weights' names."""
+        """The function that is called with the gradient of each step, by the weights' names."""
         return self.gate.look
 
     @look.setter
@@ -88,6 +91,7 @@ class Trl:
         self.gate.look = look
 
     def close(self) -> None:
+        """Stop the trainer."""
         self.gate.go.put(False)
         self.thread.join()
 
@@ -98,11 +102,11 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
     try:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
-    except (ImportError, RuntimeError) as error:  # RuntimeError: of a part of it that cannot be imported
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a part of TRL cannot be imported
         raise Unavailable(f"trl: {str(error).splitlines()[0]}") from error
     rollouts = max(len(made) for made in recorded.values())
     if any(len(made) != rollouts for made in recorded.values()):
-        raise Unavailable("TRL wants equally many rollouts of every query")
+        raise Unavailable("TRL needs equally many rollouts of every query")
     algorithm, agent, compute = case.config.algorithm, case.config.agents[case.agent], case.config.compute
     size = _micro_batch(recorded, compute.max_tokens)
     cpu = not torch.cuda.is_available()
@@ -114,7 +118,7 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
         per_device_train_batch_size=size,
         gradient_accumulation_steps=len(recorded) * rollouts // size,
         num_generations=rollouts,
-        max_completion_length=round(algorithm.length_constant),  # what dr_grpo divides by; nothing is cut
+        max_completion_length=round(algorithm.length_constant),  # dr_grpo divides by this; nothing is truncated
         temperature=agent.temperature,
         loss_type={"trajectory": "grpo", "constant": "dr_grpo"}[algorithm.length_norm],
         scale_rewards="none",
@@ -123,7 +127,7 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=agent.weight_decay,
-        max_grad_norm=1e9,  # measured, but never clipped: the gradient is shown after that
+        max_grad_norm=1e9,  # the norm is measured but never clipped, as the gradient is shown afterwards
         shuffle_dataset=False,
         max_steps=STEPS,
         logging_strategy="no",
@@ -145,7 +149,7 @@ def _trainer(case: Case, folder: Path, gate: _Gate) -> Any:
     )
 
 
-Recorded = dict[str, list[tuple[Trajectory, float]]]  # of each query its rollouts' trajectories and advantages
+Recorded = dict[str, list[tuple[Trajectory, float]]]  # by query: the trajectories and advantages of its rollouts
 
 
 def _recorded(case: Case) -> Recorded:
@@ -162,14 +166,14 @@ def _recorded(case: Case) -> Recorded:
 
 
 def _micro_batch(recorded: Recorded, max_tokens: int) -> int:
-    """Sequences of one: the largest divisor of their number that fits, were all as long as the longest."""
+    """Return its sequences: the largest divisor of their number that fits if all are as long as the longest."""
     lengths = [len(t) for made in recorded.values() for t, _ in made]
     fitting = max(1, max_tokens // max(lengths))
     return max(size for size in range(1, fitting + 1) if len(lengths) % size == 0)
 
 
 def _rollouts(prompts: list[str], recorded: Recorded) -> dict[str, Any]:
-    """What was recorded of each prompt's next rollout."""
+    """Return the recorded tokens and reward of each prompt's next rollout."""
     rest = {query: iter(made) for query, made in recorded.items()}
     out: dict[str, Any] = defaultdict(list)
     for prompt in prompts:

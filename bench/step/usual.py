@@ -1,10 +1,10 @@
-"""One optimisation step the usual way, and on the way from there to the engine's: one elimination after the other.
+"""Take one optimisation step the usual way, and in ways that leave out one needless piece of work after another.
 
-The usual way is what public trainers of groups do, each some of it: rollouts copied until every one has D calls, Python
-lists padded to the longest of the step (TRL too), micro-batches of equally many sequences, the log-probs of all of them
-once more before the update (verl; TRL only where it must), logits for every token. Written plainly and without anything
-of the engine but the model, its fp32 master weights and the optimizer, the same for all, and the random choice of the
-copies, which has to be. From "no padding" on attention is the engine's; the last way is its own step.
+The usual way does what public trainers do, each of them some of it: rollouts copied until each has D calls, Python
+lists padded to the longest of the step (as in TRL), micro-batches of equally many sequences, a second forward for the
+log-probs of all of them before the update (verl; TRL only where it must), logits for every token. It is written plainly
+and uses only what all ways must share with the engine: the model, its fp32 master weights, the optimizer, and the
+random choice of the copies. From "no padding" on attention is the engine's; the last way is the engine's own step.
 
 Legend: B sequences, L tokens of the longest, P tokens of a packed row, H hidden size, V vocabulary.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -23,13 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgrpo.bench.step.case import LR, Case
-from mgrpo.engine.batch.advantages import Weighted, main_reward, sub_reward, weigh
-from mgrpo.engine.batch.micro_batches import Batch, Weighed, drop, merge
-from mgrpo.engine.batch.objective import objective, token_weights
+from mgrpo.engine.batch.advantages import Credit, main_reward, objective, sub_reward, weigh
+from mgrpo.engine.batch.micro_batches import Batch
+from mgrpo.engine.batch.select import drop, merge
 from mgrpo.engine.model.causal_lm import Packed
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.trajectories import read
-from mgrpo.engine.store.groups import CallRecord
+from mgrpo.engine.store import CallRecord
 from mgrpo.engine.training.trainer import AgentTrainer
 from mgrpo.engine.types import MAIN, Trajectory
 
@@ -38,16 +37,16 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Way:
-    """What a step does needlessly, and what it does not. All as given: the usual way."""
+    """Say which needless work a step does. The defaults are the usual way."""
 
-    copies: bool = True  # of a trajectory that the alignment repeats
-    merged: bool = False  # identical trajectories are one
-    dropped: bool = False  # trajectories without advantage are left out
-    old_pass: bool = True  # a forward for log-probs that are the current ones
+    copies: bool = True  # copy trajectories that the alignment repeats
+    merged: bool = False  # merge identical trajectories
+    dropped: bool = False  # leave out trajectories without advantage
+    old_pass: bool = True  # a forward for old log-probs, which equal the current ones
     packed: bool = False  # no padding
-    compact: bool = False  # the head on the agent's own tokens only
-    fused: bool = False  # no logits are kept
-    engine: bool = False  # no lists: planned and filled in C++
+    compact: bool = False  # apply the head to the agent's own tokens only
+    fused: bool = False  # keep no logits
+    engine: bool = False  # no Python lists: plan and fill in C++
 
 
 def _ladder(**steps: str) -> dict[str, Way]:
@@ -72,7 +71,7 @@ WAYS: dict[str, Way] = {USUAL: Way()} | _ladder(
 
 
 def step(way: Way, case: Case, policy: Policy, trainer: AgentTrainer) -> None:
-    """From sealed groups to new weights."""
+    """Take a step, from sealed groups to new weights."""
     if way.engine:
         trainer.train(0, case.groups)
         return
@@ -85,20 +84,40 @@ def step(way: Way, case: Case, policy: Policy, trainer: AgentTrainer) -> None:
 # ---- which trajectories
 
 
-def samples_of(way: Way, case: Case) -> list[Weighed]:
-    """Trajectories with their advantage and the loss weight of each of their action tokens."""
+@dataclass(frozen=True)
+class Sample:
+    """Hold a trajectory, its advantage and the loss weight of each of its action tokens."""
+
+    trajectory: Trajectory
+    advantage: float
+    weight: float
+
+
+def samples_of(way: Way, case: Case) -> list[Sample]:
+    """Return the trajectories that a way trains on, with advantages and loss weights."""
     algorithm, reward = case.config.algorithm, case.config.reward
-    weighted = weigh(case.agent, case.index, case.groups, algorithm, reward, case.config.seed)
-    samples = _copied(case, weighted) if way.copies else _weighed(case, weighted)
+    credit = weigh(case.agent, case.index, case.groups, algorithm, reward, case.config.seed)
+    samples = _copied(case, credit) if way.copies else _aligned(case, credit)
     if way.merged:
-        samples = merge(samples, by_sampler_logprobs=False)
-    return drop(samples, keep_zero_advantage=False) if way.dropped else samples
+        found = merge([s.trajectory.digest for s in samples], *_columns(samples))
+        samples = [
+            Sample(samples[i].trajectory, adv, weight)
+            for i, adv, weight in zip(found.ids, found.adv.tolist(), found.weight.tolist(), strict=True)
+        ]
+    if way.dropped:
+        rows_N = np.array([s.trajectory.rows for s in samples], np.int64)
+        samples = [samples[i] for i in drop(rows_N, *_columns(samples), keep_zero_advantage=False)]
+    return samples
 
 
-def _copied(case: Case, weighted: Weighted) -> list[Weighed]:
-    """Every trajectory as often as it was drawn; group by group, the advantages of all these copies."""
-    config, samples = case.config, list[Weighed]()
-    times = {call.position: int(m) for call, m in zip(weighted.calls, weighted.multiplicities, strict=True)}
+def _columns(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([s.advantage for s in samples]), np.array([s.weight for s in samples])
+
+
+def _copied(case: Case, credit: Credit[CallRecord]) -> list[Sample]:
+    """Return each trajectory as often as it was drawn; advantages are computed over all copies of a group."""
+    config, samples = case.config, list[Sample]()
+    times = {call.position: int(m) for call, m in zip(credit.calls, credit.multiplicities, strict=True)}
     aligned = 1 if case.agent == MAIN else config.algorithm.aligned_calls
     asked = sum(any(r.status == "scored" for r in group.rollouts) for group in case.groups)
     for group in case.groups:
@@ -113,7 +132,7 @@ def _copied(case: Case, weighted: Weighted) -> list[Weighed]:
     return samples
 
 
-def _normalised(case: Case, calls: list[CallRecord], rewards: list[float], share: float) -> list[Weighed]:
+def _normalised(case: Case, calls: list[CallRecord], rewards: list[float], share: float) -> list[Sample]:
     mean, std = np.mean(rewards), np.std(rewards)
     trajectories = read(case.trajectories, [call.position for call in calls])
     samples = []
@@ -121,17 +140,15 @@ def _normalised(case: Case, calls: list[CallRecord], rewards: list[float], share
         actions = max(1, sum(trajectory.sampled.tolist()))
         advantage = (reward - mean) / std if std > case.config.algorithm.std_eps else 0.0
         norm = {"trajectory": actions, "constant": case.config.algorithm.length_constant}
-        samples.append(Weighed(trajectory, float(advantage), share / norm[case.config.algorithm.length_norm]))
+        samples.append(Sample(trajectory, float(advantage), share / norm[case.config.algorithm.length_norm]))
     return samples
 
 
-def _weighed(case: Case, weighted: Weighted) -> list[Weighed]:
-    """Every trajectory once; the alignment is in its weight."""
-    actions_N = np.array([call.actions for call in weighted.calls])
-    weights_N = token_weights(case.config.algorithm, weighted.shares, weighted.multiplicities, actions_N)
-    trajectories = read(case.trajectories, [call.position for call in weighted.calls])
-    rows = zip(trajectories, weighted.advantages.tolist(), weights_N.tolist(), strict=True)
-    return [Weighed(*row) for row in rows if row[2]]
+def _aligned(case: Case, credit: Credit[CallRecord]) -> list[Sample]:
+    """Return each trajectory once, with the alignment in its weight."""
+    trajectories = read(case.trajectories, [call.position for call in credit.calls])
+    rows = zip(trajectories, credit.adv.tolist(), credit.weight.tolist(), strict=True)
+    return [Sample(*row) for row in rows if row[2]]
 
 
 # ---- padded
@@ -139,7 +156,7 @@ def _weighed(case: Case, weighted: Weighted) -> list[Weighed]:
 
 @dataclass(frozen=True)
 class Padded:
-    """One micro-batch. attended_BL: no padding; counts_BL: the agent's own tokens."""
+    """Hold one micro-batch. attended_BL: not padding; counts_BL: the agent's own tokens."""
 
     ids_BL: Tensor
     attended_BL: Tensor
@@ -148,20 +165,20 @@ class Padded:
     weights_B1: Tensor
 
 
-def pad(samples: Sequence[Weighed], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Padded]:
-    """Micro-batches of as many sequences as fit, were all as long as the step's longest."""
+def pad(samples: Sequence[Sample], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Padded]:
+    """Make micro-batches of as many sequences as fit if all are as long as the step's longest."""
     longest = max((len(_tokens(sample)) for sample in samples), default=1)
     size = max(1, max_tokens // longest)
     return [_collate(samples[first : first + size], longest, dtype, device) for first in range(0, len(samples), size)]
 
 
-def _collate(samples: Sequence[Weighed], longest: int, dtype: torch.dtype, device: torch.device) -> Padded:
+def _collate(samples: Sequence[Sample], longest: int, dtype: torch.dtype, device: torch.device) -> Padded:
     ids, attended, counts = [], [], []
     for sample in samples:
         tokens, gap = _tokens(sample), longest - len(_tokens(sample))
         ids.append(tokens + [PAD] * gap)
         attended.append([1] * len(tokens) + [0] * gap)
-        counts.append([int(flag) for flag in _trajectory(sample).sampled] + [0] * gap)
+        counts.append([int(flag) for flag in sample.trajectory.sampled] + [0] * gap)
     return Padded(
         torch.tensor(ids, device=device),
         torch.tensor(attended, device=device),
@@ -171,7 +188,7 @@ def _collate(samples: Sequence[Weighed], longest: int, dtype: torch.dtype, devic
     )
 
 
-def _padded_update(way: Way, case: Case, policy: Policy, samples: Sequence[Weighed]) -> None:
+def _padded_update(way: Way, case: Case, policy: Policy, samples: Sequence[Sample]) -> None:
     with _own_attention(policy.model):
         batches = pad(samples, case.config.compute.max_tokens, _wide(policy), policy.model.device)
         with torch.no_grad():
@@ -183,14 +200,14 @@ def _padded_update(way: Way, case: Case, policy: Policy, samples: Sequence[Weigh
 
 
 def _padded_logprobs(policy: Policy, batch: Padded) -> Tensor:
-    """(B, L-1): of each token but the first."""
+    """Return log-probs (B, L-1) of each token except the first."""
     out = policy.model(input_ids=batch.ids_BL, attention_mask=batch.attended_BL, use_cache=False)
     return plain_logprobs(out.logits[:, :-1], batch.ids_BL[:, 1:], policy)
 
 
 @contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """As transformers runs the model, with a mask."""
+    """Run the model as transformers does by default, with a mask."""
     model.set_attn_implementation("sdpa")
     try:
         yield
@@ -201,9 +218,9 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 # ---- packed
 
 
-def pack_lists(samples: Sequence[Weighed], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Batch]:
-    """Sequences end to end, in the order given; a new micro-batch when the next one does not fit."""
-    parts: list[list[Weighed]] = [[]]
+def pack_lists(samples: Sequence[Sample], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Batch]:
+    """Concatenate sequences in the order given; begin a new micro-batch when the next one does not fit."""
+    parts: list[list[Sample]] = [[]]
     for sample in samples:
         if sum(len(_tokens(s)) - 1 for s in [*parts[-1], sample]) > max_tokens and parts[-1]:
             parts.append([])
@@ -211,10 +228,10 @@ def pack_lists(samples: Sequence[Weighed], max_tokens: int, dtype: torch.dtype, 
     return [_concatenate(part, dtype, device) for part in parts if part]
 
 
-def _concatenate(samples: Sequence[Weighed], dtype: torch.dtype, device: torch.device) -> Batch:
+def _concatenate(samples: Sequence[Sample], dtype: torch.dtype, device: torch.device) -> Batch:
     ids, places, targets, advantages, weights, logprobs, bounds = [], [], [], [], [], [], [0]
     for sample in samples:
-        tokens, trajectory = _tokens(sample), _trajectory(sample)
+        tokens, trajectory = _tokens(sample), sample.trajectory
         rows = len(tokens) - 1
         ids += tokens[:-1]
         targets += tokens[1:]
@@ -235,7 +252,7 @@ def _concatenate(samples: Sequence[Weighed], dtype: torch.dtype, device: torch.d
     )
 
 
-def _packed_update(way: Way, case: Case, policy: Policy, samples: Sequence[Weighed]) -> None:
+def _packed_update(way: Way, case: Case, policy: Policy, samples: Sequence[Sample]) -> None:
     for batch in pack_lists(samples, case.config.compute.max_tokens, _wide(policy), policy.model.device):
         if way.fused:
             policy.forward_backward([batch], objective(case.config.algorithm))
@@ -259,7 +276,7 @@ def _packed_loss(way: Way, case: Case, policy: Policy, batch: Batch) -> Tensor:
 
 
 def plain_logprobs(logits_XV: Tensor, targets_X: Tensor, policy: Policy) -> Tensor:
-    """log p of the targets, in at least float32."""
+    """Return log p of the targets, computed in at least float32."""
     logits_XV = logits_XV.to(_wide(policy))
     if policy.agent.temperature != 1:
         logits_XV = logits_XV / policy.agent.temperature
@@ -267,7 +284,7 @@ def plain_logprobs(logits_XV: Tensor, targets_X: Tensor, policy: Policy) -> Tens
 
 
 def clipped(case: Case, logprobs: Tensor, old: Tensor | None, advantages: Tensor) -> Tensor:
-    """min(rho A, clip(rho) A) of each token. old None: they are the current ones."""
+    """Return min(rho A, clip(rho) A) of each token. old None: the old log-probs are the current ones."""
     ratio = (logprobs - (logprobs.detach() if old is None else old)).exp()
     bounded = ratio.clamp(1 - case.config.algorithm.clip_low, 1 + case.config.algorithm.clip_high)
     return torch.minimum(ratio * advantages, bounded * advantages)
@@ -277,10 +294,6 @@ def _wide(policy: Policy) -> torch.dtype:
     return torch.promote_types(policy.model.dtype, torch.float32)
 
 
-def _trajectory(sample: Weighed) -> Trajectory:
-    return cast(Trajectory, sample.trajectory)
-
-
-def _tokens(sample: Weighed) -> list[int]:
-    tokens: list[int] = _trajectory(sample).tokens.tolist()
+def _tokens(sample: Sample) -> list[int]:
+    tokens: list[int] = sample.trajectory.tokens.tolist()
     return tokens

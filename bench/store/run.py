@@ -1,10 +1,10 @@
-"""`mgrpo bench store`: what the store takes in and hands out, from 1 to 32 worker processes, with durability on.
+"""`mgrpo bench store`: times how fast 1 to 32 worker processes write to the store and read from it, with durability on.
 
-Each worker does what one does in a run, as fast as it can: it takes as many queries as fill a sampler (96 episodes at
+Each worker does what workers do in a run, as fast as it can: it takes enough queries to fill a sampler (96 episodes at
 once, the default of compute.concurrency) and records their rollouts, with every call, in BATCHES batches, as episodes
 end in clusters. Then as many processes claim groups with their records and ack them. Every commit is forced to the disk
-(SQLite: synchronous = FULL; PostgreSQL: fsync); the server, a throwaway one, shares this machine. Last comes what a
-trainer's step on such groups costs (`trainer.py`).
+(SQLite: synchronous = FULL; PostgreSQL: fsync). The PostgreSQL server is a throwaway one on the same machine. Last
+comes the cost of a trainer's step on such groups (`trainer.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Literal, NamedTuple
 from mgrpo.bench.harness import Result, figure, report, show
 from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
 from mgrpo.engine.run.trajectories import Position
-from mgrpo.engine.store.groups import CallRecord, Publication, RolloutRecord, Store
+from mgrpo.engine.store import CallRecord, Publication, RolloutRecord, Store
 
 AGENTS = ("main", "search")
-ROLLOUTS, SUBS = 8, 2  # K; the sub-agent's calls in each
-QUERIES, BATCHES = 12, 3  # taken at once; in which they are recorded
+ROLLOUTS, SUBS = 8, 2  # K; calls of the sub-agent per rollout
+QUERIES, BATCHES = 12, 3  # queries taken at once; batches in which they are recorded
 TARGETS = {("sqlite", 8): 2000.0, ("postgresql", 8): 5000.0}  # rollouts/s, by workers
 SCALING, SECONDS = (1, 2, 4, 8, 16, 32), 5.0
 QUICK_SCALING, QUICK_SECONDS = (1, 8), 2.0
@@ -36,7 +36,7 @@ Kind = Literal["rollouts", "groups"]
 
 
 class Task(NamedTuple):
-    """What a worker is to do, on which run of which store, from when on and for how long."""
+    """Tell a worker what to do, on which run of which store, from when on and for how long."""
 
     kind: Kind
     url: str
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a worker did: operations, when it ended, and the seconds in the first of its two calls and in the second."""
+    """Hold a worker's operations, the time when it ended, and the seconds spent in the first and the second call."""
 
     operations: int
     ended: float
@@ -55,8 +55,8 @@ class Done(NamedTuple):
 
 
 def main(quick: bool) -> None:
-    """Measures SQLite, PostgreSQL where a server can be started, and a trainer's step, and prints it."""
-    from mgrpo.bench.store import trainer  # here, as all of the workers would load it with this module
+    """Measure SQLite, PostgreSQL if a server can be started, and a trainer's step, and print the results."""
+    from mgrpo.bench.store import trainer  # here, because every worker imports this module
 
     scaling, seconds = (QUICK_SCALING, QUICK_SECONDS) if quick else (SCALING, SECONDS)
     with workers(max(scaling)) as pipes:
@@ -67,6 +67,7 @@ def main(quick: bool) -> None:
 
 
 def postgresql(pipes: Sequence[Connection], scaling: Sequence[int], seconds: float) -> list[Result]:
+    """Measure PostgreSQL, or say why it cannot be measured."""
     if why := why_not():
         return [rollouts_per_second("postgresql", count, None, why) for count in scaling]
     cluster = Cluster()
@@ -79,7 +80,7 @@ def postgresql(pipes: Sequence[Connection], scaling: Sequence[int], seconds: flo
 def measure(
     backend: str, url: str, pipes: Sequence[Connection], scaling: Sequence[int], seconds: float
 ) -> list[Result]:
-    """At each number of workers a new run: rollouts in, then its groups out."""
+    """Make a new run for each number of workers: record rollouts, then claim its groups."""
     results, rows = [], []
     for count in scaling:
         run = begin(url)
@@ -103,13 +104,15 @@ def rollouts_per_second(backend: str, count: int, value: float | None, why: str 
 
 
 def begin(url: str) -> str:
-    """A new run with its first weights published."""
+    """Begin a new run with its first weights published, and return its name."""
     run = uuid.uuid4().hex
     with closing(Store(url, run, password=PASSWORD)) as store:
-        store.begin_run(AGENTS, ROLLOUTS, "")
+        store.roles.begin_run(AGENTS, ROLLOUTS, "")
         for agent in AGENTS:
-            store.hold(f"trainer:{agent}", HOLDER, 3600)
-            store.publish(Publication(agent=agent, step=0, version=0, trained=0, file="", checksum="", size=0), HOLDER)
+            store.roles.hold(f"trainer:{agent}", HOLDER, 3600)
+            store.roles.publish(
+                Publication(agent=agent, step=0, version=0, trained=0, file="", checksum="", size=0), HOLDER
+            )
     return run
 
 
@@ -118,7 +121,7 @@ def begin(url: str) -> str:
 
 @contextmanager
 def workers(count: int) -> Iterator[list[Connection]]:
-    """Processes that are asked through pipes. Started once: that takes longer than a measurement."""
+    """Start processes that are driven through pipes; only once, as that takes longer than a measurement."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(count)]
     processes = [context.Process(target=serve, args=(theirs,), daemon=True) for _, theirs in pipes]
@@ -136,7 +139,7 @@ def workers(count: int) -> Iterator[list[Connection]]:
 
 
 def ask(pipes: Sequence[Connection], task: Task) -> tuple[list[Done], float]:
-    """What each did, and the seconds from when all began until the last had ended."""
+    """Let all workers do a task; return what each did, and the seconds from the start until the last one ended."""
     task = task._replace(begin=time.time() + 0.5)
     for pipe in pipes:
         pipe.send(task)
@@ -145,6 +148,7 @@ def ask(pipes: Sequence[Connection], task: Task) -> tuple[list[Done], float]:
 
 
 def serve(pipe: Connection) -> None:
+    """Do the tasks that come through a pipe, in a worker process."""
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         with closing(Store(task.url, task.run, password=PASSWORD)) as store:
@@ -153,7 +157,7 @@ def serve(pipe: Connection) -> None:
 
 
 def work(store: Store, task: Task) -> Done:
-    """Until the time is over, or there is no group left."""
+    """Work until the time is over, or until there is no group left."""
     count, first, second, once = 0, 0.0, 0.0, sample if task.kind == "rollouts" else train
     while time.time() < task.begin + task.seconds:
         done, *seconds = once(store)
@@ -164,29 +168,29 @@ def work(store: Store, task: Task) -> Done:
 
 
 def sample(store: Store) -> tuple[int, float, float]:
-    """Rollouts taken and recorded, and the seconds of both."""
+    """Take queries and record their rollouts; return their number, and the seconds of both parts."""
     started = time.perf_counter()
-    leases = store.take(f"worker-{os.getpid()}", QUERIES, ahead=1 << 40, total=1 << 40, task_of=str, lease=3600)
+    leases = store.queries.take(f"worker-{os.getpid()}", QUERIES, ahead=1 << 40, total=1 << 40, task_of=str, lease=3600)
     taken, recording = time.perf_counter() - started, 0.0
     keys = [(lease.query, rollout) for lease in leases for rollout in lease.missing]
     for batch in (episodes(keys[first::BATCHES]) for first in range(BATCHES)):
         started = time.perf_counter()
-        store.record(*batch)
+        store.queries.record(*batch)
         recording += time.perf_counter() - started
     return len(keys), taken, recording
 
 
 def train(store: Store) -> tuple[int, float, float]:
-    """Groups claimed and acked, and the seconds of both."""
+    """Claim groups and ack them; return their number, and the seconds of both parts."""
     started = time.perf_counter()
-    groups = store.claim("main", QUERIES, HOLDER).groups
+    groups = store.groups.claim("main", QUERIES, HOLDER).groups
     claimed = time.perf_counter()
-    store.ack("main", [group.query for group in groups], HOLDER)
+    store.groups.ack("main", [group.query for group in groups], HOLDER)
     return len(groups), claimed - started, time.perf_counter() - claimed
 
 
 def episodes(keys: Sequence[tuple[int, int]]) -> tuple[list[RolloutRecord], list[CallRecord]]:
-    """Records of (query, rollout), with numbers as long as real ones."""
+    """Make the records of (query, rollout), with numbers as long as real ones."""
     made = [("main", 0), *(("search", number) for number in range(SUBS))]
     return (
         [RolloutRecord(query, rollout, "scored", True, 0.5, 12.5) for query, rollout in keys],

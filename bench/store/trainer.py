@@ -1,15 +1,15 @@
-"""The part of `mgrpo bench store` about trainers: what a decoupled step costs beside the model, and what a second rank
-brings.
+"""Measure the trainer in `mgrpo bench store`: a decoupled step's cost outside the model, and the gain of a second rank.
 
-*Overhead.* The main agent's trainer as `AgentProcess` runs it, by a SQLite store, on sealed groups of the agent mix
-(`step_case.py`): it claims, weighs, reads, plans and fills, publishes all weights with the probe, and logs. All groups
-are there before, so that nothing is waited for. The model's part is `time/forward_backward`: forwards, backwards and
-the optimizer. A checkpoint, with the ack that follows it, is timed after each step and stands apart: a run saves but
-every so often. Old weights are deleted beside what follows a publication: here beside the checkpoint.
+*Overhead.* The main agent's trainer runs as `AgentProcess` runs it, on a SQLite store with sealed groups of the agent
+mix (`bench/step/case.py`): it claims, weighs, reads, plans and fills, publishes all weights with the probe, and logs.
+All groups exist beforehand, so it never waits for any. The model's part is `time/forward_backward`: forwards, backwards
+and the optimizer. A checkpoint and the ack that follows it are timed after each step and reported separately, because a
+run saves only now and then. Old weights are deleted in the background after a publication: here during the checkpoint.
 
-*Scaling.* That part of the same step alone, by one rank and by two that share its micro-batches, each on one thread.
-Not the same code: a lone rank holds its bf16 weights whole; two hold float32 rows (FSDP2), so that their time includes
-gathering every layer's weights over gloo, in each forward and backward, and summing the gradients.
+*Scaling.* The model's part of the same step is run by one rank and by two that share its micro-batches, each on one
+thread. The code is not the same: a single rank holds its bf16 weights whole, while two ranks hold float32 rows (FSDP2),
+so that their time includes gathering every layer's weights over gloo, in each forward and backward, and summing the
+gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mgrpo.bench.step.models import make_model
 from mgrpo.bench.step.targets import Plan, plan_for
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.store.groups import Group
+from mgrpo.engine.store import Group
 from mgrpo.engine.store.open import open_store
 from mgrpo.engine.system import distributed
 from mgrpo.engine.system.process import RENDEZVOUS, keep_memory
@@ -45,12 +45,12 @@ from mgrpo.engine.training.leader import Leader
 from mgrpo.engine.training.trainer import AgentTrainer
 from mgrpo.engine.types import MAIN
 
-MOST = 3.0  # % of a SmolLM2 step
+MOST = 3.0  # target: % of a SmolLM2 step outside the model
 RANKS = (1, 2)
 
 
 class Parts(NamedTuple):
-    """Seconds of one step. All but the last field add up to it; save, of a checkpoint and the ack, is not in it."""
+    """Hold the seconds of one step, the sum of all fields except save, which is the checkpoint with its ack."""
 
     claim: float
     prepare: float
@@ -61,11 +61,12 @@ class Parts(NamedTuple):
 
     @property
     def step(self) -> float:
+        """Seconds of the step."""
         return sum(self) - self.save
 
     @property
     def overhead(self) -> float:
-        """What is not the model's, in % of the step."""
+        """Time outside the model, in % of the step."""
         return 100 * (1 - self.model / self.step)
 
 
@@ -73,7 +74,7 @@ WORDS = ("claim", "rewards, plan, read and fill", "the model", "publish", "log a
 
 
 def measure(quick: bool) -> list[Result]:
-    """Both, on SmolLM2-135M's architecture, with --quick on a tiny one."""
+    """Measure both, on SmolLM2-135M's architecture, with --quick on a tiny one."""
     plan = plan_for(CPU, quick)
     with tempfile.TemporaryDirectory() as name:
         case = make_case(plan, Path(name))
@@ -84,7 +85,7 @@ def measure(quick: bool) -> list[Result]:
 
 
 def make_case(plan: Plan, folder: Path) -> Case:
-    """Its groups, of a run in that folder."""
+    """Make the groups of a run in that folder."""
     model = make_model(folder / "model", plan.sizes)
     compute = {**plan.compute, "device": "cpu"}
     case = mix(MAIN, model, folder / "trajectories", plan.factor, plan.queries, plan.rollouts, **compute)
@@ -95,7 +96,7 @@ def make_case(plan: Plan, folder: Path) -> Case:
 
 
 def overhead(model: str, steps: Sequence[Parts], most: float | None) -> list[Result]:
-    """The medians over the steps, each for itself. most: % of the step that all but the model may take."""
+    """Return the median over the steps of each part. most: target, in % of the step, for the time outside the model."""
     seconds = [(word, median(values)) for word, values in zip(WORDS, zip(*steps, strict=True), strict=True)]
     share = median(step.overhead for step in steps)
     return [
@@ -106,7 +107,7 @@ def overhead(model: str, steps: Sequence[Parts], most: float | None) -> list[Res
 
 
 def steps_of(case: Case, count: int) -> list[Parts]:
-    """So many steps, after one that warms up."""
+    """Take `count` steps after one that warms up."""
     config = run_of(case, count + 1)
     with Leader(config, case.agent, lambda: False) as leader:
         process = AgentProcess(config, case.agent, leader)
@@ -116,7 +117,7 @@ def steps_of(case: Case, count: int) -> list[Parts]:
 
 
 def run_of(case: Case, steps: int) -> Config:
-    """A decoupled run of the case's agent alone, which may take so many steps on one sampling and does not end."""
+    """Return the config of a decoupled run of one agent, which may take all steps on one sampling and does not end."""
     config, change = case.config, msgspec.structs.replace
     return change(
         config,
@@ -131,16 +132,17 @@ def run_of(case: Case, steps: int) -> Config:
 
 
 def record(config: Config, groups: Sequence[Group]) -> None:
-    """The worker's part: queries for all steps, sealed, each step's with the groups' rollouts and calls."""
+    """Do the worker's part: record queries for all steps, each step's with the groups' rollouts and calls."""
     count = (config.steps - 1) * len(groups)
     with closing(open_store(config)) as store:
-        for lease in store.take("worker", count, ahead=count, total=count, task_of=str, lease=3600):
+        for lease in store.queries.take("worker", count, ahead=count, total=count, task_of=str, lease=3600):
             group, query = groups[lease.query % len(groups)], lease.query
             ended = [replace(rollout, query=query) for rollout in group.rollouts]
-            store.record(ended, [replace(call, query=query) for call in group.calls])
+            store.queries.record(ended, [replace(call, query=query) for call in group.calls])
 
 
 def step_of(process: AgentProcess, step: int) -> Parts:
+    """Take one step and save a checkpoint."""
     started = perf_counter()
     row = process.rl_step(step)
     ended = perf_counter()
@@ -154,7 +156,7 @@ def step_of(process: AgentProcess, step: int) -> Parts:
 
 
 def scaling(model: str, case: Case, count: int) -> list[Result]:
-    """The medians by 1 rank and by 2, and how many times as fast the latter are; None where there are too few cores."""
+    """Return the median times of 1 rank and of 2 ranks, and their ratio; without values if there are too few cores."""
     cores, found = len(os.sched_getaffinity(0)), dict[int, float]()
     why = f"{cores} core for {max(RANKS)} ranks" if cores < max(RANKS) else None
     if not why:
@@ -167,7 +169,7 @@ def scaling(model: str, case: Case, count: int) -> list[Result]:
 
 
 def seconds_of(case: Case, ranks: int, count: int) -> list[float]:
-    """Of rank 0 in so many steps, after one that warms up."""
+    """Return rank 0's seconds in `count` steps, after one that warms up."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(take_part, (ranks, case, count, Path(folder)), nprocs=ranks)
         seconds: list[float] = json.loads((Path(folder) / "seconds.json").read_text())
@@ -175,9 +177,9 @@ def seconds_of(case: Case, ranks: int, count: int) -> list[float]:
 
 
 def take_part(rank: int, ranks: int, case: Case, count: int, folder: Path) -> None:
-    """As one of the ranks that a local run starts."""
-    places = {"RANK": str(rank), "WORLD_SIZE": str(ranks), RENDEZVOUS: f"file://{folder}/meeting"}
-    os.environ.update(LOOPBACK | places)
+    """Run as one of the ranks that a local run starts."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), RENDEZVOUS: f"file://{folder}/meeting"}
+    os.environ.update(LOOPBACK | environment)
     torch.set_num_threads(1)
     keep_memory()
     with distributed.joined(CPU):

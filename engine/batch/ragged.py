@@ -1,14 +1,16 @@
-"""Ragged columns as the packer takes them, whatever library made them: numpy views of where the values lie.
+"""Take ragged columns as they are, whatever library made them: numpy views of where the values lie.
 
-A copy is never made silently. What would need one is refused, with the call that makes it; lists of lists of int are
-the one form that is copied, because they lie nowhere. Offsets, one number for each trajectory, are copied freely.
+A copy is never made silently. A form that would need one is refused, and the error names the call that makes it. Lists
+of lists of int are the one form that is copied, because their values do not lie side by side anywhere. Offsets are
+copied freely: they are one number per trajectory.
 
 Legend: N trajectories of T values in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,27 +22,94 @@ from mgrpo import _packing
 
 Offsets = NDArray[np.int64]
 Flat = tuple[NDArray[Any], Offsets]
-Values = NDArray[Any] | list[NDArray[Any]]  # one array (T,), or one of each trajectory
+Values = NDArray[Any] | list[NDArray[Any]]  # one array (T,), or one array per trajectory
 
+LOGPROBS = ("old_logprobs", "sampler_logprobs", "ref_logprobs")  # by their names in `_packing.fill`
 TAKEN = (
     "a pair (values, offsets) of numpy arrays, a list of numpy arrays or of lists of int, a pyarrow list array, a "
     "jagged torch tensor or an awkward array"
 )
 
 
-def ragged(values: Any, name: str = "values") -> tuple[Values, Offsets]:
-    """Ragged values as (values_T, offsets_N1), not copied: trajectory n is values_T[offsets_N1[n]:offsets_N1[n + 1]].
+@dataclass(frozen=True)
+class Columns:
+    """Hold N trajectories as the packer takes them.
 
-    values is one of:
-    * a tuple (values_T, offsets_N1) of one-dimensional numpy arrays, offsets of any integer dtype, rising;
+    rows_N: how many leading tokens of each trajectory are computed, 0 for one that is left out.
+    """
+
+    tokens_T: Values
+    offsets_N1: Offsets
+    sampled_T: Values
+    rows_N: NDArray[np.int64]
+    advantages_N: NDArray[np.float64]
+    weights_N: NDArray[np.float64]
+    logprobs: dict[str, Values]
+
+
+def columns(tokens: Any, sampled: Any, advantages: Any, weights: Any, logprobs: Mapping[str, Any]) -> Columns:
+    """Return the arguments of `pack` as the packer takes them, without log-probs that are None.
+
+    Raises ValueError if they do not describe the same trajectories.
+    """
+    tokens_T, offsets_N1 = ragged(tokens, "tokens")
+    sampled_T = _like_tokens("sampled", sampled, offsets_N1)
+    rows_N = _packing.trainable_rows(offsets_N1, sampled_T)
+    weights_N = one_each("weights", weights, len(rows_N), np.float64)
+    return Columns(
+        tokens_T,
+        offsets_N1,
+        sampled_T,
+        np.where(weights_N == 0, 0, rows_N),
+        one_each("advantages", advantages, len(rows_N), np.float64),
+        weights_N,
+        {name: _like_tokens(name, values, offsets_N1) for name, values in logprobs.items() if values is not None},
+    )
+
+
+def _like_tokens(name: str, values: Any, offsets_N1: Offsets) -> Values:
+    """Return a column that must have as many entries in each row as tokens has."""
+    column, found_N1 = ragged(values, name)
+    if len(found_N1) != len(offsets_N1):
+        raise ValueError(f"{name}: {len(found_N1) - 1} rows given: expected {len(offsets_N1) - 1}, as tokens has")
+    if (found_N1 != offsets_N1).any():
+        row = int(np.flatnonzero(np.diff(found_N1) != np.diff(offsets_N1))[0])
+        lengths = (int(np.diff(o)[row]) for o in (found_N1, offsets_N1))
+        raise ValueError("{}: row {} has {} entries: expected {}, as tokens has".format(name, row, *lengths))
+    return column
+
+
+def one_each(name: str, values: Any, count: int, dtype: Any = None) -> NDArray[Any]:
+    """Return an array of one number per trajectory. Raises ValueError, naming it, if it has another shape."""
+    found_N = np.asarray(values, dtype)
+    if found_N.shape != (count,):
+        raise ValueError(
+            f"{name}: an array of shape {found_N.shape} given: expected ({count},), one for each trajectory"
+        )
+    return found_N
+
+
+def integers(name: str, values: Any) -> NDArray[np.int64]:
+    """Return a one-dimensional array of int64. Raises ValueError, naming it, for anything else, such as floats."""
+    found = np.asarray(values)
+    if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
+        raise ValueError(f"{name}: {found.dtype} of shape {found.shape} given: expected integers, in one dimension")
+    return found.astype(np.int64)
+
+
+def ragged(values: Any, name: str = "values") -> tuple[Values, Offsets]:
+    """Return ragged values as (values_T, offsets_N1), not copied.
+
+    Trajectory n is values_T[offsets_N1[n]:offsets_N1[n + 1]]. values is one of:
+    * a tuple (values_T, offsets_N1) of one-dimensional numpy arrays, offsets of any integer dtype, not falling;
     * a list of N one-dimensional numpy arrays, which stays a list, as `_packing.fill` takes it;
-    * a list of N lists (or tuples) of int: copied, to int64;
-    * a pyarrow ListArray or LargeListArray of numbers, a slice of one too, or a ChunkedArray of at most one chunk;
+    * a list of N lists (or tuples) of int, which is copied, to int64;
+    * a pyarrow ListArray or LargeListArray of numbers, also a slice of one, or a ChunkedArray of at most one chunk;
     * a nested torch tensor of layout torch.jagged on a CPU, of two dimensions and without holes;
     * an awkward array of type N * var * number that is stored as one run (a ListOffsetArray).
 
-    offsets_N1 is int64 and begins at 0: of a slice, values_T is the part that it shows.
-    Raises ValueError, naming `name`: a null (with its row), what can only be had by a copy, anything else.
+    offsets_N1 is int64 and begins at 0: for a slice, values_T is the part that it shows.
+    Raises ValueError, naming `name`, for a null (with its row), for a form that needs a copy, and for anything else.
     """
     if isinstance(values, tuple):
         return _pair(values, name)
@@ -117,13 +186,13 @@ def _torch(values: Any, name: str) -> Flat:
         raise ValueError(f"{name}: a jagged tensor with holes given: expected one run; contiguous() copies it into one")
     try:
         flat_T = values.values().detach().numpy()
-    except TypeError as error:  # bfloat16, float8
+    except TypeError as error:  # bfloat16 and float8
         raise ValueError(f"{name}: {values.dtype} given: expected a dtype that numpy has") from error
     return _shown(flat_T, values.offsets().numpy(), name)
 
 
 def _awkward(values: Any, name: str) -> Flat:
-    """By the names of awkward's classes, so that it is not imported where it is not used."""
+    """Recognise awkward's classes by their names, so that awkward is not imported where it is not used."""
     outer = _unmasked(values.layout) if hasattr(values, "layout") else values
     layers = [outer]
     if type(outer).__name__ == "ListOffsetArray":
@@ -132,25 +201,25 @@ def _awkward(values: Any, name: str) -> Flat:
     if kind != "ListOffsetArray of NumpyArray":
         raise ValueError(
             f"{name}: awkward's {kind} given: expected a ListOffsetArray of NumpyArray; ak.to_packed copies a "
-            "rearranged array into one, and ak.drop_none leaves out what is missing"
+            "rearranged array into one, and ak.drop_none leaves out missing values"
         )
     return _pair((layers[1].data, outer.offsets.data), name)
 
 
 def _unmasked(layout: Any) -> Any:
-    """awkward's wrapper of what could be missing but is not."""
+    """Unwrap a layout whose values could be missing but are not."""
     return layout.content if type(layout).__name__ == "UnmaskedArray" else layout
 
 
 def _shown(values: NDArray[Any], offsets: NDArray[Any], name: str) -> Flat:
-    """The part of the values that the offsets span."""
+    """Return the part of the values that the offsets span, with offsets from 0."""
     if len(offsets) == 0 or offsets.dtype.kind not in "iu":
         raise ValueError(
             f"{name}: offsets are {_kind(offsets)}: expected integers, one more than there are trajectories"
         )
     offsets_N1 = offsets.astype(np.int64, copy=False)
     if offsets_N1[0] < 0 or offsets_N1[-1] > len(values) or (offsets_N1[1:] < offsets_N1[:-1]).any():
-        raise ValueError(f"{name}: offsets do not rise, or not within 0 to {len(values)}, the number of values")
+        raise ValueError(f"{name}: offsets fall, or leave the range from 0 to {len(values)}, the number of values")
     if offsets_N1[0] == 0:
         return values[: offsets_N1[-1]], offsets_N1
     return values[offsets_N1[0] : offsets_N1[-1]], offsets_N1 - offsets_N1[0]
@@ -161,6 +230,7 @@ def _offsets(lengths: Sequence[int]) -> Offsets:
 
 
 def _kind(given: Any) -> str:
+    """Describe a value for an error message."""
     if isinstance(given, np.ndarray | torch.Tensor):
         where = f" on {given.device}" if isinstance(given, torch.Tensor) else ""
         return f"a {given.dtype} array of shape {tuple(given.shape)}{where}"

@@ -1,30 +1,22 @@
-"""What a config would run, and what a checkpoint is worth: the commands that train nothing."""
+"""Describe what a config would run, without loading a model: a dry run."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mgrpo.engine.batch.advantages import estimator
-from mgrpo.engine.batch.objective import objective
+from mgrpo.engine.batch.advantages import estimator, objective
 from mgrpo.engine.config.schema import AgentConfig, Config, VLLMConfig
+from mgrpo.engine.environment.loader import load_environment
 from mgrpo.engine.model.causal_lm import load_tokenizer, pick_device
-from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.rollout.curriculum import accuracy, eval_jobs, load_tasks
-from mgrpo.engine.rollout.episodes import Episodes, load_environment
-from mgrpo.engine.run.directory import RunDirectory, latest_of
-from mgrpo.engine.system.process import keep_memory
-from mgrpo.engine.training.colocated import restore
+from mgrpo.engine.rollout.curriculum import load_tasks
 from mgrpo.engine.training.launcher import gpus
-from mgrpo.engine.training.leader import read_checkpoint_info
 
 GIB = 2**30
 
 
 def describe(config: Config) -> str:
-    """Processes, devices, work and memory of a run, in plain lines. Raises ValueError for what could not run."""
+    """Describe the processes, devices, work and memory of a run in lines. Raises ValueError if it could not run."""
     environment = load_environment(config.environment)
     objective(config.algorithm)
     estimator(config.algorithm)
@@ -49,28 +41,29 @@ def describe(config: Config) -> str:
 
 
 def processes(config: Config) -> str:
-    """Which processes a run has, and where they compute."""
+    """Return which processes a run has, and where they compute."""
     device = pick_device(config.compute)
-    if config.topology == "colocated":
+    if config.colocated:
         return f"one process, {device}, {torch.get_num_threads()} threads"
-    trainers = [
-        f"trainer of {name}" + (f" ({agent.ranks} ranks)" if agent.ranks > 1 else "")
-        for name, agent in config.agents.items()
-    ]
-    trainers += [f"{servers(agent.vllm)} for {name}" for name, agent in config.agents.items() if agent.vllm]
+    cluster = config.topology == "cluster"
+    parts = [f"trainer of {name}{_ranks(agent, cluster)}" for name, agent in config.agents.items()]
+    parts += [f"{servers(agent.vllm)} for {name}" for name, agent in config.agents.items() if agent.vllm]
     ahead = config.sampling.max_staleness
     pace = f"sampling at most {ahead} steps ahead" if ahead else "on-policy"
-    if config.topology == "cluster":
-        trainers[: len(config.agents)] = [
-            f"trainer of {name} (as many ranks as torchrun starts)" for name in config.agents
-        ]
-        return f"{', '.join(trainers)}, any number of rollout workers; {pace}"
+    if cluster:
+        return f"{', '.join(parts)}, any number of rollout workers; {pace}"
     cards = f"{count} GPUs between them" if (count := len(gpus(config))) else str(device)
-    return f"{', '.join(trainers)}, {config.sampling.workers} x rollout worker, a launcher; {cards}; {pace}"
+    return f"{', '.join(parts)}, {config.sampling.workers} x rollout worker, a launcher; {cards}; {pace}"
+
+
+def _ranks(agent: AgentConfig, cluster: bool) -> str:
+    if cluster:
+        return " (as many ranks as torchrun starts)"
+    return f" ({agent.ranks} ranks)" if agent.ranks > 1 else ""
 
 
 def servers(vllm: VLLMConfig) -> str:
-    """An agent's servers, in words."""
+    """Return an agent's servers in words."""
     if vllm.urls:
         return f"vLLM at {' and '.join(vllm.urls)}"
     size = vllm.tensor_parallel * vllm.data_parallel
@@ -78,9 +71,12 @@ def servers(vllm: VLLMConfig) -> str:
 
 
 def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
-    """sizes: of each agent, as `memory`. A worker holds weights and cache of every agent that no server samples, a
-    trainer its own agent's. What vLLM servers take, most of their GPUs unless told otherwise, is not in it."""
-    if config.topology == "colocated":
+    """Return the memory that each process needs, in words. sizes: what `memory` returns, of each agent.
+
+    A worker holds the weights and the cache of every agent that no server samples, a trainer those of its own agent.
+    The memory of vLLM servers, by default most of their GPUs, is not included.
+    """
+    if config.colocated:
         return f"about {sum(map(sum, sizes.values())):.1f} GiB"
     trainers = {name: weights + optimizer for name, (weights, optimizer, _) in sizes.items()}
     held = [sizes[name] for name, agent in config.agents.items() if agent.vllm is None]
@@ -93,7 +89,7 @@ def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
 
 
 def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
-    """GiB of an agent's model, of its fp32 master weights, gradients and moments, and of a full key-value cache."""
+    """Return the GiB of an agent's weights, of its masters, gradients and moments, and of a full key-value cache."""
     model_config = AutoConfig.from_pretrained(agent.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
@@ -104,37 +100,3 @@ def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
     masters = 16 if width < 4 else 12
     cache = config.compute.concurrency * agent.max_context * per_token
     return parameters * width / GIB, parameters * masters / GIB, cache / GIB
-
-
-def evaluate(config: Config, checkpoint: Path) -> str:
-    """Held-out accuracy of a checkpoint, or of the last one of each agent of a decoupled run. In a sentence."""
-    keep_memory()
-    if not checkpoint.is_dir():
-        raise ValueError(f"--checkpoint: {checkpoint} is no directory, expected one of a run's checkpoints/")
-    environment = load_environment(config.environment)
-    policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
-    told = _restore(policies, checkpoint)
-    samplers = {name: policy.sampler() for name, policy in policies.items()}
-    jobs = eval_jobs(load_tasks(environment, "held_out"), config)
-    row = accuracy(Episodes(config, environment, dict(samplers)).run(jobs))
-    return (
-        f"{checkpoint}: {told}: held-out accuracy {row['eval/held_out_accuracy']:.1%} "
-        f"(95 % interval {row['eval/low']:.1%} to {row['eval/high']:.1%}) on {row['eval/questions']} questions, "
-        f"{row['eval/failed']} of them failed or unscored"
-    )
-
-
-def _restore(policies: dict[str, Policy], checkpoint: Path) -> str:
-    """Says what was loaded."""
-    if not (checkpoint / "agents").is_dir():
-        stage, step = restore(policies, RunDirectory.open_checkpoint(checkpoint))
-        return f"{stage} step {step}"
-    told = []
-    for name, policy in policies.items():
-        folder = latest_of(checkpoint / "agents" / name / "checkpoints")
-        if folder is None:
-            raise ValueError(f"--checkpoint: {checkpoint} given: expected a checkpoint of agent {name!r} in it")
-        saved = read_checkpoint_info(folder)
-        policy.load_state(folder / name)
-        told.append(f"{name} {saved.stage} step {saved.step}")
-    return ", ".join(told)

@@ -1,4 +1,4 @@
-"""The `mgrpo` command."""
+"""Define the `mgrpo` command. Each subcommand imports what it needs when it runs, because torch takes seconds."""
 
 from __future__ import annotations
 
@@ -6,59 +6,91 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
+import mgrpo
 from mgrpo.engine.config.schema import Config, load_config, read_dump
 
+if TYPE_CHECKING:
+    from mgrpo.engine.report.display import Display
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-agent LLM systems by M-GRPO.")
-store = typer.Typer(no_args_is_help=True, help="Make a run's store, look into it, clean up after it.")
-app.add_typer(store, name="store")
+store_app = typer.Typer(no_args_is_help=True, help="Create a run's store, inspect it and clean it up.")
+app.add_typer(store_app, name="store")
 
 File = Annotated[Path, typer.Argument(help="the run's TOML file")]
 Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/; of a decoupled run, its run_dir")]
 Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
 
+BENCHES = {  # they are no part of the engine, which must not import them otherwise
+    "kernels": "mgrpo.bench.kernels.run",
+    "packing": "mgrpo.bench.packing.run",
+    "step": "mgrpo.bench.step.run",
+    "store": "mgrpo.bench.store.run",
+    "rollout": "mgrpo.bench.rollout",
+}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mgrpo {mgrpo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train multi-agent LLM systems by M-GRPO."""
+
 
 @app.command()
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
-    """Train the agents of FILE. With --resume, go on where the run in its run_dir was stopped."""
+    """Train the agents of FILE. With --resume, continue the run in its run_dir where it was stopped."""
     config = load_config(file, overrides)  # before the imports below, which take seconds
     from mgrpo.engine.report.display import make_display
     from mgrpo.engine.system.process import Interrupted
 
-    launcher = _launcher(config, file)
-    display = make_display(list(config.agents), decoupled=config.topology == "local")
+    run = _trainer_of(config, file)
+    display = make_display(list(config.agents), decoupled=not config.colocated)
     try:
-        launcher.train(config, resume, display)
+        run(config, resume, display)
     except Interrupted as stop:
         display.say(str(stop))
         raise typer.Exit(130) from None
     finally:
         display.close()
-    from mgrpo.engine.report import summary as report
+    from mgrpo.engine.report.summary import summary
 
-    print(report.summary(Path(config.run_dir)))
+    print(summary(Path(config.run_dir)))
 
 
-def _launcher(config: Config, file: Path) -> Any:
-    """The module whose `train` runs the topology."""
+def _trainer_of(config: Config, file: Path) -> Callable[[Config, bool, Display], None]:
+    """Return the function that trains in the config's topology. Raises ValueError for a cluster, with its commands."""
+    if config.colocated:
+        from mgrpo.engine.training import colocated
+
+        return colocated.train
+    from mgrpo.engine.training import launcher
+
     if config.topology == "cluster":
-        from mgrpo.engine.training.launcher import cluster_commands
-
-        raise ValueError(f"topology: 'cluster' is started by its parts:\n{cluster_commands(config, file)}")
-    return import_module(f"mgrpo.engine.training.{'launcher' if config.topology == 'local' else 'colocated'}")
+        raise ValueError(f"topology: 'cluster' is started by its parts:\n{launcher.cluster_commands(config, file)}")
+    return launcher.train
 
 
 @app.command()
 def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides = []) -> None:  # noqa: B006
-    """Train one agent of FILE beside the others; under torchrun, one of its ranks."""
+    """Train one agent of FILE beside the others; under torchrun, run one of its ranks."""
     config = _decoupled(file, overrides)
     if name not in config.agents:
         raise ValueError(f"--name: {name!r} given: expected one of the agents {list(config.agents)}")
@@ -74,7 +106,7 @@ def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides
 
 @app.command()
 def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # noqa: B006
-    """Sample episodes for the agents of FILE, on any number of machines. --name: no two may have the same."""
+    """Sample episodes for the agents of FILE, on any number of machines. --name: unique among the run's workers."""
     config = _decoupled(file, overrides)
     from mgrpo.engine.rollout.worker import Worker
     from mgrpo.engine.store.open import begin, open_store
@@ -83,14 +115,14 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
     with closing(open_store(config)) as store, ctrl_c() as stop:
         begin(store, config)
         Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
-        if stop():  # not done: who started it may want to know
+        if stop():  # the run is not finished: tell whoever started the worker
             raise typer.Exit(130)
 
 
 def _decoupled(file: Path, overrides: list[str]) -> Config:
-    """FILE, or the JSON that a launcher made of it."""
+    """Load FILE, or the JSON that a launcher made of it. Raises ValueError if the agents have no processes."""
     config = read_dump(file.read_text()) if file.name == "config.json" else load_config(file, overrides)
-    if config.topology == "colocated":
+    if config.colocated:
         raise ValueError("topology: 'colocated' given: expected 'local' or 'cluster', where agents have processes")
     return config
 
@@ -99,42 +131,41 @@ def _decoupled(file: Path, overrides: list[str]) -> Config:
 def evaluate(file: File, checkpoint: Checkpoint, overrides: Overrides = []) -> None:  # noqa: B006
     """Measure the held-out accuracy of a checkpoint of FILE's agents."""
     config = load_config(file, overrides)
-    from mgrpo.engine.cli import check
+    from mgrpo.engine.cli.evaluate import evaluate
 
-    print(check.evaluate(config, checkpoint))
+    print(evaluate(config, checkpoint))
 
 
 @app.command()
 def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
     """Summarise a run directory, redraw its figure and show whole episodes side by side."""
-    from mgrpo.engine.report import summary as report
+    from mgrpo.engine.report import summary
 
-    console = Console()
-    report.show_episodes(run, console, episodes, query)
-    print(report.summary(run))
-    print(f"figure: {report.draw(run)}")
+    summary.show_episodes(run, Console(), episodes, query)
+    print(summary.summary(run))
+    print(f"figure: {summary.draw(run)}")
 
 
 @app.command()
 def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate FILE and say what would run: processes, devices, memory. Loads nothing big."""
+    """Validate FILE and describe what would run: processes, devices, memory. Loads no model."""
     config = load_config(file, overrides)
-    from mgrpo.engine.cli import check
+    from mgrpo.engine.cli.check import describe
 
-    print(check.describe(config))
+    print(describe(config))
 
 
 @app.command()
 def bench(name: Literal["kernels", "packing", "step", "store", "rollout"], quick: bool = False) -> None:
-    """Measure a part: tables, then one line of JSON. --quick: in a minute."""
-    import_module(f"mgrpo.bench.{name}" if name == "rollout" else f"mgrpo.bench.{name}.run").main(quick)
+    """Measure one part: print tables, then one line of JSON. --quick: within a minute."""
+    import_module(BENCHES[name]).main(quick)
 
 
 @app.command()
 def simulate(
     file: File,
-    gpus: Annotated[str, typer.Option(help="numbers between commas, or FIRST..LAST by doubling")] = "64..4096",
-    workload: Annotated[Path | None, typer.Option(help="a TOML file, or a run to measure; else FILE's run")] = None,
+    gpus: Annotated[str, typer.Option(help="numbers separated by commas, or FIRST..LAST by doubling")] = "64..4096",
+    workload: Annotated[Path | None, typer.Option(help="a TOML file, or a run to measure; default: FILE's run")] = None,
     steps: Annotated[int, typer.Option(help="rl steps to simulate")] = 30,
     figure: Path = Path("simulation.png"),
     overrides: Overrides = [],  # noqa: B006
@@ -174,40 +205,40 @@ def serve(
     )
 
 
-@store.command()
+@store_app.command()
 def init(file: File) -> None:
-    """Make the tables and the run of FILE: on a cluster, before anything else."""
-    from mgrpo.engine.store import open as ledger
+    """Create the tables and the run of FILE: on a cluster, before anything else."""
+    from mgrpo.engine.cli import store
 
-    print(ledger.init(file))
+    print(store.init(file))
 
 
-@store.command()
+@store_app.command()
 def status(target: Target) -> None:
-    """Where the groups of each run stand, who holds what, and whether the books balance."""
-    from mgrpo.engine.store import open as ledger
+    """Show the states of each run's groups, who holds what, and violated invariants."""
+    from mgrpo.engine.cli import store
 
-    print(ledger.status(target))
+    print(store.status(target))
 
 
-@store.command()
+@store_app.command()
 def dump(target: Target) -> None:
-    """Print every row, a line of JSON each."""
-    from mgrpo.engine.store import open as ledger
+    """Print every row as a line of JSON."""
+    from mgrpo.engine.cli import store
 
-    ledger.dump(target)
+    store.dump(target)
 
 
-@store.command()
+@store_app.command()
 def gc(target: Target, run_dir: Path | None = None) -> None:
-    """Delete the trajectory files that every agent has finished with, of a run that stands still."""
-    from mgrpo.engine.store import open as ledger
+    """Delete the trajectory files that every agent has finished with, of a run that is not alive."""
+    from mgrpo.engine.cli import store
 
-    print(ledger.collect(target, run_dir))
+    print(store.collect(target, run_dir))
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr, not a traceback."""
+    """Run the command; a user's mistake becomes one line on stderr instead of a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app()

@@ -1,6 +1,6 @@
-"""Strict reading of sections: a dictionary becomes a frozen structure, or a `ValueError` says what is wrong with it.
+"""Read sections strictly: a dictionary becomes a frozen structure, or a `ValueError` says what is wrong with it.
 
-The error names the key, the value that was given and what was expected. It knows no key of ours.
+The error names the key, the given value and what was expected. This module knows none of the keys itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ Section = TypeVar("Section", bound=msgspec.Struct)
 
 
 def convert(raw: Any, schema: type[Section], prefix: str) -> Section:
-    """The section that `raw` holds. prefix: of its keys, in errors; "" for the whole file."""
+    """Return the section that `raw` holds.
+
+    prefix: what errors put before the keys; "" for the whole file. Raises ValueError for a wrong key or value.
+    """
     try:
         return msgspec.convert(raw, schema)
     except msgspec.ValidationError as error:
@@ -24,7 +27,10 @@ def convert(raw: Any, schema: type[Section], prefix: str) -> Section:
 
 
 def check_plain(value: Any, key: str) -> None:
-    """TOML has infinities, NaN and dates; the run's own copy of its config, JSON, has not."""
+    """Refuse infinities, NaN and dates, which TOML has, but not JSON, the format of the run's copy of its config.
+
+    Raises ValueError naming the key.
+    """
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, part in inner:
         check_plain(part, f"{key}.{name}" if key else str(name))
@@ -35,10 +41,13 @@ def check_plain(value: Any, key: str) -> None:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Sets `key.path=value`, the value as TOML has it; a bare word is a string."""
+    """Set `key.path=value`, where the value is written as in TOML; a bare word is a string.
+
+    Raises ValueError if the override has another form.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set: {override!r} given, expected KEY=VALUE as in agents.main.lr=1e-6")
+        raise ValueError(f"--set: {override!r} given, expected KEY=VALUE such as agents.main.lr=1e-6")
     *parents, last = key.split(".")
     for parent in parents:
         raw = raw.setdefault(parent, {})
@@ -55,7 +64,7 @@ def _value(text: str) -> Any:
 
 
 def _explain(message: str, raw: Any, schema: type[msgspec.Struct], prefix: str) -> str:
-    """msgspec says where and what was expected; add the value that was given, or the keys there are."""
+    """Extend msgspec's message, which says where and what was expected, by the given value or the known keys."""
     expected, _, where = message.partition(" - at `$")
     path = re.findall(r"\w+", where)
     value = raw
@@ -73,7 +82,7 @@ def _explain(message: str, raw: Any, schema: type[msgspec.Struct], prefix: str) 
 
 
 def _type(schema: Any, path: list[str]) -> Any:
-    """The type of a key of a section."""
+    """Return the type of a key of a section."""
     for part in path:
         schema = next(field.type for field in msgspec.structs.fields(schema) if field.name == part)
         schema = next(

@@ -1,7 +1,8 @@
-"""What of a run's configuration may change when it goes on, or differ between its processes.
+"""Check that a run is resumed, or joined by another process, with the configuration that it was begun with.
 
-Two uses of one rule: a run directory holds the config it was begun with, so that a key can be named; the store holds a
-fingerprint, as its processes may see neither the same files nor the store by the same URL.
+One rule says which keys must stay the same, and it is checked in two places. A run directory holds a copy of the
+config, so the key that differs can be named. The store only holds a fingerprint, because the processes of a run may
+reach the store by different URLs and see different files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ MAY_CHANGE_WITHIN = re.compile(r"agents\.\w+\.ranks|store\.(lease|tls|password_f
 
 
 def check_unchanged(before: Config, now: Config) -> None:
-    """A run goes on as it began, but for how long, where and by how many. Raises ValueError naming the key."""
+    """Check that a resumed run keeps its config, except for its length, its place and its number of processes.
+
+    Raises ValueError naming the key.
+    """
     old, new = _fixed(before), _fixed(now)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -29,18 +33,18 @@ def check_unchanged(before: Config, now: Config) -> None:
                 f"resume: {key}: {new.get(key)!r} given: expected {old.get(key)!r}, as the run was begun with "
                 f"(only {', '.join(MAY_CHANGE)} and numbers of ranks may change)"
             )
-    if list(before.agents) != list(now.agents):  # their places seed what they draw
+    if list(before.agents) != list(now.agents):  # an agent's place in the order seeds its random numbers
         raise ValueError(f"resume: agents: {list(now.agents)} given: expected the order {list(before.agents)}")
 
 
 def fingerprint(config: Config) -> str:
-    """Of all that must be the same for every process of a run: 16 bytes of blake2b in hex."""
+    """Return a hash of all keys that every process of a run must share: 16 bytes of blake2b in hex."""
     shared = {key: value for key, value in _fixed(config).items() if not key.startswith(("store.", "run_dir"))}
     return hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fixed(config: Config) -> dict[str, Any]:
-    """Every key that may not change, by its full name."""
+    """Return every key that may not change, by its full name."""
     flat = _flat(msgspec.to_builtins(config))
     in_store = {"run_dir's name in store.url": Path(config.run_dir).name} if config.store.url else {}
     return in_store | {

@@ -1,7 +1,10 @@
-"""A run's configuration: one TOML file, read strictly.
+"""Define a run's configuration: one TOML file, read strictly.
 
-Every key has its type, bounds and default here. An unknown key, a wrong type or a value out of bounds is a `ValueError`
-that names the key, the value and what was expected. Relative paths are relative to the working directory.
+Every key has its type, its bounds, its default and its meaning here. An unknown key, a wrong type or a value out of
+bounds is a `ValueError` that names the key, the value and what was expected. Relative paths are relative to the working
+directory.
+
+The comment behind a field, or directly above it, is its meaning on the page docs/config.md.
 """
 
 from __future__ import annotations
@@ -25,168 +28,205 @@ Whole = Annotated[int, Meta(ge=0)]
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections: immutable, and no key passes unnoticed."""
+    """Make a section immutable and refuse unknown keys; the base of all sections."""
 
 
 class EnvironmentConfig(Frozen):
-    """The user's Environment class and what it is constructed with."""
+    """Name the user's Environment class and the arguments it is constructed with."""
 
-    use: str  # "file.py:Class", or "package.module:Class"
-    options: dict[str, Any] = {}
+    use: str  # the class, as "file.py:Class" or "package.module:Class"
+    options: dict[str, Any] = {}  # keyword arguments for the class
 
 
 class VLLMConfig(Frozen):
-    """vLLM servers that sample an agent, in place of the rollout workers themselves. Topologies local and cluster.
+    """Sample an agent on vLLM servers instead of in the rollout workers (topologies local and cluster).
 
-    Its trainer puts new weights into them while they sample: turns that run go on with the new ones, whatever
-    sampling.switch says. Which versions had a part in a call is recorded, and algorithm.sampler_cap must be set.
+    The agent's trainer writes new weights into the servers while they sample: running turns continue with the new
+    weights, whatever sampling.switch says. The versions that took part in a call are recorded, and
+    algorithm.sampler_cap must be set.
     """
 
-    urls: list[Annotated[str, Meta(pattern=r"^https?://[^/@]+$")]] = []  # that run already; none: `local` starts them
-    servers: Count = 1  # that `local` starts
+    # URLs of servers that already run; empty: topology "local" starts the servers itself
+    urls: list[Annotated[str, Meta(pattern=r"^https?://[^/@]+$")]] = []
+    servers: Count = 1  # number of servers that topology "local" starts
     tensor_parallel: Count = 1  # GPUs that share the weights of one server
     data_parallel: Count = 1  # copies of the weights in one server
-    gpus: list[str] = []  # of all its servers together, as CUDA_VISIBLE_DEVICES names them; none: dealt like others
-    arguments: list[str] = []  # more for `vllm serve`
-    transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"  # how weights get there; auto: by the GPUs, with urls tcp
-    timeout: Positive = 120.0  # seconds without a token, whatever it was asked, after which a server hangs
-    patience: Positive = 600.0  # seconds that none may be there, as when they start
+    gpus: list[
+        str
+    ] = []  # GPUs for all servers of this agent, as in CUDA_VISIBLE_DEVICES; empty: assigned automatically
+    arguments: list[str] = []  # more arguments for `vllm serve`
+    # how new weights reach the servers; "auto": chosen by where the GPUs are, and "tcp" for servers given by urls
+    transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"
+    timeout: Positive = 120.0  # seconds without a token, with turns running, after which a server counts as hung
+    patience: Positive = 600.0  # seconds to wait while no server is available, for example during startup
 
 
 class AgentConfig(Frozen):
-    """One agent: its weights, how it samples, how it is optimised."""
+    """Describe one agent: its weights, how it samples and how it is optimised."""
 
-    model: str  # a directory with a transformers causal LM and its tokenizer
-    train: bool = True  # false: frozen in the rl stage
-    ranks: Count = 1  # processes that train it together where each agent has its own (topology local); torchrun counts
-    # sampling
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    stop: list[Annotated[str, Meta(min_length=1)]] = []  # an action also ends at the tokenizer's end-of-sequence token
-    max_new_tokens: Count = 64  # per turn
-    max_turns: Count = 8
-    max_context: Annotated[int, Meta(ge=2)] = 1024  # tokens of one call, prompt included
-    vllm: VLLMConfig | None = None  # the servers that sample it; absent: the rollout workers do
-    # optimisation
-    lr: Positive = 1e-6
-    weight_decay: NonNegative = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    grad_clip: Positive = 1.0  # largest norm of the gradient
-    lr_warmup_steps: Whole = 0  # steps of linear rise
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the rise, to zero when all steps are done
+    model: str  # directory with a transformers causal LM and its tokenizer
+    train: bool = True  # whether the rl stage trains the agent; false: its weights stay as they are
+    ranks: Count = 1  # processes that train the agent together with topology "local"; elsewhere torchrun decides
+    temperature: Positive = 1.0  # sampling temperature, also that of all log-probs in training
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0  # sample among the likeliest tokens with this total probability
+    # strings that end an action; the tokenizer's end-of-sequence token always does
+    stop: list[Annotated[str, Meta(min_length=1)]] = []
+    max_new_tokens: Count = 64  # largest number of tokens sampled in one turn
+    max_turns: Count = 8  # largest number of turns in one call
+    max_context: Annotated[int, Meta(ge=2)] = 1024  # largest number of tokens in one call, including the prompt
+    vllm: VLLMConfig | None = None  # servers that sample the agent; absent: the rollout workers sample it themselves
+    lr: Positive = 1e-6  # learning rate of AdamW, after the warm-up of lr_warmup_steps
+    weight_decay: NonNegative = 0.0  # weight decay of AdamW
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    grad_clip: Positive = 1.0  # largest norm of the gradient; longer gradients are scaled down
+    lr_warmup_steps: Whole = 0  # number of rl steps in which the learning rate rises linearly to lr
+    # what the learning rate does after that: stay, or fall to zero until the last step
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
 
 class AlgorithmConfig(Frozen):
-    """M-GRPO (arXiv 2511.13288): groups, alignment, advantages and the objective."""
+    """Set M-GRPO's groups, alignment, advantages and objective (arXiv 2511.13288)."""
 
-    rollouts: Annotated[int, Meta(ge=2)] = 8  # K, per query
-    aligned_calls: Count = 4  # D, per rollout and sub-agent
-    alignment: Literal["sampled", "expected", "none"] = "sampled"  # none: every call once, however many a rollout made
+    rollouts: Annotated[int, Meta(ge=2)] = 8  # rollouts of each query (K in the paper)
+    aligned_calls: Count = 4  # calls that each sub-agent counts with in a rollout (D in the paper)
+    # how a rollout's calls are weighted to aligned_calls: by random copies, by their expected number of copies, or not
+    # at all ("none": every call counts once)
+    alignment: Literal["sampled", "expected", "none"] = "sampled"
+    # what is subtracted from a reward: the group's mean, the mean of the group's other members, or the group's median
     baseline: Literal["mean", "leave_one_out", "median"] = "mean"
-    scale: Literal["std", "none"] = "std"
-    std_eps: Positive = 1e-6
-    advantage: str = ""  # else "file.py:function" of yours: (rewards, groups' bounds, weights[, origin]) -> advantages
+    scale: Literal["std", "none"] = "std"  # whether advantages are divided by the group's standard deviation
+    std_eps: Positive = 1e-6  # standard deviation of rewards below which all advantages of a group are 0
+    # your own estimator in place of baseline and scale, as "file.py:function" or "package.module:function": it maps
+    # (rewards, the groups' bounds, weights[, origin]) to advantages
+    advantage: str = ""
+    # what a trajectory's summed loss is divided by: its own action tokens, all action tokens of the batch, or
+    # length_constant
     length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
-    length_constant: Positive = 64.0  # action tokens; the divisor of length_norm = "constant"
+    length_constant: Positive = 64.0  # the divisor of length_norm = "constant", in action tokens
+    # importance ratio: of each token, of the sequence (the geometric mean, GSPO), or of the trajectory (the product)
     importance: Literal["token", "sequence", "trajectory"] = "token"
-    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.28
+    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2  # the ratio is clipped below at 1 - clip_low
+    clip_high: Positive = 0.28  # the ratio is clipped above at 1 + clip_high
+    # for a negative advantage A the objective is at least dual_clip * A (arXiv 1912.09729); absent: no such bound
     dual_clip: Annotated[float, Meta(gt=1)] | None = None
-    kl_coef: NonNegative = 0.0  # against the weights the rl stage began with
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: NonNegative = 0.0
-    sampler_cap: Positive | None = None  # truncated importance weight; null: sampler and trainer are taken as equal
+    kl_coef: NonNegative = 0.0  # weight of the KL penalty against the weights that the rl stage began with
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of the KL penalty
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+    # cap of the truncated importance weight that corrects for differences between sampler and trainer; absent: the two
+    # are taken as equal
+    sampler_cap: Positive | None = None
     epochs: Count = 1  # optimizer steps on each batch
-    objective: str = ""  # else "file.py:function" of yours: (rows, settings) -> loss terms, see mgrpo.kernels.Objective
+    # your own loss terms, as "file.py:function" or "package.module:function": it maps (rows, settings) to loss terms,
+    # see `mgrpo.kernels.Objective`
+    objective: str = ""
 
 
 class RewardConfig(Frozen):
-    """Weights of the reward's parts; an invalid format earns 0 (Eqs. 4-5 of the paper)."""
+    """Weight the parts of the reward; an invalid format earns 0 (Eqs. 4-5 of the paper)."""
 
-    main_format: float = 0.1
-    main_correct: float = 0.9
-    sub_format: float = 0.1
-    sub_correct: float = 0.4
-    sub_expert: float = 0.5
-    timeout: Positive = 60.0  # seconds a judge may take before the rollout stays unscored
+    main_format: float = 0.1  # of the main agent: weight of its valid format
+    main_correct: float = 0.9  # of the main agent: weight of its correctness
+    sub_format: float = 0.1  # of a sub-agent: weight of its valid format
+    sub_correct: float = 0.4  # of a sub-agent: weight of the main agent's correctness
+    sub_expert: float = 0.5  # of a sub-agent: weight of the judge's score of its call
+    timeout: Positive = 60.0  # seconds a judge may take before the rollout is left unscored
 
 
 class WarmupConfig(Frozen):
-    """Supervised stage on scripted episodes, before rl."""
+    """Set the supervised stage on scripted episodes, before the rl stage."""
 
-    steps: Whole = 0
-    episodes: Count = 16  # per step
-    lr: Positive = 1e-4
+    steps: Whole = 0  # optimizer steps of the warm-up; 0: no warm-up
+    episodes: Count = 16  # scripted episodes per step
+    lr: Positive = 1e-4  # learning rate of the warm-up
 
 
 class EvalConfig(Frozen):
-    """Evaluation on held-out tasks, with greedy decoding."""
+    """Set the evaluation on held-out tasks, with greedy decoding."""
 
-    every: Whole = 0  # rl steps; 0: at the start and the end of the rl stage only
-    questions: Count = 200
+    every: Whole = 0  # number of rl steps between evaluations; 0: only at the start and the end of the rl stage
+    questions: Count = 200  # largest number of held-out tasks in one evaluation
 
 
 class CheckpointConfig(Frozen):
-    """How often to save, and how many to keep."""
+    """Set how often checkpoints are saved and how many are kept."""
 
-    every: Count = 10  # steps of a stage; each stage's last step is always saved
-    keep: Count = 2
+    every: Count = 10  # steps between checkpoints; the last step of each stage is always saved
+    keep: Count = 2  # newest checkpoints to keep; older ones are deleted
 
 
 class StoreConfig(Frozen):
-    """Where the minimal statistics cross."""
+    """Say where the shared store and the run's files are."""
 
-    url: str = ""  # "": sqlite:///<run_dir>/store.db; postgresql://user@host/database for agents on several machines
-    files: str = ""  # "": run_dir; where weights and trajectories lie, of this run alone: a path or s3://bucket/run
-    password_file: str = ""  # else the environment's MGRPO_STORE_PASSWORD; never in the url
-    tls: Literal["auto", "require", "off"] = "auto"  # auto: require for a host that is not this machine
-    lease: Positive = 60.0  # seconds without a sign of life after which another may take over
+    # where the store is, such as postgresql://user@host/database for agents on several machines; empty: a SQLite file
+    # in run_dir
+    url: str = ""
+    # where the weights and trajectories of this run, and of no other, are written: a path or s3://bucket/run; empty:
+    # run_dir
+    files: str = ""
+    # file with the store's password; empty: the environment variable MGRPO_STORE_PASSWORD. The url must not hold it
+    password_file: str = ""
+    tls: Literal["auto", "require", "off"] = "auto"  # "auto": require TLS unless the store is on this machine
+    lease: Positive = 60.0  # seconds without a sign of life after which another process may take over
 
 
 class SamplingConfig(Frozen):
-    """Rollout processes beside the trainers (topologies local and cluster)."""
+    """Set the rollout workers beside the trainers (topologies local and cluster)."""
 
-    workers: Count = 1  # that `local` starts
-    max_staleness: Whole = 0  # steps by which sampling may run ahead of the slowest trained agent; 0: on-policy
-    switch: Literal["episode", "turn"] = "episode"  # running episodes keep their weights, or change between turns
-    timeout: Positive = 600.0  # seconds after which a query goes on with the rollouts it has, at least 2
-    refill_zero_std: bool = False  # dynamic sampling: groups without any advantage do not count for a step
+    workers: Count = 1  # rollout workers; topology "local" starts them
+    # number of rl steps by which sampling may run ahead of the slowest trained agent; 0: strictly on-policy
+    max_staleness: Whole = 0
+    # when new weights are loaded: between episodes, or also between the turns of running episodes
+    switch: Literal["episode", "turn"] = "episode"
+    # seconds after which an episode is given up, and a query goes on with the rollouts that it has, if at least 2
+    timeout: Positive = 600.0
+    # dynamic sampling: replace groups in which no advantage differs from 0, instead of counting them for a step
+    refill_zero_std: bool = False
     probe_every: Whole = 1  # published versions between checks of the sampler's log-probs; 0: never
-    max_gap: Positive = 0.1  # nats between trainer and sampler, mean over the probe; bf16 rounding alone can make 0.03
-    keep_trajectories: bool = True  # false: files go when all that is in them has been trained on
+    # largest mean difference in nats between the log-probs of trainer and sampler in such a check; rounding to bf16
+    # alone can cause 0.03
+    max_gap: Positive = 0.1
+    keep_trajectories: bool = True  # false: delete trajectory files once every agent has finished with them
 
 
 class ComputeConfig(Frozen):
-    """Numbers and memory."""
+    """Set the device, number formats and the use of memory."""
 
-    device: str = "auto"  # "auto": cuda where there is one, else cpu
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward and backward; master weights are float32
-    max_tokens: Count = 4096  # of one micro-batch
-    activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the decoder layers; on a GPU only
-    concurrency: Count = 96  # calls of one agent that are sampled together
+    device: str = "auto"  # torch device to compute on; "auto": cuda if there is a GPU, otherwise cpu
+    # type of the forward and backward pass; the optimizer's master weights are always float32
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_tokens: Count = 4096  # largest number of tokens in one micro-batch
+    activation_checkpointing: bool = False  # compute activations again in the backward pass, to save memory
+    compile: bool = False  # apply torch.compile to the decoder layers; on a GPU only
+    concurrency: Count = 96  # largest number of calls of one agent that are sampled together
 
 
 class Config(Frozen):
-    """The whole file."""
+    """Hold the whole file."""
 
-    run_dir: str
-    environment: EnvironmentConfig
-    agents: dict[str, AgentConfig]
+    run_dir: str  # directory of the run's checkpoints, metrics, logs and figures
+    environment: EnvironmentConfig  # the user's environment
+    agents: dict[str, AgentConfig]  # the agents by name; one must be called "main", all others are its sub-agents
+    # which processes a run has: one for everything; trainers and rollout workers on this machine; or the same on
+    # several machines
     topology: Literal["colocated", "local", "cluster"] = "colocated"
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
-    deterministic: bool = False  # slower kernels where needed; the same run twice gives the same bits
-    steps: Whole = 20  # of the rl stage
-    queries_per_step: Count = 8
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    reward: RewardConfig = RewardConfig()
-    warmup: WarmupConfig = WarmupConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    compute: ComputeConfig = ComputeConfig()
-    store: StoreConfig = StoreConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    restarts: Whole = 3  # of each process of a local run, within the run, before it is given up
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # seed of all random numbers
+    deterministic: bool = False  # make two runs agree to the last bit, with slower kernels where that is necessary
+    steps: Whole = 20  # steps of the rl stage
+    queries_per_step: Count = 8  # number of queries, and so of groups of each agent, per rl step
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # groups, advantages and objective
+    reward: RewardConfig = RewardConfig()  # weights of the reward's parts
+    warmup: WarmupConfig = WarmupConfig()  # the supervised stage before the rl stage
+    eval: EvalConfig = EvalConfig()  # evaluation on held-out tasks
+    checkpoint: CheckpointConfig = CheckpointConfig()  # how often to save
+    compute: ComputeConfig = ComputeConfig()  # device, types and memory
+    store: StoreConfig = StoreConfig()  # where the store and the files are
+    sampling: SamplingConfig = SamplingConfig()  # rollout workers
+    restarts: Whole = 3  # how often the launcher restarts each process of a local run before it gives the run up
+
+    @property
+    def colocated(self) -> bool:
+        """Whether one process samples the rollouts and trains all agents."""
+        return self.topology == "colocated"
 
     @property
     def subs(self) -> list[str]:
@@ -206,7 +246,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config: {path} is no file, expected a TOML file")
+        raise ValueError(f"config: {path} is not a file: expected a TOML file")
     try:
         raw = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -217,10 +257,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """Check a dictionary against the schema above."""
+    """Check a dictionary against the schema above. Raises ValueError as `load_config` does."""
     agents = raw.get("agents")
     if isinstance(agents, dict):
-        for name, agent in agents.items():  # one by one: the library does not name the key of a dictionary's value
+        for name, agent in agents.items():  # one by one, because msgspec does not name the key of a dictionary's value
             parse_agent(name, agent)
     config = convert(raw, Config, "")
     check_plain(raw, "")
@@ -242,38 +282,40 @@ def parse_agent(name: str, raw: Any) -> AgentConfig:
 
 
 def _check_servers(name: str, config: Config) -> None:
-    """What an agent's servers need of the other sections."""
+    """Check that the other sections suit an agent's servers."""
     vllm, key = config.agents[name].vllm, f"config: agents.{name}.vllm"
     if vllm is None:
         return
-    if config.topology == "colocated":
+    if config.colocated:
         raise ValueError(f"{key}: given with topology = 'colocated': expected 'local' or 'cluster'")
     if config.topology == "cluster" and not vllm.urls:
         raise ValueError(
             f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself"
         )
-    wanted = vllm.servers * vllm.tensor_parallel * vllm.data_parallel
-    if vllm.gpus and len(vllm.gpus) != wanted:
-        raise ValueError(f"{key}.gpus: {vllm.gpus} given: expected {wanted}, for servers x tensor x data_parallel")
+    expected = vllm.servers * vllm.tensor_parallel * vllm.data_parallel
+    if vllm.gpus and len(vllm.gpus) != expected:
+        raise ValueError(
+            f"{key}.gpus: {vllm.gpus} given: expected {expected}, which is servers x tensor_parallel x data_parallel"
+        )
     if config.algorithm.sampler_cap is None:
         raise ValueError(
-            f"{key}: given without algorithm.sampler_cap: expected a number, as 2.0: the servers' log-probs are not "
-            "quite the trainer's, and weights may change within a turn"
+            f"{key}: given without algorithm.sampler_cap: expected a number, such as 2.0: the log-probs of servers "
+            "differ slightly from the trainer's, and weights may change within a turn"
         )
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as JSON, every default written out."""
+    """Return the configuration as JSON, with every default written out."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
 
 
 def read_dump(text: str) -> Config:
-    """What `dump_config` wrote."""
+    """Return the configuration that `dump_config` wrote."""
     return msgspec.json.decode(text, type=Config)
 
 
 def _absolute(config: Config) -> Config:
-    """Paths as given are relative to the working directory; the run must not depend on it later."""
+    """Make paths absolute, so that the run does not depend on the working directory later."""
     agents = {
         name: msgspec.structs.replace(agent, model=str(Path(agent.model).resolve()))
         for name, agent in config.agents.items()

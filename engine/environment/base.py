@@ -1,4 +1,4 @@
-"""What a user writes to train on a problem of their own: one small class."""
+"""Define the one small class that a user writes to train on their own problem, and read task files for it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Split = Literal["train", "held_out"]
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """Tasks from a JSON-lines file: one object a line, whose "id" names the task and which is its data.
+    """Read tasks from a JSON-lines file. Each line is an object: the task's data, in which "id" names the task.
 
-    Raises ValueError that names the file and the line.
+    Raises ValueError naming the file and the line.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"tasks: {path} is no file, expected one JSON object a line")
+        raise ValueError(f"tasks: {path} is not a file: expected one with a JSON object per line")
     tasks: dict[str, Task] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -34,47 +34,47 @@ def read_tasks(path: str | Path) -> list[Task]:
             raise ValueError(f"tasks: {path}, line {number}: id {row['id']!r} given again: expected each id once")
         tasks[row["id"]] = Task(row["id"], row)
     if not tasks:
-        raise ValueError(f"tasks: {path} is empty, expected one JSON object a line")
+        raise ValueError(f"tasks: {path} is empty: expected one JSON object per line")
     return list(tasks.values())
 
 
 class ToolError(Exception):
-    """Raised by a tool for what the agent did wrong; its text goes back to the agent as the tool's result."""
+    """Report a mistake of the agent in a tool call. The agent gets the error's text as the tool's result."""
 
 
 class Environment:
-    """The task list, the agents' prompts and tools, how an action is read and how an episode is scored.
+    """Define the tasks, the agents' prompts and tools, how texts become actions, and how episodes are scored.
 
-    Every method is told the call it is about: `call.agent` says whose, `call.task` and `call.request` what for, and
-    `call.turns` what happened so far. Texts are raw: special tokens of a chat template are written out in them.
-    An exception other than ToolError ends that episode as `failed` (in `score`: leaves it unscored); it is logged and
-    counted, and the run goes on.
+    Every method gets the call that it is about: `call.agent` is the agent's name, `call.task` and `call.request` say
+    what it shall do, and `call.turns` what has happened so far. Texts are raw: they spell out the special tokens of a
+    chat template. An exception other than ToolError ends its episode as `failed` (in `score`, it leaves the episode
+    unscored). It is logged and counted, and the run continues.
     """
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        """The tasks to train on, or those held out for evaluation."""
+        """Return the tasks to train on, or those held out for evaluation."""
         raise NotImplementedError
 
     def prompt(self, call: Call) -> str:
-        """The text an agent's call starts with."""
+        """Return the text that an agent's call starts with."""
         raise NotImplementedError
 
     def parse(self, call: Call, text: str) -> Action:
-        """What the agent's text means: Answer, Malformed, or a tuple of ToolCall and Delegate run side by side."""
+        """Return the action in the text: Answer, Malformed, or a tuple of ToolCall and Delegate that run together."""
         raise NotImplementedError
 
     def tool(self, call: Call, use: ToolCall) -> str:
-        """The result of a tool as text. Raise ToolError for what the agent did wrong."""
+        """Run a tool and return its result as text. Raise ToolError for a mistake of the agent."""
         raise ToolError(f"there is no tool named {use.name!r}")
 
     def observation(self, call: Call, results: Sequence[tuple[ToolCall | Delegate, str]]) -> str:
-        """The text an agent reads after its tool calls and delegations, given each one's result in order."""
+        """Return the text that an agent reads after its tool calls and delegations, given their results in order."""
         return "".join(f"{text}\n" for _, text in results)
 
     def score(self, episode: Episode) -> Score:
-        """Format and correctness of the episode, and format and expert score of each sub-agent call."""
+        """Return format and correctness of the episode, and format and expert score of each sub-agent call."""
         raise NotImplementedError
 
     def script(self, call: Call) -> str:
-        """The action a demonstration takes next in this call, stop string included. Needed for warm-up only."""
+        """Return the next text of a demonstration, with its stop string. Only warm-up needs this method."""
         raise NotImplementedError(f"{type(self).__name__} has no script(), which warm-up needs")

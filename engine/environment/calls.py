@@ -1,4 +1,4 @@
-"""The user's environment asked, and its answers checked: what it raises or returns amiss is a `UserCodeError`."""
+"""Call the user's environment and check what it returns. Whatever goes wrong there becomes a UserCodeError."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mgrpo.engine.types import Action, Answer, CallScore, Delegate, Episode, Mal
 
 
 class UserCodeError(Exception):
-    """The environment's code raised, timed out, or returned what it must not."""
+    """Report that the environment's code raised, timed out, or returned something invalid."""
 
 
 async def ask(function: Callable[..., Any], *args: Any) -> Any:
-    """Call the user's code, plain or async. This is the one place that catches whatever it raises."""
+    """Call the user's code, plain or async, and return its result. Only here is every exception of it caught."""
     try:
         result = function(*args)
         return await result if inspect.isawaitable(result) else result
@@ -28,22 +28,25 @@ async def ask(function: Callable[..., Any], *args: Any) -> Any:
 
 
 async def ask_text(function: Callable[..., Any], *args: Any) -> str:
-    """What must be text. Raises UserCodeError, as all of these do."""
+    """Call the user's code for a text. Raises UserCodeError, as all these functions do."""
     text = await ask(function, *args)
     if not isinstance(text, str):
-        raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned, expected str")
+        raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned: expected str")
     return text
 
 
 async def ask_action(function: Callable[..., Any], *args: Any) -> Action:
-    """What must be an agent's action."""
+    """Call the user's code for an agent's action."""
     action: Action = await ask(function, *args)
     _check_action(action)
     return action
 
 
 async def ask_score(judge: Callable[[Episode], Any], episode: Episode, seconds: float) -> Score:
-    """The judge's score: an async judge as it is, a plain one in a thread, so that one that hangs stops nothing."""
+    """Call the judge for a score, for at most that many seconds.
+
+    A plain function runs in a thread, so that one that hangs does not block the run; an async one runs directly.
+    """
     asked = ask(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
     try:
         score: Score = await asyncio.wait_for(asked, seconds)
@@ -60,18 +63,18 @@ def _failure(function: Callable[..., Any], error: Exception) -> UserCodeError:
 
 
 def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
-    """Run a plain function in a daemon thread: unlike an executor's, a hanging one does not hold up the exit."""
+    """Run a plain function in a daemon thread, which, unlike an executor's, cannot keep the process from exiting."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Score] = loop.create_future()
 
     def settle(set_it: Callable[[Any], None], outcome: Any) -> None:
-        if not future.done():  # else it timed out
+        if not future.done():  # else the call timed out
             set_it(outcome)
 
     def work() -> None:
         try:
             set_it, outcome = future.set_result, function(episode)
-        except Exception as error:  # whatever the judge raises, as `ask` would
+        except Exception as error:  # as in `ask`, whatever the judge raises
             set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, set_it, outcome)
@@ -85,24 +88,24 @@ def _check_action(action: Action) -> None:
     answered = isinstance(action, Answer) and isinstance(action.text, str)
     if not (answered or isinstance(action, Malformed) or uses):
         raise UserCodeError(
-            f"parse: {action!r} returned, expected Answer, Malformed, or a tuple of ToolCall and Delegate"
+            f"parse: {action!r} returned: expected Answer, Malformed, or a tuple of ToolCall and Delegate"
         )
 
 
 def _check_score(episode: Episode, score: Score) -> None:
     if not isinstance(score, Score):
-        raise UserCodeError(f"score: {type(score).__name__} returned, expected a Score")
+        raise UserCodeError(f"score: {type(score).__name__} returned: expected a Score")
     if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
-        raise UserCodeError(f"score: calls is {score.calls!r}, expected a tuple of CallScore")
+        raise UserCodeError(f"score: calls is {score.calls!r}: expected a tuple of CallScore")
     if len(score.calls) != len(episode.calls):
         raise UserCodeError(
-            f"score: calls has {len(score.calls)} scores, expected one for each of {len(episode.calls)}"
+            f"score: calls has {len(score.calls)} scores: expected one for each of {len(episode.calls)} calls"
         )
     formats = {"format": score.format} | {f"calls[{i}].format": call.format for i, call in enumerate(score.calls)}
     for name, valid in formats.items():
         if not isinstance(valid, bool | np.bool_):
-            raise UserCodeError(f"score: {name} is {valid!r}, expected True or False")
+            raise UserCodeError(f"score: {name} is {valid!r}: expected True or False")
     numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
     for name, number in numbers.items():
         if not isinstance(number, int | float | np.number) or not math.isfinite(number):
-            raise UserCodeError(f"score: {name} is {number!r}, expected a finite number")
+            raise UserCodeError(f"score: {name} is {number!r}: expected a finite number")

@@ -1,9 +1,9 @@
-"""Batched sampling inside the process.
+"""Sample many calls together inside this process.
 
-It advances all waiting calls together, one token a step, over a flat row of exactly the tokens that are new (prompts,
-observations and single tokens side by side: no padding enters a matmul). Keys and values stay in the cache across the
-turns of a call, and a prompt that a live call already holds is copied, not computed again: the K rollouts of a query
-cost one prefill. New weights come in between turns; what the old ones cached is then computed anew.
+Each step advances all waiting calls by one token, over a flat row that holds only the new tokens: prompts, observations
+and single tokens stand side by side, and no padding enters a matmul. Keys and values stay in the cache across the turns
+of a call. A prompt that a live call already holds is copied instead of computed, so the K rollouts of a query cost one
+prefill. New weights are loaded between turns; the keys and values that old weights computed are then computed again.
 
 Legend: T new tokens of a step, R calls in it, V vocabulary, H hidden size.
 """
@@ -23,25 +23,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.inference.kv_cache import CachedLayout, KVCache
+from mgrpo.engine.inference.manifest import manifest_of, misfit
 from mgrpo.engine.inference.sampler import Completion, Ending, Session
 from mgrpo.engine.model.attention import hidden_states
+from mgrpo.engine.model.causal_lm import output_head
+from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
 
-NO_PROMPT = b""  # of a slot that no other call may copy: every prompt has a token
+NO_PROMPT = b""  # marks a slot whose prompt must not be copied; a real prompt has at least one token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
 
 
 @dataclass
 class _Row:
-    """A session that waits for its next token, and where it stands in the cache."""
+    """Describe a session that waits for the next token of its turn."""
 
     session: Session
     result: asyncio.Future[Completion]
-    begin: int  # where in session.tokens this turn began
-    allowed: int  # tokens it may still sample
+    begin: int  # the turn's first position in session.tokens
+    allowed: int  # the most tokens that the turn may sample
 
 
 class InProcessSampler:
-    """Samples from a transformers model that lives in this process (and is, perhaps, being trained in it)."""
+    """Sample from a transformers model that lives in this process, and may be in training here.
+
+    concurrency: calls that are sampled at the same time. version: of the model's weights.
+    """
 
     def __init__(
         self,
@@ -49,23 +55,22 @@ class InProcessSampler:
         tokenizer: PreTrainedTokenizerBase,
         agent: AgentConfig,
         concurrency: int,
-        version: int = 0,
-        weights_step: int = 0,
+        version: WeightsVersion = INITIAL_WEIGHTS,
     ):
         self.model, self.tokenizer, self.agent, self.concurrency = model, tokenizer, agent, concurrency
-        self.version, self.weights_step = version, weights_step
-        self.held = False  # new weights wait for the running turns to end; no new turn begins
+        self.version = version
+        self.held = False  # new weights wait until the running turns end, and no new turn begins
         self.waiting: deque[_Row] = deque()
         self.active: list[_Row] = []
-        self.slots: dict[int, int] = {}  # id of a session -> its slot
-        self.cached: dict[int, int] = {}  # slot -> tokens it holds
-        self.prompts: dict[int, bytes] = {}  # slot -> the prompt it begins with
+        self.slots: dict[int, int] = {}  # slot of each session, by the session's id
+        self.cached: dict[int, int] = {}  # number of tokens that each used slot holds
+        self.prompts: dict[int, bytes] = {}  # prompt at the start of each used slot
         self.ending = Ending(tokenizer, agent.stop)
         self.cache = KVCache(model, concurrency, agent.max_context)
 
     @property
     def pending(self) -> int:
-        """Calls that `step` would advance: those with a slot, and as many new ones as there are slots free."""
+        """The number of calls that `step` would advance: those with a slot, and new ones as far as slots are free."""
         if self.held:
             return len(self.active)
         fresh = sum(id(row.session) not in self.slots for row in self.waiting)
@@ -73,7 +78,7 @@ class InProcessSampler:
         return len(self.active) + len(self.waiting) - fresh + min(fresh, free)
 
     async def act(self, session: Session) -> Completion:
-        """Sample until a stop string, the end-of-sequence token or a limit; the tokens are appended to the session."""
+        """Sample until a stop string, the end-of-sequence token or a limit, and append the tokens to the session."""
         begin = len(session.tokens)
         allowed = min(self.agent.max_new_tokens, self.agent.max_context - begin)
         if allowed < 1:
@@ -83,7 +88,7 @@ class InProcessSampler:
         return await row.result
 
     def close(self, session: Session) -> None:
-        """The session is over, perhaps in the middle of a turn: its slot is free."""
+        """End a session, perhaps in the middle of a turn, and free its slot."""
         self.active = [row for row in self.active if row.session is not session]
         self.waiting = deque(row for row in self.waiting if row.session is not session)
         slot = self.slots.pop(id(session), None)
@@ -92,33 +97,34 @@ class InProcessSampler:
             del self.prompts[slot]
 
     def release_cache(self) -> None:
-        """Give the cache's memory back between rollouts, and forget what was computed with weights that will move."""
+        """Free the cache's memory between rollouts, since the weights that computed its content will change."""
         assert not self.pending and not self.slots
         self.cache = KVCache(self.model, self.concurrency, self.agent.max_context)
 
     @torch.no_grad()
-    def update(self, tensors: Mapping[str, Tensor], version: int, weights_step: int) -> bool:
-        """Copy new weights into the model if no turn is running. False: not yet, and until then no new turn begins.
+    def update(self, tensors: Mapping[str, Tensor], version: WeightsVersion) -> bool:
+        """Copy new weights into the model if no turn is running. Return False if one is; no new turn begins then.
 
-        tensors: of each of the model's parameters one, of its shape and dtype; a tied head has none of its own. Calls
-        between turns go on with the new weights: their keys and values are computed anew, from their tokens. Raises
-        ValueError that names a tensor which does not fit; the model then keeps the weights it has.
+        tensors: one for each of the model's parameters, of the same shape and dtype; a tied head is not among them.
+        Calls that are between turns continue with the new weights: their keys and values are computed again from their
+        tokens. Raises ValueError naming the first tensor that does not fit; the model then keeps its weights.
         """
         parameters = dict(self.model.named_parameters())
-        check_fit(parameters, tensors)
+        if error := misfit(manifest_of(parameters), manifest_of(tensors)):
+            raise ValueError(error)
         self.held = bool(self.active)
         if self.held:
             return False
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-        self.version, self.weights_step = version, weights_step
+        self.version = version
         self.cached = dict.fromkeys(self.cached, 0)
         self.prompts = dict.fromkeys(self.prompts, NO_PROMPT)
         return True
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """log p of each token but the first given those before it, at the agent's temperature, not cut to top_p."""
+        """Return log p of each token but the first, given those before it, at the agent's temperature without top_p."""
         cache = KVCache(self.model, 1, len(tokens))
         cache.reserve(len(tokens))
         layout = CachedLayout(cache, [0], [0], [len(tokens)])
@@ -129,7 +135,7 @@ class InProcessSampler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One token for every call that can be advanced."""
+        """Sample one token for every call that can be advanced."""
         self._admit()
         rows = self.active
         assert rows, "step without pending calls"
@@ -153,11 +159,11 @@ class InProcessSampler:
         ]
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
+        head = output_head(self.model)
         return F.linear(hidden_RH, head.weight, head.bias).float()
 
     def _admit(self) -> None:
-        """Give waiting calls a slot. One whose prompt is being computed in this very step waits for the next."""
+        """Give waiting calls a slot. A call whose prompt is computed in this step waits for the next, to copy it."""
         if self.held:
             return
         computing: set[bytes] = set()
@@ -168,11 +174,12 @@ class InProcessSampler:
             if fresh and not self._place(row.session, computing):
                 kept.append(row)
             else:
-                row.session.begin_turn(self.version, self.weights_step)
+                row.session.begin_turn(self.version)
                 self.active.append(row)
         self.waiting = kept
 
     def _place(self, session: Session, computing: set[bytes]) -> bool:
+        """Give a new session a slot, if one is free and its prompt is not being computed. Return whether it has one."""
         if len(self.slots) >= self.concurrency:
             return False
         prompt = np.array(session.tokens, np.int32).tobytes()
@@ -184,7 +191,7 @@ class InProcessSampler:
         if holder is None:
             computing.add(prompt)
             self.cached[slot] = 0
-        else:  # all but the last token, whose logits are needed
+        else:  # the last token is computed, because its logits are needed
             self.cache.reserve(len(session.tokens))
             self.cache.copy(holder, slot, len(session.tokens) - 1)
             self.cached[slot] = len(session.tokens) - 1
@@ -192,7 +199,7 @@ class InProcessSampler:
         return True
 
     def _take(self, row: _Row, token: int, logprob: float) -> bool:
-        """Append a sampled token; true if the turn ended with it."""
+        """Append a sampled token. Return whether the turn ended with it."""
         session = row.session
         session.append([token], [logprob])
         turn = session.tokens[row.begin :]
@@ -203,37 +210,29 @@ class InProcessSampler:
         return True
 
 
-def check_fit(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError naming the first of the tensors that is missing, too many, or of another shape or dtype."""
-    wanted, given = ({name: (tuple(t.shape), t.dtype) for name, t in of.items()} for of in (parameters, tensors))
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            raise ValueError(f"weights: {name!r} is {given.get(name)}: expected {wanted.get(name)}, as the model has")
-
-
 def draw(
     logits_RV: Tensor, temperature: float, top_p: float, uniforms_R: list[float], greedy_R: list[bool]
 ) -> tuple[list[int], list[float]]:
-    """Draw one token per row by inverting the cumulated probabilities of softmax(logits / temperature) cut to top_p.
+    """Draw one token per row by inverting the cumulative probabilities of softmax(logits / temperature) cut to top_p.
 
-    logits float32; uniforms in [0, 1). Returns the tokens and their log-probs under the very distribution drawn from:
-    after temperature and top-p; 0 for greedy rows, which have no choice.
+    logits: (R, V) float32; uniforms: R numbers in [0, 1). Returns the tokens and their log-probs under the distribution
+    they were drawn from, that is, after temperature and top_p. Greedy rows take the likeliest token, with log-prob 0.
     """
     greedy = torch.tensor(greedy_R, device=logits_RV.device)
     best_R = logits_RV.argmax(-1)
     logps_RV = (logits_RV / temperature).log_softmax(-1)
     if top_p < 1:
         logps_RV = _cut(logps_RV, top_p)
-    cumulated_RV = logps_RV.exp().cumsum(-1)
+    cumulative_RV = logps_RV.exp().cumsum(-1)
     uniforms = torch.tensor(uniforms_R, dtype=torch.float32, device=logits_RV.device).clamp(max=UNIFORM_MAX)
-    threshold_R1 = uniforms[:, None] * cumulated_RV[:, -1:]
-    tokens_R = torch.where(greedy, best_R, torch.searchsorted(cumulated_RV, threshold_R1, right=True)[:, 0])
+    threshold_R1 = uniforms[:, None] * cumulative_RV[:, -1:]
+    tokens_R = torch.where(greedy, best_R, torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
     logps_R = logps_RV.gather(-1, tokens_R[:, None])[:, 0].masked_fill(greedy, 0.0)
     return tokens_R.tolist(), logps_R.tolist()
 
 
 def _cut(logps_RV: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probability reaches top_p, and renormalise."""
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p, and renormalise."""
     ordered_RV, order_RV = logps_RV.sort(-1, descending=True)
     before_RV = ordered_RV.exp().cumsum(-1) - ordered_RV.exp()
     kept_RV = ordered_RV.masked_fill(before_RV >= top_p, float("-inf")).log_softmax(-1)

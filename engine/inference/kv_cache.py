@@ -1,4 +1,4 @@
-"""Keys and values of the calls that are being sampled, and how the tokens of a step attend to them.
+"""Cache the keys and values of the calls being sampled, and attend to them from the tokens of a step.
 
 Legend: T new tokens of a step, R calls in it, S slots of the cache, C its capacity in tokens, A query heads,
 G key-value heads, D head size.
@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 
 class KVCache:
-    """Keys and values of S calls, (layers, S, G, C, D) each. C doubles as needed, S is fixed: few and like sizes are
-    asked of the allocator, which then finds the last step's place free again."""
+    """Hold the keys and the values of S calls, (layers, S, G, C, D) each, in the model's dtype.
+
+    S is fixed and C doubles as needed up to `most_tokens`. The allocator thus gets few requests, of sizes that repeat,
+    and can use the memory of the last step's attention again.
+    """
 
     def __init__(self, model: PreTrainedModel, slots: int, most_tokens: int):
         self.most_tokens = most_tokens
@@ -28,25 +31,26 @@ class KVCache:
         self.v = self.k.clone()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for calls of that many tokens."""
+        """Make room for calls of up to that many tokens."""
         layers, slots, groups, have, head_dim = self.k.shape
         if tokens <= have:
             return
         assert tokens <= self.most_tokens
         room = min(max(128, 2 * have, tokens), self.most_tokens)
         for name in "kv":
-            # zeros: masked positions are read too, and 0 * NaN is NaN
+            # Zeros, because attention also reads masked positions, and 0 * NaN would be NaN.
             new = self.k.new_zeros(layers, slots, groups, room, head_dim)
             new[:, :, :, :have] = getattr(self, name)
             setattr(self, name, new)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of one slot to another."""
         self.k[:, target, :, :tokens] = self.k[:, source, :, :tokens]
         self.v[:, target, :, :tokens] = self.v[:, source, :, :tokens]
 
 
 class CachedLayout:
-    """The attention layout of one step: call r adds counts[r] tokens to the starts[r] that its slot holds."""
+    """Lay out the attention of one step: call r adds counts[r] tokens to the starts[r] tokens in slots[r]."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int]):
         self.cache, self.counts = cache, counts
@@ -55,7 +59,7 @@ class CachedLayout:
         self.positions_T = torch.cat(
             [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
         )
-        # calls with one new token are attended together; others one by one
+        # Calls with one new token attend together, the others one by one.
         self.single_R = torch.tensor([n == 1 for n in counts], device=device)
         ends = np.cumsum(counts)
         self.chunks = [
@@ -72,7 +76,7 @@ class CachedLayout:
             return
         self.length = int(positions.max()) + 1
         low, high = int(slots.min()), int(slots.max()) + 1
-        # read the slots in place when most of the range is in use; gather them otherwise
+        # Read the slots in place if most of their range is in use, otherwise gather them.
         self.span = slice(low, high) if high - low < 2 * len(slots) else None
         rows = high - low if self.span else len(slots)
         self.row_S = slots - low if self.span else torch.arange(len(slots), device=slots.device)
@@ -81,6 +85,7 @@ class CachedLayout:
         self.mask_S11C = (torch.arange(self.length, device=slots.device) < lengths[:, None])[:, None, None]
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """Store one layer's new keys and values, and return what its queries attend to, (T, A, D)."""
         k_SGCD, v_SGCD = self.cache.k[layer], self.cache.v[layer]
         k_SGCD[self.slots_T, :, self.positions_T] = k_GTD.transpose(0, 1)
         v_SGCD[self.slots_T, :, self.positions_T] = v_GTD.transpose(0, 1)
@@ -98,7 +103,7 @@ class CachedLayout:
         return out_TAD
 
     def _attend_singles(self, q_RAD: Tensor, k_SGCD: Tensor, v_SGCD: Tensor, scale: float) -> Tensor:
-        """One query per call: the heads that share a key-value head become the rows of one small attention."""
+        """Attend with one query per call: heads that share a key-value head are the rows of one small attention."""
         (rows, heads, head_dim), groups = q_RAD.shape, k_SGCD.shape[1]
         index = self.span if self.span is not None else self.slots_T[self.single_T]
         k, v = k_SGCD[index, :, : self.length], v_SGCD[index, :, : self.length]

@@ -1,4 +1,4 @@
-"""Sampling: the protocol that every sampler meets, and the calls whose tokens it makes longer."""
+"""Define the protocol that every sampler meets, and the sessions that samplers extend."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mgrpo.engine.types import Trajectory
+from mgrpo.engine.types import INITIAL_WEIGHTS, Trajectory, WeightsVersion
 
 
 @dataclass
 class Session:
-    """One call's tokens as they grow, and its own random numbers (independent of who else is sampled beside it)."""
+    """Hold one call's tokens as they grow, and a random generator that no other session shares.
+
+    oldest, newest: versions of the weights that sampled it. logprobs: the sampler's, 0 for tokens it did not sample.
+    """
 
     seed: tuple[int, ...]
     greedy: bool = False
-    version: int = 0  # the oldest of the weights that sampled it, in optimizer steps
-    version_last: int = 0  # the newest
-    weights_step: int = 0  # the rl step that had led to the oldest
+    oldest: WeightsVersion = INITIAL_WEIGHTS
+    newest: WeightsVersion = INITIAL_WEIGHTS
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -28,34 +30,37 @@ class Session:
     def __post_init__(self) -> None:
         self.random = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
 
-    def begin_turn(self, version: int, weights_step: int) -> None:
-        """The weights that sample the next turn."""
+    def begin_turn(self, version: WeightsVersion) -> None:
+        """Record the weights that sample the next turn."""
         if any(self.sampled):
-            self.version, self.version_last = min(self.version, version), max(self.version_last, version)
-            self.weights_step = min(self.weights_step, weights_step)
+            self.oldest, self.newest = min(self.oldest, version), max(self.newest, version)
         else:
-            self.version, self.version_last, self.weights_step = version, version, weights_step
+            self.oldest = self.newest = version
 
     def append(self, tokens: list[int], logprobs: list[float] | None = None) -> None:
-        """Add what the agent was shown, or, with log-probs, what it sampled."""
+        """Append tokens: those the agent sampled if log-probs are given, otherwise those it was shown."""
         self.tokens += tokens
         self.sampled += [logprobs is not None] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
 
     def trajectory(self) -> Trajectory:
+        """Return the tokens so far as arrays."""
         return Trajectory(
             np.array(self.tokens, np.int32),
             np.array(self.sampled, bool),
             np.array(self.logprobs, np.float32),
-            self.version,
-            self.version_last,
-            self.weights_step,
+            self.oldest.optimizer_steps,
+            self.newest.optimizer_steps,
+            self.oldest.rl_steps,
         )
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a turn added to a session. truncated: cut by max_new_tokens or max_context before a stop string."""
+    """Describe what a turn added to a session.
+
+    tokens: their number. truncated: max_new_tokens or max_context ended the turn before a stop string did.
+    """
 
     text: str
     tokens: int
@@ -63,37 +68,42 @@ class Completion:
 
 
 class Ending:
-    """When a turn is over, whoever samples it: at the end-of-sequence token, or with the first stop string."""
+    """Decide when a turn ends, for every sampler: at the end-of-sequence token or at the first stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
-        self.most = max((len(one.encode()) for one in stop), default=0)  # tokens that a stop string can be spread over
+        # A token holds at least one byte, so no stop string is spread over more tokens than this.
+        self.longest_stop = max((len(one.encode()) for one in stop), default=0)
 
     def reached(self, turn: list[int]) -> bool:
-        """Whether its last token ended it."""
-        return turn[-1] == self.tokenizer.eos_token_id or self._in(turn[-self.most :] if self.most else [])
+        """Return whether the last token of the turn ended it."""
+        if turn[-1] == self.tokenizer.eos_token_id:
+            return True
+        return self._has_stop(turn[-self.longest_stop :] if self.longest_stop else [])
 
     def length(self, turn: list[int]) -> int | None:
-        """How many of its tokens there are up to the first that ended it; None if it goes on."""
+        """Return the number of tokens up to the first one that ended the turn, or None if it goes on."""
         before = turn[:-1]
-        if self.tokenizer.eos_token_id not in before and not self._in(before):
-            return len(turn) if turn and self.reached(turn) else None  # as a rule: two decodings, not one a token
+        if self.tokenizer.eos_token_id not in before and not self._has_stop(before):
+            # The common case takes two decodings instead of one for each token.
+            return len(turn) if turn and self.reached(turn) else None
         return next((n for n in range(1, len(turn) + 1) if self.reached(turn[:n])), None)
 
     def text(self, turn: list[int]) -> str:
-        """What it says, its stop string included."""
+        """Decode the turn, with its stop string and without its end-of-sequence token."""
         return str(self.tokenizer.decode(turn[:-1] if turn[-1] == self.tokenizer.eos_token_id else turn))
 
-    def _in(self, tokens: list[int]) -> bool:
+    def _has_stop(self, tokens: list[int]) -> bool:
         text = str(self.tokenizer.decode(tokens)) if tokens else ""
         return any(one in text for one in self.stop)
 
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """By which published weights are known: `judge` takes who says so and log p of each of `tokens` but the first.
+    """Check by log-probs that a sampler has the published weights.
 
-    judge raises GapError when they are not the trainer's. due: whether to ask those too who had the weights before.
+    tokens: a probe sequence. judge: takes the sampler's name and its log p of each probe token but the first; raises
+    GapError if they differ from the trainer's. due: verify again even those servers that were verified before.
     """
 
     tokens: list[int]
@@ -102,18 +112,15 @@ class WeightsCheck:
 
 
 class Sampler(Protocol):
-    """Turns sessions into longer sessions. `step` advances what is pending, for samplers that live in this process.
+    """Extend sessions turn by turn. A sampler that lives in this process advances its pending calls in `step`.
 
-    version, weights_step: of the weights it samples with, in optimizer steps and in rl steps.
+    version: of the weights it samples with. pending: the number of calls that `step` would advance.
     """
 
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def version(self) -> int: ...
-
-    @property
-    def weights_step(self) -> int: ...
+    def version(self) -> WeightsVersion: ...
 
     @property
     def pending(self) -> int: ...

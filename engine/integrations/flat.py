@@ -1,4 +1,4 @@
-"""Padded batches as flat rows, for the trainers of others: which tokens run, where they stand, and a model's forward.
+"""Turn padded batches into flat rows for other trainers: the tokens that run, their places, and a model's forward.
 
 Legend: B sequences, C columns; P rows, H hidden size.
 """
@@ -13,11 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgrpo.engine.model.attention import Packed, hidden_states
-from mgrpo.engine.model.causal_lm import lay_out
+from mgrpo.engine.model.causal_lm import lay_out, output_head
 
 
 class Flat(NamedTuple):
-    """Some tokens of a padded batch side by side. kept (B, C - 1): which; targets: the token after each."""
+    """Hold some tokens of a padded batch side by side.
+
+    kept (B, C - 1) bool: which tokens; input_ids, targets (the token after each) and positions (P,) int64.
+    """
 
     kept: Tensor
     input_ids: Tensor
@@ -26,18 +29,19 @@ class Flat(NamedTuple):
     layout: Packed
 
     def take(self, values_BC: Tensor) -> Tensor:
-        """(P,) of values that stand at the tokens that are predicted."""
+        """Return (P,) of the values at the predicted tokens."""
         return values_BC[:, 1:][self.kept]
 
     def put(self, values_P: Tensor, columns: int) -> Tensor:
-        """(B, columns): where the predicted tokens stand, for the last columns; 0 elsewhere."""
+        """Return (B, columns) with the values at the predicted tokens of the last columns, and 0 elsewhere."""
         return values_P.new_zeros(self.kept.shape).masked_scatter(self.kept, values_P)[:, -columns:]
 
 
 def flatten(input_ids_BC: Tensor, valid_BC: Tensor, action_BC: Tensor) -> Flat:
-    """The tokens that some action follows, as rows. valid, action (B, C) bool, C > 1; the valid of a sequence together.
+    """Return the tokens that are followed by some action, as rows.
 
-    Without any action one token of the first sequence: something must run.
+    valid_BC and action_BC are bool, C > 1; the valid tokens of a sequence lie together. Without any action, one token
+    of the first sequence is returned, because something must run.
     """
     follows_BC = action_BC.flip(1).cummax(1).values.flip(1)
     kept = valid_BC[:, :-1] & follows_BC[:, 1:]
@@ -55,7 +59,8 @@ def flatten(input_ids_BC: Tensor, valid_BC: Tensor, action_BC: Tensor) -> Flat:
 def run_flat(model: PreTrainedModel) -> None:
     """Give a model's forward a second form: model(flat=…, work=…) -> work(hidden (P, H), the head's weight, its bias).
 
-    In its forward, and not beside it, because there whoever has wrapped it has its weights at hand.
+    The second form is part of the forward because a wrapper, such as DistributedDataParallel, has the model's weights
+    ready there. Raises ValueError as `lay_out` does.
     """
     lay_out(model)
     forward = model.forward
@@ -63,9 +68,9 @@ def run_flat(model: PreTrainedModel) -> None:
     def either(self: PreTrainedModel, *args: Any, flat: Flat | None = None, work: Any = None, **kwargs: Any) -> Any:
         if flat is None:
             return forward(*args, **kwargs)
-        head = self.get_output_embeddings()
+        head = output_head(self)
         hidden_PH = hidden_states(self, flat.input_ids, flat.positions, flat.layout)
         return work(hidden_PH.to(head.weight.dtype), head.weight, head.bias)
 
-    either.__wrapped__ = type(model).forward  # type: ignore[attr-defined]  # whose signature trainers look at
+    either.__wrapped__ = type(model).forward  # type: ignore[attr-defined]  # trainers read its signature
     model.forward = types.MethodType(either, model)

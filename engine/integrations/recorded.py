@@ -1,18 +1,19 @@
-"""Rollouts that others recorded, as the ragged columns that `pack` and `advantages` take.
+"""Read rollouts that other programs recorded, as the ragged columns that `pack` and `advantages` take.
 
-A row is a dictionary, as a line of JSON or a `datasets.Dataset` gives it, in one of these forms:
-* token ids: `tokens`, `response_length` (of the last tokens of them) and `loss_mask` (of those; null: all are the
-  agent's; none is if `remove_sample`), and `rollout_log_probs` if there are any: slime's `Sample`. MrlX's queue has
-  `tokens`, `responseLength` and `lossMask`; its messages are not read, and its masks are taken as they are: they count
-  the header of each of the agent's turns too.
-* `messages` of a chat: the assistant's are the agent's.
-* TRL's `prompt` and `completion`, two texts or two lists of messages: of the completion, texts and assistant's messages
-  are the agent's.
-`reward` is a number, of all rows or of none.
+A row is a dictionary, from a line of JSON or a `datasets.Dataset`, in one of these forms:
+* token ids, as in slime's `Sample`: `tokens`; `response_length`, how many of the last tokens are the response;
+  `loss_mask` over these (null: all are the agent's; with `remove_sample` none is); and optionally `rollout_log_probs`.
+  MrlX's queue has `tokens`, `responseLength` and `lossMask`. Its messages are not read, and its masks, which include
+  the header of each of the agent's turns, are taken as they are.
+* `messages` of a chat: those of the assistant are the agent's.
+* TRL's `prompt` and `completion`, two texts or two lists of messages: in the completion, the text or the assistant's
+  messages are the agent's.
+`reward` is a number, in all rows or in none.
 
-What is text is tokenized again, which need not give the tokens that were sampled: record ids. Each text of the agent's
-is tokenized by itself, as it came after what the agent saw; of a message, what the template writes after the last
-end-of-sequence token is not the agent's. Nothing is added to a text, so a completion without such a token has no end.
+Text is tokenized again, which need not give the tokens that were sampled, so it is better to record ids. Each text of
+the agent is tokenized separately, because it was sampled after what the agent saw. Whatever the template writes after
+the last end-of-sequence token of a message is not the agent's. Nothing is added to a text, so a completion without such
+a token has no end.
 
 Legend: N trajectories, G groups.
 """
@@ -30,10 +31,10 @@ FORMS = "tokens and response_length; or messages; or prompt and completion"
 
 
 class Recorded(NamedTuple):
-    """N trajectories: tokens int64, sampled bool, sampler_logprobs float32 (nats, 0 where not sampled), an array each.
+    """Hold N trajectories: an array each of tokens int64, sampled bool, sampler_logprobs float32 (nats, 0 elsewhere).
 
-    rewards (N,). offsets (G + 1,): bounds of the groups, keys (G,) what their rows have in `by`. What the rows lack, or
-    was not asked for, is None.
+    rewards (N,). offsets (G + 1,): the bounds of the groups; keys (G,): the values that their rows have in `by`. A
+    field that the rows lack, or that was not asked for, is None.
     """
 
     tokens: list[NDArray[np.int64]]
@@ -51,17 +52,18 @@ class _Tokens(NamedTuple):
 
 
 def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ()) -> Recorded:
-    """The rows' trajectories; sorted by group, first come first, if `by` names the fields that make one.
+    """Return the rows' trajectories, sorted by group in the order of first appearance if `by` names their fields.
 
-    tokenizer: of transformers, for text; with a chat template, for messages. by: for group-relative advantages the
-    query, and the agent where there are several: ("agent", "group_index"). MrlX's queue carries neither.
-    Raises ValueError, naming row and field, for what is missing, malformed, or had by some rows only, and for a
-    template that writes earlier messages otherwise once others follow (as those do that drop earlier reasoning).
+    tokenizer: one of transformers, needed for text; for messages it needs a chat template. by: the fields that make a
+    group. For group-relative advantages that is the query, and the agent if there are several: ("agent",
+    "group_index"). MrlX's queue has neither. Raises ValueError, naming row and field, for a field that is missing,
+    malformed, or in some rows only, and for a template that changes earlier messages once others follow (as those do
+    that drop earlier reasoning).
     """
     rows = list(rows)
     keys_N = [tuple(_field(row, name, n) for name in by) for n, row in enumerate(rows)]
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for n, key in enumerate(keys_N):  # a prompt may be a list of messages
+    for n, key in enumerate(keys_N):  # a prompt may be a list of messages, which has no hash
         groups.setdefault(tuple(each if isinstance(each, Hashable) else repr(each) for each in key), []).append(n)
     order = [n for members in groups.values() for n in members]
     found = [_read(rows[n], tokenizer, f"row {n}") for n in order]
@@ -78,7 +80,7 @@ def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ())
 
 
 def _read(row: Row, tokenizer: Any, where: str) -> _Tokens:
-    """A row in whichever form it is."""
+    """Read a row in any of the forms."""
     if "tokens" in row:
         return _from_tokens(row, where)
     if "messages" in row:
@@ -113,7 +115,10 @@ def _from_tokens(row: Row, where: str) -> _Tokens:
 def _numbers(
     row: Row, name: str, kinds: str, where: str, length: int | None = None, only: tuple[int, ...] = ()
 ) -> NDArray[Any]:
-    """A field that is a list of so many finite numbers of these kinds; an empty list is of any."""
+    """Return a field that must be a list of `length` finite numbers of these kinds; an empty list is of any kind.
+
+    kinds: numpy's letters for dtypes. only: the values allowed; empty: all.
+    """
     given = row[name]
     values = np.asarray(given) if isinstance(given, list | np.ndarray) and len(given) else np.zeros(0, np.int64)
     if not isinstance(given, list | np.ndarray) or values.ndim != 1 or values.dtype.kind not in kinds:
@@ -126,10 +131,13 @@ def _numbers(
 
 
 def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, where: str) -> _Tokens:
-    """The agent's messages are the assistant's from the first on; each is what the template adds to those before it."""
+    """Read messages; those of the assistant from `first` on are the agent's.
+
+    The text of a message is what the template adds to the text of the messages before it.
+    """
     _need(tokenizer, where)
     if first and messages[first - 1]["role"] == "assistant":
-        raise ValueError(f"{where}, prompt: got an assistant's message at its end, expected another's")
+        raise ValueError(f"{where}, prompt: got an assistant's message at its end, expected another role's")
     pieces: list[tuple[list[int], bool]] = []
     done = ""
     for i, message in enumerate(messages):
@@ -139,7 +147,7 @@ def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, w
         after = _rendered(tokenizer, messages[: i + 1], False)
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError(
-                f"{where}, message {i}: the chat template changes what stands before it: expected none such"
+                f"{where}, message {i}: the chat template changes earlier messages: expected one that does not"
             )
         seen, said = _ids(tokenizer, before[len(done) :]), _ids(tokenizer, after[len(before) :])
         end = len(said) - said[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
@@ -190,7 +198,7 @@ def _reward(row: Row, n: int) -> float | None:
 
 
 def _of_all(name: str, values: list[Any]) -> list[Any] | None:
-    """What all rows have, None if none has it."""
+    """Return what all rows have, None if none has it. Raises ValueError if only some have it."""
     missing = sum(value is None for value in values)
     if 0 < missing < len(values):
         raise ValueError(f"{name}: got none in {missing} of {len(values)} rows, expected it in all or in none")

@@ -1,18 +1,18 @@
-"""TRL's `GRPOTrainer` with our loss under its step: class MyTrainer(FusedGRPO, GRPOTrainer), and all else as it was.
+"""Put our loss under the step of TRL's `GRPOTrainer`: class MyTrainer(FusedGRPO, GRPOTrainer), all else unchanged.
 
-Its own step runs padded rows through the model, keeps a log-prob and an entropy of every completion token for autograd,
-and then does its arithmetic. Here the tokens of a micro-batch lie side by side without padding; what follows a
-sequence's last action, and sequences of advantage 0 where there is no KL term, never enter the model; and loss and
-gradient are formed together (`mgrpo.kernels.linear_grpo_loss`). Losses and gradients are TRL's, up to rounding.
+TRL's step runs padded rows through the model, keeps a log-prob and an entropy of every completion token for autograd,
+and computes the loss from them. Here the tokens of a micro-batch lie side by side without padding. The tokens after a
+sequence's last action, and without a KL term also sequences of advantage 0, never enter the model. Loss and gradient
+are computed together (`mgrpo.kernels.linear_grpo_loss`). Both are TRL's, up to rounding.
 
-Departs from TRL in what it logs: of "entropy", "clip_ratio/…" and "kl" (without the ratio that corrects it) the means,
-over the rows that were computed, each counting once; not the least and the greatest of a sequence, nor CISPO's clip.
-What one pass over rows cannot say (`_is_ours`) TRL computes as ever, from our packed log-probs.
+Unlike TRL, it logs only means of "entropy", "clip_ratio/…" and "kl" (without the correcting ratio), over the rows that
+were computed, each counting once; it logs neither the minimum and maximum of a sequence nor CISPO's clip. What one pass
+over rows cannot compute (`_is_ours`), TRL computes as usual, from our packed log-probs.
 
-Checked against trl 1.16, in one process and under DistributedDataParallel. Not for models that PEFT or a sharding
-strategy has wrapped.
+Checked against trl 1.16, in one process and under DistributedDataParallel. Models that PEFT or a sharding strategy has
+wrapped are not supported.
 
-Legend: B sequences, T columns of the completions; P rows, L that count, S their sequences, H hidden size, V vocabulary.
+Legend: B sequences, T columns of the completions; P rows, L live rows, S their sequences, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class FusedGRPO:
-    """A mixin before `GRPOTrainer`. Raises ValueError for a model that cannot be run over flat rows."""
+    """Mix this in before `GRPOTrainer`. Raises ValueError for a model that cannot run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -41,11 +41,11 @@ class FusedGRPO:
 
     @property
     def _trl(self) -> Any:
-        """Itself; what it has of TRL is without types."""
+        """Return self, without types for what TRL defines."""
         return self
 
     def _is_ours(self, inputs: dict[str, Any]) -> bool:
-        """Whether the fused loss says what TRL's options ask."""
+        """Return whether the fused loss can do what TRL's options ask for."""
         t = self._trl
         return (
             t.loss_type in (*CLIPPED, "cispo", "sapo")
@@ -107,7 +107,7 @@ class FusedGRPO:
         )
 
     def _rule(self) -> Rule | None:
-        """What a row's term is where it is not the clipped one with a plain KL."""
+        """Return the term of a row as a rule, or None if it is the clipped one with a plain KL."""
         t = self._trl
         corrected = bool(t.beta and t.args.use_bias_correction_kl)
         if t.loss_type in CLIPPED and not corrected:
@@ -126,7 +126,7 @@ class FusedGRPO:
         return rule
 
     def _gain(self, ratio_L: Tensor, rows: RuleRows) -> Tensor:
-        """CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347), or the clipped surrogate."""
+        """Return the gain of each row by CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347) or the clipped surrogate."""
         t, advantages_L = self._trl, rows.advantages
         if t.loss_type == "cispo":
             return ratio_L.clamp(max=t.epsilon_high).detach() * advantages_L * rows.logprobs
@@ -137,12 +137,12 @@ class FusedGRPO:
         return torch.minimum(ratio_L.clamp(max=t.args.delta or torch.inf) * advantages_L, held_L * advantages_L)
 
     def _weights(self, mask_BT: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What each token counts in the loss, every denominator included."""
+        """Return what each token counts in the loss, every denominator included."""
         t = self._trl
         training = t.model.training
         if t.loss_type in ("dapo", "cispo"):
             count = inputs["num_items_in_batch"].clamp(min=1.0) / t.accelerator.num_processes
-            if training:  # of the generation batch, of which a step sees a part
+            if training:  # the count is of the generation batch, and a step sees a part of it
                 count = count * t.current_gradient_accumulation_steps / t.args.steps_per_generation
             return mask_BT / count
         of_sequence = mask_BT.sum(1, keepdim=True).clamp(min=1) * len(mask_BT)
@@ -156,7 +156,10 @@ class FusedGRPO:
         return mask_BT / (count * (t.current_gradient_accumulation_steps if training else 1))
 
     def _advantages(self, mask_BT: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Of each token, times the weight for the sampler's own rounding: the clipped term is homogeneous in them."""
+        """Return each token's advantage times the weight that corrects the sampler's rounding.
+
+        The clipped term is homogeneous in the advantage, so that the weight may be part of it.
+        """
         advantages = inputs["advantages"]
         advantages_BT = (advantages[:, None] if advantages.ndim == 1 else advantages).expand(mask_BT.shape)
         if self._trl.use_vllm and self._trl.vllm_importance_sampling_correction:
@@ -179,7 +182,7 @@ class FusedGRPO:
         compute_aux_loss: bool = False,
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's, over flat rows: (B, logits_to_keep) log-probs, entropies if asked; 0 at padding."""
+        """Return (B, logits_to_keep) log-probs, and entropies if asked, from flat rows; 0 at padding."""
         if compute_aux_loss or any(value is not None for value in rest.values()):
             return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model,
@@ -220,7 +223,7 @@ class FusedGRPO:
         return logprobs_BT, entropies_BT
 
     def _log_metrics(self, found: Loss) -> None:
-        """Means over the rows of all processes, by TRL's names."""
+        """Log means over the rows of all processes, by TRL's names."""
         t = self._trl
         names = {"entropy_sum": "entropy"} | ({"kl_sum": "kl"} if t.beta else {})
         if t.loss_type in CLIPPED:
@@ -238,7 +241,7 @@ class FusedGRPO:
 
 
 def _ratio(rows: RuleRows, of_sequence: bool) -> Tensor:
-    """exp of what the log-prob has gained, or of its mean over the sequence."""
+    """Return exp of the log-prob's gain, or of the mean gain over the sequence."""
     gained_L = rows.logprobs - rows.old
     if not of_sequence:
         return gained_L.exp()
@@ -250,7 +253,7 @@ def _ratio(rows: RuleRows, of_sequence: bool) -> Tensor:
 
 
 def _joined(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, C), which of them are none of the padding, and which of the completions' are actions (B, T)."""
+    """Return tokens (B, C), which of them are not padding (B, C), and which completion tokens are actions (B, T)."""
     input_ids_BC = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     valid_BC = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1).bool()
     mask_BT = inputs["completion_mask"]
@@ -258,6 +261,6 @@ def _joined(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _behind(whole: Tensor, values_BT: Tensor, missing: int = 0) -> Tensor:
-    """(B, columns of `whole` + missing): the values in the last columns, behind zeros."""
+    """Return (B, columns of `whole` + missing): zeros, and then the values in the last columns."""
     columns = whole.shape[1] + missing - values_BT.shape[1]
     return torch.nn.functional.pad(values_BT, (columns, 0))

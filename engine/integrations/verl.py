@@ -1,19 +1,21 @@
-"""verl's policy loss, advantages and fused log-probs, by ours. To load this module is all; verl does it with
+"""Register our policy loss, advantages and fused log-probs with verl, when this module is loaded.
+
+verl loads it itself if this variable of the environment is set:
 
     VERL_USE_EXTERNAL_MODULES=mgrpo.engine.integrations.verl
 
-Then `actor.policy_loss.loss_mode` may be "mgrpo" (the ratio of each token: what "vanilla" computes), "mgrpo_sequence"
-(what "gspo" computes) or "mgrpo_trajectory" (the product: the paper's literal form, which verl has not);
-`algorithm.adv_estimator` may be "mgrpo"; and with `model.use_fused_kernels=true` and verl's default backend "torch"
-log-probs and entropies are `mgrpo.kernels.linear_logprob`'s. What a token counts verl's own aggregation says, in every
-`loss_agg_mode`, over any number of ranks.
+Then `actor.policy_loss.loss_mode` may be "mgrpo" (the ratio of each token, what "vanilla" computes),
+"mgrpo_sequence" (what "gspo" computes) or "mgrpo_trajectory" (the product, the paper's literal form, which verl does
+not have). `algorithm.adv_estimator` may be "mgrpo". With `model.use_fused_kernels=true` and verl's default backend
+"torch", log-probs and entropies come from `mgrpo.kernels.linear_logprob`. verl's own aggregation still decides what a
+token counts, in every `loss_agg_mode`, over any number of ranks.
 
-Departs from verl: a sequence's ratio is differentiated as such ("gspo" gives each token the slope of its own term,
-which is the same unless advantages or rollout weights differ within a sequence); a log-ratio beyond 20 is not clamped,
-only clipped; the std of the advantages is the population's, and a rollout that is alone in its group has advantage 0.
+Unlike in verl, a sequence's ratio is differentiated as one ("gspo" gives each token the slope of its own term, which is
+the same unless advantages or rollout weights differ within a sequence). A log-ratio beyond 20 is not clamped, only
+clipped. The std of the advantages is that of the population, and a rollout that is alone in its group has advantage 0.
 Entropies stay float32.
 
-Checked against verl 0.9.1. Megatron has a path of its own to log-probs, which stays verl's.
+Checked against verl 0.9.1. Megatron computes log-probs on another path, which remains verl's.
 
 Legend: B sequences, T columns of the responses; N all tokens of them, H hidden size, V vocabulary.
 """
@@ -46,7 +48,7 @@ def policy_loss(
     *,
     importance: Importance = "token",
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped loss of a micro-batch, all (B, T), and its metrics by verl's names."""
+    """Return the clipped loss of a micro-batch and its metrics by verl's names; the tensors are (B, T)."""
     mask_BT = response_mask.bool()
     if rollout_is_weights is not None:
         advantages = advantages * rollout_is_weights  # the clipped term is homogeneous in them
@@ -67,7 +69,10 @@ def policy_loss(
 
 
 def _objective(config: Any, importance: Importance) -> Objective:
-    """dual_clip: verl holds the log of a sequence's ratio to 10, which for a negative advantage is the same."""
+    """Return the objective of verl's config.
+
+    verl limits the log of a sequence's ratio to 10. For a negative advantage that is a dual_clip of exp(10).
+    """
     low, high = config.clip_ratio_low, config.clip_ratio_high
     return Objective(
         clip_low=config.clip_ratio if low is None else low,
@@ -79,7 +84,7 @@ def _objective(config: Any, importance: Importance) -> Objective:
 
 
 def _weights(mask_BT: Tensor, loss_agg_mode: str, config: Any, dtype: torch.dtype) -> Tensor:
-    """What each token counts: the slope of verl's aggregation, which is linear in the tokens' terms. 0 outside."""
+    """Return what each token counts: the slope of verl's aggregation, which is linear in the terms; 0 outside."""
     with torch.enable_grad():
         terms_BT = torch.zeros_like(mask_BT, dtype=dtype, requires_grad=True)
         total = agg_loss(terms_BT, mask_BT, loss_agg_mode, **config.global_batch_info)
@@ -90,7 +95,7 @@ def _weights(mask_BT: Tensor, loss_agg_mode: str, config: Any, dtype: torch.dtyp
 def outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Group-relative advantages (B, T), twice, of the rewards' sums; index (B,): the query of each sequence."""
+    """Return group-relative advantages (B, T) of the summed rewards, twice; index (B,): the query of each sequence."""
     by_std = config is None or config.get("norm_adv_by_std_in_grpo", True)
     groups_B = np.unique(index, return_inverse=True)[1]
     order_B = torch.from_numpy(np.argsort(groups_B, kind="stable")).to(token_level_rewards.device)
@@ -104,7 +109,7 @@ def outcome_advantage(
 def fused_forward(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """In the place of verl's `FusedLinearForPPO.forward`: (…, H), (V, H), (…) -> log-probs and entropies (…)."""
+    """Replace verl's `FusedLinearForPPO.forward`: (…, H), (V, H), (…) -> log-probs and entropies (…)."""
     if self.impl_backend != "torch":
         found: tuple[Tensor, Tensor] = VERL_FORWARD(self, hidden_states, vocab_weights, input_ids, temperature)
         return found

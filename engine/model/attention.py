@@ -1,9 +1,9 @@
-"""How the tokens of one flat row (1, T) attend to each other, in any causal LM of `transformers`.
+"""Let the tokens of one flat row (1, T) attend to each other, in any causal LM of `transformers`.
 
-One attention function is registered for all of them, "mgrpo". It asks a *layout*, handed down through the model's
-forward: `Packed` for training (sequences side by side, no padding), the sampler's own for decoding (tokens of many
-calls against a key-value cache). A forward that hands down none, such as `generate` of the model's owner, runs and is
-masked as with "sdpa".
+One attention function, "mgrpo", is registered for all models. It follows a *layout* that is passed down through the
+model's forward: `Packed` for training (sequences side by side, no padding), or the sampler's for decoding (tokens of
+many calls against a key-value cache). A forward without a layout, such as the caller's `generate`, runs and is masked
+as with "sdpa".
 
 Legend: T tokens of the flat row, A query heads, G key-value heads, D head size, H hidden size, B sequences.
 """
@@ -21,18 +21,18 @@ from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.model.cpu_attention import buckets, causal_attention
 
-# Whether a layout decides who attends to whom: then there is no mask to be made.
+# Whether a layout decides which tokens attend to which: then no mask is made.
 _laid_out: ContextVar[bool] = ContextVar("laid_out", default=False)
 
 
 class Layout(Protocol):
-    """How the tokens of one flat row attend. q (A, T, D), k and v (G, T, D) -> (T, A, D)."""
+    """Decide how the tokens of one flat row attend: q (A, T, D), k and v (G, T, D) -> (T, A, D)."""
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
 
 
 class Packed:
-    """B sequences side by side, each causal in itself. cu_seqlens (B+1,) int32, from 0 to T."""
+    """Lay out B sequences side by side, each attending causally to itself. cu_seqlens (B + 1,) int32, from 0 to T."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens = cu_seqlens
@@ -40,6 +40,7 @@ class Packed:
         self.buckets = [] if cu_seqlens.is_cuda else buckets(cu_seqlens.diff().tolist())
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """Return the attention's output (T, A, D)."""
         if q_ATD.is_cuda:
             return self._attend_cuda(q_ATD, k_GTD, v_GTD, scale)
         repeat = q_ATD.shape[0] // k_GTD.shape[0]
@@ -64,7 +65,7 @@ class Packed:
 
 
 class UnsupportedAttentionError(Exception):
-    """A model asks for more than plain causal attention."""
+    """Report that a model needs more than plain causal attention."""
 
 
 def attention(
@@ -80,7 +81,10 @@ def attention(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """The attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out."""
+    """Implement the attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out.
+
+    Raises UnsupportedAttentionError for soft-capping and sinks.
+    """
     if softcap is not None or s_aux is not None:
         raise UnsupportedAttentionError("has attention with soft-capping or sinks")
     if layout is None:
@@ -101,7 +105,7 @@ AttentionMaskInterface.register("mgrpo", _mask)
 
 
 def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states (T, H) of the flat row, before the head."""
+    """Return the last hidden states (T, H) of the flat row, before the head."""
     before = _laid_out.set(True)
     try:
         out = model.base_model(

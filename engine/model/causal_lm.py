@@ -1,4 +1,4 @@
-"""Causal LMs of `transformers`, loaded or taken over from a caller, checked, and split over ranks.
+"""Load causal LMs of `transformers`, or take them over from a caller, check them, and split them over ranks.
 
 Legend: T tokens of a flat row, A query heads, G key-value heads, D head size, H hidden size, V vocabulary.
 """
@@ -30,11 +30,11 @@ from mgrpo.engine.system.distributed import mesh, ranks
 
 Result = TypeVar("Result")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for broken files
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for damaged files
 
 
 class Actor(nn.Module):
-    """A causal LM whose backbone and head run within one forward: there FSDP holds the weights of both whole."""
+    """Run a causal LM's backbone and head within one forward, in which FSDP holds the whole weights of both."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -47,17 +47,26 @@ class Actor(nn.Module):
         layout: Layout,
         work: Callable[[Tensor, Tensor, Tensor | None], Result],
     ) -> Result:
-        """work(hidden (T, H), the head's weight (V, H), its bias (V,) or None)"""
+        """Return work(hidden (T, H), the head's weight (V, H), its bias (V,) or None)."""
         hidden_TH = hidden_states(self.model, input_ids_T, positions_T, layout)
-        head = self.model.get_output_embeddings()
+        head = output_head(self.model)
         return work(hidden_TH, head.weight, head.bias)
 
 
-def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
-    """An agent's model on its device, as `load_model` makes it; split over the ranks if there are several.
+def output_head(model: PreTrainedModel, whose: str = "model") -> nn.Linear:
+    """Return the layer that turns hidden states into logits. Raises ValueError if the model has none."""
+    head: nn.Linear | None = model.get_output_embeddings()
+    if head is None:
+        kind = type(model).__name__
+        raise ValueError(f"{whose}: {kind} given: expected a causal LM, with a head over its vocabulary")
+    return head
 
-    Split, each rank holds its rows of every weight, in float32, as masters. A device then never holds more than one
-    layer whole, but each rank's host for a moment the model in the compute dtype.
+
+def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
+    """Load an agent's model onto its device, as `load_model` does, and split it over the ranks if there are several.
+
+    After a split each rank holds its rows of every weight, in float32, as masters. A device then never holds more than
+    one whole layer, but the host of each rank briefly holds the model in the compute dtype.
     """
     device = pick_device(compute)
     alone = ranks(group) == 1
@@ -72,9 +81,9 @@ def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: Pro
 def split(
     actor: Actor, device: torch.device, dtype: torch.dtype, group: ProcessGroup | None, *, master: bool = True
 ) -> None:
-    """FSDP2 of each decoder layer and of the rest; gradients are sums over the ranks, in float32 or wider.
+    """Shard each decoder layer and the rest by FSDP2; gradients are summed over the ranks, in float32 or wider.
 
-    master: so are the rows that a rank holds, else in the compute dtype.
+    master: whether the rows that a rank holds are float32 or wider too, or else in the compute dtype.
     """
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
@@ -84,23 +93,24 @@ def split(
             module.to(wide)
         sharded = fully_shard(module, mesh=over, mp_policy=policy)
         assert isinstance(sharded, FSDPModule)
-        sharded.set_gradient_divide_factor(1.0)  # the mean is in the loss weights
-        sharded.set_force_sum_reduction_for_comms(True)  # else a product before the sum, which gloo has not
+        sharded.set_gradient_divide_factor(1.0)  # the loss weights include the mean
+        sharded.set_force_sum_reduction_for_comms(True)  # otherwise a product precedes the sum, and gloo has none
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """torch.compile of each decoder layer, for any number of tokens; attention, which reads lengths, stays as it is."""
+    """Compile each decoder layer for any number of tokens, except attention, which reads lengths."""
     AttentionInterface.register("mgrpo", torch.compiler.disable(attention))
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers that transformers can checkpoint, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def pick_device(compute: ComputeConfig) -> torch.device:
-    """The device of a run. Raises ValueError if it is not there."""
+    """Return the device of a run. Raises ValueError if it does not exist here, or does not go with other settings."""
     name = compute.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,16 +119,21 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"config: compute.device: {name!r} given: expected a device of torch or 'auto'") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"config: compute.device: {name!r} given: expected a device that is here, no CUDA GPU found")
+        raise ValueError(
+            f"config: compute.device: {name!r} given: expected a device of this machine, which has no CUDA GPU"
+        )
     if compute.compile and not name.startswith("cuda"):
-        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, it is for GPUs")
-    if compute.compile and compute.activation_checkpointing:  # attention's graph break keeps a checkpoint uncompiled
+        raise ValueError(f"config: compute.compile: true given: expected false on {name!r}, compiling is for GPUs")
+    if compute.compile and compute.activation_checkpointing:  # a checkpoint with attention in it is not compiled
         raise ValueError("config: compute.compile: true given: expected false with activation_checkpointing = true")
     return torch.device(name)
 
 
 def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of an agent, checked against its model's config (nothing big is loaded)."""
+    """Load the tokenizer of an agent and check it against its model's config (no weights are loaded).
+
+    Raises ValueError if it cannot be read or does not fit the model.
+    """
     config = read_model_config(name, agent)
     try:
         tokenizer = AutoTokenizer.from_pretrained(agent.model)
@@ -135,14 +150,17 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
 
 
 def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
-    """config.json of an agent's model directory, with the checks that need no weights."""
+    """Return config.json of an agent's model directory, after the checks that need no weights.
+
+    Raises ValueError if it is missing, not a causal LM's, or made for a shorter context than the agent's.
+    """
     path = Path(agent.model) / "config.json"
     if not path.is_file():
         raise ValueError(f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it")
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"agents.{name}.model: {path} is no JSON: {error}") from error
+        raise ValueError(f"agents.{name}.model: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
     context = config.get("max_position_embeddings", config.get("n_positions"))
@@ -153,8 +171,8 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and agent.max_context > window:
         raise ValueError(
-            f"agents.{name}.max_context: {agent.max_context} given: expected at most {window}, "
-            f"the model's sliding window, beyond which its attention is not supported"
+            f"agents.{name}.max_context: {agent.max_context} given: expected at most {window}, the model's sliding "
+            "window: attention with a window is not supported"
         )
     return config
 
@@ -162,7 +180,10 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
 def load_model(
     name: str, agent: AgentConfig, compute: ComputeConfig, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """The causal LM of an agent on a device (None: the run's), in the compute dtype, attention replaced by ours."""
+    """Load the causal LM of an agent onto a device (None: the run's), in the compute dtype, with our attention.
+
+    Raises ValueError if its weights cannot be read or are incomplete, or the model is of a kind that is not supported.
+    """
     device = device or pick_device(compute)
     read_model_config(name, agent)
     try:
@@ -178,7 +199,7 @@ def load_model(
         raise ValueError(f"agents.{name}.model: {agent.model} has no readable weights: {error}") from error
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
-    if loading["missing_keys"]:  # else they would be drawn at random
+    if loading["missing_keys"]:  # transformers would fill them with random numbers
         raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
     _without_dropout(model)
     nn.Module.to(model, device)
@@ -190,16 +211,16 @@ def load_model(
 
 
 def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None) -> tuple[Actor, torch.dtype]:
-    """A caller's causal LM, where it is, and its dtype; laid out, and split over ranks if there are several.
+    """Prepare a caller's causal LM in place, split it over the ranks if there are several; return it and its dtype.
 
-    Of compute only device and compile are asked; "auto" is where the model is. Raises ValueError as `lay_out`, or if it
-    is sharded already, or in a dtype that we have no matmuls for.
+    Only the device and compile of compute are used; device "auto" leaves the model where it is. Raises ValueError as
+    `lay_out` does, or if the model is already sharded or in an unsupported dtype.
     """
     _require_model(model)
     if any(isinstance(param, DTensor) for param in model.parameters()):
-        raise ValueError("model: one that is sharded given: expected it whole on every rank, the policy shards it")
+        raise ValueError("model: a sharded model given: expected a whole one on every rank, the policy shards it")
     if model.dtype not in DTYPES:
-        raise ValueError(f"model: one in {model.dtype} given: expected one of {DTYPES}")
+        raise ValueError(f"model: a model in {model.dtype} given: expected one of {DTYPES}")
     lay_out(model)
     device, dtype = model.device if compute.device == "auto" else pick_device(compute), model.dtype
     actor = Actor(model)
@@ -213,10 +234,10 @@ def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGrou
 
 
 def lay_out(model: PreTrainedModel) -> None:
-    """Let a caller's model run over flat rows: its attention asks a layout where there is one, and it has no dropout.
+    """Let a caller's model run over flat rows: its attention follows a layout if there is one, without dropout.
 
-    All else that it does it still does. Raises ValueError if it is wrapped already, or of a kind that `load_model`
-    refuses; its attention is then the caller's again.
+    Everything else works as before. Raises ValueError if the model is wrapped, has no head, or is of a kind that
+    `load_model` refuses; its attention is then what it was.
     """
     _require_model(model)
     before = model.config._attn_implementation
@@ -239,10 +260,10 @@ def _require_model(model: object) -> None:
 def frozen_copy(
     actor: Actor, masters: Mapping[str, Tensor], compute: ComputeConfig, dtype: torch.dtype, group: ProcessGroup | None
 ) -> Actor:
-    """The model as it is now, in the compute dtype; over ranks, each holds its rows."""
+    """Return a frozen copy of the model as it is now, in the compute dtype; each of several ranks holds its rows."""
     alone = ranks(group) == 1
     kept = copy.deepcopy(actor) if alone else Actor(_blank(actor.model, dtype))
-    if compute.compile:  # neither copies what was compiled
+    if compute.compile:  # a copy is not compiled
         compile_layers(kept.model)
     if not alone:
         split(kept, actor.model.device, dtype, group, master=False)
@@ -252,7 +273,7 @@ def frozen_copy(
 
 
 def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Another of its kind, on the CPU, whose weights are yet to be filled in."""
+    """Return another model of the same kind, on the CPU, without initialised weights."""
     with no_init_weights():
         made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
     made.tie_weights()
@@ -261,14 +282,14 @@ def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _without_dropout(model: PreTrainedModel) -> None:
-    """The trainer must see the distribution that the sampler saw."""
+    """Remove dropout, so that the trainer sees the distribution that the sampler saw."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
 class _Watched(Packed):
-    """Counts the layers that attend through us."""
+    """Count the layers that use our attention."""
 
     layers = 0
 
@@ -279,7 +300,11 @@ class _Watched(Packed):
 
 @torch.no_grad()
 def _probe(whose: str, model: PreTrainedModel) -> None:
-    """Some models scale or cap their logits, or attend in other ways: compare four tokens' logits, and refuse those."""
+    """Compare the logits of four tokens, to refuse models that scale or cap logits or attend in another way.
+
+    Raises ValueError, with `whose` before the model's class, for such a model and for one without a head.
+    """
+    head = output_head(model, whose)
     ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
     positions_T = torch.arange(4, device=model.device)
     layout = _Watched(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
@@ -290,10 +315,9 @@ def _probe(whose: str, model: PreTrainedModel) -> None:
             raise UnsupportedAttentionError("has layers without plain attention")
     except (UnsupportedAttentionError, TypeError) as error:
         raise ValueError(f"{what} {error}: expected plain causal attention in every layer") from error
-    head = model.get_output_embeddings()
     ours_TV = F.linear(hidden_states(model, ids_T, positions_T, layout), head.weight, head.bias)
     if not torch.allclose(ours_TV, out.logits[0], rtol=1e-2, atol=1e-2):
         raise ValueError(
-            f"{what} changes its logits after the head (scaling or soft-capping), "
+            f"{what} changes its logits after the head (scaling or soft-capping): "
             "expected a model whose logits are head(hidden states)"
         )

@@ -1,8 +1,9 @@
-"""Causal attention over sequences of different lengths on a CPU, with a backward made of matmuls.
+"""Compute causal attention over sequences of different lengths on a CPU, with a backward made of matmuls.
 
-Departs from calling torch's fused attention once per sequence: its backward on a CPU takes four to six times as long as
-the same sums written as batched matmuls at the lengths of agents' turns (bench/NOTES.md). Sequences of like length are
-padded to one batch (at most twofold), the forward is torch's fused kernel, the backward recomputes the probabilities.
+torch's fused attention, called once per sequence, would have a backward that takes four to six times as long on a CPU
+as the same sums written as batched matmuls, at the lengths of agents' turns (bench/NOTES.md). Here sequences of similar
+length are padded to one batch (to at most twice their length), the forward is torch's fused kernel, and the backward
+recomputes the probabilities.
 
 Legend: T tokens of the flat row, A heads, D head size, B sequences of a batch, L its longest, P = B * L; Q queries of a
 block, K keys up to the last of them.
@@ -17,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # queries whose scores the backward makes at a time
+BLOCK = 128  # queries whose scores the backward computes at a time
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of like length as one padded batch. tokens_P: flat token of each place (pads repeat the last one);
-    flat: the real tokens, places: where each of them lies in the batch."""
+    """Hold sequences of similar length as one padded batch.
+
+    tokens_P: the flat token of each place (pads repeat the last one). flat: the real tokens; places: where each of them
+    lies in the batch.
+    """
 
     tokens_P: Tensor
     flat: Tensor
@@ -31,12 +35,12 @@ class Bucket:
     longest: int
 
     def pad(self, x_ATD: Tensor) -> Tensor:
-        """(A, T, D) -> (A, B, L, D)."""
+        """Return (A, B, L, D) of (A, T, D)."""
         heads, _, size = x_ATD.shape
         return x_ATD[:, self.tokens_P].view(heads, -1, self.longest, size)
 
     def pad_zeros(self, x_ATD: Tensor) -> Tensor:
-        """(A, T, D) -> (A, B, L, D) with zeros at the pads."""
+        """Return (A, B, L, D) of (A, T, D), with zeros at the pads."""
         heads, _, size = x_ATD.shape
         x_APD = x_ATD.new_zeros(heads, len(self.tokens_P), size)
         x_APD[:, self.places] = x_ATD[:, self.flat]
@@ -44,7 +48,7 @@ class Bucket:
 
 
 def buckets(lengths: list[int]) -> list[Bucket]:
-    """Batches of sequences, each at least half as long as its batch's longest."""
+    """Return batches of sequences, each at least half as long as the longest of its batch."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -65,7 +69,7 @@ def _bucket(spans: list[tuple[int, int]]) -> Bucket:
 
 
 class _Causal(torch.autograd.Function):
-    """q, k, v (A, T, D) -> (A, T, D), each sequence attending to itself; the backward recomputes probabilities."""
+    """Let each sequence attend to itself: q, k, v (A, T, D) -> (A, T, D). The backward recomputes probabilities."""
 
     @staticmethod
     def forward(ctx: Any, q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, parts: list[Bucket]) -> Tensor:
@@ -93,10 +97,11 @@ class _Causal(torch.autograd.Function):
 
 
 def _backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, (A, B, L, D) each. delta: each query's sum of dout * out, (A, B, L, 1), at least fp32.
+    """Return the gradients of q, k and v, (A, B, L, D) each.
 
-    Queries are taken in blocks, each against the keys up to its last query: of what the mask hides little is computed.
-    The last block comes first, as its products have a row for every key. Sums over blocks are in delta's dtype.
+    delta: each query's sum of dout * out, (A, B, L, 1), at least fp32. Queries are taken in blocks, each against the
+    keys up to its last query, so little of what the mask hides is computed. The last block comes first, because its
+    products have a row for every key. Sums over blocks are in delta's dtype.
     """
     length, dq = q.shape[2], torch.empty_like(q)
     for last in range(length, 0, -BLOCK):
@@ -112,9 +117,9 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scal
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What Q queries, the last of K tokens, give to the gradients of q (A, B, Q, D), and of k and v (A, B, K, D).
+    """Return what Q queries, the last of K tokens, add to the gradients of q (A, B, Q, D), k and v (A, B, K, D).
 
-    Scores and probabilities in delta's dtype, products in q's.
+    Scores and probabilities are in delta's dtype, products in q's.
     """
     queries, keys = q.shape[2], k.shape[2]
     mask_QK = torch.full((queries, keys), float("-inf"), dtype=delta.dtype).triu(keys - queries + 1)
@@ -127,5 +132,8 @@ def _block(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, delta: Tensor, scale: 
 
 
 def causal_attention(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, parts: list[Bucket]) -> Tensor:
-    """Attention of each sequence of the flat row to itself, (A, T, D) in q's dtype. parts: from `buckets`."""
+    """Return the attention of each sequence of the flat row to itself, (A, T, D) in q's dtype.
+
+    parts: from `buckets`.
+    """
     return _Causal.apply(q_ATD, k_ATD, v_ATD, scale, parts)

@@ -1,9 +1,9 @@
-"""Tensors that ranks hold by rows, as safetensors: written by any number of ranks, read by any other.
+"""Write tensors that ranks hold by rows as safetensors, and read what any number of ranks wrote.
 
-Every rank writes the rows it holds to a file of its own, `weights.safetensors`, `weights-1.safetensors`, …: one after
-the other they are the whole tensor, so one rank's file is an ordinary one. Numbers (0-dim) are in the first alone.
+Every rank writes its rows to its own file, `weights.safetensors`, `weights-1.safetensors`, …. One after the other they
+are the whole tensor, so the file of a single rank is an ordinary one. Numbers (0-dim) are only in the first file.
 
-Departs from torch.distributed.checkpoint, which unpickles: its file reader a checkpoint's metadata, its planner what
+torch.distributed.checkpoint is not used because it unpickles: its file reader a checkpoint's metadata, its planner what
 the ranks send each other. Rows in the order of ranks need neither metadata nor a plan.
 """
 
@@ -22,18 +22,18 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds of a tensor, in place; all of them if it is not split."""
+    """Return the rows that this rank holds of a tensor, not copied; all of them if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], rank: int) -> None:
-    """This rank's rows of each tensor, DTensors split by rows or (on one rank) plain ones."""
+    """Write this rank's rows of each tensor: DTensors split by rows, or plain tensors if there is one rank."""
     mine = {name: local(t.detach()).contiguous() for name, t in tensors.items() if t.ndim or rank == 0}
     save_file(mine, _file(folder, stem, rank))
 
 
 class Shards:
-    """What `write_shards` wrote, open for reading. shapes: of the whole tensors, by name."""
+    """Read what `write_shards` wrote. shapes: the shapes of the whole tensors, by name."""
 
     def __init__(self, folder: Path, stem: str):
         paths = takewhile(Path.exists, (_file(folder, stem, number) for number in count()))
@@ -46,7 +46,7 @@ class Shards:
 
     @torch.no_grad()
     def read_into(self, target: Tensor, name: str) -> None:
-        """Fill the rows this rank holds of the target, reading no others; its whole shape must be the saved one."""
+        """Fill the rows of the target that this rank holds, reading no others; the whole shapes must be equal."""
         assert self.shapes[name] == tuple(target.shape), name
         mine = local(target)
         if not target.ndim:
@@ -72,7 +72,7 @@ def _file(folder: Path, stem: str, number: int) -> Path:
 
 
 def _first_row(tensor: Tensor) -> int:
-    """Of those this rank holds: rows are dealt in equal runs, the last ones shorter or empty."""
+    """Return the first row that this rank holds. Ranks hold equal runs of rows, the last ones shorter or empty."""
     if not isinstance(tensor, DTensor):
         return 0
     ranks = tensor.device_mesh

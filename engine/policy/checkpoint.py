@@ -1,7 +1,7 @@
-"""A policy's state in a folder: master weights, moments, the KL's reference, each rank its rows, and one small index.
+"""Save a policy's state in a folder, and load it: master weights, moments, the KL's reference and a small index.
 
-The index, `policy.json`, is written last: a folder without one is not whole. What was written by any number of ranks
-is read by any other.
+Each rank writes its rows. The index, `policy.json`, is written last, so a folder without one is incomplete. A state
+written by any number of ranks can be read by any other number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ INDEX = "policy.json"
 
 
 class Index(msgspec.Struct, frozen=True):
-    """version: optimizer steps that led to the weights. reference: whether the KL's reference is there too."""
+    """Describe a saved state.
+
+    version: the number of optimizer steps that led to the weights. reference: whether the KL's reference is included.
+    """
 
     version: int
     reference: bool
@@ -32,9 +35,9 @@ class Index(msgspec.Struct, frozen=True):
 def write_state(
     folder: str | Path | None, tensors: Mapping[str, Mapping[str, Tensor]], index: Index, group: ProcessGroup | None
 ) -> None:
-    """Each rank's rows of every group of tensors, by the stem of its files; then, by rank 0, the index.
+    """Write this rank's rows of every group of tensors, by the stem of its files; rank 0 then writes the index.
 
-    Rank 0 makes the folder, which must not be there and which all ranks must see. No rank returns before all have
+    Rank 0 makes the folder, which must not exist yet and which all ranks must see. No rank returns before all have
     written their rows. Raises OSError or SafetensorError on every rank if any could not write.
     """
     rank = distributed.rank(group)
@@ -58,17 +61,17 @@ def write_state(
 
 
 def read_index(folder: Path, group: ProcessGroup | None) -> Index:
-    """The index, as rank 0 reads it. Raises ValueError on every rank if there is none, or none that can be read."""
+    """Return the index, as rank 0 reads it. Raises ValueError on every rank if it is missing or damaged."""
     path = folder / INDEX
     found = path.read_text() if distributed.rank(group) == 0 and path.is_file() else ""
     try:
         return msgspec.json.decode(distributed.broadcast(found, str, group), type=Index)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{folder}: expected a policy's state with a sound {INDEX}: {error}") from error
+        raise ValueError(f"{folder}: expected a policy's state with a valid {INDEX}: {error}") from error
 
 
 def read_into(target: Mapping[str, Any], folder: Path, stem: str) -> None:
-    """Fill the rows that this rank holds. Raises ValueError, with nothing changed, if they are another model's."""
+    """Fill the rows that this rank holds. Raises ValueError, with nothing changed, if they belong to another model."""
     shards = Shards(folder, stem)
     shapes = {name: tuple(value.shape) for name, value in target.items()}
     if shapes != shards.shapes:
@@ -82,7 +85,7 @@ def read_into(target: Mapping[str, Any], folder: Path, stem: str) -> None:
 
 
 def read_moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """The moments of `moments`, for an optimizer that has none yet."""
+    """Load what `moments` returned, into an optimizer that has no moments yet."""
     shards = Shards(folder, "moments")
     for key_name, shape in shards.shapes.items():
         key, _, name = key_name.partition("/")
@@ -93,6 +96,6 @@ def read_moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]
 
 
 def moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimizer remembers of each weight, by "<key>/<name>"."""
+    """Return the optimizer's state of each weight, by "<key>/<name>"."""
     state = optimizer.state
     return {f"{key}/{name}": value for name, weight in weights.items() for key, value in state.get(weight, {}).items()}

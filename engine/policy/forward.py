@@ -1,8 +1,9 @@
-"""One micro-batch through a model: the loss, or the log-probs of what was chosen, with the head on the rows that count.
+"""Run one micro-batch through a model: its loss, or the log-probs of its targets, with the head on live rows only.
 
-Backbone and head run within one forward of the `Actor`; no row's logits outlive their chunk (mgrpo.kernels).
+Backbone and head run within one forward of the `Actor`, and the logits of a chunk of rows are freed with the chunk
+(mgrpo.kernels).
 
-Legend: P rows of a micro-batch, L those that count (weight not 0), H hidden size, V vocabulary.
+Legend: P rows of a micro-batch, L live rows (weight not 0), H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, mer
 
 
 class Output(NamedTuple):
-    """What a pass over micro-batches found. metrics: numbers by name.
+    """Hold the result of a pass over micro-batches. metrics: numbers by name.
 
-    logprobs: of this rank's micro-batches, (P,) each, in nats at the policy's temperature, float32 (float64 for a model
-    in float64), detached; 0 at rows that were left out.
+    logprobs: (P,) for each of this rank's micro-batches, in nats at the policy's temperature, float32 (float64 for a
+    model in float64), detached; 0 at rows that were left out.
     """
 
     metrics: dict[str, float]
@@ -40,7 +41,7 @@ Custom = Callable[[Sequence[Batch], list[Tensor], list[Tensor]], tuple[Tensor, d
 def grpo(
     actor: Actor, batch: Batch, objective: Objective, temperature: float, old_P: Tensor | None, ref_P: Tensor | None
 ) -> Loss:
-    """The loss of a micro-batch, its gradient added to what the weights hold."""
+    """Return the loss of a micro-batch, and add its gradient to that of the weights."""
 
     def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Loss:
         return linear_grpo_loss(
@@ -64,7 +65,7 @@ def grpo(
 
 
 def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
-    """Log-probs and entropies of the rows that count, differentiable unless no_grad is on; 0 at the others."""
+    """Return log-probs and entropies of the live rows, differentiable unless no_grad is on; 0 at the others."""
     live_L = batch.weights_P.nonzero()[:, 0]
 
     def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Rows:
@@ -74,33 +75,35 @@ def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
 
     found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
     if isinstance(actor, FSDPModule) and not torch.is_grad_enabled():
-        actor.reshard()  # without a backward FSDP keeps what it gathered, and would not see the next step's weights
+        actor.reshard()  # without a backward, FSDP keeps the gathered weights and would not see the next step's
     logprobs_P, entropies_P = (x_L.new_zeros(len(batch)).index_copy(0, live_L, x_L) for x_L in found)
     return logprobs_P, entropies_P
 
 
 def exchange_gradients(actor: Actor, on: bool) -> None:
-    """Whether the next backward sums them over the ranks."""
+    """Set whether the next backward sums gradients over the ranks."""
     if isinstance(actor, FSDPModule):
         actor.set_requires_gradient_sync(on)
 
 
 def layout(batch: Batch) -> Packed:
+    """Return the attention layout of a micro-batch: its sequences side by side."""
     return Packed(batch.cu_seqlens_B1, batch.max_seqlen)
 
 
 def leaves(found: Sequence[Rows]) -> list[Rows]:
-    """The same numbers, from which derivatives are asked."""
+    """Detach each tensor and make it a leaf that requires grad."""
     return [(logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()) for logprobs, entropies in found]
 
 
 def derivatives(loss: Any, given: Sequence[Rows]) -> list[tuple[Tensor, Tensor | None]]:
-    """Of a caller's loss with respect to log-probs and entropies; None where no entropy is in it.
+    """Return the derivatives of a caller's loss with respect to each micro-batch's log-probs and entropies.
 
-    Raises ValueError if the loss is not a number that follows from them.
+    Those of the entropies are None if the loss depends on none. Raises ValueError if the loss is not a 0-dim tensor
+    that depends on the log-probs.
     """
     if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
-        raise ValueError(f"fn: a loss of {loss!r} returned: expected a 0-dim tensor that follows from the log-probs")
+        raise ValueError(f"fn: a loss of {loss!r} returned: expected a 0-dim tensor that depends on the log-probs")
     flat = [x for pair in given for x in pair]
     found = torch.autograd.grad(loss, flat, allow_unused=True)
     slopes = [torch.zeros_like(x) if slope is None else slope for x, slope in zip(flat, found, strict=True)]
@@ -109,13 +112,13 @@ def derivatives(loss: Any, given: Sequence[Rows]) -> list[tuple[Tensor, Tensor |
 
 
 def backward(found: Rows, slopes: tuple[Tensor, Tensor | None]) -> None:
-    """The gradient of a micro-batch, given the loss' derivatives with respect to what was found of its rows."""
+    """Add the gradient of a micro-batch, given the loss' derivatives with respect to its log-probs and entropies."""
     pairs = [(x, slope) for x, slope in zip(found, slopes, strict=True) if slope is not None]
     torch.autograd.backward([x for x, _ in pairs], [slope for _, slope in pairs])
 
 
 def merged(losses: Sequence[Loss], group: ProcessGroup | None) -> dict[str, float]:
-    """Metrics of all ranks' micro-batches; their losses added up."""
+    """Return the metrics of all ranks' micro-batches, with the sum of their losses as "loss"."""
     mine = [{name: float(value) for name, value in (loss.metrics | {"loss": loss.loss}).items()} for loss in losses]
     parts = [part for parts in distributed.gather(mine, list[dict[str, float]], group) for part in parts]
     total = sum(part.pop("loss") for part in parts)

@@ -1,19 +1,23 @@
-"""fp32 master weights beside a model that one process holds in bf16, and gradients summed in fp32.
+"""Hold fp32 master weights beside a model that one process holds in bf16, sum gradients in fp32, schedule the rate.
 
-Each gradient is added to its master the moment it is made, and freed; the optimizer moves the masters, and `publish`
+Each gradient is added to its master as soon as it is made, and freed. The optimizer moves the masters, and `publish`
 rounds them into the model.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from mgrpo.engine.config.schema import AgentConfig
+
 
 class Masters:
-    """fp32 master weights of a model's parameters, and their gradients.
+    """Hold fp32 master weights of a model's parameters, and their gradients.
 
-    What is float32 or wider, or is not trained (requires_grad is false), is its own master.
+    A parameter that is float32 or wider, or that is not trained (requires_grad is false), is its own master.
     """
 
     def __init__(self, model: nn.Module):
@@ -43,3 +47,12 @@ class Masters:
         for name, param in self.params.items():
             if self.weights[name] is not param:
                 param.copy_(self.weights[name])
+
+
+def learning_rate(agent: AgentConfig, step: int, steps: int) -> float:
+    """Return the rate of step `step` (from 0) of `steps`: a linear rise, then the schedule, to zero at the end."""
+    if step < agent.lr_warmup_steps:
+        return agent.lr * (step + 1) / (agent.lr_warmup_steps + 1)
+    done = (step - agent.lr_warmup_steps) / max(1, steps - agent.lr_warmup_steps)
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return agent.lr * factors[agent.lr_schedule]

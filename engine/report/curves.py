@@ -1,15 +1,14 @@
-"""The figure of a run: reward, held-out accuracy, calls and entropy over the rl steps.
+"""Draw the figure of a run: reward, held-out accuracy, calls and entropy over the rl steps.
 
-A row of step s was sampled by weights that had taken s rl steps, and an evaluation at s measures the same weights: both
-are drawn at s.
+A row of step s was sampled by weights that had taken s rl steps, and an evaluation at s measures the same weights, so
+that both are drawn at s.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,8 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mgrpo.engine.config.schema import Config
+from mgrpo.engine.run.metrics import Row
+from mgrpo.engine.system.files import replacing
 
-Row = Mapping[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
 
 COLORS = ["#1f5fa8", "#d1622b", "#2f8f5b", "#8a4fa3", "#a3862c", "#4aa3b5", "#b5486b", "#666666"]  # by agent
@@ -27,7 +27,7 @@ WINDOW = 10  # steps of the running mean
 
 
 def draw_curves(path: Path, config: Config, rows: Sequence[Row]) -> None:
-    """Draw the four panels into a PNG at `path`, which is replaced as a whole. rows: those of the rl stage."""
+    """Draw the four panels into a PNG at `path`, replacing the file as a whole. rows: those of the rl stage."""
     figure = Figure(figsize=(11, 7), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.subplots(2, 2, sharex=True).flat
     agents = list(config.agents)
@@ -42,17 +42,17 @@ def draw_curves(path: Path, config: Config, rows: Sequence[Row]) -> None:
     axes[0].set_xlim(-0.06 * reach, 1.06 * reach)  # shared by all
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.supxlabel(f"rl steps done        thin: each step, thick: mean of the last {WINDOW}", fontsize=10)
-    _replace(path, figure)
+    _save(path, figure)
 
 
 def curve(rows: Sequence[Row], key: str) -> Curve:
-    """The rows that have a value of the key, by step."""
+    """Return steps and values of the rows that have a value of the key."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return np.array([step for step, _ in points]), np.array([value for _, value in points], np.float64)
 
 
 def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Mean of each value and the window - 1 before it; of fewer where there are no more."""
+    """Return the mean of each value and the window - 1 values before it, or of fewer at the beginning."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -62,10 +62,10 @@ def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
 def _panel(
     ax: Axes, title: str, unit: str, agents: Sequence[str], rows: Sequence[Row], metric: str, colors: dict[str, str]
 ) -> None:
-    """One line per agent: thin as measured, thick its running mean."""
+    """Draw a thin line of each agent's values and a thick one of their running mean."""
     curves = {name: curve(rows, f"{name}/{metric}") for name in agents}
     for name, (steps, values) in curves.items():
-        marker = "." if len(steps) < WINDOW else ""  # a line of one point would not be seen
+        marker = "." if len(steps) < WINDOW else ""  # a line of one point would be invisible
         ax.plot(steps, values, color=colors[name], alpha=0.35, linewidth=1, marker=marker)
         ax.plot(steps, running_mean(values), color=colors[name], linewidth=2, label=name)
     _decorate(ax, title, unit)
@@ -76,7 +76,7 @@ def _panel(
 
 
 def _accuracy(ax: Axes, rows: Sequence[Row]) -> None:
-    """Held-out accuracy with its 95 % intervals, where there are any."""
+    """Draw the held-out accuracy, with 95 % intervals if there are any."""
     _decorate(ax, "held-out accuracy", "right answers, 95 % intervals")
     steps, values = curve(rows, "eval/held_out_accuracy")
     if not len(steps):
@@ -93,7 +93,7 @@ def _accuracy(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _bounds(row: Row) -> tuple[float, float]:
-    """Of an evaluation, its interval; where it has none, an empty one."""
+    """Return an evaluation's interval, or an empty one if it has none."""
     value = row["eval/held_out_accuracy"]
     low, high = row.get("eval/low"), row.get("eval/high")
     return (value, value) if low is None or high is None else (low, high)
@@ -111,11 +111,7 @@ def _say(ax: Axes, text: str) -> None:
     ax.set_yticks([])
 
 
-def _replace(path: Path, figure: Figure) -> None:
-    """A viewer finds the old figure or the new, whoever else draws it at the same time."""
-    aside = path.with_name(f".{path.stem}-{os.getpid()}.png")
-    try:
+def _save(path: Path, figure: Figure) -> None:
+    """Replace the file as a whole: a viewer finds the old figure or the new one, even if several processes draw it."""
+    with replacing(path, writer=f"{os.getpid()}-", durable=False) as aside:
         figure.savefig(aside)  # without pyplot the canvas is Agg's
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

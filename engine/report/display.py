@@ -1,8 +1,8 @@
-"""What a person watches while a run goes on: a live table on a terminal, elsewhere one plain line per row of metrics.
+"""Show the progress of a run: as a live table on a terminal, else as one plain line per row of metrics.
 
-Both are told the same: the stage that begins, then every row of metrics.jsonl (keys as training/trainer.py names them).
-A metric that a row lacks, as a frozen agent's gradient norm, shows as "-". Where agents have processes of their own a
-row comes when the slowest has taken the step; between rows the table shows each agent's own newest step.
+Both get the same: each stage when it begins, then every row of metrics.jsonl (keys as training/trainer.py names them).
+A metric that a row does not have, such as a frozen agent's gradient norm, is shown as "-". If agents are separate
+processes, a row comes when the slowest has taken the step; between rows the table shows each agent's newest step.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-Row = Mapping[str, Any]
+from mgrpo.engine.run.metrics import Row, is_evaluation
+
 Column = tuple[str, str, str]  # heading, an agent's metric, format
 
 OPTIMISER: tuple[Column, ...] = (
@@ -40,40 +41,45 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *OPTIMISER,
     ),
 }
-OWN_PACE: tuple[Column, Column] = (("step", "step", ".0f"), ("wait", "time/waiting", ".1f"))  # of decoupled agents
+OWN_PACE: tuple[Column, Column] = (("step", "step", ".0f"), ("wait", "time/waiting", ".1f"))  # for decoupled agents
 BRIEF = ("logprob", "reward", "correct", "expert", "calls", "entropy")  # headings on a plain line
-RECENT = 10  # steps whose median time tells how long the others take
+RECENT = 10  # steps whose median time is used to estimate the remaining time
 
 
 class Display(Protocol):
-    """Shows a run. `stage` begins one: `first` of its `steps` steps is next. `row`: one row of metrics.jsonl."""
+    """Show the progress of a run."""
 
-    def stage(self, name: str, first: int, steps: int) -> None: ...
+    def stage(self, name: str, first: int, steps: int) -> None:
+        """Begin a stage, of whose `steps` steps `first` is the next."""
 
-    def row(self, row: dict[str, Any]) -> None: ...
+    def row(self, row: Row) -> None:
+        """Show one row of metrics.jsonl."""
 
     def now(self, row: Row, notes: Sequence[str]) -> None:
-        """Each agent's newest metrics, and what there is to say of processes: only what can be taken back shows it."""
+        """Show each agent's newest metrics and notes on processes, if they can be replaced by the next ones."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Show a line of text."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the terminal as it was."""
 
 
 def make_display(agents: list[str], console: Console | None = None, *, decoupled: bool = False) -> Display:
-    """A live table if the console (standard output) is a terminal, else plain lines."""
+    """Return a live table if the console (by default standard output) is a terminal, else plain lines."""
     console = console or Console()
     return _Table(agents, console, decoupled) if console.is_terminal else _Lines(agents, console)
 
 
 class Progress:
-    """Where a run stands, from the stages and rows it was told."""
+    """Keep track of a run's progress by its stages and rows."""
 
     def __init__(self) -> None:
         self.stage("", 0, 0)
         self.accuracy = ""
 
     def stage(self, name: str, first: int, steps: int) -> None:
+        """Begin a stage."""
         self.name, self.done, self.steps = name, first, steps
         self.began = time.monotonic()
         self.latest: Row = {}
@@ -81,6 +87,7 @@ class Progress:
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def row(self, row: Row) -> None:
+        """Take in the next row."""
         if is_evaluation(row):
             self.accuracy = accuracy(row)
             return
@@ -92,13 +99,13 @@ class Progress:
 
     @property
     def lost(self) -> str:
-        """What the latest step's rollouts lacked, "" if nothing."""
+        """The latest step's unscored and failed rollouts, in words; "" if there are none."""
         counts = {kind: self.latest.get(f"rollouts/{kind}", 0) for kind in ("unscored", "failed")}
         return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 class _Lines:
-    """A short line per row, at once, for logs and pipes."""
+    """Print a short line per row, at once, for logs and pipes."""
 
     def __init__(self, agents: Sequence[str], console: Console) -> None:
         self.agents, self.console, self.progress = agents, console, Progress()
@@ -108,7 +115,7 @@ class _Lines:
         if first < steps:
             self.say(f"{name}: steps {first + 1} to {steps}")
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         self.progress.row(row)
         if is_evaluation(row):
             self.say(f"{row['stage']} {row['step']}/{self.progress.steps} | {self.progress.accuracy}")
@@ -116,13 +123,13 @@ class _Lines:
             self.say(" | ".join(self._parts(row)))
 
     def now(self, row: Row, notes: Sequence[str]) -> None:
-        """A line stands for ever: it waits for the whole row."""
+        """Do nothing: a printed line cannot be replaced, so that it waits for the whole row."""
 
     def say(self, text: str) -> None:
         print(text, file=self.console.file, flush=True)
 
     def close(self) -> None:
-        """Every line is out already."""
+        """Do nothing: every line is printed already."""
 
     def _parts(self, row: Row) -> list[str]:
         columns = [column for column in COLUMNS[row["stage"]] if column[0] in BRIEF]
@@ -133,7 +140,7 @@ class _Lines:
 
 
 class _Table:
-    """A table that is drawn anew every second, so that the clock shows that the run lives."""
+    """Draw a table every second, so that its clock shows that the run is alive."""
 
     def __init__(self, agents: Sequence[str], console: Console, decoupled: bool) -> None:
         self.agents, self.console, self.progress = agents, console, Progress()
@@ -148,7 +155,7 @@ class _Table:
         self.live.start()
         self.live.refresh()
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         self.progress.row(row)
         self.live.refresh()
 
@@ -163,7 +170,7 @@ class _Table:
         self.live.stop()
 
     def _render(self) -> RenderableType:
-        """Called by the table's own thread too: reads only what `Progress` replaces as a whole."""
+        """Lay out the table. Its own thread calls this too, so it reads only what `Progress` replaces as a whole."""
         progress = self.progress
         head = Table.grid(padding=(0, 2))
         head.add_row(
@@ -190,19 +197,15 @@ class _Table:
         return table
 
 
-def is_evaluation(row: Row) -> bool:
-    return "eval/held_out_accuracy" in row
-
-
 def accuracy(row: Row) -> str:
-    """An evaluation row in words."""
+    """Describe an evaluation row in words."""
     interval = f"{_cell(row, 'eval/low', '.1%')} to {_cell(row, 'eval/high', '.1%')}"
     found = f"held-out {_cell(row, 'eval/held_out_accuracy', '.1%')} ({interval}) after {row['step']} steps"
     return found + (f", {row['eval/failed']} of {row['eval/questions']} failed" if row.get("eval/failed") else "")
 
 
 def clock(seconds: float) -> str:
-    """As 1:02:03, or 2:03."""
+    """Write a duration as 1:02:03 or 2:03."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
@@ -214,6 +217,6 @@ def _cell(row: Row, key: str, how: str) -> str:
 
 
 def _named(row: Row, agent: str, columns: Sequence[Column]) -> list[str]:
-    """The columns an agent has, each after its heading."""
+    """Return the columns that an agent has, each after its heading."""
     cells = ((heading, _cell(row, f"{agent}/{metric}", how)) for heading, metric, how in columns)
     return [f"{heading} {cell}" for heading, cell in cells if cell != "-"]

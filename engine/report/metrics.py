@@ -1,8 +1,8 @@
-"""The rows of metrics of a run as one sequence, whoever wrote them.
+"""Read the metrics of a run as one sequence of rows, also if several processes wrote them.
 
-In a decoupled run each agent's trainer and each rollout worker has a metrics.jsonl of its own. Merged they read as a
-colocated run's: an agent's metrics after its name, the workers' rollouts/* and time/rollout as they are, what else the
-workers say after "workers/", and as time/step the slowest agent's.
+In a decoupled run each agent's trainer and each rollout worker writes its own metrics.jsonl. Merged, they read like
+those of a colocated run: an agent's metrics get its name as prefix, the workers' rollouts/* and time/rollout keep their
+keys, all other worker metrics get the prefix "workers/", and time/step is that of the slowest agent.
 """
 
 from __future__ import annotations
@@ -16,30 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.report.display import is_evaluation
-from mgrpo.engine.run.directory import read_metrics
-from mgrpo.engine.run.tensorboard import STAGES
+from mgrpo.engine.run.directory import RunPaths
+from mgrpo.engine.run.metrics import STAGES, Row, is_evaluation, read_metrics
 
-Row = dict[str, Any]
-Place = tuple[int, int, bool]  # of a row: stage, step, and whether it is the step's (an evaluation comes before it)
+# Of a row: stage, step, and False for an evaluation, which comes before the step itself.
+# Of a row: stage, step, and False for an evaluation, which comes before the step itself.
+Place = tuple[int, int, bool]
 
 
 def read_rows(run: Path, config: Config) -> list[Row]:
-    """All rows of a run directory, in order. Of a decoupled run, steps that every agent has taken, and evaluations."""
-    if config.topology == "colocated":
-        return read_metrics(run / "metrics.jsonl")
-    agents = {name: read_metrics(run / "agents" / name / "metrics.jsonl") for name in config.agents}
-    return merge(agents, [read_metrics(path) for path in worker_files(run)])
+    """Return all rows of a run in order; for a decoupled run, evaluations and steps that all agents have taken."""
+    paths = RunPaths(run)
+    if config.colocated:
+        return read_metrics(paths.metrics)
+    agents = {name: read_metrics(paths.agent(name).metrics) for name in config.agents}
+    return merge(agents, [read_metrics(path) for path in paths.worker_metrics()])
 
 
-def worker_files(run: Path) -> list[Path]:
-    return sorted(run.glob("workers/*/metrics.jsonl"))
-
-
-def merge(
-    agents: Mapping[str, Sequence[Mapping[str, Any]]], workers: Sequence[Sequence[Mapping[str, Any]]]
-) -> list[Row]:
-    """Of each agent and each worker its rows; returns the run's. Of two evaluations of a step the last counts."""
+def merge(agents: Mapping[str, Sequence[Row]], workers: Sequence[Sequence[Row]]) -> list[Row]:
+    """Merge the rows of each agent and each worker into those of the run. The last evaluation of a step counts."""
     steps = {name: {place_of(row): row for row in rows} for name, rows in agents.items()}
     whole = set.intersection(*(set(rows) for rows in steps.values()))
     sampled = _sampled(workers)
@@ -51,20 +46,23 @@ def merge(
     return [merged[place] for place in sorted(merged)]
 
 
-def place_of(row: Mapping[str, Any]) -> Place:
+def place_of(row: Row) -> Place:
+    """Return a row's place in the order of rows."""
     return STAGES.index(row["stage"]), row["step"], not is_evaluation(row)
 
 
 def head(place: Place) -> Row:
+    """Return a row of nothing but stage and step."""
     return {"stage": STAGES[place[0]], "step": place[1]}
 
 
-def prefixed(name: str, row: Mapping[str, Any]) -> Row:
+def prefixed(name: str, row: Row) -> Row:
+    """Return a row's metrics with `name`/ before each key, without stage and step."""
     return {f"{name}/{key}": value for key, value in row.items() if key not in ("stage", "step")}
 
 
-def _together(rows: Mapping[str, Mapping[str, Any]]) -> Row:
-    """One step's rows, of all agents."""
+def _together(rows: Mapping[str, Row]) -> Row:
+    """Merge all agents' rows of one step."""
     merged: Row = {}
     for name, row in rows.items():
         merged |= prefixed(name, row)
@@ -72,8 +70,8 @@ def _together(rows: Mapping[str, Mapping[str, Any]]) -> Row:
     return merged | ({"time/step": max(times)} if times else {})
 
 
-def _sampled(workers: Sequence[Sequence[Mapping[str, Any]]]) -> defaultdict[Place, Row]:
-    """What the workers did for each step: counts of all, and the seconds of the one that took longest."""
+def _sampled(workers: Sequence[Sequence[Row]]) -> defaultdict[Place, Row]:
+    """Sum up what the workers did for each step: the counts of all, and the seconds of the slowest."""
     totals: defaultdict[Place, list[Counter[str]]] = defaultdict(list)
     for rows in workers:
         mine: defaultdict[Place, Counter[str]] = defaultdict(Counter)
@@ -92,13 +90,13 @@ def _all_workers(counters: Sequence[Counter[str]]) -> Row:
     return {named[key]: join[key](counter[key] for counter in counters) for key in keys}
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = ("rollouts/", "time/")  # what adds up over a step's several rows
+def _numbers(row: Row) -> dict[str, Any]:
+    kinds = ("rollouts/", "time/")  # keys that are summed over a worker's several rows of a step
     return {key: value for key, value in row.items() if key.startswith(kinds) and value is not None}
 
 
 class Tail:
-    """The rows of a metrics.jsonl that another process appends to and may take back to an earlier step."""
+    """Follow a metrics.jsonl to which another process appends and which it may rewind to an earlier step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +104,7 @@ class Tail:
         self._file: io.FileIO | None = None
 
     def read(self) -> bool:
-        """Brings `rows` up to date; returns whether anything changed."""
+        """Bring `rows` up to date, and return whether anything changed."""
         anew = self._open()
         if self._file is None:
             return False
@@ -116,10 +114,16 @@ class Tail:
         self.rows += map(json.loads, whole.splitlines())
         return bool(whole) or anew
 
-    def _open(self) -> bool:
-        """Whether there is another file than before, as after a rewind.
+    def close(self) -> None:
+        """Close the file; `rows` stay."""
+        if self._file:
+            self._file.close()
+            self._file = None
 
-        Until then the old one is held open: the kernel gives the number of one that is gone to the next.
+    def _open(self) -> bool:
+        """Open the file if it is another one than before, as after a rewind, and return whether it is.
+
+        The old file stays open until then, because the kernel reuses the inode number of a file that is gone.
         """
         try:
             now = self.path.stat()
@@ -135,7 +139,7 @@ class Tail:
 
 
 def newest(rows: Iterable[Row], stage: str) -> Row:
-    """The last row of a step of the stage; empty if there is none."""
+    """Return the last row of a step of the stage, or an empty one if there is none."""
     last: Row = {}
     for row in rows:
         if row["stage"] == stage and not is_evaluation(row):

@@ -1,14 +1,13 @@
-"""What is left after a run, or so far: a figure, a summary in plain words, and whole episodes to read.
+"""Report on a run, finished or not: a figure, a summary in plain words, and whole episodes to read.
 
-Reads a run directory that a training may be writing to at this moment: takes no lock, and looks at a copy of the store.
+A training may be writing to the run directory meanwhile: a report takes no lock, and reads a copy of the store.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,16 +17,16 @@ from mgrpo.engine.config.schema import Config, read_dump
 from mgrpo.engine.report.curves import draw_curves
 from mgrpo.engine.report.metrics import read_rows
 from mgrpo.engine.report.transcript import Transcripts
+from mgrpo.engine.run.directory import RunPaths
+from mgrpo.engine.run.metrics import Row, is_evaluation
 from mgrpo.engine.system.statistics import difference
 
-Row = Mapping[str, Any]
-
-EDGE = 10  # at most so many steps are the begin, or the end, of a run
+EDGE = 10  # steps, at most, over which the first and the last values of a run are averaged
 
 
 def read_config(run: Path) -> Config:
-    """The configuration of a run directory. Raises ValueError if it is none."""
-    file = run / "config.json"
+    """Read the configuration of a run directory. Raises ValueError if it is none."""
+    file = RunPaths(run).config
     if not file.is_file():
         raise ValueError(f"RUN: {run} given: expected a run directory, with a config.json that a training wrote")
     try:
@@ -37,8 +36,8 @@ def read_config(run: Path) -> Config:
 
 
 def draw(run: Path) -> Path:
-    """Draw curves.png of a run directory anew; returns its path. Raises ValueError if it is none."""
-    config, path = read_config(run), run / "curves.png"
+    """Draw curves.png of a run directory and return its path. Raises ValueError if it is no run directory."""
+    config, path = read_config(run), RunPaths(run).curves
     draw_curves(path, config, _rows(run, config, "rl"))
     return path
 
@@ -46,7 +45,7 @@ def draw(run: Path) -> Path:
 def show_episodes(run: Path, console: Console, count: int = 2, query: int | None = None) -> None:
     """Print `count` whole episodes of one query side by side, from the best reward to the worst.
 
-    query: by default one of the latest rl step, the first whose rewards differ. Raises ValueError if `run` is no run
+    query: by default the first of the latest rl step whose rewards differ. Raises ValueError if `run` is no run
     directory, if the query was not sampled, and for count < 1.
     """
     config = read_config(run)
@@ -61,14 +60,14 @@ def show_episodes(run: Path, console: Console, count: int = 2, query: int | None
 
 
 def summary(run: Path) -> str:
-    """What ran and what came of it, in plain lines. Raises ValueError if `run` is no run directory."""
+    """Say in plain lines what ran and with what result. Raises ValueError if `run` is no run directory."""
     config = read_config(run)
     warmup, rl = _rows(run, config, "warmup"), _rows(run, config, "rl")
     steps = _training(rl)
     lines = [
         f"{run}: {len(warmup)} of {config.warmup.steps} warm-up steps, {len(steps)} of {config.steps} rl steps of "
         f"{config.queries_per_step} queries x {config.algorithm.rollouts} rollouts",
-        *_held_out([row for row in rl if "eval/held_out_accuracy" in row]),
+        *_held_out([row for row in rl if is_evaluation(row)]),
     ]
     if not steps:
         return "\n".join([*lines, "no rl steps yet"])
@@ -92,16 +91,16 @@ def _accuracy_line(row: Row) -> str:
 
 
 def compare(before: Row, after: Row) -> str:
-    """In words, what became of the accuracy between two evaluation rows, and whether it is more than noise.
+    """Say how the accuracy changed between two evaluation rows, and whether that is more than noise.
 
-    The interval is that of two independent samples; both evaluations ask the same questions, which makes it a wide one.
+    The interval is that of two independent samples. It is a wide one, because both evaluations ask the same questions.
     """
     shares = [row["eval/held_out_accuracy"] for row in (before, after)]
     counts = [row["eval/questions"] for row in (before, after)]
     low, high = difference(shares[0] * counts[0], counts[0], shares[1] * counts[1], counts[1])
     points = f"{100 * (shares[1] - shares[0]):+.1f} points"
     if math.isnan(low):
-        return f"from {shares[0]:.3f} to {shares[1]:.3f}: scores beyond 0 to 1 have no interval"
+        return f"from {shares[0]:.3f} to {shares[1]:.3f}: scores outside of 0 to 1 have no interval"
     interval = f"{points}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     moved = f"from {percent(shares[0])} to {percent(shares[1])} ({interval})"
     if low <= 0 <= high:
@@ -110,7 +109,7 @@ def compare(before: Row, after: Row) -> str:
 
 
 def _agents(config: Config, rows: Sequence[Row]) -> list[str]:
-    """A table: of each agent what its metrics were in the first and in the last steps."""
+    """Return a table of each agent's metrics in the first and in the last steps."""
     edge = max(1, min(EDGE, len(rows) // 2))
     columns = [("reward", "reward_mean", ".3f"), ("calls", "calls_mean", ".2f"), ("entropy", "entropy_mean", ".2f")]
     heads = [heading for heading, _, _ in columns]
@@ -132,7 +131,7 @@ def _moved(rows: Sequence[Row], key: str, how: str, edge: int) -> str:
 def _rollouts_and_time(config: Config, rows: Sequence[Row]) -> list[str]:
     counts = (f"{sum(_values(rows, f'rollouts/{s}')):.0f} {s}" for s in ("scored", "unscored", "failed"))
     whole = _seconds(rows, "time/step")
-    times = _in_turn(config, rows, whole) if config.topology == "colocated" else _side_by_side(config, rows)
+    times = _in_turn(config, rows, whole) if config.colocated else _side_by_side(config, rows)
     return [f"rollouts: {', '.join(counts)}", f"time: {whole:.1f} s per rl step on average: {times}"]
 
 
@@ -144,7 +143,7 @@ def _in_turn(config: Config, rows: Sequence[Row], whole: float) -> str:
 
 
 def _side_by_side(config: Config, rows: Sequence[Row]) -> str:
-    """Each process has the whole time to itself, and waits for the others in some of it."""
+    """Give the seconds in which each process works, and those in which it waits for the others."""
     parts = {name: ("training", f"{name}/time/train", f"{name}/time/waiting") for name in config.agents}
     parts["workers"] = ("sampling", "time/rollout", "workers/time/waiting")
     return "; ".join(
@@ -154,17 +153,17 @@ def _side_by_side(config: Config, rows: Sequence[Row]) -> str:
 
 
 def _seconds(rows: Sequence[Row], key: str) -> float:
-    """On average, per step."""
+    """Return the average per step."""
     return sum(_values(rows, key)) / len(rows)
 
 
-def _rows(run: Path, config: Config, stage: str) -> list[dict[str, Any]]:
+def _rows(run: Path, config: Config, stage: str) -> list[Row]:
     return [row for row in read_rows(run, config) if row["stage"] == stage]
 
 
 def _training(rows: Sequence[Row]) -> list[Row]:
-    """The rows of steps, without those of evaluations."""
-    return [row for row in rows if "eval/held_out_accuracy" not in row]
+    """Return the rows of steps, without those of evaluations."""
+    return [row for row in rows if not is_evaluation(row)]
 
 
 def _values(rows: Sequence[Row], key: str) -> list[float]:
@@ -177,4 +176,5 @@ def _mean(rows: Sequence[Row], key: str, how: str) -> str:
 
 
 def percent(share: float) -> str:
+    """Write a share as 12.3 %."""
     return f"{100 * share:.1f} %"

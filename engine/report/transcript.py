@@ -1,19 +1,15 @@
-"""Whole episodes to read: who called whom, what each agent wrote, what it was shown, and what training made of it.
+"""Print whole episodes: which agent called which, what each wrote and was shown, what its calls counted.
 
-The texts are the recorded token ids, decoded; reward, advantage and multiplicity are computed as the trainer does.
+The texts are the decoded token ids of the recording; reward, advantage and multiplicity are computed as in the trainer.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import sqlalchemy as sa
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.panel import Panel
@@ -23,33 +19,35 @@ from rich.text import Text
 from mgrpo.engine.batch.advantages import main_reward, weigh
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.run.directory import root_of
 from mgrpo.engine.run.trajectories import read
-from mgrpo.engine.store.groups import CallRecord, Group, RolloutRecord, Store
-from mgrpo.engine.store.open import files_of, open_store
+from mgrpo.engine.store import CallRecord, Group, RolloutRecord
+from mgrpo.engine.store.open import open_copy
 from mgrpo.engine.types import MAIN, Trajectory
 
-COLUMN = 40  # characters an episode needs to stand beside another
+COLUMN = 40  # characters: the least width of an episode that is printed beside another
 Key = tuple[str, int, int]  # of a call: agent, rollout, call
 Weight = tuple[float, float, float]  # reward, advantage, multiplicity
 
 
 class Transcripts:
-    """The recorded rl episodes of a run directory."""
+    """Print recorded rl episodes of a run directory."""
 
     def __init__(self, run: Path, config: Config) -> None:
         self.run, self.config = run, config
         self.tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
 
     def show(self, console: Console, count: int, queries: Sequence[int]) -> None:
-        """Print `count` episodes, from the best to the worst, of the first query whose rewards differ, or of the first.
+        """Print `count` episodes of a query, from the best to the worst.
 
-        Raises ValueError if that query was not sampled, or its tokens are not there.
+        The query is the first whose rewards differ, or else the first. Raises ValueError if it was not sampled, or if
+        its tokens are missing.
         """
         query, rollouts, calls = self._find(queries)
         weights = weights_of(self.config, query, rollouts, calls)
         some = spread(rollouts, self.config, count)
         asked = f"query {query}"
-        if self.config.topology == "colocated":  # elsewhere groups are dropped and replaced, and agents differ
+        if self.config.colocated:  # in other topologies groups are dropped and replaced, and agents differ
             asked += f" of rl step {query // self.config.queries_per_step}"
         console.print(Text(f"{asked}: {len(some)} of {len(rollouts)} rollouts", style="bold"))
         marks = ("<<", ">>") if console.color_system is None else ("", "")
@@ -61,11 +59,11 @@ class Transcripts:
             console.print(side_by_side(episodes[first : first + beside]))
 
     def _find(self, queries: Sequence[int]) -> tuple[int, list[RolloutRecord], list[CallRecord]]:
-        """The query to show, with its records."""
-        with copied_store(self.run, self.config) as store:
-            rollouts = {query: store.rollouts_of(query) for query in queries}
+        """Choose the query to show, and return it with its records."""
+        with open_copy(self.config, self.run) as store:
+            rollouts = {query: store.groups.rollouts_of(query) for query in queries}
             query = next((query for query in queries if self._differ(rollouts[query])), queries[0])
-            calls = store.calls_of(query)
+            calls = store.groups.calls_of(query)
         if not rollouts[query]:
             each = self.config.queries_per_step
             raise ValueError(
@@ -79,10 +77,10 @@ class Transcripts:
     def _episode(
         self, rollout: RolloutRecord, calls: Sequence[CallRecord], weights: dict[Key, Weight], marks: tuple[str, str]
     ) -> RenderableType:
-        """The main agent's call, then the calls it made of each sub-agent."""
+        """Lay out the main agent's call, then its calls of each sub-agent."""
         order = [MAIN, *self.config.subs]
         mine = sorted((c for c in calls if c.rollout == rollout.rollout), key=lambda call: order.index(call.agent))
-        trajectories = read(files_of(self.config, "trajectories", self.run), [call.position for call in mine])
+        trajectories = read(root_of(self.config, "trajectories", self.run), [call.position for call in mine])
         scored = rollout.status == "scored"
         found = f"correct {rollout.correct:g}" if scored else f"{rollout.status}: {visible(rollout.error)}"
         head = Text(f"rollout {rollout.rollout}: {found}, {rollout.seconds:.1f} s", style="bold")
@@ -110,19 +108,19 @@ class Transcripts:
 def weights_of(
     config: Config, query: int, rollouts: Sequence[RolloutRecord], calls: Sequence[CallRecord]
 ) -> dict[Key, Weight]:
-    """Reward, advantage and multiplicity of every call in the query's scored rollouts, as the trainer weighs them."""
+    """Return reward, advantage and multiplicity of every call in the query's scored rollouts, as the trainer does."""
     found: dict[Key, Weight] = {}
     for index, name in enumerate(config.agents):
         group = Group(query, "", 0, list(rollouts), [call for call in calls if call.agent == name])
-        weighted = weigh(name, index, [group], config.algorithm, config.reward, config.seed)
-        rows = zip(weighted.rewards, weighted.advantages, weighted.multiplicities, strict=True)
-        for call, (reward, advantage, copies) in zip(weighted.calls, rows, strict=True):
+        credit = weigh(name, index, [group], config.algorithm, config.reward, config.seed)
+        rows = zip(credit.rewards, credit.adv, credit.multiplicities, strict=True)
+        for call, (reward, advantage, copies) in zip(credit.calls, rows, strict=True):
             found[call.agent, call.rollout, call.call] = (float(reward), float(advantage), float(copies))
     return found
 
 
 def spread(rollouts: Sequence[RolloutRecord], config: Config, count: int) -> list[RolloutRecord]:
-    """`count` rollouts from the best to the worst reward, evenly between; then unscored ones, if there are too few."""
+    """Choose `count` rollouts, evenly from the best to the worst reward; unscored ones only if there are too few."""
     scored = [r for r in rollouts if r.status == "scored"]
     ranked = sorted(scored, key=lambda r: main_reward(r, config.reward), reverse=True)
     if len(ranked) < count:
@@ -132,22 +130,23 @@ def spread(rollouts: Sequence[RolloutRecord], config: Config, count: int) -> lis
 
 
 def runs(flags_L: np.ndarray) -> list[tuple[int, int]]:
-    """[first, last) of the runs of equal flags, in order."""
+    """Return [first, last) of each run of equal flags, in order."""
     edges = np.flatnonzero(np.diff(flags_L.astype(np.int8))) + 1
     return list(pairwise([0, *edges.tolist(), len(flags_L)])) if len(flags_L) else []
 
 
 def visible(text: str) -> str:
-    """The text, with what does not print written as escapes: a model may write the codes that steer a terminal."""
+    """Escape what is not printable, because a model may write codes that control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def sampled_text(words: str, marks: tuple[str, str]) -> Text:
+    """Style text that the agent sampled, between marks if there are no colours."""
     return Text(f"{marks[0]}{words}{marks[1]}", style="bold green")
 
 
 def judged(call: CallRecord, weight: Weight | None) -> str:
-    """What a call is worth to training, in words."""
+    """Say what a call counts in training."""
     if weight is None:
         return "not trained on"
     reward, advantage, copies = weight
@@ -157,45 +156,9 @@ def judged(call: CallRecord, weight: Weight | None) -> str:
 
 
 def side_by_side(columns: Sequence[RenderableType]) -> Table:
+    """Lay out episodes as columns of equal width."""
     grid = Table.grid(expand=True)
     for _ in columns:
         grid.add_column(ratio=1)
     grid.add_row(*columns)
     return grid
-
-
-@contextmanager
-def copied_store(run: Path, config: Config) -> Iterator[Store]:
-    """The store as it is now; a SQLite file is copied, it would be locked against a training's writes while it is read.
-
-    Raises ValueError if the run has none.
-    """
-    if config.store.url.startswith("postgresql") and config.topology != "colocated":
-        with closing(open_store(config)) as store:
-            yield store
-        return
-    source = sqlite_file(run, config)
-    if not source.is_file():
-        raise ValueError(f"RUN: {run} given: expected a run directory with a {source.name}")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "store.db"
-        with (
-            closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=60)) as original,
-            closing(sqlite3.connect(target)) as copy,
-        ):
-            original.backup(copy)
-        url = sa.URL.create("sqlite", database=str(target)).render_as_string()
-        with closing(Store(url, name_of(config))) as store:
-            yield store
-
-
-def name_of(config: Config) -> str:
-    """Of the run in its store, as `ledger.open_store` says."""
-    colocated = config.topology == "colocated" or not config.store.url
-    return config.topology if colocated else Path(config.run_dir).name
-
-
-def sqlite_file(run: Path, config: Config) -> Path:
-    if config.store.url and config.topology != "colocated":
-        return Path(sa.make_url(config.store.url).database or "").absolute()
-    return run.absolute() / "store.db"

@@ -1,4 +1,4 @@
-"""Which task a query asks, and what is evaluated when: alike in every process of a run."""
+"""Decide which task a query asks, and what is evaluated when, in the same way in every process of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mgrpo.engine.rollout.episodes import Job, Rollout
 from mgrpo.engine.system.statistics import wilson
 from mgrpo.engine.types import Task
 
-WARMUP_QUERIES = 1 << 32  # warm-up and evaluation draw from other random numbers than rl queries
+# Warm-up and evaluation number their queries from here on, so that they draw other random numbers than rl queries.
+WARMUP_QUERIES = 1 << 32
 EVAL_QUERIES = 1 << 33
 
 
 def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
-    """The environment's tasks. Raises ValueError if there are none."""
+    """Return the environment's tasks. Raises ValueError if there are none."""
     tasks = environment.tasks(split)
     if not tasks:
         raise ValueError(f"environment: {type(environment).__name__}.tasks({split!r}) is empty, expected tasks")
@@ -25,32 +26,32 @@ def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
 
 
 def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:
-    """The task of a query: tasks are gone through in an order shuffled anew each time round."""
-    around, place = divmod(query, len(tasks))
-    return tasks[np.random.default_rng([seed, around]).permutation(len(tasks))[place]]
+    """Return the task of a query: all tasks come once in a shuffled order, then again in another one, and so on."""
+    epoch, place = divmod(query, len(tasks))
+    return tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[place]]
 
 
 def warmup_jobs(tasks: Sequence[Task], config: Config, step: int) -> list[Job]:
-    """The scripted episodes of one warm-up step."""
+    """Return the scripted episodes of one warm-up step."""
     first = WARMUP_QUERIES + step * config.warmup.episodes
     queries = range(first, first + config.warmup.episodes)
     return [Job(query, 0, pick(tasks, config.seed, query)) for query in queries]
 
 
 def eval_due(config: Config, step: int) -> bool:
-    """Whether the weights after `step` rl steps are evaluated: the first, the last, and every eval.every-th."""
+    """Return whether the weights after `step` rl steps are evaluated: the first, the last and every eval.every-th."""
     every = config.eval.every
     return step in (0, config.steps) or bool(every and step % every == 0)
 
 
 def eval_jobs(tasks: Sequence[Task], config: Config) -> list[Job]:
-    """Greedy episodes on the first eval.questions tasks of a seeded shuffle."""
+    """Return greedy episodes on the first eval.questions tasks of a seeded shuffle."""
     order = np.random.default_rng([config.seed, EVAL_QUERIES]).permutation(len(tasks))[: config.eval.questions]
     return [Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True) for i, index in enumerate(order)]
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Share of right answers among all rollouts, with its 95 % Wilson interval. One not scored counts as wrong."""
+    """Return the share of correct answers, with its 95 % Wilson interval. A rollout without a score counts as wrong."""
     correct = sum(rollout.score.correct for rollout in rollouts if rollout.score is not None)
     low, high = wilson(correct, len(rollouts))
     return {

@@ -1,9 +1,12 @@
-"""Episodes: the main agent acts, calls its sub-agents, reads what comes back, and answers; the environment judges.
+"""Run episodes: the main agent acts, calls its sub-agents, reads their reports and answers; the environment judges.
 
-Every episode is a coroutine written the way it reads; episodes run side by side and come and go, and the samplers
-advance whatever turns are waiting together. Tokens stay ids: only what the environment writes is tokenised, once.
-Samplers in this process are stepped here, between looks at what the episodes do; others, on servers, end a turn when
-they have it. While no sampler here has work, this loop sleeps until a turn is asked for or an episode ends.
+Every episode is a coroutine that reads like the story it tells. Episodes run side by side, each at its own pace, and a
+sampler advances all turns that are waiting for it together. Tokens stay ids: only the environment's texts are
+tokenised, once.
+
+Samplers in this process are stepped by this loop, each time the episodes have gone as far as they can. Samplers on
+servers end a turn by themselves. While no sampler of this process has work, the loop sleeps until a turn is requested
+or an episode ends.
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from mgrpo.engine.config.schema import Config, EnvironmentConfig
+from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment, ToolError
 from mgrpo.engine.environment.calls import UserCodeError, ask_action, ask_score, ask_text
 from mgrpo.engine.inference.sampler import Completion, Sampler, Session
-from mgrpo.engine.system.imports import load_name
 from mgrpo.engine.types import (
     MAIN,
     Answer,
@@ -35,8 +39,14 @@ from mgrpo.engine.types import (
     Turn,
 )
 
-POLL = 0.25  # seconds after which a stream of episodes asks for more, though none of its own went on
+POLL = 0.25  # longest wait in seconds before a stream asks for more jobs, even if none of its episodes has moved
 log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """Turn text into token ids. Tokenizers of `transformers` do."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,10 @@ class Job:
 
 @dataclass
 class Rollout:
-    """What became of a job. trajectories[0] is the main agent's, [1 + i] that of episode.calls[i].
+    """The outcome of a job. trajectories[0] is the main agent's, trajectories[1 + i] that of episode.calls[i].
 
-    status: "scored"; "unscored" (the judge failed: out of its group); "failed" (the user's code raised).
+    status: "scored"; "unscored" (the judge failed: the rollout is left out of its group); "failed" (the user's code
+    raised). seconds: how long the episode took. error: the reason, where the status is not "scored".
     """
 
     job: Job
@@ -65,20 +76,22 @@ class Rollout:
     error: str = ""
 
 
-class Episodes:
-    """Runs episodes of one environment with one sampler per agent.
+class EpisodeRunner(ABC):
+    """Run episodes of one environment; a subclass decides where an agent's turns come from.
 
-    timeout: seconds after which an episode is given up as failed.
+    tokenizers: one per agent, by the agent's name. timeout: seconds after which an episode is given up as failed.
     """
 
     def __init__(
-        self, config: Config, environment: Environment, samplers: dict[str, Sampler], timeout: float | None = None
+        self,
+        config: Config,
+        environment: Environment,
+        tokenizers: Mapping[str, Tokenizer],
+        timeout: float | None = None,
     ):
-        self.config, self.environment, self.samplers, self.timeout = config, environment, samplers, timeout
+        self.config, self.environment, self.tokenizers, self.timeout = config, environment, tokenizers, timeout
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
-        self.busy = 0.0  # seconds that the samplers took, in all; on servers too
-        self.acting = 0  # turns that run
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
@@ -90,10 +103,32 @@ class Episodes:
     def stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
         """Run jobs as they come, until none runs and no more come.
 
-        more: given how many run, the jobs to begin now; asked before every step of the samplers, and at least every
-        POLL seconds. ended: told of each rollout as soon as it ended. What either raises ends all episodes.
+        more: receives the number of running episodes and returns the jobs to begin now. It is asked before every step
+        of the samplers, and at least every POLL seconds. ended: receives each rollout as soon as it has ended. If
+        either raises, all episodes are cancelled and the error is passed on.
         """
         asyncio.run(self._stream(more, ended))
+
+    # ---- what a subclass says about an agent's turns
+
+    def _begin(self, call: Call, seed: tuple[int, ...], greedy: bool) -> Session:
+        """Return an empty session for a call."""
+        return Session(seed, greedy)
+
+    @abstractmethod
+    async def _act(self, call: Call, session: Session) -> Completion:
+        """Let the agent take its next turn and append it to the session."""
+
+    def _end(self, call: Call, session: Session) -> None:  # noqa: B027 (a subclass may have nothing to release)
+        """Release what a session holds in its sampler, if anything."""
+
+    async def _advance(self) -> None:
+        """Wait until an episode can go on; every coroutine has gone as far as it can."""
+        self.woken.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.woken.wait(), POLL)
+
+    # ---- the loop
 
     async def _stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
         self.woken = asyncio.Event()  # a turn waits for its sampler, or an episode has ended
@@ -112,32 +147,19 @@ class Episodes:
                     running.add(task)
                 if not running:
                     return
-                for _ in range(4):  # a sub-agent's result reaches the main agent's next turn through as many callbacks
+                for _ in range(4):  # it takes this many callbacks for a sub-agent's result to reach the main agent
                     await asyncio.sleep(0)
                 for task in done:
                     running.remove(task)
-                    ended(task.result())  # raises what ends all of them: an error that is not one episode's
+                    ended(task.result())  # raises an error that concerns all episodes, not just this one
                 done.clear()
                 await self._advance()
-        finally:  # Ctrl-C, or an error of one: end the others before their samplers are used again
+        finally:  # after Ctrl-C or an error: end the other episodes before their samplers are used again
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _advance(self) -> None:
-        """Every coroutine went as far as it can: advance the sampler with the most calls waiting."""
-        busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
-        if busiest.pending:
-            began = time.monotonic()
-            busiest.step()
-            self.busy += time.monotonic() - began
-        else:  # they wait for the user's async code, or for servers
-            began = time.monotonic()
-            self.woken.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.woken.wait(), POLL)
-            if self.acting:
-                self.busy += time.monotonic() - began
+    # ---- one episode
 
     async def _rollout(self, job: Job) -> Rollout:
         started = time.monotonic()
@@ -158,11 +180,11 @@ class Episodes:
         return rollout
 
     async def _call(self, rollout: Rollout, index: int, call: Call) -> None:
-        """One agent's run from its prompt to its end. index: 0 for main, 1 + i for the i-th sub-agent call."""
-        job, sampler, agent = rollout.job, self.samplers[call.agent], self.config.agents[call.agent]
+        """Run one agent from its prompt to its end. index: 0 for the main agent, 1 + i for the i-th sub-agent call."""
+        job, agent = rollout.job, self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
-        session = Session(seed, job.greedy, sampler.version, sampler.version, sampler.weights_step)
-        session.append(self._encode(sampler, await ask_text(self.environment.prompt, call)))
+        session = self._begin(call, seed, job.greedy)
+        session.append(self._encode(call, await ask_text(self.environment.prompt, call)))
         if not session.tokens:
             raise UserCodeError("prompt: '' returned, expected some text to begin with")
         if len(session.tokens) >= agent.max_context and call.agent == MAIN:
@@ -171,14 +193,15 @@ class Episodes:
                 f"has {len(session.tokens)} tokens already, expected room for an answer"
             )
         try:
-            call.ended = await self._turns(rollout, call, sampler, session)
+            call.ended = await self._turns(rollout, call, session)
         finally:
-            sampler.close(session)
+            self._end(call, session)
             rollout.trajectories[index] = session.trajectory()
 
-    async def _turns(self, rollout: Rollout, call: Call, sampler: Sampler, session: Session) -> str:
+    async def _turns(self, rollout: Rollout, call: Call, session: Session) -> str:
+        """Let the agent act until its call ends; return why it ended."""
         for _ in range(self.config.agents[call.agent].max_turns):
-            completion = await self._act(call, sampler, session)
+            completion = await self._act(call, session)
             if completion.tokens == 0:
                 return "context"
             action = await ask_action(self.environment.parse, call, completion.text)
@@ -193,19 +216,13 @@ class Episodes:
             turn.observation = await ask_text(
                 self.environment.observation, call, list(zip(action, results, strict=True))
             )
-            session.append(self._encode(sampler, turn.observation))
+            session.append(self._encode(call, turn.observation))
         return "turns"
 
-    async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
-        self.woken.set()
-        self.acting += 1
-        try:
-            return await sampler.act(session)
-        finally:
-            self.acting -= 1
+    # ---- tools and sub-agents
 
     async def _use_all(self, rollout: Rollout, call: Call, uses: tuple[ToolCall | Delegate, ...]) -> list[str]:
-        """Tools and delegations of one turn, side by side. A sibling of one that raises still runs to its end."""
+        """Run the tools and delegations of one turn side by side. If one raises, the others still run to their end."""
         started = [self._use(rollout, call, use) for use in uses]
         results = await asyncio.gather(*started, return_exceptions=True)
         for result in results:
@@ -214,7 +231,10 @@ class Episodes:
         return [result for result in results if isinstance(result, str)]
 
     def _use(self, rollout: Rollout, call: Call, use: ToolCall | Delegate) -> Awaitable[str]:
-        """Begin one; a sub-agent's call is entered in the episode at once: calls are numbered in the order made."""
+        """Begin one tool call or delegation.
+
+        A sub-agent's call is entered in the episode at once, so that calls are numbered in the order they were made.
+        """
         if isinstance(use, ToolCall):
             return self._tool(call, use)
         if call.agent != MAIN or use.agent not in self.config.subs:
@@ -239,8 +259,8 @@ class Episodes:
                 return f"error: {error.__cause__}"
             raise
 
-    def _encode(self, sampler: Sampler, text: str) -> list[int]:
-        return list(sampler.tokenizer.encode(text, add_special_tokens=False))
+    def _encode(self, call: Call, text: str) -> list[int]:
+        return list(self.tokenizers[call.agent].encode(text, add_special_tokens=False))
 
     def _log_once(self, job: Job, error: UserCodeError) -> None:
         trace = "".join(traceback.format_exception(error.__cause__ or error))
@@ -249,23 +269,43 @@ class Episodes:
             log.error("task %s, rollout %d: %s\n%s", job.task.id, job.rollout, error, trace)
 
 
-class Demonstrations(Episodes):
-    """Episodes in which the environment's script takes every agent's actions; nothing is sampled."""
+class Episodes(EpisodeRunner):
+    """Run episodes whose turns are sampled, with one sampler per agent.
 
-    async def _act(self, call: Call, sampler: Sampler, session: Session) -> Completion:
-        text = await ask_text(self.environment.script, call)
-        tokens = self._encode(sampler, text)
-        session.append(tokens, [0.0] * len(tokens))
-        return Completion(text, len(tokens), truncated=False)
+    timeout: seconds after which an episode is given up as failed.
+    """
 
+    def __init__(
+        self, config: Config, environment: Environment, samplers: Mapping[str, Sampler], timeout: float | None = None
+    ):
+        super().__init__(config, environment, {name: one.tokenizer for name, one in samplers.items()}, timeout)
+        self.samplers = samplers
+        self.busy = 0.0  # seconds that the samplers were at work in all, those on servers included
+        self.acting = 0  # turns being sampled now
 
-def load_environment(config: EnvironmentConfig) -> Environment:
-    """Construct the user's environment. Raises ValueError if it cannot be found or made."""
-    cls = load_name(config.use, "environment.use", "Class")
-    if not (isinstance(cls, type) and issubclass(cls, Environment)):
-        module, _, name = config.use.rpartition(":")
-        raise ValueError(f"environment.use: {name!r} in {module} is {cls!r}: expected a subclass of Environment")
-    try:
-        return cls(**config.options)
-    except TypeError as error:
-        raise ValueError(f"environment.options: {config.options} given: {error}") from error
+    def _begin(self, call: Call, seed: tuple[int, ...], greedy: bool) -> Session:
+        version = self.samplers[call.agent].version
+        return Session(seed, greedy, version, version)
+
+    async def _act(self, call: Call, session: Session) -> Completion:
+        self.woken.set()
+        self.acting += 1
+        try:
+            return await self.samplers[call.agent].act(session)
+        finally:
+            self.acting -= 1
+
+    def _end(self, call: Call, session: Session) -> None:
+        self.samplers[call.agent].close(session)
+
+    async def _advance(self) -> None:
+        """Step the sampler with the most waiting calls; if none waits here, wait for servers or the user's code."""
+        busiest = max(self.samplers.values(), key=lambda sampler: sampler.pending)
+        began = time.monotonic()
+        if busiest.pending:
+            busiest.step()
+        else:
+            await super()._advance()
+            if not self.acting:  # only the user's code was at work
+                return
+        self.busy += time.monotonic() - began

@@ -1,4 +1,4 @@
-"""What crosses the store of a rollout: ids, counts, scores, versions and file positions, never text or tokens."""
+"""Make the records of rollouts for the store: ids, counts, scores, versions and file positions, no text or tokens."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from mgrpo.engine.rollout.episodes import Rollout
 from mgrpo.engine.run.trajectories import Position, TrajectoryWriter
-from mgrpo.engine.store.groups import CallRecord, RolloutRecord
+from mgrpo.engine.store import CallRecord, RolloutRecord
 from mgrpo.engine.types import MAIN, Trajectory
 
 
 def write_rollouts(
     writers: Mapping[str, TrajectoryWriter], rollouts: Sequence[Rollout]
 ) -> tuple[list[RolloutRecord], list[CallRecord]]:
-    """Writes the rollouts' trajectories, durably; returns what may then be recorded of them.
+    """Write the rollouts' trajectories durably; return the records that may then be stored.
 
-    Raises OSError when they cannot be written, as when the disk is full.
+    Raises OSError if they cannot be written, for example because the disk is full.
     """
     calls: list[CallRecord] = []
     for name, writer in writers.items():
@@ -28,12 +28,12 @@ def write_rollouts(
 
 
 def agents_of(rollout: Rollout) -> list[str]:
-    """The agent of each of a rollout's trajectories."""
+    """Return the agent of each of a rollout's trajectories."""
     return [MAIN, *(call.agent for call in rollout.episode.calls)]
 
 
 def demonstrated(agent: str, rollouts: Sequence[Rollout]) -> list[Trajectory]:
-    """The agent's trajectories in scripted episodes."""
+    """Return the agent's trajectories in scripted episodes."""
     return [
         trajectory
         for rollout in rollouts
@@ -43,10 +43,12 @@ def demonstrated(agent: str, rollouts: Sequence[Rollout]) -> list[Trajectory]:
 
 
 def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return how many rollouts ended with each status, as metrics."""
     return {f"rollouts/{s}": sum(r.status == s for r in rollouts) for s in ("scored", "unscored", "failed")}
 
 
 def rollout_record(rollout: Rollout) -> RolloutRecord:
+    """Return the record of a rollout, without its calls."""
     score, job = rollout.score, rollout.job
     return RolloutRecord(
         job.query,
@@ -60,9 +62,10 @@ def rollout_record(rollout: Rollout) -> RolloutRecord:
 
 
 def call_record(rollout: Rollout, index: int, position: Position) -> CallRecord:
-    """What crosses the store of one call: ids, counts, scores, versions, the place of its tokens and their digests.
+    """Return the record of one call: ids, counts, scores, versions, the position of its tokens and their digests.
 
-    rows: index of the last sampled token. With it and the digests alone can every rank plan the same batches.
+    index: of its trajectory in the rollout. The record's `rows` is the index of the last sampled token; from it and the
+    digests every rank can plan the same batches without reading the tokens.
     """
     episode, trajectory, score = rollout.episode, rollout.trajectories[index], rollout.score
     call = episode.main if index == 0 else episode.calls[index - 1]

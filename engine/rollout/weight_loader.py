@@ -1,16 +1,14 @@
-"""Around a worker's loop: published weights on their way into its samplers, its signs of life, what it has done.
+"""Load the newest published weights into a worker's samplers.
 
-An agent's weights are read from the published file into its sampler here, unless vLLM servers sample it: those get them
-from its trainer, and all there is to do is to say what they are to be known by, and to wait until they have them.
+The weights of an agent are read from the published file into its sampler in this process. If vLLM servers sample the
+agent, its trainer sends them the weights; here we only tell the sampler which version to expect and wait for it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from threading import Event, Thread
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,16 +17,21 @@ from mgrpo.engine.config.schema import Config
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.inference.sampler import WeightsCheck
 from mgrpo.engine.run.weights import check_probe, load_weights, probe_tokens
-from mgrpo.engine.store.groups import CallRecord, Publication, Store
+from mgrpo.engine.store import Publication, Store
+from mgrpo.engine.types import WeightsVersion
 
-if TYPE_CHECKING:  # imports what talks to servers: only where there are some
+if TYPE_CHECKING:  # it imports the client of the servers, which few runs need
     from mgrpo.engine.inference.vllm.client import VLLMSampler
 
 log = logging.getLogger(__name__)
 
 
 class WeightLoader:
-    """The newest published weights of every agent, on their way into its sampler. served: those that servers sample."""
+    """Keep every agent's sampler supplied with published weights.
+
+    samplers: of the agents sampled in this process; served: of those that servers sample. root: folder or URL of the
+    published files.
+    """
 
     def __init__(
         self,
@@ -41,73 +44,82 @@ class WeightLoader:
         self.config, self.store, self.samplers, self.root, self.served = config, store, samplers, root, served or {}
         self.published: dict[str, Publication] = {}
         self.loaded: dict[str, Publication] = {}
-        self.loads = dict.fromkeys(config.agents, 0)
-        self.seconds = 0.0  # spent on reading, copying and probing
-        self._read: dict[str, tuple[Publication, dict[str, Tensor]]] = {}  # what waits for running turns
+        self.loads = dict.fromkeys(config.agents, 0)  # how often each agent's weights were replaced
+        self._seconds = 0.0
+        self._read: dict[str, tuple[Publication, dict[str, Tensor]]] = {}  # read, but held up by running turns
 
     @property
     def step(self) -> int:
-        """The rl step that every agent has published; -1 when one has published nothing."""
+        """The rl step that every agent has published; -1 if an agent has published nothing."""
         return min(self.published[name].step if name in self.published else -1 for name in self.config.agents)
 
     @property
     def outdated(self) -> bool:
-        """Whether there are other weights than those loaded."""
+        """Whether a sampler in this process lacks the newest weights."""
         return any(not self._has(name, self.published[name]) for name in self.published.keys() & self.samplers.keys())
 
     @property
     def held(self) -> bool:
+        """Whether a sampler in this process holds back new turns until it can take over new weights."""
         return any(sampler.held for sampler in self.samplers.values())
 
-    def look(self) -> None:
-        self.published = self.store.publications()
+    def poll(self) -> None:
+        """Ask the store for the newest publications."""
+        self.published = self.store.roles.publications()
 
-    def bring(self, publications: Mapping[str, Publication]) -> bool:
-        """Loads them; False while turns run that hold some up: then no new turn begins, and this is to be called again.
+    def load(self, publications: Mapping[str, Publication]) -> bool:
+        """Load these weights into the samplers of this process; return whether all samplers are ready.
 
-        False too until servers have the newest of theirs, whichever was asked for. Raises GapError when a probe fails;
-        DamagedWeightsError or OSError when a file cannot be read, ValueError when one is of another model: then the
-        sampler keeps what it has.
+        It returns False while running turns hold up new weights (no new turn begins until then) and while servers lack
+        the newest weights, whichever publications are given; the caller tries again later. Raises GapError if a probe
+        fails; DamagedWeightsError or OSError if a file cannot be read; ValueError if the weights are of another model:
+        the sampler then keeps the weights it has.
         """
         began = time.monotonic()
-        arrived = [self._bring(name, publications[name]) for name in publications.keys() & self.samplers.keys()]
-        arrived += [self._follow(name, self.published[name]) for name in self.published.keys() & self.served.keys()]
-        self.seconds += time.monotonic() - began
-        return all(arrived)
+        ready = [self._load(name, publications[name]) for name in publications.keys() & self.samplers.keys()]
+        ready += [self._expect(name, self.published[name]) for name in self.published.keys() & self.served.keys()]
+        self._seconds += time.monotonic() - began
+        return all(ready)
 
-    def _follow(self, name: str, new: Publication) -> bool:
-        """Whether its servers have the newest weights, and were found to."""
-        sampler = self.served[name]
-        sampler.expect(new.version, new.step, self._proof(name, new, sampler.vocabulary))
-        if sampler.version != new.version:
+    def take_seconds(self) -> float:
+        """Return the seconds spent on loading and checking weights since the last call, and start again at 0."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _expect(self, name: str, new: Publication) -> bool:
+        """Return whether the agent's servers have the newest weights and passed the check of them."""
+        sampler, version = self.served[name], _version(new)
+        sampler.expect(version, self._check(name, new, sampler.vocabulary))
+        if sampler.version.optimizer_steps != new.version:
             return False
         self.loads[name] += not self._has(name, new)
         self.loaded[name] = new
         return True
 
-    def _bring(self, name: str, new: Publication) -> bool:
+    def _load(self, name: str, new: Publication) -> bool:
+        """Return whether the agent's sampler has these weights now."""
         sampler = self.samplers[name]
-        if self._has(name, new) and not sampler.held:  # a frozen agent's, or it had no call to learn from
-            sampler.version, sampler.weights_step = new.version, new.step
+        if self._has(name, new) and not sampler.held:  # the step changed no weight: a frozen agent, or no call was made
+            sampler.version = _version(new)
             self.loaded[name] = new
             return True
         if name not in self._read or self._read[name][0] != new:
             self._read[name] = new, load_weights(self.root, new.file, new.checksum, new.size)
-        if not sampler.update(self._read[name][1], new.version, new.step):
+        if not sampler.update(self._read[name][1], _version(new)):
             return False
         del self._read[name]
         self.loaded[name] = new
-        proof = self._proof(name, new, sampler.model.config.vocab_size)
-        if proof and proof.due:
-            proof.judge("the worker's sampler", sampler.logprobs(proof.tokens))
+        check = self._check(name, new, sampler.model.config.vocab_size)
+        if check and check.due:
+            check.judge("the worker's sampler", sampler.logprobs(check.tokens))
         self.loads[name] += 1
         return True
 
     def _has(self, name: str, publication: Publication) -> bool:
         return name in self.loaded and self.loaded[name].checksum == publication.checksum
 
-    def _proof(self, name: str, new: Publication, vocabulary: int) -> WeightsCheck | None:
-        """None when nothing is to be probed. It is due for every n-th version."""
+    def _check(self, name: str, new: Publication, vocabulary: int) -> WeightsCheck | None:
+        """Return the check of these weights, due for every probe_every-th version, or None if there is none."""
         every, limit = self.config.sampling.probe_every, self.config.sampling.max_gap
         if not every or not new.probe:
             return None
@@ -120,71 +132,5 @@ class WeightLoader:
         return WeightsCheck(tokens, judge, self.loads[name] % every == 0)
 
 
-class Heartbeat:
-    """A thread that extends a worker's leases at a third of their length, however long a step of the sampler takes."""
-
-    def __init__(self, store: Store, worker: str, lease: float) -> None:
-        self.store, self.worker, self.lease = store, worker, lease
-        self.evaluating = False
-        self._over = Event()
-        self._thread = Thread(target=self._beat, daemon=True, name="heartbeat")
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def end(self) -> None:
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(self.lease)
-
-    def _beat(self) -> None:
-        while not self._over.wait(self.lease / 3):
-            try:
-                self.store.extend(self.worker, self.lease)
-                if self.evaluating:
-                    self.store.take_evaluation(self.worker, self.lease)
-            except OSError as error:  # what lapses may be taken by others: sampled twice, recorded once
-                log.warning("leases not extended: %s", error)
-
-
-class WorkerMetrics:
-    """What a worker did since its last row of metrics. busy: seconds that its samplers took for rollouts, in all."""
-
-    def __init__(self, arrivals: WeightLoader, busy: Callable[[], float]) -> None:
-        self.arrivals, self.busy, self.recorded = arrivals, busy, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self.began, self.waited, self.arrivals.seconds, self.busy_before = time.monotonic(), 0.0, 0.0, self.busy()
-        self.counts: Counter[str] = Counter()
-        self.actions, self.recorded_since = 0, 0
-        self.staleness: list[int] = []
-
-    def add(self, counts: Mapping[str, float], calls: Sequence[CallRecord]) -> None:
-        """What was recorded: how many rollouts of each status, and their calls."""
-        self.counts.update(counts)
-        self.recorded += int(sum(counts.values()))
-        self.recorded_since += int(sum(counts.values()))
-        self.actions += sum(call.actions for call in calls)
-        self.staleness += [self.arrivals.published[call.agent].step - call.step for call in calls]
-
-    def row(self) -> dict[str, float | str]:
-        """staleness: by how many published steps the weights behind a call were old when it was recorded."""
-        seconds = time.monotonic() - self.began
-        row: dict[str, float | str] = {
-            "stage": "rl",
-            "step": self.arrivals.step,
-            **self.counts,
-            "perf/rollouts_per_second": self.recorded_since / seconds,
-            "perf/tokens_per_second": self.actions / seconds,
-            "time/rollout": self.busy() - self.busy_before,
-            "time/waiting": self.waited,
-            "time/weights": self.arrivals.seconds,
-            "staleness_mean": sum(self.staleness) / max(len(self.staleness), 1),
-            "staleness_worst": max(self.staleness, default=0),
-            **{f"{agent}/version": publication.version for agent, publication in self.arrivals.loaded.items()},
-        }
-        for agent, sampler in self.arrivals.served.items():  # since the worker began
-            row |= {f"{agent}/{key}": value for key, value in sampler.counts().items()}
-        self._begin()
-        return row
+def _version(publication: Publication) -> WeightsVersion:
+    return WeightsVersion(publication.version, publication.step)

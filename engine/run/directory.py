@@ -1,11 +1,20 @@
-"""The run directory: one training run's files, held by one process at a time, and made to survive being killed.
+"""Know where the files of a run lie, and write them so that the run survives being killed.
 
-    config.json      as run              metrics.jsonl    a row per step, warm-up and RL alike
-    store.db         engine/store/groups.py     tensorboard/     the same rows, for TensorBoard
-    trajectories/    engine/trajectories checkpoints/     <stage>-<step>/, each with a manifest.json of its files' sizes
-    curves.png       the report's plot   log.txt, lock    the console's text; held while a process lives
+A run directory of topology `colocated`, held by one process at a time:
 
-What must be whole (config, checkpoints, rewound metrics) is written aside, forced to disk and renamed to its place.
+    config.json      the configuration             metrics.jsonl    a row per step, of warm-up and rl alike
+    store.db         the store (engine/store)      tensorboard/     the same rows, for TensorBoard
+    trajectories/    tokens (run/trajectories)     checkpoints/     <stage>-<step>/, each with a manifest of its files
+    curves.png       the plot of the report        log.txt, lock    the log; held while the process lives
+
+Of the other topologies it holds config.json, store.db, curves.png and lock, and besides:
+
+    agents/<name>/   of the agent's trainer: metrics.jsonl, tensorboard/, checkpoints/, lock as above
+    workers/<name>/  of a rollout worker: metrics.jsonl, lock
+    logs/            what each process of a local run prints
+    trajectories/, weights/  as above, and the published weights (run/weights), unless store.files names another place
+
+Files that must be whole (config, checkpoints, rewound metrics) are written aside, forced to disk and then renamed.
 A checkpoint or rewind at (stage, step) stands for everything before that step: the step itself comes next.
 """
 
@@ -15,45 +24,73 @@ import errno
 import fcntl
 import io
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import msgspec
-import sqlalchemy as sa
 from safetensors import SafetensorError
 
-from mgrpo.engine.run.tensorboard import STAGES, Boards
-from mgrpo.engine.run.trajectories import fsync
+from mgrpo.engine.config.schema import Config
+from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, plain, read_metrics
+from mgrpo.engine.run.tensorboard import Boards
+from mgrpo.engine.system.files import fsync, replace
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")  # of a checkpoint
-_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")  # torch.save reports a full disk so
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")  # how torch.save reports a full disk
 
 
-class RunDirectory:
-    """Opens the run directory `path` for this process, creating it; released by `close` or when the process ends.
+class RunPaths:
+    """Name the files of a run directory, or of an agent's or worker's directory in it. Opens and creates nothing."""
 
-    With `resume` a run that is there goes on (a new one is begun where there is none). Raises ValueError when another
-    process holds it, or when it holds a run and `resume` is not set.
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
+        self.curves, self.log, self.lock = self.path / "curves.png", self.path / "log.txt", self.path / "lock"
+        self.store, self.logs = self.path / "store.db", self.path / "logs"
+        self.trajectories, self.tensorboard = self.path / "trajectories", self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.agents, self.workers = self.path / "agents", self.path / "workers"
+
+    def agent(self, name: str) -> RunPaths:
+        """Return the files of an agent's trainer, for the topologies in which it is a process of its own."""
+        return RunPaths(self.agents / name)
+
+    def worker(self, name: str) -> RunPaths:
+        """Return the files of a rollout worker."""
+        return RunPaths(self.workers / name)
+
+    def worker_metrics(self) -> list[Path]:
+        """Return the metrics files of all rollout workers that have begun, by name."""
+        return sorted(self.workers.glob("*/metrics.jsonl"))
+
+
+def root_of(config: Config, kind: Literal["weights", "trajectories"], run_dir: str | Path = "") -> str:
+    """Return the folder of the run's published weights or trajectories: a local path or fsspec URL.
+
+    run_dir: where the run directory is now, if it was moved.
+    """
+    return f"{config.store.files or run_dir or config.run_dir}/{kind}"
+
+
+class RunDirectory(RunPaths):
+    """Open the run directory `path` for this process, creating it; released by `close` or when the process ends.
+
+    With `resume`, go on with the run that is there, or begin a new one if there is none. Raises ValueError if another
+    process holds the directory, or if it holds a run and `resume` is not set.
     """
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
-        self.path = Path(path).absolute()
-        self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
-        self.curves, self.log = self.path / "curves.png", self.path / "log.txt"
-        self.trajectories, self.tensorboard = self.path / "trajectories", self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
-        self.store_url = sa.URL.create("sqlite", database=str(self.path / "store.db")).render_as_string()
+        super().__init__(Path(path).absolute())
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir: expected a directory, {self.path} is a file")
         for folder in (self.trajectories, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.path / "lock")
+        self._lock = locked(self.lock)
         if not resume and self._holds_run():
             self._lock.close()
             raise ValueError(f"run_dir: {self.path} holds a run; pass --resume to go on, or choose another run_dir")
@@ -62,30 +99,32 @@ class RunDirectory:
         self._boards = Boards(self.tensorboard)
 
     def close(self) -> None:
+        """Close the files, and release the directory to other processes."""
         self._boards.close()
         self._metrics.close()
         self._lock.close()
 
     def write_config(self, text: str) -> None:
-        _replace(self.config, text.encode())
+        """Write config.json as a whole. Raises OSError if it cannot be written; the old one then stays."""
+        replace(self.config, text.encode())
 
     # ---- metrics
 
-    def log_metrics(self, row: dict[str, Any]) -> None:
-        """Appends one row: "stage" (of STAGES), "step" (int) and anything JSON or a scalar array can say.
+    def log_metrics(self, row: Row) -> None:
+        """Append one row: "stage" (of STAGES), "step" (int) and anything that JSON or a scalar array can express.
 
-        NaN and infinities become null. Its numbers go to TensorBoard under their keys, "warmup/" before the warm-up's.
-        Raises OSError when there is no room: then the file is as it was, and the row may be logged again.
+        NaN and infinities become null. The numbers also go to TensorBoard under their keys, with "warmup/" before those
+        of the warm-up. Raises OSError if the disk is full: then the file is as it was, and the row may be logged again.
         """
         assert row.get("stage") in STAGES and isinstance(row.get("step"), int), row
-        self._boards.show(_plain(row))  # first: to show a number twice does no harm
+        self._boards.show(plain(row))  # first, because showing a number twice does no harm
         self._metrics.append(row)
 
     def rewind_metrics(self, step: int, stage: str) -> None:
-        """Drops every row from (stage, step) on, here and in TensorBoard: that step is about to run again."""
+        """Drop all rows from (stage, step) on, here and in TensorBoard, because that step is about to run again."""
         cut = (STAGES.index(stage), step)
         kept = [row for row in read_metrics(self.metrics) if (STAGES.index(row["stage"]), row["step"]) < cut]
-        _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics.close()
         self._metrics = JsonLines(self.metrics)
         self._boards.rewind(step, stage)
@@ -93,11 +132,11 @@ class RunDirectory:
     # ---- checkpoints
 
     def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int) -> Path:
-        """Writes checkpoint `name` ("rl-00012") whole or not at all; then only it and the keep - 1 before it stay.
+        """Write checkpoint `name` ("rl-00012") whole or not at all; keep only it and the keep - 1 before it.
 
-        `write` fills the directory it is given. Checkpoints after this one belong to a run that was rewound, and go.
-        Raises ValueError for another kind of name or keep < 1; OSError that names the checkpoint when it cannot be
-        written, as when the disk is full: then all earlier checkpoints stay.
+        write: fills the directory that it is given. Checkpoints after this one belong to a run that was rewound, and
+        are deleted. Raises ValueError for another kind of name or keep < 1; OSError naming the checkpoint if it cannot
+        be written, as when the disk is full: then all earlier checkpoints stay.
         """
         _order(name)
         if keep < 1:
@@ -120,14 +159,14 @@ class RunDirectory:
         return final
 
     def latest_checkpoint(self) -> Path | None:
-        """The furthest checkpoint, by stage and step; None when there is none. Not verified: see `open_checkpoint`."""
+        """Return the latest checkpoint by stage and step, not yet verified (see `open_checkpoint`), or None."""
         return latest_of(self.checkpoints)
 
     @staticmethod
     def open_checkpoint(path: Path) -> Path:
-        """The path, its files verified against the manifest.
+        """Verify the files of a checkpoint against its manifest, and return its path.
 
-        Raises ValueError that names a file which is missing or of another size, and the size expected.
+        Raises ValueError naming a file that is missing or has another size, and the expected size.
         """
         for name, expected in _manifest(path).items():
             file = path / name
@@ -147,12 +186,12 @@ class RunDirectory:
             self._retire(path)
 
     def _retire(self, path: Path) -> None:
-        """Renamed before it is deleted, so that half of a checkpoint is never taken for one."""
+        """Rename a checkpoint, to be deleted later, so that a part of it is never taken for a whole one."""
         if path.exists():
             path.rename(path.with_name(f".tmp-old-{path.name}"))
 
     def _clear_aside(self) -> None:
-        for path in self.checkpoints.glob(".tmp-*"):  # retired, or of a write that failed or was killed
+        for path in self.checkpoints.glob(".tmp-*"):  # retired, or left by a write that failed or was killed
             shutil.rmtree(path, ignore_errors=True)
 
     def _unwritten(self, name: str, aside: Path, error: Exception) -> OSError:
@@ -166,7 +205,7 @@ class RunDirectory:
 
 
 def latest_of(checkpoints: Path) -> Path | None:
-    """The furthest of the checkpoints in a folder, by stage and step; None when there is none."""
+    """Return the latest of the checkpoints in a folder, by stage and step, or None."""
     return max(_saved(checkpoints), key=lambda path: _order(path.name), default=None)
 
 
@@ -174,40 +213,8 @@ def _saved(checkpoints: Path) -> list[Path]:
     return [path for path in checkpoints.glob("*-*") if _NAME.fullmatch(path.name)]
 
 
-class JsonLines:
-    """A file of JSON lines, opened for appending; what a killed process left of a last line is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = _open_lines(path)
-
-    def append(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Appends the row, whole or not at all, and returns it as it was written: NaN and infinities are null there."""
-        plain = {key: _plain(value) for key, value in row.items()}
-        _append(self._file, (json.dumps(plain, allow_nan=False) + "\n").encode())
-        return plain
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, none where there is no file; a torn last line is no row.
-
-    Raises ValueError that names a line that is not JSON.
-    """
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not a row of metrics: {error}") from error
-    return rows
-
-
 def locked(path: Path) -> io.FileIO:
-    """Holds the directory that the file is in until the file is closed. Raises ValueError when another process does."""
+    """Hold the directory of a lock file until the file is closed. Raises ValueError if another process holds it."""
     file = io.FileIO(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,40 +223,10 @@ def locked(path: Path) -> io.FileIO:
         holder = file.read().decode().strip() or "unknown"
         file.close()
         raise ValueError(f"run_dir: {path.parent} is in use by process {holder}") from None
-    with suppress(OSError):  # on a full disk the name is missing, and the lock is held all the same
+    with suppress(OSError):  # if the disk is full, the process id is missing, but the lock is held all the same
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())
     return file
-
-
-def _open_lines(path: Path) -> io.FileIO:
-    """For appending lines; what a killed process left of a last line is cut off, lest the next be joined to it."""
-    file = io.FileIO(path, "a+")
-    file.seek(0)
-    text = file.readall()
-    file.truncate(text.rfind(b"\n") + 1)
-    return file
-
-
-def _append(file: io.FileIO, line: bytes) -> None:
-    size = os.fstat(file.fileno()).st_size
-    try:
-        while line:
-            line = line[file.write(line) :]
-        os.fsync(file)  # a network's file system may say only now that it has no room
-    except OSError as error:
-        file.truncate(size)
-        raise OSError(error.errno, f"cannot append metrics: {error.strerror}", str(file.name)) from error
-
-
-def _plain(value: Any) -> Any:
-    """As JSON can say it: numpy's and torch's scalars as numbers, what is not finite as null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _order(name: str) -> tuple[int, int]:
@@ -260,7 +237,7 @@ def _order(name: str) -> tuple[int, int]:
 
 
 def _manifest(path: Path) -> dict[str, int]:
-    """Of every file of a checkpoint its size in bytes, by its path within."""
+    """Return the size in bytes of every file of a checkpoint, by its path in the checkpoint."""
     file = path / "manifest.json"
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, dict[str, int]])["files"]
@@ -273,26 +250,13 @@ def _manifest(path: Path) -> dict[str, int]:
 
 
 def _seal(path: Path) -> None:
-    """Adds the manifest and forces every file and directory to the disk."""
+    """Add the manifest, and force every file and directory to the disk."""
     manifest = path / "manifest.json"
     assert not manifest.exists()
     files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     manifest.write_text(json.dumps({"files": files}, indent=1))
     for entry in [*path.rglob("*"), path]:
         fsync(entry)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """The file's whole content at once: a killed process leaves the old or the new."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        aside.write_bytes(data)
-        fsync(aside)
-        aside.rename(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    fsync(path.parent)
 
 
 def _size(path: Path) -> int:

@@ -1,29 +1,31 @@
-"""The rows of metrics for TensorBoard: a copy, in which a number may stand twice; metrics.jsonl is what counts.
+"""Copy the rows of metrics to TensorBoard. A number may appear there twice; metrics.jsonl is the reference.
 
-A folder per stage: purging takes all tags from a step on, and each stage counts from 0.
+Each stage has a folder of its own, because each counts its steps from 0 and purging removes all tags from a step on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-STAGES = ("warmup", "rl")  # in the order in which a run goes through them
+from mgrpo.engine.run.metrics import STAGES, Row
 
 
 class Boards:
-    """Writers below a folder, made when they are needed."""
+    """Write rows to TensorBoard files below a folder, which are created when they are needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writers: dict[str, Any] = {}
-        self._purge: dict[str, int] = {}  # by stage, from which step on the next writer takes back what is there
+        self._purge: dict[str, int] = {}  # by stage, the step from which the next writer removes what is there
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        """A row's numbers under their keys, "warmup/" before the warm-up's. Raises OSError when there is no room."""
+    def show(self, row: Row) -> None:
+        """Write the numbers of a row under their keys, with "warmup/" before those of the warm-up.
+
+        Raises OSError if the disk is full.
+        """
         stage, step = row["stage"], row["step"]
         prefix = "warmup/" if stage == "warmup" else ""
         try:
@@ -32,17 +34,18 @@ class Boards:
                 if key != "step" and isinstance(value, int | float):
                     writer.add_scalar(prefix + key, value, step)
             writer.flush()
-        except OSError as error:  # the writer stays so, its file perhaps torn at the end: another one begins here
+        except OSError as error:  # the file may end in a torn record: the next writer begins a new one here
             self._leave(stage)
             self._purge.setdefault(stage, step)
-            raise OSError(error.errno, f"cannot tell TensorBoard: {error.strerror}", str(self.folder)) from error
+            raise OSError(error.errno, f"cannot write for TensorBoard: {error.strerror}", str(self.folder)) from error
 
     def rewind(self, step: int, stage: str) -> None:
-        """That step is about to run again."""
+        """Remove everything from (stage, step) on, because that step is about to run again."""
         self.close()
         self._purge = {stage: step} | dict.fromkeys(STAGES[STAGES.index(stage) + 1 :], 0)
 
     def close(self) -> None:
+        """Close all writers."""
         for stage in [*self._writers]:
             self._leave(stage)
 
@@ -50,7 +53,7 @@ class Boards:
         if stage not in self._writers:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-            _pass_second_of_last(self.folder / stage)
+            _wait_for_next_second(self.folder / stage)
             self._writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=self._purge.get(stage))
             self._purge.pop(stage, None)
         return self._writers[stage]
@@ -61,8 +64,8 @@ class Boards:
                 writer.close()
 
 
-def _pass_second_of_last(folder: Path) -> None:
-    """Files are read in the order of their names, which say the second: two of one second might swap places."""
+def _wait_for_next_second(folder: Path) -> None:
+    """Wait until a new file gets a later second in its name: files are read in the order of their names."""
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
     while seconds and time.time() < max(seconds) + 1:
         time.sleep(0.05)

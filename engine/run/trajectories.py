@@ -1,12 +1,13 @@
-"""Trajectory files: what the samplers write and the trainers read, token by token, beside the store.
+"""Write and read trajectory files, which carry the tokens from the samplers to the trainers, beside the store.
 
-An Arrow IPC stream of one record batch per `append`, a row per call. One writer a file; a file that an earlier process
-left is never appended to. Readers need no footer and no end mark: a `Position` names the bytes at which a record
-batch's message begins, so a file is readable while it is written, and a torn tail, which no position names, is ignored.
+A file is an Arrow IPC stream with one record batch per `append` and one row per call. Each file has one writer; nothing
+is appended to a file that an earlier process left. Readers need no footer and no end mark: a `Position` gives the
+offset of a record batch's message. So a file can be read while it is written, and a torn tail, to which no position
+refers, is ignored.
 
-Departs from pyarrow's stream writer: we write the schema's and the batches' messages ourselves, because we must know
-where each begins, and because a failed write must not stay in a buffer to be tried again when the file is closed.
-An object store (any fsspec URL that is not a local path) cannot append: there every record batch is a file of its own.
+Unlike pyarrow's stream writer, we write the messages of the schema and of the batches ourselves, because we must know
+where each begins, and because a failed write must not stay in a buffer and be repeated when the file is closed. An
+object store (any fsspec URL that is not a local path) cannot append: there every record batch is a file of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -25,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from mgrpo.engine.system.files import fsync, write_all
 from mgrpo.engine.types import Trajectory
 
-WEIGHTS = ("version", "version_last", "step")  # that sampled a row
+WEIGHTS = ("version", "version_last", "step")  # columns for the weights that sampled a row
 SCHEMA = pa.schema(
     [
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
@@ -43,7 +45,7 @@ TORN = (pa.ArrowInvalid, OSError, EOFError)  # what pyarrow raises for bytes tha
 
 @dataclass(frozen=True)
 class Position:
-    """Where one trajectory lies. file: relative to the root; offset: of its record batch's message, in bytes; row."""
+    """Locate one trajectory. file: relative to the root; offset: of its batch's message, in bytes; row: in it."""
 
     file: str
     offset: int
@@ -51,10 +53,10 @@ class Position:
 
 
 class TrajectoryWriter:
-    """Appends the trajectories of one agent to `<root>/<agent>-<n>.arrow`, n the next free number.
+    """Append the trajectories of one agent to `<root>/<agent>-<n>.arrow`, where n is the next free number.
 
     root: local path or fsspec URL. roll_bytes: a file that has reached this size is closed and the next one opened.
-    Not for several threads at once. Raises ValueError when the agent's name cannot be part of a file name.
+    Threads must not share a writer. Raises ValueError if the agent's name cannot be part of a file name.
     """
 
     def __init__(self, root: str, agent: str, roll_bytes: int = 256 << 20) -> None:
@@ -68,10 +70,10 @@ class TrajectoryWriter:
         self._file: io.FileIO | None = None
 
     def append(self, trajectories: Sequence[Trajectory]) -> list[Position]:
-        """Writes one record batch and hands it to the operating system; positions in the order given.
+        """Write one record batch to the operating system, and return the positions of its rows, in the order given.
 
-        Raises OSError that names the file when the disk is full. Then nothing of this batch is referenced, what was
-        appended before stays good, and the next append opens a new file.
+        Raises OSError naming the file if the disk is full. Then nothing of this batch is referenced, what was appended
+        before stays valid, and the next append opens a new file.
         """
         if not trajectories:
             return []
@@ -80,11 +82,12 @@ class TrajectoryWriter:
         return [Position(name, offset, row) for row in range(len(trajectories))]
 
     def sync(self) -> None:
-        """Forces all that was appended to the disk (local files; an object store has it already)."""
+        """Force everything appended so far to the disk. An object store has it already."""
         if self._file is not None:
             os.fsync(self._file)
 
     def close(self) -> None:
+        """Close the file, after forcing it to the disk."""
         file, self._file = self._file, None
         if file is not None:
             with file:
@@ -96,7 +99,7 @@ class TrajectoryWriter:
         try:
             file = self._file or self._open()
             offset = file.tell()
-            _write_all(file, memoryview(message))
+            write_all(file, memoryview(message))
         except OSError as error:
             path = error.filename if self._file is None else self._file.name
             self.close()
@@ -112,13 +115,13 @@ class TrajectoryWriter:
                 return name, len(HEADER)
 
     def _open(self) -> io.FileIO:
-        """Unbuffered, so that a write either reached the operating system or raised; exclusive, so never shared."""
+        """Open the next file: unbuffered, so that a write reaches the system or raises; exclusive, so never shared."""
         while self._file is None:
             path = self._path()
             self._number += 1
             with contextlib.suppress(FileExistsError):  # another writer of this agent came first
                 self._file = io.FileIO(path, "x")
-        _write_all(self._file, memoryview(HEADER))
+        write_all(self._file, memoryview(HEADER))
         fsync(self.root)
         return self._file
 
@@ -130,11 +133,11 @@ class TrajectoryWriter:
 
 
 def read(root: str, positions: Sequence[Position]) -> list[Trajectory]:
-    """The trajectories at the positions, in that order; each record batch is read once.
+    """Read the trajectories at the positions, in that order; read each record batch once.
 
-    tokens and logprobs are read-only views into the mapped file where it is local, not copies.
-    Raises ValueError when a position points outside the root, into torn or missing bytes or past its batch's rows;
-    FileNotFoundError when there is no such file.
+    In a local file, tokens and logprobs are read-only views into the mapped file, not copies. Raises ValueError if a
+    position points outside the root, into torn or missing bytes or past its batch's rows; FileNotFoundError if there is
+    no such file.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     sources = {name: _source(fs, directory, name) for name in dict.fromkeys(p.file for p in positions)}
@@ -143,7 +146,7 @@ def read(root: str, positions: Sequence[Position]) -> list[Trajectory]:
 
 
 class _Batch:
-    """One record batch, its columns as flat arrays: of T tokens in B rows."""
+    """Hold the columns of one record batch as flat arrays: T tokens in B rows."""
 
     def __init__(self, source: Any, file: str, offset: int) -> None:
         self.where = f"{file} at byte {offset}"
@@ -174,9 +177,9 @@ class _Batch:
 
 
 def remove(root: str, files: Iterable[str]) -> list[str]:
-    """Deletes files that nobody will read any more; returns those that are gone now, which may be forgotten.
+    """Delete files that nobody will read any more, and return those that are gone now, to be forgotten by the store.
 
-    The last file of each writer stays, since it may still be written to. Raises ValueError for a file outside the root.
+    Keep the last file of each writer, which may still be written to. Raises ValueError for a file outside the root.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     paths = {name: below(directory, name) for name in files}
@@ -184,13 +187,13 @@ def remove(root: str, files: Iterable[str]) -> list[str]:
     last = {_writer(name): name for name in sorted(there, key=_number)}
     gone = [name for name in paths if name not in last.values()]
     for name in gone:
-        with contextlib.suppress(FileNotFoundError):  # by one who came first
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
             fs.rm_file(paths[name])
     return gone
 
 
 def listing(fs: Any, directory: str) -> list[str]:
-    """What lies in a directory. In an object store one in which nothing lies is not there."""
+    """List a directory. One that does not exist is empty, as in an object store, which has no empty directories."""
     try:
         return list(fs.ls(directory, detail=False, refresh=True))
     except FileNotFoundError:
@@ -198,7 +201,7 @@ def listing(fs: Any, directory: str) -> list[str]:
 
 
 def below(directory: str, name: str) -> str:
-    """The path of a file below the directory, its name as the store gave it. Raises ValueError for one elsewhere."""
+    """Return the path of a file whose name comes from the store. Raises ValueError if it is outside the directory."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"file: expected a path below {directory}, got {name!r}")
@@ -228,7 +231,7 @@ def _ragged(rows: list[np.ndarray], name: str, offsets: pa.Array) -> pa.ListArra
 
 
 def _source(fs: Any, directory: str, name: str) -> Any:
-    """A seekable Arrow input over one file below the directory: mapped where it is local, else fetched whole."""
+    """Open one file below the directory as a seekable Arrow input: mapped if it is local, else fetched as a whole."""
     full = below(directory, name)
     return pa.memory_map(full) if isinstance(fs, LocalFileSystem) else pa.BufferReader(fs.cat_file(full))
 
@@ -237,18 +240,3 @@ def _first_free(fs: Any, root: str, agent: str) -> int:
     pattern = re.compile(rf"{re.escape(agent)}-(\d+)\.arrow")
     matches = (pattern.fullmatch(os.path.basename(path)) for path in listing(fs, root))
     return max((int(match[1]) + 1 for match in matches if match), default=0)
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    """A raw write may take only a part, as it does just before the disk is full."""
-    while data:
-        data = data[file.write(data) :]
-
-
-def fsync(path: str | Path) -> None:
-    """Forces a file's bytes, or a directory's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

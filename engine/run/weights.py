@@ -1,18 +1,17 @@
-"""Published weights: what a trainer hands to the samplers of its agent, as one safetensors file a version.
+"""Publish weights, from a trainer to the samplers of its agent, as one safetensors file per version, and check them.
 
-Departs from the library's writer: we write the format ourselves (the header's length, a JSON header, the tensors'
-bytes), tensor by tensor, from where they lie in the CPU's memory, so that one thread hashes the bytes while another
-writes them and nothing is copied once more for the file. A file has its name only when it is whole: on a file system it
-is written aside, forced to the disk and renamed; in an object store it is one upload. The library reads it, after its
-size and SHA-256 were compared with those in the store.
+Unlike the library's writer, we write the format ourselves (the length of the header, a JSON header, the bytes of the
+tensors), tensor by tensor, directly from the CPU's memory, so that one thread hashes the bytes while another writes
+them, and no further copy is made. A file gets its name only when it is whole: on a file system it is written aside,
+forced to the disk and renamed; in an object store it is one upload. The library reads it, after its size and SHA-256
+have been compared with those in the store.
 
 The *probe*: trainer and sampler both compute the log-probs of a prompt that follows from the run's seed. Weights that
-came over halved, stale or into the wrong places show as a gap that no rounding explains.
+arrived incomplete, stale or in the wrong places show as a gap that rounding cannot explain.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
@@ -32,25 +32,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mgrpo.engine.run.trajectories import below, fsync, listing
+from mgrpo.engine.run.trajectories import below, listing
+from mgrpo.engine.system.files import replacing, write_all
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-FORCE = 32 << 20  # bytes after which those written so far are forced to the disk
-NEWEST = 2  # files of an agent that stay, whoever names them: a worker may be reading the last but one
+FORCE = 32 << 20  # bytes written before they are forced to the disk
+NEWEST = 2  # files of an agent that are always kept: a worker may be reading the last but one
 PROBE_TOKENS = 32
-PROBE_SEED = 1 << 34  # apart from whatever else is drawn from the run's seed
+PROBE_SEED = 1 << 34  # separates the probe from everything else that is drawn from the run's seed
 
 
 class GapError(RuntimeError):
-    """A sampler's log-probs are not those of the trainer whose weights it loaded."""
+    """Report that a sampler's log-probs are not those of the trainer whose weights it loaded."""
 
 
 class DamagedWeightsError(ValueError):
-    """A published file does not hold the bytes that were published: torn, altered, or not yet seen whole from here."""
+    """Report that a file does not hold the bytes that were published: torn, altered, or not yet visible as a whole."""
 
 
 class Published(NamedTuple):
-    """file: relative to the root; checksum: SHA-256 of its bytes, in hex; size: in bytes."""
+    """Identify a published file. file: relative to the root; checksum: SHA-256 of its bytes, in hex; size: in bytes."""
 
     file: str
     checksum: str
@@ -58,31 +59,31 @@ class Published(NamedTuple):
 
 
 def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, Tensor]) -> Published:
-    """Writes `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
+    """Write `<root>/<agent>/v<version>-<8 hex>.safetensors`, whole or not at all.
 
-    root: local path or fsspec URL. tensors: whole ones of float32, bfloat16 or float16; those not contiguous or not on
-    the CPU are copied first. Raises ValueError for another dtype; OSError that names the file when it cannot be
-    written: then there is none.
+    root: local path or fsspec URL. tensors: unsharded, of float32, bfloat16 or float16; copied first if they are not
+    contiguous or not on the CPU. Raises ValueError for another dtype; OSError naming the file if it cannot be written:
+    then there is no file.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
     parts = [_header(tensors), *map(_bytes, tensors.values())]
     try:
         fs.makedirs(f"{directory}/{agent}", exist_ok=True)
-        with ThreadPoolExecutor(1) as beside, _whole_file(fs, f"{directory}/{name}") as file:
-            checksum = beside.submit(_sha256, parts)
+        with ThreadPoolExecutor(1) as hasher, _whole_file(fs, f"{directory}/{name}") as file:
+            checksum = hasher.submit(_sha256, parts)
             for part in parts:
-                _write_all(file, part)
+                write_all(file, part)
     except OSError as error:
         raise OSError(error.errno, f"cannot write weights: {error.strerror or error}", f"{root}/{name}") from error
     return Published(name, checksum.result(), sum(map(len, parts)))
 
 
 def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Tensor]:
-    """The tensors of a published file, on the CPU.
+    """Load the tensors of a published file, on the CPU.
 
-    Raises DamagedWeightsError when the file has another size or checksum, or holds no safetensors; FileNotFoundError
-    when it is gone; ValueError when it lies outside the root.
+    Raises DamagedWeightsError if the file has another size or checksum, or is not in the safetensors format;
+    FileNotFoundError if it is gone; ValueError if it is outside the root.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     data = fs.cat_file(below(directory, file))
@@ -94,13 +95,13 @@ def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Te
     try:
         return load(data)
     except SafetensorError as error:
-        raise DamagedWeightsError(f"weights {file}: no safetensors: {error}") from error
+        raise DamagedWeightsError(f"weights {file}: not in the safetensors format: {error}") from error
 
 
 def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
-    """Deletes an agent's files but those named and the NEWEST written; also what a killed writer left. Returns them.
+    """Delete an agent's files, except those `named` and the NEWEST ones, and return the deleted files.
 
-    Only for the one trainer that acts for the agent.
+    Files that a killed writer left are deleted too, so only the one trainer that acts for the agent may call this.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     written = {path: fs.modified(path) for path in listing(fs, f"{directory}/{agent}")}
@@ -113,15 +114,15 @@ def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
 
 
 def probe_tokens(seed: int, vocabulary: int, context: int) -> list[int]:
-    """The prompt on which the two are compared: PROBE_TOKENS ids below `vocabulary`, but at most `context`."""
+    """Draw the prompt of the probe: PROBE_TOKENS ids below `vocabulary`, but at most `context`."""
     return np.random.default_rng([seed, PROBE_SEED]).integers(vocabulary, size=min(PROBE_TOKENS, context)).tolist()
 
 
 def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Sequence[float], limit: float) -> float:
-    """The mean absolute difference of two lists of log-probs, in nats. Raises GapError when it is above `limit`."""
+    """Return the mean absolute difference of two lists of log-probs, in nats. Raises GapError if it exceeds `limit`."""
     assert len(trainer) == len(sampler) > 0, (len(trainer), len(sampler))
     gap = float(np.abs(np.subtract(trainer, sampler)).mean())
-    if not gap <= limit:  # nor when it is NaN
+    if not gap <= limit:  # also true if the gap is NaN
         raise GapError(
             f"agents.{agent}: with version {version} of the weights the sampler's log-probs differ from the trainer's "
             f"by {gap:.3g} nats a token: expected at most sampling.max_gap = {limit}"
@@ -130,7 +131,7 @@ def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Seq
 
 
 def _header(tensors: Mapping[str, Tensor]) -> memoryview:
-    """Its own length in 8 bytes, then JSON, filled up with spaces so that the tensors begin at a multiple of 8."""
+    """Return the header: its length in 8 bytes, then JSON, padded with spaces to a multiple of 8 bytes."""
     entries, begin = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -148,21 +149,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _sha256(parts: Iterable[bytes | memoryview]) -> str:
-    """Of them all, one after the other; while it computes, other threads may run."""
+    """Return the SHA-256 of all parts together, in hex. Other threads can run while it is computed."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
 
 
-def _write_all(file: Any, data: memoryview) -> None:
-    """A raw write may take only a part, as it does just before the disk is full."""
-    while data:
-        data = data[file.write(data) :]
-
-
 class _Forced:
-    """A file whose bytes go on to the disk while more are written, so that little is left to wait for in the end."""
+    """Write to a file, and force its bytes to the disk meanwhile, so that little is left to wait for at the end."""
 
     def __init__(self, file: io.FileIO) -> None:
         self.file, self.waiting = file, 0
@@ -181,26 +176,18 @@ class _Forced:
 
     def __exit__(self, *_: object) -> None:
         self.disk.shutdown()
-        for forced in self.forced:  # the system tells of an error once: the last fsync need not hear of it
+        for forced in self.forced:  # the system reports an error once: the last fsync may not get it
             forced.result()
 
 
 @contextmanager
 def _whole_file(fs: Any, path: str) -> Iterator[Any]:
-    """A file to write to, which is there under its name if all went well, and else not at all."""
+    """Open a file for writing, which appears under its name only if everything succeeded."""
     if not isinstance(fs, LocalFileSystem):
         with fs.transaction, fs.open(path, "wb") as file:
             yield file
         return
-    folder, name = os.path.split(path)
-    aside = f"{folder}/.tmp-{name}"
-    try:
-        with open(aside, "wb", buffering=0) as file:
-            with _Forced(file) as forced:
-                yield forced
-            os.fsync(file)
-        os.rename(aside, path)
-        fsync(folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed
-            os.unlink(aside)
+    with replacing(Path(path)) as aside, open(aside, "wb", buffering=0) as file:
+        with _Forced(file) as forced:
+            yield forced
+        os.fsync(file)

@@ -1,11 +1,11 @@
-"""A decoupled run as a discrete-event simulation: workers, stragglers, the gate, weights on their way, trainers.
+"""Simulate a decoupled run by discrete events: workers, stragglers, the gate, weights on their way, trainers.
 
-Workers take queries through the gate of `Intake.take`, look into the store when `Worker` does, and record what ended as
-it does; a trainer claims, expires and publishes like `AgentProcess`. A worker's episodes share it (`Sharing`): an event
-is an episode's end, not a token.
+Workers take queries through the same gate as in the store (`Queries.take`), look into the store as often as `Worker`
+does, and record ended rollouts as it does; a trainer claims, expires and publishes like `AgentProcess`. The episodes of
+a worker share it (`ProcessorSharing`), so that an event is the end of an episode, not a token.
 
-The run has no last step: what is measured is its steady state. Evaluations, checkpoints and faults are left out, and so
-is the time that switch = "turn" waits for running turns to end.
+Unlike a real run, a simulated one has no last step: its steady state is measured. Evaluations, checkpoints and faults
+are left out, and so is the time that switch = "turn" waits for running turns to end.
 """
 
 from __future__ import annotations
@@ -13,31 +13,27 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.simulate.parts import (
-    FLUSH,
-    TRAINER_LOOK,
-    WORKER_LOOK,
-    Query,
-    SimEpisode,
-    SimTrainer,
-    SimWorker,
-    next_look,
-)
-from mgrpo.engine.simulate.processor_sharing import Sharing
+from mgrpo.engine.simulate.processor_sharing import ProcessorSharing
 from mgrpo.engine.simulate.workload import Workload
+
+# Seconds between looks into the store: copies of those in worker.py and leader.py, whose imports take long.
+TRAINER_LOOK, WORKER_LOOK, FLUSH, IDLE = 0.1, 0.25, 0.5, (0.02, 0.2)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a simulated run's steady state. busy: shares of time, of all workers and of each trainer; full: tokens decoded
-    per token that workers with all slots taken would have; staleness: rl steps, of the groups trained on; expired:
-    share of an agent's groups; cut: of the episodes, at the timeout."""
+    """Describe the steady state of a simulated run.
+
+    busy: shares of time, of all workers and of each trainer. workers_full: tokens decoded, as a share of what workers
+    with all slots in use would decode. staleness: in rl steps, of the groups trained on. expired: share of an agent's
+    groups. cut: share of the episodes that the timeout ended.
+    """
 
     step_seconds: float
     rollouts_per_second: float
@@ -50,8 +46,59 @@ class Outcome:
     cut: float
 
 
-class Run:
-    """One simulation of `steps` rl steps. gpus: each agent's trainer's. The same arguments give the same outcome."""
+@dataclass(eq=False)
+class Query:
+    """A query that was opened."""
+
+    number: int
+    left: int  # rollouts that are not recorded yet
+    steps: list[int]  # rl steps of the weights that sample it, by agent
+    rows: list[float]  # tokens to be trained on, by agent
+    overdue: bool = False
+
+
+@dataclass(eq=False)
+class SimEpisode:
+    """An episode on a worker."""
+
+    query: Query
+    pause: float  # seconds after it has decoded
+    rows: list[float]
+
+
+@dataclass(eq=False)
+class SimWorker:
+    """A rollout worker at an instant."""
+
+    sharing: ProcessorSharing[SimEpisode]
+    steps: list[int]  # rl steps of the weights it has, by agent; -1: none
+    change: int = 0  # serial number of the only valid event for its next end of an episode
+    running: int = 0  # episodes
+    looking: bool = False  # whether a look is scheduled
+    recording: bool = False  # whether it records its last episodes, with none running
+    looked_at: float = -math.inf
+    idle_since: float = 0.0
+    ended: list[Query] = field(default_factory=list)  # the query of each rollout that is to be recorded
+
+
+@dataclass(eq=False)
+class SimTrainer:
+    """One agent's trainer at an instant."""
+
+    index: int
+    gpus: int
+    step: int = 0
+    trained: int = 0  # groups
+    dropped: int = 0  # groups
+    waiting: bool = True
+    looking: bool = False
+    since: float = 0.0  # when it began to wait, or to train
+    sealed: list[tuple[int, Query]] = field(default_factory=list)  # a heap by number
+    busy: float = 0.0  # seconds
+
+
+class Simulation:
+    """Simulate `steps` rl steps. gpus: those of each agent's trainer. The same arguments give the same outcome."""
 
     def __init__(self, config: Config, workload: Workload, workers: int, gpus: Mapping[str, int], steps: int) -> None:
         assert workers >= 1 and steps >= 1
@@ -63,15 +110,16 @@ class Run:
         self.now, self.serial = 0.0, 0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         rates = workload.worker.step_seconds, workload.worker.row_seconds
-        self.workers = [SimWorker(Sharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
+        self.workers = [SimWorker(ProcessorSharing(*rates), [-1] * len(self.agents)) for _ in range(workers)]
         self.trainers = [SimTrainer(i, gpus[name]) for i, name in enumerate(self.agents)]
         self.opened = self.recorded = self.cut = 0
-        self.done = 0  # steps, of the slowest
+        self.done = 0  # rl steps of the slowest trainer
         self.staleness: list[int] = []
         self.warm = min(config.sampling.max_staleness + 1, steps - 1)  # steps in which the pipeline fills
         self.begin: dict[str, float] = {}
 
     def run(self) -> Outcome:
+        """Simulate, and return what the steady state was like."""
         self._wake()
         while self.done < self.steps:
             self.now, _, what, arguments = heapq.heappop(self.events)
@@ -87,7 +135,7 @@ class Run:
     # ---- workers look into the store
 
     def _wake(self) -> None:
-        """There are new weights, or room to run ahead: every worker that can do something with it will see."""
+        """Let every worker look that can use new weights or room to run ahead."""
         drains = self.config.sampling.switch == "episode"
         for worker in self.workers:
             if not (worker.running and drains and self._outdated(worker)):
@@ -109,7 +157,7 @@ class Run:
         if not outdated:
             return self._take(worker)
         if worker.running and self.config.sampling.switch == "episode":
-            return  # looks again when it has drained
+            return  # it looks again when its episodes have ended
         worker.sharing.settle(self.now)
         worker.sharing.stopped = True
         self._next_end(worker)
@@ -117,7 +165,7 @@ class Run:
         self._at(self.now + len(outdated) * self.worker.load_seconds, self._loaded, worker, steps)
 
     def _outdated(self, worker: SimWorker) -> list[int]:
-        """Agents of which there are other weights than it has; the frozen ones' are loaded once."""
+        """Return the agents whose weights the worker must load; those of frozen agents are loaded once."""
         return [t.index for t in self.trainers if (worker.steps[t.index] < (t.step if self.learns[t.index] else 0))]
 
     def _loaded(self, worker: SimWorker, steps: list[int]) -> None:
@@ -127,7 +175,7 @@ class Run:
         self._look(worker)
 
     def _room(self) -> int:
-        """How many queries the gate lets workers open: `Intake.take` in a run without end."""
+        """Return how many queries the gate lets workers open: `Queries.take` in a run without end."""
         slowest = min(trainer.trained + trainer.dropped for trainer in self.trainers)
         return slowest + (self.config.sampling.max_staleness + 1) * self.batch - self.opened
 
@@ -180,7 +228,7 @@ class Run:
             self._leave(worker, query)
 
     def _overdue(self, worker: SimWorker, query: Query) -> None:
-        """What has not ended by the timeout has failed."""
+        """Fail what has not ended by the timeout."""
         left = query.left - sum(ended is query for ended in worker.ended)
         if not left:
             return
@@ -210,7 +258,7 @@ class Run:
 
     def _record(self, worker: SimWorker, ended: list[Query]) -> None:
         if worker.recording or worker.ended is not ended:
-            return  # nothing runs any more: they are being recorded, or were
+            return  # the worker has drained: they are being recorded, or were
         worker.ended = []
         self.recorded += len(ended)
         for query in ended:
@@ -258,7 +306,7 @@ class Run:
             self._drop(trainer, stale)
 
     def _drop(self, trainer: SimTrainer, count: int) -> None:
-        """Other queries may be opened for them."""
+        """Drop groups, in place of which other queries may be opened."""
         trainer.dropped += count
         self._wake()
 
@@ -271,7 +319,7 @@ class Run:
         self._wake()
         self._claim_later(trainer)
 
-    # ---- the books
+    # ---- totals
 
     def _totals(self) -> dict[str, float]:
         for worker in self.workers:
@@ -303,3 +351,12 @@ class Run:
             expired=of["dropped"] / max(of["dropped"] + of["trained"], 1),
             cut=of["cut"] / max(of["recorded"], 1),
         )
+
+
+def next_look(idle_since: float, now: float) -> float:
+    """Return when an idle worker looks next: its pauses double from the first of IDLE to the second."""
+    first, longest = IDLE
+    time, pause = idle_since, first
+    while time < now and pause < longest:
+        time, pause = time + pause, min(2 * pause, longest)
+    return time if time >= now else time + math.ceil((now - time) / longest) * longest

@@ -1,18 +1,18 @@
-"""The workload of a simulated run, measured from a decoupled run that took place: its store and its metrics.
+"""Measure the workload of a simulated run from a decoupled run that took place: from its store and its metrics.
 
-What the store holds gives every episode's begin (when its query was taken), its seconds and its sampled tokens, hence
-how many ran beside it. Least squares over all episodes of
+The store has every episode's begin (when its query was taken), its seconds and its sampled tokens, and hence how many
+episodes ran beside it. Non-negative least squares over all episodes of
 
     seconds = pause + tokens * (step_seconds + beside * row_seconds)
 
-with no negative parts then gives a worker's two rates; what an episode took longer is its pause. Likewise a trainer's
-overhead and rate from the seconds and tokens of its steps. The first rl step fills caches and is left out.
+gives the two rates of a worker; an episode's remaining seconds are its pause. In the same way a trainer's overhead and
+rate follow from the seconds and tokens of its steps. The first rl step fills caches and is left out.
 
-What one run cannot tell: the two rates apart, when the same number of episodes always ran at once (all is then put on
-row_seconds: more slots promise nothing); what a prompt costs, apart from a pause; how much of the seconds processes on
-the same cores took from each other; the worth of more GPUs than it had (`TrainerCost.efficiency` is then assumed); and
-how pauses and failures grow with load. An episode that another worker sampled again is dated by its query's second
-begin.
+One run cannot tell everything. The two rates cannot be separated if the same number of episodes always ran at once
+(then row_seconds gets all, so that more slots promise nothing), nor can the cost of a prompt from a pause. Not measured
+are the seconds that processes on the same cores take from each other, the worth of more GPUs than the run had
+(`TrainerCost.efficiency` is assumed), and how pauses and failures grow with load. An episode that another worker
+sampled again is dated by the time at which its query was taken again.
 """
 
 from __future__ import annotations
@@ -28,26 +28,25 @@ from typing import Any
 import numpy as np
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.report.display import is_evaluation
-from mgrpo.engine.report.metrics import worker_files
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.directory import RunPaths
+from mgrpo.engine.run.metrics import Row, is_evaluation, read_metrics
 from mgrpo.engine.simulate.workload import EpisodeCost, TrainerCost, WorkerCost, Workload
-from mgrpo.engine.store.groups import STATUSES
+from mgrpo.engine.store import STATUSES
 from mgrpo.engine.store.open import open_store
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]  # a row of a table of the store
 Columns = dict[str, np.ndarray]
 
 
 def measure(config: Config, until: int | None = None) -> Workload:
-    """The workload of the run that `config`, as it was run, describes; of its rl steps below `until`, if given.
+    """Measure the workload of the run that `config` describes, from its rl steps below `until` (default: all).
 
-    Raises ValueError when it is no decoupled run with at least two finished rl steps.
+    Raises ValueError if it is no decoupled run with at least two finished rl steps.
     """
-    run, end = Path(config.run_dir), config.steps if until is None else until
-    steps = {name: _steps(run / "agents" / name / "metrics.jsonl", end) for name in config.agents}
-    if config.topology == "colocated" or not all(steps.values()):
-        raise ValueError(f"run_dir: {run} given: expected a decoupled run that has taken two rl steps")
+    run, end = RunPaths(config.run_dir), config.steps if until is None else until
+    steps = {name: _steps(run.agent(name).metrics, end) for name in config.agents}
+    if config.colocated or not all(steps.values()):
+        raise ValueError(f"run_dir: {run.path} given: expected a decoupled run that has taken two rl steps")
     tables = _tables(config)
     ended = _episodes(config, tables, end)
     token_seconds, pause_N = _rates(ended, ended["query"] // config.queries_per_step)
@@ -58,21 +57,15 @@ def measure(config: Config, until: int | None = None) -> Workload:
     return Workload(episodes, _worker(config, ended, token_seconds, end), trainers)
 
 
-def step_seconds(config: Config, begin: int, end: int) -> float:
-    """The mean seconds of rl steps `begin` to `end` of a run, from the times at which their queries were taken."""
-    taken = {row["query"]: row["taken"] for row in _tables(config)["queries"]}
-    return float(taken[end * config.queries_per_step] - taken[begin * config.queries_per_step]) / (end - begin)
-
-
-def _tables(config: Config) -> dict[str, list[Row]]:
-    tables: dict[str, list[Row]] = defaultdict(list)
+def _tables(config: Config) -> dict[str, list[Record]]:
+    tables: dict[str, list[Record]] = defaultdict(list)
 
     def add(line: str) -> None:
         row = json.loads(line)
         tables[row["table"]].append(row)
 
     with closing(open_store(config)) as store:
-        store.dump(add)
+        store.audit.dump(add)
     return tables
 
 
@@ -84,8 +77,11 @@ def _steps(path: Path, end: int) -> list[Row]:
 # ---- episodes
 
 
-def _episodes(config: Config, tables: Mapping[str, Sequence[Row]], end: int) -> Columns:
-    """Of each episode, by query: query, worker, begin, seconds, actions and each agent's trainable tokens."""
+def _episodes(config: Config, tables: Mapping[str, Sequence[Record]], end: int) -> Columns:
+    """Return columns of the episodes, sorted by query.
+
+    They are query, worker, begin, seconds, actions and, per agent, its trainable tokens.
+    """
     names, taken = list(config.agents), {row["query"]: row for row in tables["queries"]}
     limits = range(config.queries_per_step, end * config.queries_per_step)
     ended = [row for row in tables["rollouts"] if row["query"] in limits]
@@ -108,28 +104,28 @@ def _episodes(config: Config, tables: Mapping[str, Sequence[Row]], end: int) -> 
 
 
 def _rates(ended: Columns, step_N: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
-    """(step_seconds, row_seconds) of a worker, and of each episode the seconds beyond those.
+    """Return (step_seconds, row_seconds) of a worker, and each episode's remaining seconds, (N,).
 
-    A machine that others use is faster in some steps than in others; this is no episode's, and is divided out.
+    A machine that others use is faster in some steps than in others. That is divided out.
     """
     tokens_N = ended["actions"]
     given_NC = np.stack([tokens_N * _beside(ended), tokens_N, np.ones(len(tokens_N))], 1)
     seconds_N = _even(ended["seconds"], given_NC @ least_squares(given_NC, ended["seconds"]), step_N)
     row, step, _ = least_squares(given_NC, seconds_N)
     over_N = seconds_N - given_NC[:, :2] @ [row, step]
-    pause_N = np.maximum(over_N, 0)  # noise is cut off below: the mean stays
+    pause_N = np.maximum(over_N, 0)  # cutting off negative noise must not raise the mean
     return (step, row), pause_N * (max(over_N.mean(), 0) / max(pause_N.mean(), 1e-12))
 
 
 def _even(seconds_N: np.ndarray, fitted_N: np.ndarray, step_N: np.ndarray) -> np.ndarray:
-    """Seconds as they were, had every step the speed of all; in the mean they are unchanged."""
+    """Return the seconds as if every step had the mean speed; their mean is unchanged."""
     fitted_S, seconds_S = np.bincount(step_N, fitted_N), np.bincount(step_N, seconds_N)
     even_N = seconds_N * (fitted_S / np.maximum(seconds_S, 1e-12))[step_N]
     return even_N * (seconds_N.sum() / max(even_N.sum(), 1e-12))
 
 
 def _beside(ended: Columns) -> np.ndarray:
-    """Of each episode the mean number that ran on its worker meanwhile, itself included."""
+    """Return the mean number of episodes that ran on each episode's worker meanwhile, itself included, (N,)."""
     beside_N = np.ones(len(ended["query"]))
     for worker in set(ended["worker"].tolist()):
         mine = ended["worker"] == worker
@@ -142,7 +138,7 @@ def _beside(ended: Columns) -> np.ndarray:
 
 
 def _timeline(ended: Columns, worker: str) -> tuple[np.ndarray, np.ndarray]:
-    """When a worker's episodes began and ended, in order, and how many ran from then on."""
+    """Return the times at which a worker's episodes began or ended, in order, and how many ran from each on."""
     mine = ended["worker"] == worker
     begins, ends = ended["begin"][mine], (ended["begin"] + ended["seconds"])[mine]
     times = np.concatenate([begins, ends])
@@ -151,9 +147,9 @@ def _timeline(ended: Columns, worker: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def least_squares(given_NC: np.ndarray, wanted_N: np.ndarray) -> list[float]:
-    """argmin |given @ x - wanted| over x >= 0, by trying every set of columns: there are at most three.
+    """Return the x >= 0 that minimises |given @ x - wanted|, by trying every set of columns (at most three).
 
-    Of sets that are as good the first in order of size, then of columns.
+    Of equally good sets the first counts, in order of size, then of columns.
     """
     columns = range(given_NC.shape[1])
     best, least = np.zeros(len(columns)), float(wanted_N @ wanted_N)
@@ -170,8 +166,8 @@ def least_squares(given_NC: np.ndarray, wanted_N: np.ndarray) -> list[float]:
 # ---- trainers and weights
 
 
-def _trainer(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> TrainerCost:
-    """One agent's. Of several ranks it is assumed that none of them waited for another."""
+def _trainer(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, Sequence[Record]]) -> TrainerCost:
+    """Measure one agent's trainer, assuming that none of its ranks waited for another."""
     trained_S = np.array([row.get("tokens_trained", 0) for row in steps], np.float64)
     passes_S = np.array([row.get("time/forward_backward", 0.0) for row in steps])
     publish = float(np.mean([row["time/publish"] for row in steps]))
@@ -186,19 +182,19 @@ def _trainer(config: Config, name: str, steps: Sequence[Row], tables: Mapping[st
     )
 
 
-def _rows(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> float:
-    """Trainable tokens of as many queries as these steps have claimed."""
+def _rows(config: Config, name: str, steps: Sequence[Row], tables: Mapping[str, Sequence[Record]]) -> float:
+    """Return the trainable tokens of as many queries as these steps have claimed."""
     mine = [call for call in tables["calls"] if call["agent"] == name]
     sampled = len({row["query"] for row in tables["rollouts"]})
     return sum(call["rows"] for call in mine) / sampled * len(steps) * config.queries_per_step
 
 
 def _worker(config: Config, ended: Columns, rates: tuple[float, float], end: int) -> WorkerCost:
-    """A worker loads each trained agent's weights after every step, but skips some when late.
+    """Measure a rollout worker, which loads each trained agent's weights after every step, or skips some when late.
 
-    What it does between two lots of episodes beside loading and waiting, mostly writing and recording, is no episode's.
+    Between two lots of episodes it loads, waits, and else mostly writes and records: that time belongs to no episode.
     """
-    files = worker_files(Path(config.run_dir))
+    files = RunPaths(config.run_dir).worker_metrics()
     rows = [pair for path in files for pair in itertools.pairwise(read_metrics(path)) if pair[1]["step"] < end]
     rows = [(before, row) for before, row in rows if not is_evaluation(row) and not is_evaluation(before)]
     versions = [f"{name}/version" for name in config.trained]
@@ -214,7 +210,7 @@ def _worker(config: Config, ended: Columns, rates: tuple[float, float], end: int
 
 
 def _sampling(ended: Columns) -> tuple[float, int]:
-    """Seconds in which a worker's episodes ran, of all workers; and how often one's first began."""
+    """Return the seconds in which any of a worker's episodes ran, summed over workers, and how many lots began."""
     seconds, lots = 0.0, 0
     for worker in set(ended["worker"].tolist()):
         times, running = _timeline(ended, worker)

@@ -1,7 +1,8 @@
-"""Episodes that share a worker, exactly: a token of each of n of them takes step_seconds + n * row_seconds.
+"""Compute when episodes that share a worker end, exactly, if a token of each of n takes step_seconds + n * row_seconds.
 
-All that decode get their tokens at the same pace, so one virtual time serves them all: the tokens of an episode that
-decodes from the start. One that begins at virtual time v with k tokens to go ends at v + k, whoever comes or goes.
+This is the processor sharing of queueing theory. All episodes get their tokens at the same pace, so that one virtual
+time serves them all: the number of tokens of an episode that decodes from the start. An episode that begins at virtual
+time v with k tokens to go ends at v + k, whatever other episodes begin or end.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Sharing(Generic[Item]):
-    """The decoding of one worker. Every method that changes it wants `settle` before, at the same time."""
+class ProcessorSharing(Generic[Item]):
+    """Decode the episodes of one worker. Call `settle` with the time before each method that changes anything."""
 
     def __init__(self, step_seconds: float, row_seconds: float) -> None:
         self.step_seconds, self.row_seconds = step_seconds, row_seconds
         self.stopped = False
         self.virtual = 0.0
-        self.busy = self.tokens = 0.0  # seconds in which any decoded; tokens of all
+        self.busy = self.tokens = 0.0  # seconds in which any episode decoded; tokens of all episodes
         self._settled, self._serial = 0.0, 0
-        self._heap: list[tuple[float, int, Item]] = []  # by virtual end
+        self._heap: list[tuple[float, int, Item]] = []  # by virtual time of the end
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def settle(self, now: float) -> None:
-        """Counts what was decoded until now."""
+        """Count what was decoded until `now`, in seconds."""
         seconds, self._settled = now - self._settled, now
         if self._heap and not self.stopped:
             tokens = seconds / self.token_seconds(len(self._heap))
@@ -37,25 +38,27 @@ class Sharing(Generic[Item]):
             self.busy += seconds
 
     def token_seconds(self, count: int) -> float:
-        """Of a token of each of `count` episodes."""
+        """Return the seconds that one token of each of `count` episodes takes."""
         return self.step_seconds + count * self.row_seconds
 
     def add(self, tokens: float, item: Item) -> None:
+        """Begin an episode of so many tokens."""
         self._serial += 1
         heapq.heappush(self._heap, (self.virtual + tokens, self._serial, item))
 
     def remove(self, which: Callable[[Item], bool]) -> None:
+        """Remove the episodes for which `which` is true."""
         self._heap = [entry for entry in self._heap if not which(entry[2])]
         heapq.heapify(self._heap)
 
     def left(self) -> float | None:
-        """Seconds until the next end if nobody comes or goes; None if there is none."""
+        """Return the seconds until the next end, if no episode is added or removed; None if none decodes."""
         if not self._heap or self.stopped:
             return None
         return max(0.0, (self._heap[0][0] - self.virtual) * self.token_seconds(len(self._heap)))
 
     def pop_next(self) -> list[Item]:
-        """Those that end next, now that they do."""
+        """Remove and return the episodes that end next; call it when they do."""
         self.virtual = self._heap[0][0]
         ended = []
         while self._heap and self._heap[0][0] <= self.virtual:

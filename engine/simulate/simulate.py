@@ -1,10 +1,11 @@
-"""`mgrpo simulate`: how a run would go on so many GPUs, before they are there.
+"""Run `mgrpo simulate`: predict how a run would go on a given number of GPUs, before they are there.
 
-For each number of GPUs it looks for the best split between rollout workers and trainers, simulates that for longer, and
-asks what holds it up: every resource in turn is made twice as fast, or the stragglers are taken away, and the one whose
-absence shortens the step most is the bottleneck.
+For each number of GPUs it looks for the best split between rollout workers and trainers, simulates that split for more
+steps, and finds the bottleneck: every resource in turn is made twice as fast, or the stragglers are removed, and the
+change that shortens the step most names the bottleneck.
 
-The batch is the config's on any number of GPUs: this is strong scaling. For a larger batch, --set queries_per_step=….
+The batch is that of the config for any number of GPUs: this is strong scaling. For a larger batch, use
+--set queries_per_step=….
 """
 
 from __future__ import annotations
@@ -23,17 +24,29 @@ from matplotlib.ticker import PercentFormatter
 
 from mgrpo.engine.config.schema import Config, read_dump
 from mgrpo.engine.report.curves import COLORS
-from mgrpo.engine.simulate.events import Outcome, Run
+from mgrpo.engine.run.directory import RunPaths
+from mgrpo.engine.simulate.events import Outcome, Simulation
 from mgrpo.engine.simulate.fit import measure
 from mgrpo.engine.simulate.workload import Workload, read_workload
 
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of the GPUs that sample, tried first; then between the best
-NOTABLE = 0.01  # of the step: what would save less is no bottleneck
+SHARES = (
+    0.125,
+    0.25,
+    0.375,
+    0.5,
+    0.625,
+    0.75,
+    0.875,
+)  # of the GPUs that sample: tried first, then shares between the best ones
+NOTABLE = 0.01  # share of the step that a bottleneck's absence would save at least
 
 
 @dataclass(frozen=True)
 class Split:
-    """Who has the GPUs. trainers: GPUs of each trained agent; a frozen one's shares the others'."""
+    """Divide the GPUs between workers and trainers.
+
+    workers: their number. trainers: GPUs of each trained agent; a frozen agent's trainer shares those of the others.
+    """
 
     workers: int
     trainers: dict[str, int]
@@ -41,7 +54,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number of GPUs at its best. saved: by bottleneck, the share of a step's seconds that its absence would save."""
+    """Describe the best split of a number of GPUs.
+
+    saved: by possible bottleneck, the share of a step's seconds that its absence would save.
+    """
 
     gpus: int
     split: Split
@@ -50,12 +66,13 @@ class Estimate:
 
     @property
     def bottleneck(self) -> str:
+        """The resource that holds the run up most, or "none alone"."""
         name = max(self.saved, key=lambda name: self.saved[name])
         return name if self.saved[name] >= NOTABLE else "none alone"
 
     @property
     def busy(self) -> float:
-        """Share of all the GPUs' time in which they compute."""
+        """The share of all GPUs' time in which they compute."""
         trainers = self.split.trainers
         used = sum(count * self.outcome.trainers_busy[name] for name, count in trainers.items())
         sampling = self.gpus - sum(trainers.values())
@@ -63,9 +80,10 @@ class Estimate:
 
 
 def simulate(config: Config, source: Path, gpus: str, steps: int, figure: Path) -> str:
-    """Simulates `steps` rl steps on each number of `gpus`; draws the figure; returns a table and a line of JSON.
+    """Simulate `steps` rl steps on each number of `gpus`, draw the figure, and return a table and a line of JSON.
 
-    source: a workload's TOML file, or the directory of a decoupled run to measure. Raises ValueError for bad input.
+    source: the TOML file of a workload, or the directory of a decoupled run to measure. Raises ValueError for invalid
+    input.
     """
     if steps < 1:
         raise ValueError(f"--steps: {steps} given: expected at least 1")
@@ -77,19 +95,19 @@ def simulate(config: Config, source: Path, gpus: str, steps: int, figure: Path) 
 
 
 def load(config: Config, source: Path) -> Workload:
-    """The workload for `config`, which may ask for another batch or staleness than the run that was measured."""
+    """Return the workload for `config`, which may ask for another batch or staleness than the measured run."""
     if not source.is_dir():
         return read_workload(source, config)
-    if not (source / "config.json").is_file():
+    if not RunPaths(source).config.is_file():
         raise ValueError(f"--workload: {source} given: expected a TOML file, or the directory of a run")
-    measured = msgspec.structs.replace(read_dump((source / "config.json").read_text()), run_dir=str(source))
+    measured = msgspec.structs.replace(read_dump(RunPaths(source).config.read_text()), run_dir=str(source))
     if set(measured.agents) != set(config.agents):
         raise ValueError(f"--workload: {source} has agents {sorted(measured.agents)}: expected {sorted(config.agents)}")
     return measure(measured)
 
 
 def read_counts(text: str) -> list[int]:
-    """ "64..4096" doubles from the first to the last; else numbers between commas."""
+    """Read numbers of GPUs: "64..4096" doubles from the first to the last, "8,16,24" lists them."""
     try:
         if ".." in text:
             first, last = (int(part) for part in text.split(".."))
@@ -107,11 +125,12 @@ def read_counts(text: str) -> list[int]:
 
 
 def best_plan(config: Config, workload: Workload, gpus: int, steps: int) -> Estimate:
+    """Find the best split of the GPUs and simulate `steps` rl steps of it. Raises ValueError for too few GPUs."""
     splits = {split.workers: split for share in SHARES for split in splits_of(config, workload, gpus, share)}
     if not splits:
         trainers = len(config.trained)
         raise ValueError(
-            f"--gpus: {gpus} given: expected {workload.worker.gpus + trainers} or more: a worker, trainers"
+            f"--gpus: {gpus} given: expected {workload.worker.gpus + trainers} or more, for a worker and the trainers"
         )
     short = min(steps, config.sampling.max_staleness + 4)
     tried = {workers: run(config, workload, split, short).step_seconds for workers, split in splits.items()}
@@ -128,12 +147,16 @@ def best_plan(config: Config, workload: Workload, gpus: int, steps: int) -> Esti
 
 
 def run(config: Config, workload: Workload, split: Split, steps: int) -> Outcome:
+    """Simulate one split."""
     gpus = {name: split.trainers.get(name, 1) for name in config.agents}
-    return Run(config, workload, split.workers, gpus, steps).run()
+    return Simulation(config, workload, split.workers, gpus, steps).run()
 
 
 def splits_of(config: Config, workload: Workload, gpus: int, share: float) -> Iterator[Split]:
-    """The split with this share of the GPUs in workers, if every part gets some. Trainers get theirs by their work."""
+    """Yield the split with this share of the GPUs in workers, if every part gets some.
+
+    Trainers get theirs in proportion to their work.
+    """
     names, size = config.trained, workload.worker.gpus
     workers = int(gpus * share) // size
     left = gpus - workers * size
@@ -148,7 +171,7 @@ def splits_of(config: Config, workload: Workload, gpus: int, share: float) -> It
 
 
 def _between(config: Config, workload: Workload, gpus: int, tried: Mapping[int, float]) -> Iterator[Split]:
-    """Splits half way between the best one and its neighbours."""
+    """Yield the splits half way between the best one and its neighbours."""
     order = sorted(tried)
     best = order.index(min(tried, key=lambda workers: tried[workers]))
     for other in {max(best - 1, 0), min(best + 1, len(order) - 1)} - {best}:
@@ -157,7 +180,7 @@ def _between(config: Config, workload: Workload, gpus: int, tried: Mapping[int, 
 
 
 def without(config: Config, workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """The workload with one thing after the other out of the way, or twice as fast."""
+    """Yield, by name, workloads with one thing at a time removed or twice as fast."""
     edit, worker, episodes = msgspec.structs.replace, workload.worker, workload.episodes
     faster = edit(worker, step_seconds=worker.step_seconds / 2, row_seconds=worker.row_seconds / 2)
     yield "sampling", replace(workload, worker=faster)
@@ -176,6 +199,7 @@ def without(config: Config, workload: Workload) -> Iterator[tuple[str, Workload]
 
 
 def summary(plan: Estimate) -> dict[str, object]:
+    """Return an estimate as a JSON object."""
     split, outcome = asdict(plan.split), asdict(plan.outcome)
     return {
         "gpus": plan.gpus,
@@ -188,6 +212,7 @@ def summary(plan: Estimate) -> dict[str, object]:
 
 
 def table(plans: list[Estimate]) -> str:
+    """Return the estimates as a table in plain text, a line per number of GPUs."""
     names = list(plans[0].split.trainers)
     head = ["GPUs", "workers", *names, "s/step", "rollouts/s", "busy: all", "workers", *names]
     lines = [[*head, "staleness", "expired", "bottleneck"]] + [_line(plan) for plan in plans]
@@ -211,7 +236,7 @@ def _line(plan: Estimate) -> list[str]:
 
 
 def draw(path: Path, plans: list[Estimate]) -> None:
-    """Utilisation and speed-up against GPUs, as a PNG."""
+    """Draw utilisation and speed-up against GPUs into a PNG file."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     left, right = figure.subplots(1, 2)
     gpus, names = [plan.gpus for plan in plans], list(plans[0].split.trainers)

@@ -1,29 +1,29 @@
-"""What a simulated run is made of: its episodes, and what its workers and trainers need for them.
+"""Describe what a simulated run is made of: its episodes, and the time that its workers and trainers need for them.
 
-It is measured from a run in `measure.py`, or given in a TOML file:
+A workload is measured from a run (`fit.py`), or given in a TOML file:
 
     [worker]
     step_seconds = 0.012    # one token of each of n running episodes takes step_seconds + n * row_seconds, so that an
     row_seconds = 0.0001    # episode alone decodes at 1 / (step + row) tokens a second, and a worker at most 1 / row
     load_seconds = 6.0      # to load one agent's new weights
     record_seconds = 0.1    # to write and record its last episodes, before it looks for others
-    gpus = 1                # of one worker
+    gpus = 1                # GPUs of one worker
 
     [pause]                 # seconds of an episode in which it does not decode: tools, the judge
     mean = 3.0
-    sigma = 1.0             # log-normal: of the logarithm; 0: always the mean
+    sigma = 1.0             # log-normal: standard deviation of the logarithm; 0: always the mean
 
     [agents.main]
     calls = { mean = 1 }                     # per episode; rounded at random so that the mean stays
     actions = { mean = 600, sigma = 0.7 }    # sampled tokens of a call
     context = 1500                           # other tokens of a call, on which the trainer computes as well
-    rate = 9000                              # tokens a second that one GPU trains
-    overhead = 4.0                           # seconds of a step whatever the number of tokens and GPUs
-    publish = 8.0                            # seconds
+    rate = 9000                              # tokens that one GPU trains per second
+    overhead = 4.0                           # seconds of a step that depend on neither tokens nor GPUs
+    publish = 8.0                            # seconds to publish the weights
     efficiency = 0.95                        # twice the GPUs have 2 * 0.95 times the rate
 
-Where it simplifies: an episode's calls decode one after another, all agents' tokens cost a worker the same, prompts
-cost it nothing, and all of an episode's pause is at its end.
+Unlike in a real run, the calls of an episode decode one after another, the tokens of all agents cost a worker the same,
+prompts cost it nothing, and an episode's whole pause is at its end.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Skewed(Frozen, frozen=True):
-    """A log-normal by its mean and the standard deviation of its logarithm: the larger sigma, the heavier the tail."""
+    """A log-normal distribution, by its mean and the standard deviation of its logarithm (0: always the mean)."""
 
     mean: NonNegative
     sigma: NonNegative = 0.0
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Draw `count` values, as float64."""
         return self.mean * np.exp(self.sigma * random.standard_normal(count) - self.sigma**2 / 2)
 
 
 class WorkerCost(Frozen, frozen=True):
-    """A rollout worker: the keys of [worker] above."""
+    """Hold the costs of a rollout worker: the keys of [worker] above."""
 
     step_seconds: NonNegative
     row_seconds: NonNegative
@@ -67,11 +68,14 @@ class WorkerCost(Frozen, frozen=True):
 
     def __post_init__(self) -> None:
         if self.step_seconds + self.row_seconds <= 0:
-            raise ValueError("worker.step_seconds, worker.row_seconds: both 0: expected a token to take time")
+            raise ValueError("worker.step_seconds, worker.row_seconds: 0 given for both: expected at least one above 0")
 
 
 class TrainerCost(Frozen, frozen=True, kw_only=True):
-    """One agent's trainer. kept: trained tokens per token of its groups; zero_std: share of them without advantage."""
+    """Hold the costs of one agent's trainer: the keys of [agents.NAME] above, and two more.
+
+    kept: trained tokens per token of its groups. zero_std: the share of its groups whose advantages are all zero.
+    """
 
     rate: Positive
     overhead: NonNegative = 0.0
@@ -81,7 +85,10 @@ class TrainerCost(Frozen, frozen=True, kw_only=True):
     zero_std: Share = 0.0
 
     def seconds(self, tokens: float, gpus: int, max_tokens: int) -> float:
-        """Of a step without publishing. A micro-batch is not divided: GPUs beyond their number wait."""
+        """Return the seconds of a step without publishing.
+
+        A micro-batch is not divided, so that GPUs beyond the number of micro-batches wait.
+        """
         batches = max(1, -(-int(tokens) // max_tokens))
         rounds = -(-batches // gpus)
         return self.overhead + tokens / self.rate * (rounds / batches) / self.efficiency ** math.log2(
@@ -93,8 +100,8 @@ class TrainerCost(Frozen, frozen=True, kw_only=True):
 class EpisodeCost:
     """A table of episodes to draw from, sorted by query. Legend: N episodes, A agents.
 
-    actions_N: sampled tokens of all agents; pause_N: seconds; rows_AN: each agent's tokens that a trainer may train;
-    edges: where each query's episodes begin, and N.
+    actions_N: sampled tokens of all agents. pause_N: seconds. rows_AN: each agent's tokens that its trainer may train
+    on. edges: the index at which each query's episodes begin, and N.
     """
 
     actions_N: np.ndarray
@@ -103,7 +110,7 @@ class EpisodeCost:
     edges: list[int]
 
     def draw(self, random: np.random.Generator, count: int) -> tuple[list[float], list[float], list[list[float]]]:
-        """Draw episodes of one query with replacement: its own difficulty stays.
+        """Draw `count` episodes of one query with replacement, so that they are of the same difficulty.
 
         Returns (actions, pauses, rows by agent).
         """
@@ -112,14 +119,14 @@ class EpisodeCost:
         return self.actions_N[chosen].tolist(), self.pause_N[chosen].tolist(), self.rows_AN[:, chosen].tolist()
 
     def even(self) -> EpisodeCost:
-        """Without stragglers: every episode is the mean one."""
+        """Return the table without stragglers, in which every episode is the mean one."""
         actions, pause = (np.full_like(of, of.mean()) for of in (self.actions_N, self.pause_N))
         return replace(self, actions_N=actions, pause_N=pause)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that a simulation needs beside the run's config."""
+    """Hold everything that a simulation needs apart from the run's config."""
 
     episodes: EpisodeCost
     worker: WorkerCost
@@ -142,7 +149,7 @@ class _Given(Frozen, frozen=True):
 
 
 def read_workload(path: Path, config: Config) -> Workload:
-    """The workload of a TOML file as above. Raises ValueError that names the key."""
+    """Read the workload of a TOML file as above. Raises ValueError that names the key."""
     try:
         given = msgspec.convert(tomllib.loads(path.read_text()), _Given)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
@@ -159,7 +166,7 @@ def _part(kind: type[TrainerCost], whole: TrainerCost) -> TrainerCost:
 
 
 def _drawn(agents: list[_Agent], pause: Skewed, random: np.random.Generator) -> EpisodeCost:
-    """The table of a given distribution: queries do not differ."""
+    """Draw the table of episodes of a given distribution, in which queries do not differ."""
     parts = [_calls(agent, random) for agent in agents]
     actions_N = np.sum([actions_N for actions_N, _ in parts], axis=0)
     rows_AN = np.stack([rows_N for _, rows_N in parts])
@@ -167,7 +174,7 @@ def _drawn(agents: list[_Agent], pause: Skewed, random: np.random.Generator) -> 
 
 
 def _calls(agent: _Agent, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Of each episode the agent's sampled tokens, and those it trains on."""
+    """Draw each episode's number of tokens that the agent samples, and of those that it trains on."""
     calls_N = np.floor(agent.calls.draw(random, DRAWN) + random.random(DRAWN)).astype(np.int64)
     episode_C: Any = np.repeat(np.arange(DRAWN), calls_N)
     actions_N = np.bincount(episode_C, agent.actions.draw(random, len(episode_C)), DRAWN)

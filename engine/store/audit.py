@@ -1,4 +1,4 @@
-"""The part of the store that only looks: where groups stand, whether the books balance, what can be thrown away."""
+"""Inspect a run in the store: the states of its groups, violated invariants, and files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import reads, writes
-from mgrpo.engine.store.roles import Roster
+from mgrpo.engine.store.database import Database, Part, reads, writes
+from mgrpo.engine.store.roles import Roles
 from mgrpo.engine.store.tables import STATES, calls, groups, metadata, publications, queries, roles, rollouts, runs
 
-FINISHED = ("acked", "expired")  # for good
+FINISHED = ("acked", "expired")  # states that a group never leaves
 
 Counts = dict[str, dict[str, int]]
 
 
-class Accounts(Roster):
-    """What the command line, tests and reports ask."""
+class Audit(Part):
+    """Answer what the command line, tests and reports ask about a run."""
+
+    def __init__(self, database: Database, roles: Roles) -> None:
+        super().__init__(database)
+        self.roles = roles
 
     @reads
     def runs(self, db: sa.Connection) -> list[str]:
-        """Every run in the database, colocated ones too."""
+        """Return the names of all runs in the database, including colocated ones."""
         return sorted(db.scalars(sa.union(sa.select(runs.c.run), sa.select(queries.c.run))))
 
     @reads
-    def accounting(self, db: sa.Connection) -> Counts:
-        """Of each agent the number of groups in each of STATES."""
-        return self._accounting(db)
-
-    @reads
     def balance(self, db: sa.Connection) -> dict[str, Any]:
-        """The books, on one snapshot: "agents" (as `accounting`, with "opened" and, of the expired, "refilled"),
-        "queries", "rollouts", "calls", "late" (records that came too late), and "violations" by kind, which are all 0
-        in a run that lost nothing and did nothing twice.
+        """Count everything in the run, on one snapshot, and check its invariants.
+
+        Returns "agents" (for each, the number of its groups in each of STATES, "opened", and "refilled", a part of the
+        expired), "queries", "rollouts", "calls", "late" (records that came too late), and "violations" by kind, which
+        are all 0 in a run that lost nothing and did nothing twice.
         """
-        found: dict[str, Any] = {"agents": self._accounting(db)}
+        found: dict[str, Any] = {"agents": self._states(db)}
         for agent, counts in found["agents"].items():
             counts["opened"] = sum(counts.values())
             refilled = (groups.c.agent == agent, groups.c.state == "expired", groups.c.reason == "zero_std")
@@ -50,21 +51,26 @@ class Accounts(Roster):
 
     @reads
     def status(self, db: sa.Connection) -> dict[str, Any]:
-        """Of the run: "agents" and what each has published, "roles" and "leases" by who holds them, seconds left."""
+        """Return "agents" (groups by state), "publications" (the latest of each agent), "roles" and "leases".
+
+        Roles and leases come with the seconds until they lapse, negative if they have.
+        """
         left = sa.func.max(queries.c.deadline) - self.now
         leased = self._of(queries, ~queries.c.sealed, queries.c.worker != "")
         workers = sa.select(queries.c.worker, sa.func.count(), left).where(leased).group_by(queries.c.worker)
         held = sa.select(roles.c.role, roles.c.holder, roles.c.deadline - self.now).where(self._of(roles))
         return {
-            "agents": self._accounting(db),
-            "publications": {agent: vars(publication) for agent, publication in self._publications(db).items()},
+            "agents": self._states(db),
+            "publications": {
+                agent: vars(publication) for agent, publication in self.roles.read_publications(db).items()
+            },
             "roles": {role: {"holder": holder, "seconds": left} for role, holder, left in db.execute(held)},
             "leases": {worker: {"queries": count, "seconds": left} for worker, count, left in db.execute(workers)},
         }
 
     @reads
     def dump(self, db: sa.Connection, write: Callable[[str], object]) -> None:
-        """Hands over every row of the run, a line of JSON with its "table", without holding them all at once."""
+        """Pass every row of the run to `write`, as a line of JSON with its "table"; hold only some rows at a time."""
         for table in metadata.sorted_tables:
             if "run" in table.c:
                 rows = sa.select(table).where(self._of(table)).execution_options(yield_per=1000)
@@ -73,9 +79,9 @@ class Accounts(Roster):
 
     @reads
     def garbage(self, db: sa.Connection) -> list[str]:
-        """Trajectory files of whose calls every one is acked or expired for its agent.
+        """Return the trajectory files whose calls all belong to acked or expired groups.
 
-        A file that its writer has not closed may be among them: who deletes must leave out those.
+        A file that its writer has not closed yet may be among them; the caller must not delete such files.
         """
         waiting = sa.case((groups.c.state.in_(FINISHED), 0), else_=1)
         files = sa.select(calls.c.file).join(groups, _same(groups, calls, "run", "agent", "query"))
@@ -84,7 +90,7 @@ class Accounts(Roster):
 
     @writes
     def forget(self, db: sa.Connection, files: Collection[str]) -> int:
-        """Deletes the finished calls in files that are gone; rollouts and groups stay. Returns how many."""
+        """Delete the finished calls in files that are gone, and return their number. Rollouts and groups stay."""
         group = _same(groups, calls, "run", "agent", "query")
         finished = sa.exists().where(group, groups.c.state.in_(FINISHED))
         return db.execute(sa.delete(calls).where(self._of(calls, calls.c.file.in_(files), finished))).rowcount
@@ -94,7 +100,8 @@ class Accounts(Roster):
     def _count(self, db: sa.Connection, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
         return db.scalar(sa.select(sa.func.count()).select_from(table).where(self._of(table, *conditions))) or 0
 
-    def _accounting(self, db: sa.Connection) -> Counts:
+    def _states(self, db: sa.Connection) -> Counts:
+        """Count each agent's groups in each of STATES."""
         counts = sa.select(groups.c.agent, groups.c.state, sa.func.count()).where(self._of(groups))
         by_agent: Counts = {}
         for agent, state, count in db.execute(counts.group_by(groups.c.agent, groups.c.state).order_by("agent")):
@@ -102,7 +109,7 @@ class Accounts(Roster):
         return by_agent
 
     def _violations(self) -> dict[str, tuple[Any, ...]]:
-        """What must never be, by kind: the table and the conditions of its rows that are wrong."""
+        """Return the violations to look for, by kind: a table, and the conditions that only its wrong rows meet."""
         query_of = {table: sa.exists().where(_same(queries, table, "run", "query")) for table in (rollouts, groups)}
         sealed = {state: query_of[groups].where(queries.c.sealed == state) for state in (False, True)}
         ended = _number(rollouts, queries, "run", "query")
@@ -140,6 +147,6 @@ def _same(one: sa.FromClause, other: sa.FromClause, *names: str) -> sa.ColumnEle
 def _number(
     of: sa.Table, each: sa.Table, *names: str, also: sa.ColumnElement[bool] | None = None
 ) -> sa.ScalarSelect[int]:
-    """How many rows `of` a table go with each row of another."""
+    """Count the rows of table `of` that have the same `names` as each row of table `each`."""
     conditions = [_same(of, each, *names)] + ([] if also is None else [also])
     return sa.select(sa.func.count()).select_from(of).where(*conditions).correlate(each).scalar_subquery()

@@ -1,10 +1,10 @@
-"""Opening the store's database, and its transactions: all of it or nothing, tried again when another came between.
+"""Open the database of the store and run transactions: whole or not at all, and again if another one interfered.
 
-SQLite (WAL, synchronous = FULL; a write takes the only lock when it begins) for the processes of one machine,
-PostgreSQL for many. Deadlines are compared on the database's own clock: the machines' clocks may differ.
+SQLite (WAL, synchronous = FULL; a write takes the only lock when it begins) serves the processes of one machine,
+PostgreSQL those of many. Deadlines are compared on the clock of the database, because the machines' clocks may differ.
 
-A password comes beside the URL, never in it, and stands in no message. PostgreSQL on another machine is spoken to by
-TLS unless that is turned off, and its certificate verified where a root certificate is given as libpq takes it.
+A password is given beside the URL, never in it, and appears in no message. Connections to PostgreSQL on another machine
+use TLS unless that is turned off, and the certificate is verified if a root certificate is given in libpq's way.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from sqlalchemy.dialects import postgresql, sqlite
 from mgrpo.engine.store.tables import SCHEMA_VERSION, metadata, schema
 
 PASSWORD = "MGRPO_STORE_PASSWORD"
-ATTEMPTS = 8
+ATTEMPTS = 8  # of a transaction that the database rolled back because of another one
 RETRIED = ("40001", "40P01")  # serialization_failure, deadlock_detected
-LOCKED = 60.0  # seconds that SQLite waits for its lock, before whoever called may try again
-WRITING = 120  # the byte of SQLite's shared memory file that whoever writes has locked
-CREATION = 7239540712  # advisory lock: of several processes that find no tables one creates them
+LOCKED = 60.0  # seconds that SQLite waits for its lock before the call fails
+WRITING = 120  # the byte of SQLite's shared memory file that a writing process has locked
+CREATION = 7239540712  # advisory lock: only one of several processes that find no tables creates them
 URL_OPTIONS = {"host", "port", "sslrootcert"}
-PATIENCE = {  # seconds; a server behind a cut link must not hold us for the hours that TCP would
+TIMEOUTS = {  # seconds; without them TCP would wait for hours for a server behind a broken link
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # this one in milliseconds
 }
-# Nor may a process that was stopped within a transaction hold its locks for ever.
+# A process that was stopped within a transaction must not hold its locks for ever either.
 SESSION = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=60s"
 
 Tls = Literal["auto", "require", "off"]
 P = ParamSpec("P")
 R = TypeVar("R")
-D = TypeVar("D", bound="Database")
+S = TypeVar("S", bound="Part")
 
 
 class Database:
-    """One run's rows in the database at `url`. May be shared by threads, and used by many processes at once.
+    """Run transactions on the rows of one run in the database at `url`. Threads may share it.
 
     url: `sqlite:///path` or `postgresql://user@host/database`. Raises ValueError for another kind of URL, one with a
-    password, a missing directory or a store of another schema version; OSError when the server cannot be reached.
+    password, a missing directory or a store of another schema version; OSError if the server cannot be reached.
     """
 
     def __init__(self, url: str, run: str, *, password: str | None = None, tls: Tls = "auto") -> None:
         self.run = run
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
-        self._engine = _engine(parsed, password, tls)
-        self.now: sa.ColumnElement[float] = _clock(self._engine.dialect.name)
-        self._insert: Any = {"sqlite": sqlite, "postgresql": postgresql}[self._engine.dialect.name].insert
+        self.engine = _engine(parsed, password, tls)
+        self.now: sa.ColumnElement[float] = _clock(self.engine.dialect.name)
+        self.insert: Any = {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name].insert
         try:
-            versions = self._run(self._create, "write")
+            versions = self.transact(self._create, "write")
         except OSError:
             self.close()
             raise
@@ -72,14 +72,15 @@ class Database:
             self.close()
             raise ValueError(
                 f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}: "
-                "another version of mgrpo began it; go on with that one, or begin a new run"
+                "it was created by another version of mgrpo; use that version, or begin a new run"
             )
 
     def close(self) -> None:
-        self._engine.dispose()
+        """Close all connections."""
+        self.engine.dispose()
 
     def _create(self, db: sa.Connection) -> list[int]:
-        """The schema versions found, or made."""
+        """Create the tables if there are none, and return the schema versions found."""
         if db.dialect.name == "postgresql":
             db.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATION)))
         if not sa.inspect(db).has_table(schema.name):
@@ -87,26 +88,12 @@ class Database:
             db.execute(sa.insert(schema).values(version=SCHEMA_VERSION))
         return list(db.scalars(sa.select(schema.c.version)))
 
-    def _of(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        return sa.and_(table.c.run == self.run, *conditions)
-
-    def _insert_rows(self, db: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Rows with all the table's columns, in their order; those that are there already stay as they are."""
-        if not rows:
-            return
-        if db.dialect.name == "sqlite":
-            db.exec_driver_sql(_insert_text(table), list(rows))
-        else:
-            db.execute(
-                _insert_arrays(table), dict(zip(table.c.keys(), map(list, zip(*rows, strict=True)), strict=True))
-            )
-
-    def _run(self, work: Callable[[sa.Connection], R], mode: Literal["read", "write"]) -> R:
-        """What `work` returns, after its transaction. Raises OSError when the store cannot be read or written."""
+    def transact(self, work: Callable[[sa.Connection], R], mode: Literal["read", "write"]) -> R:
+        """Return the result of `work`, run in a transaction. Raises OSError if the store cannot be read or written."""
         attempt = 1
         while True:
             try:
-                with self._engine.connect() as connection:
+                with self.engine.connect() as connection:
                     db = _reading(connection) if mode == "read" else connection
                     with db.begin():
                         return work(db)
@@ -116,36 +103,70 @@ class Database:
                     attempt += 1
                 elif error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
                     reason = " ".join(str(error.orig).split())
-                    who = _writer(self._engine.url.database or "") if "is locked" in reason else ""
-                    raise OSError(errno.EIO, f"store {self.name}: {reason}{who}") from error
+                    writer = _writer(self.engine.url.database or "") if "is locked" in reason else ""
+                    raise OSError(errno.EIO, f"store {self.name}: {reason}{writer}") from error
                 else:
                     raise
 
 
-def writes(method: Callable[Concatenate[D, sa.Connection, P], R]) -> Callable[Concatenate[D, P], R]:
-    """Makes the method one transaction. It may run more than once: its arguments must not be used up by a run."""
+class Part:
+    """Serve as the base of the store's parts, whose methods are transactions on one database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    @property
+    def run(self) -> str:
+        """The name of the run."""
+        return self.database.run
+
+    @property
+    def now(self) -> sa.ColumnElement[float]:
+        """The time on the clock of the database, in seconds since 1970."""
+        return self.database.now
+
+    def _of(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        """Restrict a table to the rows of this run for which the conditions hold."""
+        return sa.and_(table.c.run == self.run, *conditions)
+
+    def _insert(self, table: sa.Table) -> Any:
+        return self.database.insert(table)
+
+    def _insert_rows(self, db: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Insert rows with all columns of the table, in its order. Rows that are there already stay unchanged."""
+        if not rows:
+            return
+        if db.dialect.name == "sqlite":
+            db.exec_driver_sql(_insert_text(table), list(rows))
+        else:
+            by_column = dict(zip(table.c.keys(), map(list, zip(*rows, strict=True)), strict=True))
+            db.execute(_insert_arrays(table), by_column)
+
+
+def writes(method: Callable[Concatenate[S, sa.Connection, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Run the method as one transaction. The method may run more than once, so it must not use up its arguments."""
 
     @wraps(method)
-    def run(self: D, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._run(lambda db: method(self, db, *args, **kwargs), "write")
+    def transaction(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.database.transact(lambda db: method(self, db, *args, **kwargs), "write")
 
-    return run
+    return transaction
 
 
-def reads(method: Callable[Concatenate[D, sa.Connection, P], R]) -> Callable[Concatenate[D, P], R]:
-    """Makes the method one read-only transaction on one snapshot, which holds up no writer."""
+def reads(method: Callable[Concatenate[S, sa.Connection, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Run the method as one read-only transaction on one snapshot, which blocks no writer."""
 
     @wraps(method)
-    def run(self: D, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._run(lambda db: method(self, db, *args, **kwargs), "read")
+    def transaction(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.database.transact(lambda db: method(self, db, *args, **kwargs), "read")
 
-    return run
+    return transaction
 
 
 def read_password(file: str = "") -> str | None:
-    """From the environment's MGRPO_STORE_PASSWORD, else the first line of the file, else None.
+    """Return MGRPO_STORE_PASSWORD of the environment, else the first line of the file, else None.
 
-    Raises ValueError when the file cannot be read, or others may read it.
+    Raises ValueError if the file cannot be read, or if other users may read it.
     """
     if PASSWORD in os.environ or not file:
         return os.environ.get(PASSWORD)
@@ -159,14 +180,14 @@ def read_password(file: str = "") -> str | None:
 
 
 def _parse(url: str) -> sa.URL:
-    """The URL as SQLAlchemy takes it. What was given is not repeated unless it is known to hold no password."""
+    """Parse a URL. Error messages do not repeat it unless it is known to hold no password."""
     kind = url.partition(":")[0]
     if kind not in ("sqlite", "postgresql", "postgresql+psycopg"):
         raise ValueError("store: expected a url that begins with 'sqlite:///' or 'postgresql://'")
     try:
         parsed = sa.make_url(url)
     except (ValueError, sa.exc.ArgumentError):
-        raise ValueError(f"store: expected a url such as '{kind}://…', this one cannot be read") from None
+        raise ValueError(f"store: the url cannot be parsed: expected one such as '{kind}://…'") from None
     if parsed.password is not None or any("pass" in key for key in parsed.query):
         raise ValueError(f"store: the url holds a password: expected it in {PASSWORD} or store.password_file")
     return _sqlite_file(url, parsed) if kind == "sqlite" else _postgresql(parsed)
@@ -196,7 +217,7 @@ def _engine(url: sa.URL, password: str | None, tls: Tls) -> sa.Engine:
         sa.event.listen(engine, "begin", _begin)
         return engine
     secret = {} if password is None else {"password": password}
-    arguments = PATIENCE | {"options": SESSION, "application_name": "mgrpo"} | _tls(url, tls) | secret
+    arguments = TIMEOUTS | {"options": SESSION, "application_name": "mgrpo"} | _tls(url, tls) | secret
     try:
         return sa.create_engine(url, connect_args=arguments, hide_parameters=True)
     except ModuleNotFoundError as error:
@@ -214,18 +235,18 @@ def _tls(url: sa.URL, tls: Tls) -> dict[str, Any]:
 
 
 def _hosts(url: sa.URL) -> list[str]:
-    """Every host that libpq may connect to, also those that the environment names."""
+    """Return every host that libpq may connect to, including those that the environment names."""
     query = url.query.get("host", ())
     named = [url.host or "", *([query] if isinstance(query, str) else query)]
     given = [host for host in named if host]
-    if not given:  # a service's file may name any host
+    if not given:  # the file of a service may name any host
         given = ["a service's"] if "PGSERVICE" in os.environ else [os.environ.get("PGHOST", "")]
     given.append(os.environ.get("PGHOSTADDR", ""))
     return [part.strip() for host in given for part in host.split(",")]
 
 
 def _is_local(host: str) -> bool:
-    """Loopback, or a unix socket, which an empty name and a path stand for."""
+    """Return whether the host is loopback or a unix socket (an empty name or a path)."""
     if host in ("", "localhost") or host.startswith(("/", "@")):
         return True
     try:
@@ -236,29 +257,29 @@ def _is_local(host: str) -> bool:
 
 @cache
 def _insert_text(table: sa.Table) -> str:
-    """For tuples, straight to the driver: SQLAlchemy's work on each row costs more than SQLite's."""
+    """Return SQL for the driver itself, which takes tuples: SQLAlchemy's work on each row costs more than SQLite's."""
     return str(sqlite.insert(table).on_conflict_do_nothing().compile(dialect=sqlite.dialect()))
 
 
 @cache
 def _insert_arrays(table: sa.Table) -> postgresql.Insert:
-    """One statement for all rows, which come as an array a column: a statement a row costs several times as much."""
+    """Build one statement for all rows, given as an array per column: a statement per row costs several times more."""
     arrays = [sa.bindparam(column.name, type_=postgresql.ARRAY(column.type)) for column in table.c]
     rows = sa.func.unnest(*arrays).table_valued(*table.c.keys()).render_derived()
     return postgresql.insert(table).from_select(table.c.keys(), sa.select(*rows.c)).on_conflict_do_nothing()
 
 
 def _clock(dialect: str) -> sa.ColumnElement[float]:
-    """Seconds since 1970 by the database's clock."""
+    """Return an expression for the seconds since 1970 on the clock of the database."""
     if dialect == "sqlite":
         return sa.literal_column("(julianday('now') - 2440587.5) * 86400.0", sa.Double)
     return sa.literal_column("CAST(extract(epoch FROM clock_timestamp()) AS double precision)", sa.Double)
 
 
 def _writer(file: str) -> str:
-    """In words, which process holds the lock of a SQLite file; "" where no kernel tells, or nobody does any more.
+    """Describe the process that holds the lock of a SQLite file; "" if the kernel does not tell or it was released.
 
-    One that is stopped in a transaction (SIGSTOP, a debugger) holds it until it goes on, and nothing is lost by that.
+    A process that is stopped within a transaction (SIGSTOP, a debugger) holds the lock until it continues.
     """
     with suppress(OSError):
         lock = rf"^\d+: POSIX +ADVISORY +WRITE (\d+) \w+:\w+:{os.stat(f'{file}-shm').st_ino} (\d+) (\d+)$"
@@ -276,7 +297,7 @@ def _reading(connection: sa.Connection) -> sa.Connection:
 
 
 def _configure(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # pysqlite would begin transactions late, and not before a SELECT
+    connection.isolation_level = None  # otherwise pysqlite begins transactions late, and not before a SELECT
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
 

@@ -1,20 +1,14 @@
-"""The shared store: which queries were asked, which rollouts ended, what they scored, who trains on them.
+"""Hand out sealed groups to trainers, and keep what became of them.
 
-A *group* is one query for one agent; all groups of a query are sealed together, when its K rollouts have ended, or when
-it is overdue with at least two of them:
+A *group* is one query for one agent. All groups of a query are sealed together, when its K rollouts have ended, or when
+it is overdue and has at least two of them:
 
-    open --record--> sealed --claim--> leased --ack--> acked          release, after a trainer's death, seals again
-                        |                 +--refill--> expired        what has no advantage, if that is to be replaced
+    open --record--> sealed --claim--> leased --ack--> acked          `release`, after a trainer's death, seals again
+                        |                 +--refill--> expired        a group without advantage, if it is to be replaced
                         +------claim------------------> expired       sampled by weights that are too old
 
-Workers lease queries with a deadline and record every rollout once, whoever sampled it. A trainer's claims have no
-deadline: its successor acks what its checkpoint contains and releases the rest. Colocated runs open their queries
-themselves, lease none, and `reclaim` what a checkpoint lacks.
-
-Every method is one transaction, may be called again, and locks in the order roles, queries, groups, each by number, and
-a run last, so that on PostgreSQL two seldom wait for each other in a circle; if they do, one is tried again. Raises
-OSError when the store cannot be reached or written: then nothing has happened, or all of it, and the call can be
-repeated.
+Claims of a trainer have no deadline: its successor acks what its checkpoint contains and releases the rest. Colocated
+runs open their queries themselves, lease none, and `reclaim` what a checkpoint lacks.
 """
 
 from __future__ import annotations
@@ -25,18 +19,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.audit import Accounts
-from mgrpo.engine.store.database import reads, writes
-from mgrpo.engine.store.queries import Intake
-from mgrpo.engine.store.roles import FencedError
+from mgrpo.engine.store.database import Database, Part, reads, writes
+from mgrpo.engine.store.roles import Roles
 from mgrpo.engine.store.tables import (
-    STATES,
-    STATUSES,
     CallRecord,
     Claim,
     Group,
-    Lease,
-    Publication,
     RolloutRecord,
     calls,
     columns,
@@ -46,25 +34,13 @@ from mgrpo.engine.store.tables import (
     rollouts,
 )
 
-__all__ = [
-    "STATES",
-    "STATUSES",
-    "Store",
-    "FencedError",
-    "Claim",
-    "Group",
-    "Lease",
-    "Publication",
-    "RolloutRecord",
-    "CallRecord",
-]
 
+class Groups(Part):
+    """Lease sealed groups to trainers, and take back, replace or finish them."""
 
-class Store(Intake, Accounts):
-    """One run's part of the store at `url`: see `Database` for its arguments and what it raises.
-
-    What workers call is in `Intake`, what is about processes and weights in `Roster`, what only looks in `Accounts`.
-    """
+    def __init__(self, database: Database, roles: Roles) -> None:
+        super().__init__(database)
+        self.roles = roles
 
     @writes
     def claim(
@@ -77,12 +53,12 @@ class Store(Intake, Accounts):
         oldest_step: int | None = None,
         at_least: int = 1,
     ) -> Claim:
-        """Leases to `holder` at most `limit` sealed groups of the agent, the lowest query numbers first.
+        """Lease to `holder` at most `limit` sealed groups of the agent, those with the lowest query numbers.
 
-        Nothing is leased when there are fewer than `at_least`. Before, sealed groups with a call of this agent that was
-        sampled by weights older than `oldest_step` expire, all of them. Raises FencedError.
+        First expire all sealed groups with a call of this agent that was sampled by weights older than `oldest_step`.
+        If then fewer than `at_least` groups are sealed, lease none. Raises FencedError.
         """
-        self._fence(db, agent, holder)
+        self.roles.fence(db, agent, holder)
         expired = [] if oldest_step is None else self._expire(db, agent, oldest_step)
         sealed = self._of(groups, groups.c.agent == agent, groups.c.state == "sealed")
         lowest = sa.select(groups.c.query).where(sealed).order_by(groups.c.query).limit(limit)
@@ -94,37 +70,37 @@ class Store(Intake, Accounts):
 
     @writes
     def ack(self, db: sa.Connection, agent: str, trained: Collection[int], holder: str = "") -> None:
-        """The agent's optimizer steps on these queries are checkpointed. Idempotent.
+        """Mark groups as acked: the agent's optimizer steps on these queries are in a checkpoint. Idempotent.
 
-        Raises FencedError; ValueError, and acks none of them, when one is neither leased nor acked.
+        Raises FencedError; or ValueError, and acks none of them, if one is neither leased nor acked.
         """
         self._move(db, agent, trained, holder, "acked", {"acks": groups.c.acks + 1})
 
     @writes
     def refill(self, db: sa.Connection, agent: str, useless: Collection[int], holder: str) -> None:
-        """Leased groups from which nothing is to be learnt, as all rewards are equal, expire: others replace them.
+        """Expire leased groups from which nothing can be learnt, as all rewards are equal. Others will replace them.
 
-        Idempotent. Raises FencedError; ValueError, and drops none of them, when one is neither leased nor expired.
+        Idempotent. Raises FencedError; or ValueError, and expires none, if one is neither leased nor expired.
         """
         self._move(db, agent, useless, holder, "expired", {"reason": "zero_std"})
 
     @writes
     def release(self, db: sa.Connection, agent: str, holder: str, keep: Collection[int] = ()) -> int:
-        """What the agent's trainer leased and did not ack is sealed again, but for the queries that it is to keep.
+        """Seal again the groups that the agent's trainer leased and did not ack, except those of the queries `keep`.
 
-        Returns how many groups. Raises FencedError.
+        Returns the number of groups. Raises FencedError.
         """
-        self._fence(db, agent, holder)
+        self.roles.fence(db, agent, holder)
         leased = self._of(groups, groups.c.agent == agent, groups.c.state == "leased", groups.c.query.not_in(keep))
         return db.execute(sa.update(groups).where(leased).values(state="sealed", holder="")).rowcount
 
     @writes
     def reclaim(self, db: sa.Connection, step: int) -> int:
-        """Makes a colocated run agree with a checkpoint that has trained on everything of the steps below `step`.
+        """Make a colocated run agree with a checkpoint that was trained on everything of the steps below `step`.
 
-        A query of those steps that any agent had claimed is trained: all of its groups are acked. Every other query,
-        also one acked after that checkpoint was written, belongs to weights that are lost: its groups, rollouts and
-        calls are deleted, to be opened and sampled again. Returns how many queries were deleted.
+        A query of those steps that any agent has claimed was trained on: all of its groups become acked. Every other
+        query, even one acked after that checkpoint was written, belongs to weights that are lost: its groups, rollouts
+        and calls are deleted, to be opened and sampled again. Returns the number of queries deleted.
         """
         claimed = sa.select(groups.c.query).where(self._of(groups, groups.c.state.in_(("leased", "acked"))))
         kept = sa.select(queries.c.query).where(self._of(queries, queries.c.step < step, queries.c.query.in_(claimed)))
@@ -139,51 +115,52 @@ class Store(Intake, Accounts):
 
     @reads
     def rollouts_of(self, db: sa.Connection, query: int) -> list[RolloutRecord]:
+        """Return the rollouts of a query, by number."""
         return self._rollouts(db, [query])
 
     @reads
     def calls_of(self, db: sa.Connection, query: int) -> list[CallRecord]:
-        """Of all agents, by agent, rollout and call."""
+        """Return the calls of all agents in a query, ordered by agent, rollout and call."""
         return self._calls(db, [query])
 
     # ---- within a transaction
 
-    def _group(self, agent: str, wanted: Collection[int]) -> sa.ColumnElement[bool]:
-        return self._of(groups, groups.c.agent == agent, groups.c.query.in_(wanted))
+    def _group(self, agent: str, numbers: Collection[int]) -> sa.ColumnElement[bool]:
+        return self._of(groups, groups.c.agent == agent, groups.c.query.in_(numbers))
 
     def _expire(self, db: sa.Connection, agent: str, oldest_step: int) -> list[int]:
-        """The sealed groups that expired now."""
+        """Expire the agent's sealed groups sampled by weights older than `oldest_step`, and return their queries."""
         mine = self._of(calls, calls.c.agent == agent, calls.c.query == groups.c.query, calls.c.step < oldest_step)
         sealed = self._of(groups, groups.c.agent == agent, groups.c.state == "sealed", sa.exists().where(mine))
         stale = sa.update(groups).where(sealed).values(state="expired", reason="stale")
         return sorted(db.scalars(stale.returning(groups.c.query)))
 
     def _move(
-        self, db: sa.Connection, agent: str, wanted: Collection[int], holder: str, state: str, also: dict[str, Any]
+        self, db: sa.Connection, agent: str, numbers: Collection[int], holder: str, state: str, also: dict[str, Any]
     ) -> None:
-        """Leased groups become `state`; those that have it stay as they are."""
-        self._fence(db, agent, holder)
-        rows = sa.select(groups.c.query, groups.c.state).where(self._group(agent, wanted)).order_by(groups.c.query)
+        """Move leased groups to `state`; leave those that have it already as they are."""
+        self.roles.fence(db, agent, holder)
+        rows = sa.select(groups.c.query, groups.c.state).where(self._group(agent, numbers)).order_by(groups.c.query)
         found = {query: state for query, state in db.execute(rows.with_for_update())}
-        for query in sorted(wanted):
+        for query in sorted(numbers):
             if (now := found.get(query, "missing")) not in ("leased", state):
                 raise ValueError(f"{state}: expected query {query} of agent {agent!r} to be leased, it is {now}")
-        leased = sa.and_(self._group(agent, wanted), groups.c.state == "leased")
+        leased = sa.and_(self._group(agent, numbers), groups.c.state == "leased")
         db.execute(sa.update(groups).where(leased).values(state=state, **also))
 
-    def _groups(self, db: sa.Connection, agent: str, wanted: Sequence[int]) -> list[Group]:
-        ended = _by_query(self._rollouts(db, wanted))
-        made = _by_query(self._calls(db, wanted, calls.c.agent == agent))
+    def _groups(self, db: sa.Connection, agent: str, numbers: Sequence[int]) -> list[Group]:
+        ended = _by_query(self._rollouts(db, numbers))
+        made = _by_query(self._calls(db, numbers, calls.c.agent == agent))
         rows = sa.select(queries.c.query, queries.c.task, queries.c.step)
-        found = db.execute(rows.where(self._of(queries, queries.c.query.in_(wanted))).order_by(queries.c.query))
+        found = db.execute(rows.where(self._of(queries, queries.c.query.in_(numbers))).order_by(queries.c.query))
         return [Group(query, task, step, ended[query], made[query]) for query, task, step in found]
 
-    def _rollouts(self, db: sa.Connection, wanted: Sequence[int]) -> list[RolloutRecord]:
-        rows = sa.select(*columns(rollouts)).where(self._of(rollouts, rollouts.c.query.in_(wanted)))
+    def _rollouts(self, db: sa.Connection, numbers: Sequence[int]) -> list[RolloutRecord]:
+        rows = sa.select(*columns(rollouts)).where(self._of(rollouts, rollouts.c.query.in_(numbers)))
         return [RolloutRecord(**row) for row in db.execute(rows.order_by(*rollouts.primary_key)).mappings()]
 
-    def _calls(self, db: sa.Connection, wanted: Sequence[int], *only: sa.ColumnElement[bool]) -> list[CallRecord]:
-        rows = sa.select(*columns(calls)).where(self._of(calls, calls.c.query.in_(wanted), *only))
+    def _calls(self, db: sa.Connection, numbers: Sequence[int], *only: sa.ColumnElement[bool]) -> list[CallRecord]:
+        rows = sa.select(*columns(calls)).where(self._of(calls, calls.c.query.in_(numbers), *only))
         return [read_call(row) for row in db.execute(rows.order_by(*calls.primary_key)).mappings()]
 
 

@@ -1,7 +1,7 @@
-"""The part of the store about sampling: queries are opened, leased to workers, recorded rollout by rollout, and sealed.
+"""Open queries, lease them to workers, record their rollouts one by one, and seal their groups.
 
-Whoever changes a query or its rollouts first locks its row, in the order of the numbers: of two that record a query's
-last two rollouts at once, the second sees both.
+A transaction that changes a query or its rollouts first locks the query's row, in the order of the numbers: if two of
+them record the last two rollouts of a query at the same time, the second one sees both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import writes
-from mgrpo.engine.store.roles import LATEST, Roster
+from mgrpo.engine.store.database import Database, Part, writes
+from mgrpo.engine.store.roles import LATEST, Roles
 from mgrpo.engine.store.tables import (
     CallRecord,
     Lease,
@@ -28,7 +28,7 @@ from mgrpo.engine.store.tables import (
     rollouts,
 )
 
-# What is done for every batch of rollouts is built once: building costs more than running it.
+# Statements that run for every batch of rollouts are built once: building one costs more than running it.
 _THIS: sa.BindParameter[str] = sa.bindparam("this")
 _THESE: sa.BindParameter[list[int]] = sa.bindparam("these", expanding=True)
 _LOCKED = (
@@ -53,7 +53,7 @@ _OPENED = sa.select(sa.func.coalesce(sa.func.max(queries.c.query) + 1, 0)).where
 
 @cache
 def _standing(now: sa.ColumnElement[float]) -> sa.Select[Any]:
-    """Of each agent's latest publication what the gate needs."""
+    """Select what the gate needs to know of each agent's latest publication."""
     return sa.select(
         publications.c.agent,
         publications.c.trained,
@@ -66,19 +66,26 @@ def _standing(now: sa.ColumnElement[float]) -> sa.Select[Any]:
 
 @cache
 def _lapsed(now: sa.ColumnElement[float]) -> sa.Select[Any]:
-    """The lowest queries whose lease lapsed, but for those that another is about to change."""
+    """Select the lowest queries whose lease has lapsed, except those that another transaction has locked."""
     lapsed = sa.select(queries.c.query).where(queries.c.run == _THIS, ~queries.c.sealed, queries.c.deadline < now)
     return lapsed.order_by(queries.c.query).limit(sa.bindparam("count")).with_for_update(skip_locked=True)
 
 
-class Intake(Roster):
-    """Queries and what workers make of them."""
+class Queries(Part):
+    """Hand out queries to workers and take in their rollouts."""
+
+    def __init__(self, database: Database, roles: Roles) -> None:
+        super().__init__(database)
+        self.roles = roles
 
     @writes
-    def open_queries(
+    def open(
         self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rollouts: int, step: int
     ) -> None:
-        """Opens (query number, task id), a group for each agent, to be sealed by `rollouts` rollouts. Idempotent."""
+        """Open queries, given as (number, task id), with a group for each agent. Idempotent.
+
+        The groups of a query are sealed when it has `rollouts` rollouts.
+        """
         self._open(db, tasks, agents, (step, rollouts, False, "", None, None, 0))
 
     @writes
@@ -94,17 +101,20 @@ class Intake(Roster):
         lease: float,
         loaded: Mapping[str, int] | None = None,
     ) -> list[Lease]:
-        """Leases at most `count` queries for `lease` seconds: those whose lease lapsed, then new ones.
+        """Lease at most `count` queries for `lease` seconds: those whose lease has lapsed, then new ones.
 
-        Of agent a, which has published trained_a groups and dropped dropped_a, new queries are opened while there are
-        fewer than  min_a(trained_a + dropped_a) + ahead  and than  total + max_a(dropped_a), over the agents with
-        trained_a < total. None before all agents have published. task_of: the task's id of a query number.
-        loaded: by agent the step of the weights that the worker has; it gets nothing while there are later ones, which
-        may be what opened the gate.
+        This is the gate that limits how far sampling runs ahead. Agent a has published weights trained on trained_a
+        groups and has dropped dropped_a groups. New queries are opened as long as there are fewer than
+        min_a(trained_a + dropped_a) + ahead  and fewer than  total + max_a(dropped_a), over the agents with
+        trained_a < total; and none before all agents have published. task_of: returns the task id of a query number.
+        loaded: the step of the weights that the worker has, by agent. A worker with outdated weights gets no queries,
+        because the newer weights may be what opened the gate.
         """
-        agents, size = self._begun(db)
+        agents, size = self.roles.begun(db)
         lapsed = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count}))
-        latest = db.execute(_standing(self.now), {"this": self.run}).all()  # no older than what opened the lapsed ones
+        latest = db.execute(
+            _standing(self.now), {"this": self.run}
+        ).all()  # read now: no older than what opened the lapsed queries
         if loaded is not None and any(row.step > loaded.get(row.agent, -1) for row in latest):
             return []
         if lapsed:
@@ -118,7 +128,7 @@ class Intake(Roster):
 
     @writes
     def extend(self, db: sa.Connection, worker: str, lease: float) -> int:
-        """A sign of life: all of the worker's leases hold for `lease` seconds from now. Returns how many it has."""
+        """Extend all leases of the worker to `lease` seconds from now, and return their number. This is a heartbeat."""
         mine = self._locked(db, self._of(queries, ~queries.c.sealed, queries.c.worker == worker))
         if mine:
             leased = sa.update(queries).where(self._of(queries, queries.c.query.in_(mine)))
@@ -127,7 +137,7 @@ class Intake(Roster):
 
     @writes
     def give_back(self, db: sa.Connection, worker: str) -> None:
-        """An orderly end: others may take the worker's queries at once."""
+        """Release the worker's queries, which others may take at once."""
         mine = self._locked(db, self._of(queries, ~queries.c.sealed, queries.c.worker == worker))
         if mine:
             leased = sa.update(queries).where(self._of(queries, queries.c.query.in_(mine)))
@@ -135,7 +145,7 @@ class Intake(Roster):
 
     @writes
     def seal_overdue(self, db: sa.Connection, timeout: float) -> list[int]:
-        """Seals the queries taken more than `timeout` seconds ago that have at least two rollouts. Returns them."""
+        """Seal the queries taken more than `timeout` seconds ago that have at least two rollouts, and return them."""
         old = self._of(queries, ~queries.c.sealed, queries.c.taken < self.now - timeout)
         ended = Counter(query for query, _ in self._recorded(db, self._locked(db, old)))
         overdue = sorted(query for query, count in ended.items() if count >= 2)
@@ -144,11 +154,11 @@ class Intake(Roster):
 
     @writes
     def record(self, db: sa.Connection, ended: Sequence[RolloutRecord], made: Sequence[CallRecord]) -> None:
-        """Records ended rollouts with all of their calls, and seals the groups whose last rollout this was. Idempotent.
+        """Record ended rollouts with all of their calls, and seal the groups whose last rollout this was. Idempotent.
 
-        The first record of a rollout stands: of a retried one nothing is taken, not even calls the first did not make.
-        One that comes after its query was sealed without it is counted and left. It does not matter who leases the
-        query. Raises ValueError when a rollout's query is not open to this run's agents.
+        Only the first record of a rollout counts: nothing is taken from a later one, not even calls that the first did
+        not make. A rollout that comes after its query was sealed without it is counted as late and ignored. It does not
+        matter which worker leases the query. Raises ValueError if a query was not opened for this run's agents.
         """
         assert {(c.query, c.rollout) for c in made} <= {(r.query, r.rollout) for r in ended}
         if not ended:
@@ -169,7 +179,7 @@ class Intake(Roster):
     def _open(
         self, db: sa.Connection, tasks: Sequence[tuple[int, str]], agents: Sequence[str], rest: tuple[Any, ...]
     ) -> None:
-        """rest: of a query's row what follows its task."""
+        """Open queries. rest: the columns of a query's row after its task."""
         for query, task in tasks:
             if "\0" in task:
                 raise ValueError(f"task of query {query}: {task!r} given: expected an id without NUL")
@@ -178,42 +188,46 @@ class Intake(Roster):
         self._insert_rows(db, groups, made)
 
     def _numbers(self, db: sa.Connection, limit: int, count: int) -> range:
-        """New query numbers. Only who may get some locks the run, last of all: who holds it waits for nobody.
+        """Return new query numbers.
 
-        The limit is the gate's of a moment before, when the worker's weights were the newest: no later one counts.
+        Lock the run's row last, and only if numbers are available, so that its holder never waits. The limit was read
+        before the lock, when the worker's weights were the newest; a later, higher one is ignored on purpose.
         """
         if not limit or not count:
             return range(0)
-        self._begun(db, lock=True)
+        self.roles.begun(db, lock=True)
         first = db.scalar(_OPENED, {"this": self.run}) or 0
         return range(first, min(limit, first + count))
 
     def _leases(self, db: sa.Connection, taken: Sequence[int]) -> list[Lease]:
+        """Return the leases of queries that were opened before, with the rollouts that are still missing."""
         if not taken:
             return []
-        known = self._recorded(db, taken)
+        recorded = self._recorded(db, taken)
         rows = sa.select(queries.c.query, queries.c.task, queries.c.rollouts)
         mine = rows.where(self._of(queries, queries.c.query.in_(taken))).order_by(queries.c.query)
-        return [Lease(q, task, [k for k in range(size) if (q, k) not in known]) for q, task, size in db.execute(mine)]
+        return [
+            Lease(q, task, [k for k in range(size) if (q, k) not in recorded]) for q, task, size in db.execute(mine)
+        ]
 
-    def _recorded(self, db: sa.Connection, wanted: Collection[int]) -> set[tuple[int, int]]:
-        """The queries' rollouts that are there, as (query, rollout)."""
-        return {(query, rollout) for query, rollout in db.execute(_RECORDED, self._these(wanted))}
+    def _recorded(self, db: sa.Connection, numbers: Collection[int]) -> set[tuple[int, int]]:
+        """Return the recorded rollouts of these queries, as (query, rollout)."""
+        return {(query, rollout) for query, rollout in db.execute(_RECORDED, self._these(numbers))}
 
-    def _these(self, wanted: Collection[int]) -> dict[str, Any]:
-        return {"this": self.run, "these": list(wanted)}
+    def _these(self, numbers: Collection[int]) -> dict[str, Any]:
+        return {"this": self.run, "these": list(numbers)}
 
     def _locked(self, db: sa.Connection, which: sa.ColumnElement[bool]) -> list[int]:
-        """Queries, locked; those that another is about to change are left to it."""
+        """Lock the queries for which `which` holds, except those locked by another transaction, and return them."""
         lowest = sa.select(queries.c.query).where(which).order_by(queries.c.query)
         return list(db.scalars(lowest.with_for_update(skip_locked=True)))
 
     def _check_opened(
         self, db: sa.Connection, ended: Sequence[RolloutRecord], made: Sequence[CallRecord]
     ) -> tuple[dict[int, int], set[int]]:
-        """Of each query, locked, the number of its rollouts; and the queries that are sealed.
+        """Lock the queries; return the number of rollouts that each is to have, and which of them are sealed.
 
-        One that `reclaim` deleted must not come back by a late write.
+        Raises ValueError for one that was not opened: a late write must not bring back a query that was reclaimed.
         """
         found = db.execute(_LOCKED, self._these({r.query for r in ended})).all()
         size = {row.query: row.rollouts for row in found}
@@ -239,8 +253,11 @@ class Intake(Roster):
 
 
 def _gate(latest: Sequence[Any], agents: Sequence[str], ahead: int, total: int) -> tuple[int, int, float]:
-    """By what `_standing` read: the query number before which to stop, 0 if all are opened; the rl step of the weights
-    there are; and now."""
+    """Compute from what `_standing` selected where to stop opening queries.
+
+    Returns the query number before which to stop (0 if nothing may be opened), the rl step of the published weights,
+    and the time on the database's clock.
+    """
     live = [row for row in latest if row.trained < total]
     if {row.agent for row in latest} != set(agents) or not live:
         return 0, 0, 0.0

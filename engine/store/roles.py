@@ -1,8 +1,8 @@
-"""The part of the store about processes: who acts as what, which weights are published, who evaluates them.
+"""Keep what the store knows of processes: their roles, the published weights, and the evaluations of these.
 
-A *role* is held by one process at a time, with a deadline that it must keep moving. What a trainer writes is fenced: it
-is refused, in the same transaction, once another holds the role. A role that lapsed and that nobody took is still its
-holder's: that is safe, and a trainer that was only slow goes on.
+A *role* is held by one process at a time, until a deadline that the process must keep moving. Writes of a trainer are
+fenced: they are refused, in the same transaction, once another process holds the role. A role that has lapsed but that
+nobody took still belongs to its holder: this is safe, and a trainer that was only slow can go on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import Database, reads, writes
+from mgrpo.engine.store.database import Part, reads, writes
 from mgrpo.engine.store.tables import (
     Publication,
     columns,
@@ -30,28 +30,31 @@ LATEST = sa.select(sa.func.max(_other.c.step)).where(_same_agent).scalar_subquer
 
 
 class FencedError(RuntimeError):
-    """Another process has taken over this trainer's role: nothing it still writes may count."""
+    """Report that another process has taken over this trainer's role, so that nothing it still writes may count."""
 
 
-class Roster(Database):
-    """Runs, roles, publications and evaluations."""
+class Roles(Part):
+    """Begin runs, and keep roles, publications and evaluations."""
 
     @writes
     def begin_run(self, db: sa.Connection, agents: Sequence[str], rollouts: int, fingerprint: str) -> None:
-        """Every process of a decoupled run begins with this. agents: in the config's order; rollouts: K, per query.
+        """Create the run unless it is there: every process of a decoupled run calls this first. Idempotent.
 
-        Idempotent. Raises ValueError when the run is there with other agents, rollouts or fingerprint.
+        agents: in the order of the config; rollouts: K, per query. Raises ValueError if the run is there with other
+        agents, rollouts or fingerprint.
         """
         row = {"run": self.run, "agents": json.dumps(list(agents)), "rollouts": rollouts, "fingerprint": fingerprint}
         db.execute(self._insert(runs).on_conflict_do_nothing(), row)
         found = db.execute(sa.select(runs).where(self._of(runs))).mappings().one()
         for key, given in row.items():
             if found[key] != given:
-                raise ValueError(f"run {self.run!r}: {key}: {given} given: expected {found[key]}, as it was begun with")
+                raise ValueError(
+                    f"run {self.run!r}: {key}: {given} given: expected {found[key]}, as when the run was created"
+                )
 
     @writes
     def hold(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
-        """Takes the role for so many seconds, at a process' begin. Raises ValueError naming who holds it."""
+        """Take the role for so many seconds, when a process starts. Raises ValueError naming another holder."""
         row = {"run": self.run, "role": role, "holder": holder, "deadline": self.now + seconds}
         insert = self._insert(roles).values(row)
         free = sa.or_(roles.c.holder == holder, roles.c.deadline < self.now)
@@ -66,21 +69,22 @@ class Roster(Database):
     def keep(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
         """Keep the role for so many seconds, even if it has lapsed. Raises FencedError if another has had it meanwhile.
 
-        Not `hold`: who was taken for dead must not take back what a successor has held and left, with other weights.
+        Unlike `hold`, this never takes a free role: a trainer that was believed dead must not take back a role that a
+        successor, with other weights, has held and released.
         """
         mine = sa.update(roles).where(self._of(roles, roles.c.role == role, roles.c.holder == holder))
         if not db.execute(mine.values(deadline=self.now + seconds)).rowcount:
             raise FencedError(f"{role} of run {self.run!r} is no longer held by {holder}")
 
     @writes
-    def release_role(self, db: sa.Connection, role: str, holder: str) -> None:
-        """The role is free at once. Nothing happens if another holds it by now."""
+    def release(self, db: sa.Connection, role: str, holder: str) -> None:
+        """Free the role at once. Do nothing if another process holds it by now."""
         db.execute(sa.delete(roles).where(self._of(roles, roles.c.role == role, roles.c.holder == holder)))
 
     @writes
     def publish(self, db: sa.Connection, publication: Publication, holder: str) -> None:
-        """Tells the workers of new weights. Of one step the last publication stands. Raises FencedError."""
-        self._fence(db, publication.agent, holder)
+        """Announce new weights to the workers. Another publication of the step is replaced. Raises FencedError."""
+        self.fence(db, publication.agent, holder)
         insert = self._insert(publications)
         keys = [column.name for column in publications.primary_key]
         rest = {c.name: insert.excluded[c.name] for c in publications.c if c.name not in keys}
@@ -88,39 +92,40 @@ class Roster(Database):
 
     @writes
     def rewind(self, db: sa.Connection, agent: str, step: int, holder: str) -> None:
-        """The agent's weights after `step` are lost: deletes their publications, and all evaluations of later steps.
+        """Delete the agent's publications after `step`, whose weights are lost, and all evaluations of later steps.
 
         Raises FencedError.
         """
-        self._fence(db, agent, holder)
+        self.fence(db, agent, holder)
         mine = self._of(publications, publications.c.agent == agent, publications.c.step > step)
         db.execute(sa.delete(publications).where(mine))
         db.execute(sa.delete(evaluations).where(self._of(evaluations, evaluations.c.step > step)))
 
     @reads
     def publications(self, db: sa.Connection, step: int | None = None) -> dict[str, Publication]:
-        """By agent, the publication of that step, or the latest. An agent without one is not there."""
-        return self._publications(db, step)
+        """Return the publication of that step, or the latest, by agent. Agents without one are left out."""
+        return self.read_publications(db, step)
 
     # ---- evaluations
 
     @writes
     def open_evaluation(self, db: sa.Connection, step: int) -> bool:
-        """To be called by each trainer when it has published `step`: when it is the last, the step can be evaluated.
+        """Let the step be evaluated if all agents have published it, and return whether they have.
 
-        Returns whether all agents have. Idempotent: an evaluation is made once, unless its weights are lost.
+        Each trainer calls this after it has published `step`. Idempotent: an evaluation is made once, unless its
+        weights are lost.
         """
-        whole = set(self._begun(db)[0]) == set(self._publications(db, step))
-        if whole:
+        published_by_all = set(self.begun(db)[0]) == set(self.read_publications(db, step))
+        if published_by_all:
             row = {"run": self.run, "step": step, "worker": "", "deadline": 0.0}
             db.execute(self._insert(evaluations).on_conflict_do_nothing(), row)
-        return whole
+        return published_by_all
 
     @writes
     def take_evaluation(self, db: sa.Connection, worker: str, lease: float) -> int | None:
-        """Leases the earliest step that waits for its evaluation, or extends the worker's lease of it.
+        """Lease the earliest step that waits for its evaluation, or extend the worker's lease of it, and return it.
 
-        Its weights are `publications(step)`. None when there is nothing to evaluate.
+        The weights to evaluate are `publications(step)`. Returns None if there is nothing to evaluate.
         """
         free = sa.or_(evaluations.c.worker == worker, evaluations.c.deadline < self.now)
         waiting = self._of(evaluations, evaluations.c.result.is_(None), free)
@@ -133,7 +138,7 @@ class Roster(Database):
 
     @writes
     def finish_evaluation(self, db: sa.Connection, step: int, worker: str, result: Mapping[str, float]) -> bool:
-        """Returns whether the result was taken: it is not when another's stands or the weights are lost."""
+        """Store the result and return True, or return False if there is one already or the weights are lost."""
         waiting = self._of(
             evaluations,
             evaluations.c.step == step,
@@ -145,23 +150,29 @@ class Roster(Database):
 
     @reads
     def evaluations(self, db: sa.Connection) -> dict[int, dict[str, float]]:
-        """The results that are there, by step."""
-        there = self._of(evaluations, evaluations.c.result.is_not(None))
-        found = db.execute(sa.select(evaluations.c.step, evaluations.c.result).where(there).order_by("step"))
+        """Return the results of the finished evaluations, by step."""
+        finished = self._of(evaluations, evaluations.c.result.is_not(None))
+        found = db.execute(sa.select(evaluations.c.step, evaluations.c.result).where(finished).order_by("step"))
         return {step: json.loads(result) for step, result in found}
 
-    # ---- within a transaction
+    # ---- within a transaction, also of other parts of the store
 
-    def _begun(self, db: sa.Connection, *, lock: bool = False) -> tuple[list[str], int]:
-        """The run's agents and K; with `lock` one transaction at a time goes past here. Raises ValueError."""
+    def begun(self, db: sa.Connection, *, lock: bool = False) -> tuple[list[str], int]:
+        """Return the run's agents and K. With `lock`, let only one transaction at a time pass.
+
+        Raises ValueError if the run was not created.
+        """
         row = sa.select(runs.c.agents, runs.c.rollouts).where(self._of(runs))
         found = db.execute(row.with_for_update() if lock else row).first()
         if found is None:
-            raise ValueError(f"store {self.name}: run {self.run!r} is not there, expected `mgrpo store init` before")
+            raise ValueError(f"store {self.database.name}: no run {self.run!r}: expected `mgrpo store init` before")
         return json.loads(found.agents), found.rollouts
 
-    def _fence(self, db: sa.Connection, agent: str, holder: str) -> None:
-        """Colocated runs, which were never begun here, have no roles. The lock keeps others off until the commit."""
+    def fence(self, db: sa.Connection, agent: str, holder: str) -> None:
+        """Check that `holder` is the agent's trainer, and lock the role until the commit. Raises FencedError.
+
+        Accept any holder in a colocated run, which was never begun here and has no roles.
+        """
         if db.scalar(sa.select(runs.c.run).where(self._of(runs))) is None:
             return
         role = sa.select(roles.c.holder).where(self._of(roles, roles.c.role == f"trainer:{agent}"))
@@ -169,8 +180,8 @@ class Roster(Database):
         if found != holder:
             raise FencedError(f"trainer:{agent} of run {self.run!r} is held by {found}, no longer by {holder}")
 
-    def _publications(self, db: sa.Connection, step: int | None = None) -> dict[str, Publication]:
-        """Of that step, or the latest, by agent."""
-        wanted = publications.c.step == (LATEST if step is None else step)
-        rows = sa.select(*columns(publications)).where(self._of(publications, wanted)).order_by(publications.c.agent)
+    def read_publications(self, db: sa.Connection, step: int | None = None) -> dict[str, Publication]:
+        """Return the publications of that step, or the latest, by agent."""
+        of_step = publications.c.step == (LATEST if step is None else step)
+        rows = sa.select(*columns(publications)).where(self._of(publications, of_step)).order_by(publications.c.agent)
         return {row["agent"]: read_publication(row) for row in db.execute(rows).mappings()}

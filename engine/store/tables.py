@@ -1,13 +1,15 @@
-"""What the store holds: its tables, schema version 2, and the records that go in and come out of them.
+"""Define the tables of the store (schema version 2), and the records that are written to and read from them.
 
-    runs          what a run is made of; several runs may share a database
-    roles         who acts as what (one trainer an agent), until when
-    publications  the weights an agent has published, step by step
-    queries       who samples a query, until when; groups: the query as one agent trains on it, and where that stands
-    rollouts      how each episode ended; calls: each agent's calls in it, and where their tokens lie
-    evaluations   who evaluates the weights of a step, and what came of it
+    runs          the agents and the config of each run; several runs may share a database
+    roles         which process acts as what (one trainer per agent), until when
+    publications  the weights that an agent has published, step by step
+    queries       which worker samples a query, until when
+    groups        each query as one agent trains on it, and its state
+    rollouts      how each episode ended
+    calls         the calls of each agent in an episode, and where their tokens are
+    evaluations   which worker evaluates the weights of a step, and the result
 
-Only ids, counts, scores, versions and file positions: the tokens lie in the trajectory files.
+They hold only ids, counts, scores, versions and file positions: the tokens are in the trajectory files.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def _values(**columns: type) -> list[sa.Column[Any]]:
 
 
 def _table(name: str, *parts: Any) -> sa.Table:
-    """On SQLite the rows lie in their key's tree, where else there would be two."""
+    """Make a table. On SQLite its rows are in the tree of the primary key, which saves a second tree."""
     return sa.Table(name, metadata, *parts, sqlite_with_rowid=False)
 
 
@@ -55,21 +57,21 @@ evaluations = _table(
     "evaluations",
     *_keys(run=str, step=int),
     *_values(worker=str, deadline=float),
-    sa.Column("result", sa.Text),  # JSON, once it is there
+    sa.Column("result", sa.Text),  # JSON; NULL until the evaluation has finished
 )
 queries = _table(
     "queries",
     *_keys(run=str, query=int),
     *_values(task=str, step=int, rollouts=int, sealed=bool, worker=str),
-    sa.Column("taken", sa.Double),  # when, and until when: NULL for a query that no worker leases (colocated)
+    sa.Column("taken", sa.Double),  # when it was leased, and until when; NULL if it never is (colocated)
     sa.Column("deadline", sa.Double),
-    *_values(late=int),  # records that came after it was sealed without them
+    *_values(late=int),  # rollouts that came after it was sealed without them
     sa.Index("queries_by_state", "run", "sealed", "query"),
 )
 groups = _table(
     "groups",
     *_keys(run=str, query=int, agent=str),
-    *_values(state=str, holder=str, reason=str, acks=int),  # reason: why it is expired
+    *_values(state=str, holder=str, reason=str, acks=int),  # reason: why it expired
     sa.Index("groups_by_state", "run", "agent", "state", "query"),
 )
 rollouts = _table(
@@ -93,9 +95,10 @@ _rollout_values, _call_values = (itemgetter(*table.c.keys()) for table in (rollo
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """One ended rollout of a query. status: of STATUSES; correct: in the main reward's units; seconds: wall time.
+    """Describe one ended rollout of a query.
 
-    Only a `scored` rollout's format and correct mean anything. Raises ValueError for a score that is not finite.
+    status: one of STATUSES; correct: in the units of the main reward; seconds: wall time. format and correct are
+    meaningful only if the status is `scored`. Raises ValueError for a score that is not finite.
     """
 
     query: int
@@ -113,13 +116,13 @@ class RolloutRecord:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call of one agent in one rollout, numbered per agent and rollout in the order the calls were made.
+    """Describe one call of one agent in one rollout, numbered per agent and rollout in the order of the calls.
 
     expert: the judge's score, None for the main agent; tokens, actions, turns: counts (actions: sampled tokens);
-    ended: as in `types.Call`. version: the oldest weights that sampled it, in optimizer steps, step: the same in the
-    agent's rl steps, version_last: the newest (-1: the same). rows: index of the last sampled token, 0 without one;
-    digest, sampler_digest: of tokens and mask, and of these with the log-probs, 16 bytes of blake2b in hex.
-    Raises ValueError for a score that is not finite.
+    ended: as in `types.Call`. version: the oldest weights that sampled it, in optimizer steps; step: the same weights
+    in the agent's rl steps; version_last: the newest weights (-1: the same). rows: index of the last sampled token, 0
+    if there is none; digest: of tokens and mask; sampler_digest: of tokens, mask and log-probs; both are 16 bytes of
+    blake2b in hex. Raises ValueError for a score that is not finite.
     """
 
     agent: str
@@ -148,7 +151,7 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class Group:
-    """A query as one agent trains on it: its rollouts by number, and that agent's calls by rollout and call.
+    """Hold a query as one agent trains on it: its rollouts by number, and that agent's calls by rollout and call.
 
     step: the rl step for which the query was opened.
     """
@@ -161,7 +164,7 @@ class Group:
 
 
 class Claim(NamedTuple):
-    """What a trainer got: groups to train on, and the numbers of the queries that were too stale for it."""
+    """Hold what a trainer gets: groups to train on, and the numbers of the queries that were too stale for it."""
 
     groups: list[Group]
     expired: list[int]
@@ -169,7 +172,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Lease:
-    """A query to sample: its task's id and the numbers of the rollouts that are not recorded yet."""
+    """Hold a query to sample: the id of its task, and the numbers of the rollouts that are not recorded yet."""
 
     query: int
     task: str
@@ -178,10 +181,11 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Weights of one agent after `step` rl steps, which are `version` optimizer steps.
+    """Announce the weights of one agent after `step` rl steps, which are `version` optimizer steps.
 
-    trained: groups trained on in these steps, without those dropped, which the store counts itself; file, checksum,
-    size: of the weights, below the run's weights directory; probe: log-probs of a prompt that both sides know.
+    trained: the number of groups trained on in these steps, without the dropped ones, which the store counts itself;
+    file, checksum, size: of the weights, below the run's weights directory; probe: log-probs of a prompt that trainer
+    and sampler both know.
     """
 
     agent: str
@@ -195,33 +199,36 @@ class Publication:
 
 
 def rollout_row(record: RolloutRecord, run: str) -> tuple[Any, ...]:
-    """In the order of the table's columns."""
+    """Convert a record to a row of `rollouts`, in the order of the columns."""
     error = record.error.encode("utf-8", "replace").decode().replace("\0", "?")  # an exception's text may hold anything
     return _rollout_values({**vars(record), "run": run, "error": error})
 
 
 def call_row(record: CallRecord, run: str) -> tuple[Any, ...]:
-    """In the order of the table's columns."""
+    """Convert a record to a row of `calls`, in the order of the columns."""
     return _call_values({**vars(record), **vars(record.position), "run": run})
 
 
 def read_call(row: sa.RowMapping) -> CallRecord:
+    """Convert a row of `calls`, without its run, to a record."""
     values: dict[str, Any] = {**row}
     position = Position(values.pop("file"), values.pop("offset"), values.pop("row"))
     return CallRecord(**values, position=position)
 
 
 def publication_row(publication: Publication, run: str) -> dict[str, Any]:
+    """Convert a publication to a row of `publications`, by column."""
     return {**vars(publication), "run": run, "probe": json.dumps(publication.probe, allow_nan=False)}
 
 
 def read_publication(row: sa.RowMapping) -> Publication:
+    """Convert a row of `publications`, without its run, to a publication."""
     values: dict[str, Any] = {**row}
     return Publication(**{**values, "probe": tuple(json.loads(row["probe"]))})
 
 
 def columns(table: sa.Table) -> list[sa.Column[Any]]:
-    """Of a row as one run sees it."""
+    """Return the columns of a table except the run."""
     return [column for column in table.c if column.name != "run"]
 
 

@@ -1,10 +1,10 @@
-"""The ranks that train one policy together: joining and leaving, and small messages between them.
+"""Connect the ranks that train one policy together, and exchange small messages between them.
 
-They are those of a process group, ours or another launcher's; where none is named, of the default group.
+The ranks are those of a process group, ours or another launcher's; if none is given, those of the default group.
 
-Departs from torch's collectives of objects, which pickle: a message is msgpack in a tensor of bytes, so nothing that
-another process sends is ever executed. Messages travel by gloo between CPUs, also where gradients travel by NCCL.
-Without torchrun's environment a process is alone, and every function here does for one rank what it does for many.
+Unlike torch's collectives for objects, which use pickle, a message here is msgpack in a tensor of bytes, so nothing
+that another process sends is ever executed. Messages go by gloo between CPUs, even where gradients go by NCCL. Without
+torchrun's environment a process is alone, and every function here works for one rank as it does for many.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @contextmanager
 def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
-    """This process as one of torchrun's ranks: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
+    """Join the group as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of torchrun name.
 
-    In every exchange a rank waits at most `timeout` seconds for the others, then it raises RuntimeError (on a GPU NCCL
-    may end the process); it raises at once when a rank's death closes its connection. So no rank may keep the others
-    waiting for longer: one that itself waits for something tells them so now and then, by `broadcast`.
+    In every exchange a rank waits at most `timeout` seconds for the others and then raises RuntimeError (on a GPU NCCL
+    may end the process); it raises at once if the death of a rank closes its connection. So no rank may keep the others
+    waiting for longer: a rank that itself waits for something tells them so regularly, by `broadcast`.
 
-    An error leaves the group as it is: taking leave in order would wait for the ranks that the error is about. Raises
+    After an error the group is not left in order, because that would wait for the ranks that the error is about. Raises
     ValueError if the environment is incomplete, or names more ranks on this machine than it has GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if os.environ.get("MASTER_ADDR") in LOOPBACK:  # one machine: nothing needs to listen beyond it
+    if os.environ.get("MASTER_ADDR") in LOOPBACK:  # one machine: nothing needs to listen on its network
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if device.type == "cuda":
@@ -65,22 +65,24 @@ def _take_gpu(local_rank: int) -> None:
 
 
 def rank(group: ProcessGroup | None = None) -> int:
+    """Return the number of this rank in the group, 0 if the process is alone."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def ranks(group: ProcessGroup | None = None) -> int:
+    """Return how many ranks the group has, 1 if the process is alone."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def mesh(device: torch.device, group: ProcessGroup | None = None) -> DeviceMesh:
-    """The ranks as a mesh of one dimension, of their devices of that type."""
+    """Return a mesh of one dimension of the ranks' devices of that type."""
     return DeviceMesh.from_group(group or _world(), device.type)
 
 
 def broadcast(message: Any, type: Any = Any, group: ProcessGroup | None = None) -> Any:
-    """Rank 0's message, on every rank, read as `type`; what the others pass is ignored.
+    """Return the message of rank 0 on every rank, read as `type`; ignore what the other ranks pass.
 
-    A message is what msgspec can write as msgpack. Raises msgspec.ValidationError if it is not of the type.
+    A message is anything that msgspec can write as msgpack. Raises msgspec.ValidationError if it is not of the type.
     """
     data = msgspec.msgpack.encode(message)
     if ranks(group) > 1:
@@ -94,7 +96,7 @@ def broadcast(message: Any, type: Any = Any, group: ProcessGroup | None = None) 
 
 
 def gather(message: Any, type: Any = Any, group: ProcessGroup | None = None) -> list[Any]:
-    """The messages of all ranks, on every rank, in their order; else as `broadcast`."""
+    """Return the messages of all ranks, in their order, on every rank. They are read as in `broadcast`."""
     parts = [msgspec.msgpack.encode(message)]
     if ranks(group) > 1:
         channel = _channel(group or _world())
@@ -108,16 +110,19 @@ def gather(message: Any, type: Any = Any, group: ProcessGroup | None = None) -> 
 
 
 def require_alike(name: str, value: Any, group: ProcessGroup | None = None) -> None:
-    """ValueError, on every rank, unless all ranks give the same: what would else be a wait without end."""
+    """Check that all ranks give the same value, as they might otherwise wait for each other without end.
+
+    Raises ValueError on every rank if not.
+    """
     values = gather(value, group=group)
     if any(other != values[0] for other in values):
         raise ValueError(f"{name}: {values} given by the ranks: expected the same on all")
 
 
 def require_success(what: str, error: Exception | None, group: ProcessGroup | None = None) -> None:
-    """Raises on every rank if an attempt failed on any: there its own error, elsewhere OSError that names the rank.
+    """Wait until all ranks have tried something, and raise on every rank if it failed on any.
 
-    No rank returns before all have tried.
+    The rank that failed raises its own error; the others raise OSError naming that rank.
     """
     failures = gather(None if error is None else f"{error.__class__.__name__}: {error}", group=group)
     if error is not None:
@@ -134,19 +139,19 @@ def _world() -> ProcessGroup:
 
 
 def _channel(group: ProcessGroup) -> ProcessGroup:
-    """The group for messages between CPUs: itself, or where it has only GPUs' collectives, one of the same ranks."""
+    """Return a group for messages between CPUs: the group itself, or a new one of its ranks if it serves GPUs only."""
     if "cpu:" in dist.get_backend_config(group):
         return group
     return _beside(group.group_name, tuple(dist.get_process_group_ranks(group)))
 
 
-@cache  # of what is made here alone: a group of the caller's that outlived its end would abort the process at exit
+@cache  # only of groups made here: to hold a group of the caller beyond its end would abort the process at exit
 def _beside(_name: str, ranks: tuple[int, ...]) -> ProcessGroup:
     return dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
 
 
 def _bytes(data: bytes, size: int) -> Tensor:
-    """(size,) uint8, zeros after the data."""
+    """Return the data as a (size,) uint8 tensor, padded with zeros."""
     buffer = torch.zeros(size, dtype=torch.uint8)
     buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return buffer

@@ -1,4 +1,4 @@
-"""What a configuration names by import path: "file.py:name" or "package.module:name"."""
+"""Load what a configuration names by an import path: "file.py:name" or "package.module:name"."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 
 def load_name(path: str, key: str, kind: str) -> Any:
-    """The object of that import path, None if its module has none of that name.
+    """Return the object of an import path, or None if its module has no object of that name.
 
-    Raises ValueError, naming the key, if it is no import path (kind: "Class" or "function") or there is no such module.
+    kind: "Class" or "function", for the message. Raises ValueError naming the key if `path` is not an import path or
+    there is no such module.
     """
     module, _, name = path.rpartition(":")
     if not module:
@@ -25,7 +26,7 @@ def load_name(path: str, key: str, kind: str) -> Any:
 
 @cache
 def load_function(path: str, key: str) -> Callable[..., Any]:
-    """A function by its import path, the same one each time. Raises ValueError, naming the key, if it cannot be."""
+    """Return the function of an import path, always the same one. Raises ValueError naming the key if there is none."""
     found = load_name(path, key, "function")
     if not callable(found):
         module, _, name = path.rpartition(":")
@@ -35,10 +36,10 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function of the user's has a parameter of that name, and so asks for what not all want to know."""
+    """Return whether a function of the user has a parameter of that name, and so wants the optional argument."""
     try:
         return name in inspect.signature(function).parameters
-    except ValueError:  # one of C, that does not say
+    except ValueError:  # a function written in C, without a signature
         return False
 
 
@@ -49,10 +50,10 @@ def _load_module(name: str, key: str) -> Any:
         except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
             raise ValueError(f"{key}: {name!r} given: {error}") from error
     if not Path(name).is_file():
-        raise ValueError(f"{key}: {name} is no file, expected a Python file")
+        raise ValueError(f"{key}: {name} is not a file: expected a Python file")
     spec = importlib.util.spec_from_file_location(f"mgrpo_user_{Path(name).stem}", name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses of the file look themselves up here
+    sys.modules[spec.name] = module  # dataclasses in the file look themselves up here
     spec.loader.exec_module(module)
     return module

@@ -1,19 +1,20 @@
-"""Intervals of proportions, by Wilson's score (JASA 1927): right also near 0 and 1, where the usual plus-minus is not.
+"""Compute intervals of proportions by Wilson's score (JASA 1927), which is accurate even near 0 and 1.
 
-A score between 0 and 1 that is no plain yes or no varies less than a coin of the same mean: its interval is wide.
+A score between 0 and 1 that is not simply yes or no varies less than a coin with the same mean, so its interval here is
+wider than necessary.
 """
 
 from __future__ import annotations
 
 import math
 
-Z = 1.959963984540054  # of a standard normal, 95 % lies within plus-minus Z
+Z = 1.959963984540054  # 95 % of a standard normal distribution lies within plus or minus Z
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion of which `successes` of n were seen.
+    """Return the 95 % interval of a proportion of which `successes` of n were observed.
 
-    (nan, nan) where successes is outside 0..n, as an environment's own scores may be. Raises ValueError if n < 1.
+    Returns (nan, nan) if successes is outside 0..n, as scores of an environment may be. Raises ValueError if n < 1.
     """
     if n < 1:
         raise ValueError(f"n: {n} given, expected at least one question")
@@ -26,9 +27,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def difference(successes_a: float, n_a: int, successes_b: float, n_b: int) -> tuple[float, float]:
-    """95 % interval of b's proportion less a's, two independent samples (Newcombe 1998, Stat. Med. 17:873, method 10).
+    """Return the 95 % interval of b's proportion minus a's, for two independent samples.
 
-    (nan, nan) and ValueError as `wilson`.
+    Source: Newcombe 1998, Stat. Med. 17:873, method 10. Returns (nan, nan) and raises ValueError as `wilson` does.
     """
     share_a, share_b = successes_a / max(n_a, 1), successes_b / max(n_b, 1)
     (low_a, high_a), (low_b, high_b) = wilson(successes_a, n_a), wilson(successes_b, n_b)

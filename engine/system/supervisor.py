@@ -1,14 +1,15 @@
-"""Processes of one run on one machine: started, watched, started again when they fail, ended in order. No orphans.
+"""Supervise the processes of a run on one machine: start, watch, restart after failures, and stop them in order.
 
-A *task* is one process, or the ranks of one trainer, which live and die together: when one fails the others are killed
-and all start again, later each time, at most `restarts` times in the run; meanwhile the other tasks go on. What each
-process says is appended to a log file of its own.
+A *task* is one process, or the ranks of one trainer, which live and die together: if one of them fails, the others are
+killed and all are started again, after a longer pause each time, at most `restarts` times in the run. Meanwhile the
+other tasks go on. The output of each process is appended to a log file of its own.
 
-Every process leads a process group, so that what it started itself is ended with it, and holds the read end of a pipe
-of the launcher's (`process.die_with_launcher`): when the launcher is gone, even by kill -9, so are all groups.
+No process is left behind: each leads a process group, so that what it started itself ends with it, and holds the read
+end of a pipe of the launcher (`process.die_with_launcher`), so that all groups end if the launcher does, even by
+kill -9.
 
-Departs from torchrun's elastic agent: that listens on every interface, kills ranks that take more than 30 s to save
-after Ctrl-C, leaves them running when it is itself killed, and is a process with torch in it per agent.
+Unlike this, torchrun's elastic agent listens on every interface, kills ranks that take more than 30 s to save after
+Ctrl-C, leaves them running when it is killed itself, and is one process with torch loaded per agent.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from pathlib import Path
 
 from mgrpo.engine.system.process import AGAIN, LIFELINE, Interrupted, asked_to_end
 
-POLL = 0.1  # seconds between two looks at the processes
-GRACE = 600.0  # seconds for a process to finish its step and save, once it was asked to
+POLL = 0.1  # seconds between polls of the processes
+GRACE = 600.0  # seconds that a process has to finish its step and save after it was asked to
 LAST_GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 LONGEST_DELAY = 30.0  # seconds before a restart: 1, 2, 4, … up to this
-LAST_LINES, LAST_BYTES = 10, 4096  # of a log, that an error shows
+LAST_LINES, LAST_BYTES = 10, 4096  # how much of the end of a log an error shows
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run: `command` once with each of `environments`, which are added to this process' own.
+    """Describe a task: `command` is run once with each of `environments`, added to the environment of this process.
 
-    environments takes the number of the attempt, from 0, so that ranks of a new attempt can meet elsewhere. service: it
-    has no end of its own, and is ended, by SIGTERM, when those that have are at theirs.
+    environments: a function of the number of the attempt, from 0, so that the ranks of a new attempt can meet in a new
+    place. service: runs until all other tasks have finished, then gets SIGTERM.
     """
 
     name: str
@@ -47,45 +48,49 @@ class ProcessSpec:
 
 @dataclass
 class Member:
-    """One process of a task."""
+    """Hold one process of a task."""
 
     process: subprocess.Popen[bytes]
     log: Path
-    begun: int  # of this attempt, the first byte in the log
+    begun: int  # offset in the log at which this attempt begins
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; once there is one, the group that it led is gone too."""
+        """Return the exit status (negative for a signal), or None; if it has ended, its process group is gone too."""
         if self.process.returncode is None and _ended(self.process.pid):
-            self.signal_group(signal.SIGKILL)  # before it is waited for: until then no other group can have its number
+            self.signal_group(signal.SIGKILL)  # before it is reaped: until then no other group can get its number
             self.process.wait()
         return self.process.returncode
 
     def signal_group(self, number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # the latter is macOS' word for a group of zombies
+        """Send a signal to the process and to all that it started."""
+        with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a group of zombies
             os.killpg(self.process.pid, number)
 
     def last_lines(self) -> str:
+        """Return the last lines that this attempt has written to its log."""
         with self.log.open("rb") as file:
             file.seek(max(self.begun, self.log.stat().st_size - LAST_BYTES))
             return "\n".join(file.read().decode(errors="replace").splitlines()[-LAST_LINES:])
 
 
 class Supervised:
-    """A task and its processes, if it has any at the moment."""
+    """Hold a task and its processes, if it has any at the moment."""
 
     def __init__(self, task: ProcessSpec, logs: Path, lifeline: int):
         self.task, self.logs, self.lifeline = task, logs, lifeline
         self.failures = 0
-        self.due = 0.0  # when to start, if it is not running
+        self.due = 0.0  # when to start it, if it is not running
         self.members: list[Member] = []
         self.done = False
 
     @property
     def state(self) -> str:
+        """Running, starts soon or done, and how often it was restarted."""
         again = f", restarts: {self.failures}" if self.failures else ""
         return ("done" if self.done else "running" if self.members else "starts soon") + again
 
     def start(self, attempts: int) -> None:
+        """Start the processes. attempts: how many there may be, for the log."""
         environments = self.task.environments(self.failures)
         for rank, environment in enumerate(environments):
             suffix = f"-{rank}" if len(environments) > 1 else ""
@@ -95,7 +100,7 @@ class Supervised:
 
     def _start(self, log: Path, head: str, environment: Mapping[str, str]) -> Member:
         with log.open("ab", buffering=0) as out:
-            with suppress(OSError):  # the disk is full: what runs there waits, so must this
+            with suppress(OSError):  # the disk is full: the process will wait for room, this line need not
                 out.write(head.encode())
             process = subprocess.Popen(
                 self.task.command,
@@ -109,7 +114,7 @@ class Supervised:
             return Member(process, log, out.tell())
 
     def failed(self) -> Member | None:
-        """The first process that ended in an error; then the others are killed. None if none did."""
+        """Return the first process that ended in an error, after killing the others; None if there is none."""
         fine = (None,) if self.task.service else (None, 0)
         failed = next((member for member in self.members if member.poll() not in fine), None)
         if failed is not None:
@@ -120,31 +125,32 @@ class Supervised:
         return failed
 
     def kill(self) -> None:
+        """Kill the processes and wait for their end."""
         for member in self.living():
             member.signal_group(signal.SIGKILL)
             member.process.wait()
         self.members = []
 
     def living(self) -> list[Member]:
+        """Return the processes that have not ended."""
         return [member for member in self.members if member.poll() is None]
 
 
 class Supervisor:
-    """Runs tasks to their end. `say` is told what happens to them; logs: a folder, that is there."""
+    """Run tasks until they end. say: gets messages about what happens; logs: an existing folder."""
 
     def __init__(self, tasks: Sequence[ProcessSpec], logs: Path, restarts: int, say: Callable[[str], None]):
         self.restarts, self.say = restarts, say
-        self._pipe = os.pipe()  # its write end is this process' alone: closed, by the kernel if need be, when it ends
+        self._pipe = os.pipe()  # only this process has its write end, which the kernel closes when it ends
         self.tasks = [Supervised(task, logs, self._pipe[0]) for task in tasks]
 
     def run(self, tick: Callable[[], None] = lambda: None, grace: float = GRACE) -> None:
-        """To be called once. Returns when every task that is no service ended with status 0. `tick` is called about ten
-        times a second.
+        """Run the tasks, and return when every task that is not a service has ended with status 0. Call this once.
 
-        Raises ChildProcessError naming the process that failed once too often, how it ended and the last lines of its
-        log, and Interrupted after SIGINT, SIGTERM or SIGHUP; either way, and for whatever `tick` raises, all processes
-        have ended by then: asked by SIGINT to finish and save, after `grace` seconds or a second signal told by
-        SIGTERM, and then killed.
+        tick: called about ten times a second. Raises ChildProcessError naming the process that failed too often, how it
+        ended and the last lines of its log; Interrupted after SIGINT, SIGTERM or SIGHUP; and whatever `tick` raises. In
+        each case all processes have ended by then: they are asked by SIGINT to finish and save, after `grace` seconds
+        or a second signal by SIGTERM, and then they are killed.
         """
         with asked_to_end() as asked:
             try:
@@ -162,7 +168,7 @@ class Supervisor:
                     os.close(end)
 
     def states(self) -> dict[str, str]:
-        """Of each task by name: running, starts soon or done, and how often it was restarted."""
+        """Return the state of each task, by name."""
         return {task.task.name: task.state for task in self.tasks}
 
     def _advance(self, task: Supervised) -> None:
@@ -185,13 +191,13 @@ class Supervisor:
         self.say(": ".join([f"{how}, starts again in {delay:.0f} s ({task.failures} of {self.restarts})", *last]))
 
     def _stop(self, asked: Callable[[], int], grace: float) -> None:
-        """From asking to killing. Services are there until the others, which may still need them, are gone."""
+        """Ask all processes to stop, and kill them if they do not: services last, as others may still need them."""
         for number, seconds, services in ((signal.SIGINT, grace, False), (signal.SIGTERM, LAST_GRACE, True)):
             for member in self._living(services):
-                member.process.send_signal(number)  # to it alone: what it started is its own to end
+                member.process.send_signal(number)  # only to itself: it ends what it started
             begun, before = time.monotonic(), asked()
             while self._living(services) and (waited := time.monotonic() - begun) < seconds:
-                if asked() > before and waited >= AGAIN:  # sooner they would take the next one for the same request
+                if asked() > before and waited >= AGAIN:  # earlier they would take the next signal for the same request
                     break
                 time.sleep(POLL)
         for task in self.tasks:

@@ -1,8 +1,9 @@
-"""Topology `colocated`: one process runs the rollouts and trains every agent, step by step.
+"""Run topology `colocated`: one process samples the rollouts and trains every agent, step by step.
 
-A run is warm-up (supervised, on scripted episodes), then rl. A checkpoint named <stage>-<step> stands for everything
-before that step. On resume the metrics and the store are taken back to the latest checkpoint: groups it has trained on
-are acked, all others are sampled again, because the weights that sampled them are gone.
+A run begins with the warm-up stage (supervised, on scripted episodes); the rl stage follows. A checkpoint named
+<stage>-<step> contains everything before that step. On resume, the metrics and the store are taken back to the latest
+checkpoint: groups that it was trained on are acked, all others are sampled again, because the weights that sampled
+them are gone.
 """
 
 from __future__ import annotations
@@ -15,37 +16,40 @@ from pathlib import Path
 
 from mgrpo.engine.config.resume import check_unchanged
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
+from mgrpo.engine.environment.loader import load_environment
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.summary import draw
 from mgrpo.engine.rollout.curriculum import accuracy, eval_due, eval_jobs, load_tasks, pick, warmup_jobs
-from mgrpo.engine.rollout.episodes import Demonstrations, Episodes, Job, Rollout, load_environment
+from mgrpo.engine.rollout.demonstrations import Demonstrations
+from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import demonstrated, rollout_counts, write_rollouts
-from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.directory import RunDirectory, root_of
+from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import TrajectoryWriter
-from mgrpo.engine.store.groups import Store
-from mgrpo.engine.store.open import files_of
+from mgrpo.engine.store.open import open_store
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
-from mgrpo.engine.training.trainer import AgentTrainer, Row
+from mgrpo.engine.training.trainer import AgentTrainer
+from mgrpo.engine.types import WeightsVersion
 
 
 def train(config: Config, resume: bool, display: Display) -> None:
-    """Run or go on with a training run. Raises ValueError for bad input, Interrupted after Ctrl-C."""
+    """Start or resume a training run. Raises ValueError for bad input, Interrupted after Ctrl-C."""
     run = RunDirectory(config.run_dir, resume)
     try:
         checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:  # before the first, everything begins anew, with whatever config
+        if checkpoint is not None:  # without one the run starts afresh, and any config will do
             check_unchanged(read_dump(run.config.read_text()), config)
         with log_file(run.log), ctrl_c() as interrupted:
             system = Colocated(config, run, display, interrupted)
-            run.write_config(dump_config(config))  # all that it names was there
+            run.write_config(dump_config(config))  # only now: everything that it names was found
             system.run(checkpoint)
     finally:
         run.close()
 
 
 class Colocated:
-    """All agents of a run in this process."""
+    """Hold all agents of a run in this process: their policies, samplers and trainers, and the store."""
 
     def __init__(self, config: Config, run: RunDirectory, display: Display, interrupted: Callable[[], bool]):
         self.config, self.rundir, self.display, self.interrupted = config, run, display, interrupted
@@ -55,16 +59,17 @@ class Colocated:
         self.tasks = {split: load_tasks(self.environment, split) for split in ("train", "held_out")}
         self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
         self.samplers = {name: policy.sampler() for name, policy in self.policies.items()}
-        self.episodes = Episodes(config, self.environment, dict(self.samplers))
-        self.demonstrations = Demonstrations(config, self.environment, dict(self.samplers))
-        self.store = Store(run.store_url, run=config.topology)
-        root = files_of(config, "trajectories")
+        self.episodes = Episodes(config, self.environment, self.samplers)
+        tokenizers = {name: sampler.tokenizer for name, sampler in self.samplers.items()}
+        self.demonstrations = Demonstrations(config, self.environment, tokenizers)
+        self.store = open_store(config)
+        root = root_of(config, "trajectories")
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
         self.trainers = [AgentTrainer(config, policy, root) for policy in self.policies.values()]
         self.unacked: dict[str, list[int]] = {name: [] for name in config.agents}
 
     def run(self, checkpoint: Path | None) -> None:
-        """Both stages, from a checkpoint or from the start."""
+        """Run both stages, from a checkpoint or from the start."""
         stage, step = self._restore(checkpoint)
         if stage == "warmup":
             self._warmup(step)
@@ -76,10 +81,12 @@ class Colocated:
             step = 0
             self._save("rl", 0)
         self._rl(step)
+        for writer in self.writers.values():
+            writer.close()
         self.store.close()
 
     def _warmup(self, first: int) -> None:
-        """Supervised steps on scripted episodes."""
+        """Run the supervised steps on scripted episodes."""
         steps = self.config.warmup.steps
         self.display.stage("warmup", first, steps)
         for step in range(first, steps):
@@ -93,7 +100,7 @@ class Colocated:
             self._after_step("warmup", step + 1, steps)
 
     def _rl(self, first: int) -> None:
-        """The main loop: evaluate when due, sample the step's queries, train each agent on them, save when due."""
+        """Run the main loop: evaluate when due, sample the step's queries, train each agent on them, save when due."""
         steps = self.config.steps
         self.display.stage("rl", first, steps)
         for step in range(first, steps + 1):
@@ -105,7 +112,7 @@ class Colocated:
             row = self._sample(step)
             row["time/rollout"] = time.monotonic() - started
             for trainer in self.trainers:
-                groups = self.store.claim(trainer.name, self.config.queries_per_step, holder=trainer.name).groups
+                groups = self.store.groups.claim(trainer.name, self.config.queries_per_step, holder=trainer.name).groups
                 self.unacked[trainer.name] += [group.query for group in groups]
                 row |= prefix(trainer.name, trainer.train(step, groups))
             self._update_samplers(step + 1)
@@ -113,14 +120,14 @@ class Colocated:
             self._after_step("rl", step + 1, steps)
 
     def _sample(self, step: int) -> Row:
-        """K rollouts of each of the step's queries, into the trajectory files and the store."""
+        """Sample K rollouts of each of the step's queries; write trajectories to files and the rest to the store."""
         config = self.config
         queries = {
             query: pick(self.tasks["train"], config.seed, query)
             for query in range(step * config.queries_per_step, (step + 1) * config.queries_per_step)
         }
         agents = list(config.agents)
-        self.store.open_queries([(q, t.id) for q, t in queries.items()], agents, config.algorithm.rollouts, step)
+        self.store.queries.open([(q, t.id) for q, t in queries.items()], agents, config.algorithm.rollouts, step)
         jobs = [Job(q, k, task) for q, task in queries.items() for k in range(config.algorithm.rollouts)]
         rollouts = self.episodes.run(jobs)
         self._record(rollouts)
@@ -133,11 +140,11 @@ class Colocated:
         return row
 
     def _record(self, rollouts: Sequence[Rollout]) -> None:
-        """Trajectories first, durably; then, in one transaction, what refers to them."""
-        self.store.record(*write_rollouts(self.writers, rollouts))
+        """Write the trajectories durably first, then what refers to them, in one transaction."""
+        self.store.queries.record(*write_rollouts(self.writers, rollouts))
 
     def _evaluate(self, step: int) -> None:
-        """Greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
+        """Play greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
         started = time.monotonic()
         rollouts = self.episodes.run(eval_jobs(self.tasks["held_out"], self.config))
         for sampler in self.samplers.values():
@@ -148,9 +155,9 @@ class Colocated:
         draw(self.rundir.path)
 
     def _update_samplers(self, step: int) -> None:
-        """The in-process samplers read the trainers' own weights: only their names are news."""
+        """Tell the samplers the version of their weights, which they share with the trainers in this process."""
         for name, policy in self.policies.items():
-            self.samplers[name].version, self.samplers[name].weights_step = policy.version, step
+            self.samplers[name].version = WeightsVersion(policy.version, step)
 
     def _log(self, stage: str, step: int, row: Row, started: float) -> None:
         row["time/step"] = time.monotonic() - started
@@ -166,7 +173,7 @@ class Colocated:
             raise Interrupted(f"stopped after {stage} step {done} of {steps}; --resume goes on from here")
 
     def _save(self, stage: str, step: int) -> None:
-        """Everything before (stage, step), atomically; then the store may know."""
+        """Save everything before (stage, step) atomically, then ack in the store what the checkpoint was trained on."""
 
         def write(folder: Path) -> None:
             agents = {name: policy.save_state(folder / name) for name, policy in self.policies.items()}
@@ -174,7 +181,7 @@ class Colocated:
 
         self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
         for name, queries in self.unacked.items():
-            self.store.ack(name, queries)
+            self.store.groups.ack(name, queries)
             self.unacked[name] = []
 
     def _restore(self, checkpoint: Path | None) -> tuple[str, int]:
@@ -182,7 +189,7 @@ class Colocated:
         if checkpoint is not None:
             stage, step = restore(self.policies, self.rundir.open_checkpoint(checkpoint))
             self._update_samplers(step if stage == "rl" else 0)
-        lost = self.store.reclaim(step if stage == "rl" else 0)
+        lost = self.store.groups.reclaim(step if stage == "rl" else 0)
         self.rundir.rewind_metrics(step, stage)
         if checkpoint is not None:
             again = f"; {lost} queries sampled since then are sampled again" if lost else ""
@@ -191,7 +198,10 @@ class Colocated:
 
 
 def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
-    """Load a verified checkpoint into the policies; returns its stage and step."""
+    """Load a verified checkpoint into the policies and return its stage and step.
+
+    Raises ValueError if the checkpoint is of other agents or of other models.
+    """
     state = json.loads((checkpoint / "state.json").read_text())
     if sorted(state["agents"]) != sorted(policies):
         raise ValueError(f"{checkpoint}: agents {sorted(state['agents'])} found, expected {sorted(policies)}")
@@ -201,4 +211,5 @@ def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
 
 
 def prefix(agent: str, row: Row) -> Row:
+    """Return the row with `<agent>/` before each key."""
     return {f"{agent}/{key}": value for key, value in row.items()}

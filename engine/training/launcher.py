@@ -1,7 +1,8 @@
-"""Topology `local`: one trainer process, or group of ranks, per agent, its vLLM servers, and some rollout workers.
+"""Run topology `local`: start a trainer and the vLLM servers of each agent, and the rollout workers, on one machine.
 
-This process trains nothing and imports no torch: it holds the run directory, begins the run in the store, and starts,
-watches and stops the others. All they need to go on is in their own checkpoints and in the store.
+A trainer is one process or several ranks. The launcher itself trains nothing and does not import torch. It locks the
+run directory, begins the run in the store, and starts, watches and stops the other processes. All that they need to
+resume is in their checkpoints and in the store.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from mgrpo.engine.config.resume import check_unchanged
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
-from mgrpo.engine.inference.vllm.endpoints import Place, announce, transfer_kind
-from mgrpo.engine.inference.vllm.server import free_ports, server_task, url
+from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, transfer_kind
+from mgrpo.engine.inference.vllm.server import free_ports, server_spec, url
 from mgrpo.engine.report.curves import draw_curves
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.follow import Watch
@@ -28,25 +29,25 @@ from mgrpo.engine.store.open import begin, open_store
 from mgrpo.engine.system.process import RENDEZVOUS
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 
-ENTRY = (sys.executable, "-P", "-m", "mgrpo.engine")  # -P: what lies in the working directory shadows no module
-LOOK = 1.0  # seconds between two looks at the metrics
-# Who never works beside another process may spin some 20 us between its small pieces of work: GNU's OpenMP then samples
-# a third faster than one that sleeps at once. Beside another it would be 2.6 times as slow.
+ENTRY = (sys.executable, "-P", "-m", "mgrpo.engine")  # -P: files in the working directory do not shadow modules
+LOOK = 1.0  # seconds between polls of the metrics
+# A worker that has all cores to itself may spin for about 20 us between small pieces of work: with GNU's OpenMP it then
+# samples a third faster than if its threads slept at once. Beside another busy process it would be 2.6 times as slow.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def train(config: Config, resume: bool, display: Display) -> None:
-    """Run or go on with a run; returns when all of it is done.
+    """Start or resume a run, and return when all of it is done.
 
-    Raises ValueError for bad input, ChildProcessError when a process failed too often, Interrupted after Ctrl-C.
+    Raises ValueError for bad input, ChildProcessError if a process failed too often, Interrupted after Ctrl-C.
     """
     with closing(RunDirectory(config.run_dir, resume)) as run:
         _begin(config, run)
         try:
             _supervise(config, run, display)
         except ChildProcessError:
-            if not any(run.path.glob("agents/*/checkpoints/*-*")):  # nothing to go on from: no run that was begun
+            if not any(run.path.glob("agents/*/checkpoints/*-*")):  # nothing to resume: the run counts as not begun
                 run.config.unlink()
             raise
 
@@ -55,9 +56,9 @@ def _begin(config: Config, run: RunDirectory) -> None:
     if run.config.exists():
         check_unchanged(read_dump(run.config.read_text()), config)
     else:
-        for rest in run.path.glob("store.db*"):  # of an attempt that came to nothing, perhaps with another config
+        for rest in run.path.glob("store.db*"):  # left by a failed attempt, perhaps with another config
             rest.unlink()
-    with closing(open_store(config)) as store:  # refuses a url with a password before the config is written down
+    with closing(open_store(config)) as store:  # it refuses a url with a password before the config is written
         begin(store, config)
     run.write_config(dump_config(config))
 
@@ -65,20 +66,20 @@ def _begin(config: Config, run: RunDirectory) -> None:
 def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
     logs = run.path / "logs"
     logs.mkdir(exist_ok=True)
-    watch = Watch(config, display)
-    with tempfile.TemporaryDirectory(prefix="mgrpo-") as meeting:
-        supervisor = Supervisor(tasks_of(config, run.config, Path(meeting)), logs, config.restarts, display.say)
-        look = _every(LOOK, lambda: watch.look(supervisor.states()))
-        supervisor.run(look)
-    watch.look(supervisor.states())
+    with closing(Watch(config, display)) as watch:
+        with tempfile.TemporaryDirectory(prefix="mgrpo-") as meeting:
+            supervisor = Supervisor(tasks_of(config, run.config, Path(meeting)), logs, config.restarts, display.say)
+            look = _every(LOOK, lambda: watch.look(supervisor.states()))
+            supervisor.run(look)
+        watch.look(supervisor.states())
     try:
         draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
-    except OSError as error:  # the run is whole without it
+    except OSError as error:  # the run is complete without its figure
         display.say(f"no figure: {error}; `mgrpo report {run.path}` draws it")
 
 
 def tasks_of(config: Config, file: Path, meeting: Path) -> list[ProcessSpec]:
-    """The run's processes. file: the config as JSON; meeting: a private folder in which ranks find each other."""
+    """Return the run's processes. file: the config as JSON; meeting: a private folder where ranks find each other."""
     devices = cycle(gpus(config) or [""])
     mine = {name: list(islice(devices, agent.ranks)) for name, agent in config.agents.items()}
     tasks, places = _servers(config, devices, mine)
@@ -98,8 +99,8 @@ def tasks_of(config: Config, file: Path, meeting: Path) -> list[ProcessSpec]:
 
 def _servers(
     config: Config, devices: Iterator[str], trainers: Mapping[str, Sequence[str]]
-) -> tuple[list[ProcessSpec], dict[str, Place]]:
-    """Those that the run starts itself, and where they are. trainers: the GPUs of each agent's trainer."""
+) -> tuple[list[ProcessSpec], dict[str, Endpoints]]:
+    """Return the vLLM servers that the run starts, and where they are. trainers: the GPUs of each agent's trainer."""
     tasks, places = [], {}
     for name, agent in config.agents.items():
         vllm = agent.vllm
@@ -111,7 +112,7 @@ def _servers(
         ports = free_ports(vllm.servers)
         for number, port in enumerate(ports):
             tasks.append(
-                server_task(
+                server_spec(
                     f"server-{name}-{number}",
                     agent.model,
                     port,
@@ -125,12 +126,12 @@ def _servers(
                     settings=_settings(1, [], {}),
                 )
             )
-        places[name] = Place([url(port) for port in ports], kind)
+        places[name] = Endpoints([url(port) for port in ports], kind)
     return tasks, places
 
 
 def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int], Sequence[Mapping[str, str]]]:
-    """What torchrun would set, but that each attempt's ranks meet in a new file and not at a port."""
+    """Return a function of the attempt: the ranks' environments as torchrun sets them, but they meet in a new file."""
     common = {**settings, **LOOPBACK, "WORLD_SIZE": str(ranks)}
 
     def environments(attempt: int) -> list[Mapping[str, str]]:
@@ -143,20 +144,20 @@ def _ranks(ranks: int, settings: Mapping[str, str], meet: str) -> Callable[[int]
 
 
 def _settings(ranks: int, devices: Sequence[str], spin: Mapping[str, str]) -> dict[str, str]:
-    """The cores and GPUs of one of `ranks` processes that work at the same time.
+    """Return the environment that gives one of `ranks` processes working at the same time its cores and GPUs.
 
-    Agents and workers mostly wait for each other, so that each has all cores; but where a thread would spin while it
-    waits for the next piece of work, it must sleep and leave the core to another process.
+    Agents and workers mostly wait for each other, so each gets all cores. But a thread that waits for its next piece of
+    work must sleep, not spin, and so leave the core to another process.
     """
     cores = len(os.sched_getaffinity(0))
-    wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "OMP_WAIT_POLICY": "PASSIVE", **spin}
-    settings = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "OMP_WAIT_POLICY": "PASSIVE", **spin}
+    settings = {key: os.environ.get(key, value) for key, value in defaults.items()}
     return settings | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if any(devices) else {})
 
 
 def gpus(config: Config) -> list[str]:
-    """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them, found without loading CUDA here."""
-    if config.compute.device not in ("auto", "cuda"):  # a certain one is every process' own
+    """Return the GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them, without loading CUDA here."""
+    if config.compute.device not in ("auto", "cuda"):  # a named device is used by every process
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -166,7 +167,7 @@ def gpus(config: Config) -> list[str]:
 
 
 def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
-    """`act`, but at most once in so many seconds."""
+    """Return a function that calls `act`, but at most once in so many seconds."""
     due = 0.0
 
     def tick() -> None:
@@ -179,7 +180,7 @@ def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
 
 
 def cluster_commands(config: Config, file: Path) -> str:
-    """What to run where, for topology `cluster`."""
+    """Return the commands that start a run with topology `cluster`, one per line."""
     lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
     lines += [f"  torchrun … -m mgrpo.engine agent {file} --name {name}" for name in config.agents]
     for agent in config.agents.values():

@@ -1,8 +1,8 @@
-"""What rank 0 of an agent's trainer does for all of them: the store, the run directory, the published weights.
+"""Do what rank 0 of an agent's trainer does for all ranks: the store, the run directory, the list of published weights.
 
-It holds the role "trainer:<agent>" in the store, which one process at a time can, and moves its deadline in a thread;
-whatever it writes there is refused once another holds the role. A store that is out of reach is tried again, and so is
-a full disk, below whatever it writes.
+The leader holds the role "trainer:<agent>" in the store. Only one process can hold it at a time; a thread keeps
+extending it, and the store refuses whatever this process writes once another process holds it. If the store cannot be
+reached or the disk is full, the leader tries again.
 """
 
 from __future__ import annotations
@@ -11,37 +11,36 @@ import logging
 import resource
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from mgrpo.engine.batch.advantages import weigh
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.rollout.curriculum import eval_due
-from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.directory import RunDirectory, root_of
 from mgrpo.engine.run.trajectories import remove
-from mgrpo.engine.run.weights import Published, publish_weights, remove_old
-from mgrpo.engine.store.groups import Claim, FencedError, Group, Publication
-from mgrpo.engine.store.open import begin, files_of, open_store
-from mgrpo.engine.system.process import doubling
+from mgrpo.engine.run.weights import Published, remove_old
+from mgrpo.engine.store import Claim, FencedError, Group, Publication
+from mgrpo.engine.store.open import begin, open_store
+from mgrpo.engine.system.heartbeat import Heartbeat
+from mgrpo.engine.system.retry import patiently
 
-LOOK = 0.1  # seconds between two looks for sealed groups
-PATIENCE = 600.0  # seconds that the store may be out of reach, or a disk full
-RETRY = (0.5, 15.0)  # seconds between tries: at first, and what doubling leads to
+LOOK = 0.1  # seconds between polls of the store for sealed groups
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class StepGroups(msgspec.Struct):
-    """What rank 0 found in the store. No groups: not yet; stop: Ctrl-C. expired, refilled: groups dropped meanwhile."""
+    """Tell all ranks what rank 0 found in the store.
+
+    groups: those of the step; none: not sealed yet. expired, refilled: groups that were dropped meanwhile, as too old
+    and as without any advantage. stop: the trainer was asked to stop.
+    """
 
     groups: list[Group] = []
     expired: int = 0
@@ -50,9 +49,10 @@ class StepGroups(msgspec.Struct):
 
 
 class CheckpointInfo(msgspec.Struct):
-    """What a checkpoint says beside the weights. folder "": there is none.
+    """Describe a checkpoint, apart from its weights. folder: "" if there is no checkpoint.
 
-    policy: of `Policy.save`; groups: trained on in all; unacked: the queries of those not acked before it.
+    policy: what `Policy.save_state` returned. groups: how many groups the agent has been trained on in all. unacked:
+    the queries of those groups that were not yet acked in the store.
     """
 
     folder: str = ""
@@ -64,99 +64,85 @@ class CheckpointInfo(msgspec.Struct):
 
 
 def read_checkpoint_info(checkpoint: Path) -> CheckpointInfo:
-    """What a checkpoint says. Raises ValueError if it is not whole."""
+    """Read the description of a checkpoint. Raises ValueError if the checkpoint is incomplete."""
     state = (RunDirectory.open_checkpoint(checkpoint) / "state.json").read_bytes()
     return msgspec.structs.replace(msgspec.json.decode(state, type=CheckpointInfo), folder=str(checkpoint))
 
 
 class Leader:
-    """The agent's part of a run. As a context it holds the role; ValueError while another process does."""
+    """Act for one agent in the store and in its run directory.
+
+    As a context manager it holds the agent's role. Entering raises ValueError if another process holds it.
+    """
 
     def __init__(self, config: Config, name: str, interrupted: Callable[[], bool]):
         self.config, self.name, self.interrupted = config, name, interrupted
         self.index = list(config.agents).index(name)
         run = Path(config.run_dir)
-        self.rundir = self._patiently(RunDirectory, run / "agents" / name, resume=True)
-        self.weights, self.trajectories = files_of(config, "weights"), files_of(config, "trajectories")
+        self.rundir = patiently(RunDirectory, run / "agents" / name, resume=True)
+        self.weights, self.trajectories = root_of(config, "weights"), root_of(config, "trajectories")
         self.role, self.holder = f"trainer:{name}", _holder(config)
-        self.store = self._patiently(open_store, config)
-        self.hand: list[Group] = []  # leased for the step to come
-        self.in_doubt = False  # whether groups may be leased that we do not know of
+        self.store = patiently(open_store, config)
+        self.leased: list[Group] = []  # groups claimed for the coming step
+        self.lease_in_doubt = False  # whether the store may have leased groups to us that we do not know of
         self.expired = self.refilled = self.groups = 0
         self.unacked: list[int] = []
-        self.file: Published | None = None
-        self.beside = ThreadPoolExecutor(1, "files")
-        self.removing: Future[Any] = self.beside.submit(lambda: None)
-        self.saved = ("", 0)
-        self.leaving = threading.Event()
+        self.executor = ThreadPoolExecutor(1, "files")
+        self.pruning: Future[Any] = self.executor.submit(lambda: None)
+        self.saved = ("", 0)  # stage and step of the last checkpoint
+        self.heartbeat = Heartbeat(self._extend_role, config.store.lease / 3, errors=(FencedError, OSError))
 
     def __enter__(self) -> Leader:
-        self._patiently(begin, self.store, self.config)
+        patiently(begin, self.store, self.config)
         self._take_role()
-        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        self.heartbeat.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leaving.set()
-        self.beside.shutdown()
+        self.heartbeat.stop()
+        self.executor.shutdown()
         try:
-            self.store.release_role(self.role, self.holder)
+            self.store.roles.release(self.role, self.holder)
         except OSError as error:
-            log.warning("the role %s lapses by itself: %s", self.role, error)
+            log.warning("the role %s was not given back and will lapse: %s", self.role, error)
         self.store.close()
         self.rundir.close()
 
     def _take_role(self) -> None:
-        """A killed predecessor's lease lapses by itself, a living one's does not."""
+        """Take the role, waiting for the lease of a killed predecessor to lapse; a living one keeps its lease."""
         lease = self.config.store.lease
         give_up = time.monotonic() + 1.5 * lease
         while True:
             try:
-                return self._patiently(self.store.hold, self.role, self.holder, lease)
+                return patiently(self.store.roles.hold, self.role, self.holder, lease)
             except ValueError as error:
                 if time.monotonic() > give_up or self.interrupted():
                     raise
                 log.warning("%s", error)
             time.sleep(min(1.0, lease / 10))
 
-    def _beat(self) -> None:
-        """Keeps the role. That it is lost is noticed where it matters: what this process writes is refused."""
-        while not self.leaving.wait(self.config.store.lease / 3):
-            try:
-                self.store.keep(self.role, self.holder, self.config.store.lease)
-            except (FencedError, OSError) as error:
-                log.warning("heartbeat: %s", error)
-
-    def _patiently(self, what: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        give_up = time.monotonic() + PATIENCE
-        for pause in doubling(*RETRY):
-            try:
-                return what(*args, **kwargs)
-            except OSError as error:
-                if time.monotonic() + pause > give_up:
-                    raise
-                log.warning("%s; trying again in %.1f s", error, pause)
-            time.sleep(pause)
-        raise AssertionError
+    def _extend_role(self) -> None:
+        """Extend the role. If it is lost, nothing needs to be done here: the store refuses what this process writes."""
+        self.store.roles.keep(self.role, self.holder, self.config.store.lease)
 
     # ---- resuming and saving
 
     def latest(self) -> CheckpointInfo:
-        """What the last checkpoint says, verified."""
+        """Return the description of the last complete checkpoint, or an empty one if there is none."""
         checkpoint = self.rundir.latest_checkpoint()
         return read_checkpoint_info(checkpoint) if checkpoint is not None else CheckpointInfo()
 
     def resume(self, saved: CheckpointInfo) -> None:
-        """Make store and metrics agree with the checkpoint."""
+        """Take the store and the metrics back to the checkpoint."""
         self.groups, self.saved = saved.groups, (saved.stage, saved.step)
-        self._patiently(self.store.ack, self.name, saved.unacked, self.holder)
-        self._patiently(self.store.release, self.name, self.holder)
+        patiently(self.store.groups.ack, self.name, saved.unacked, self.holder)
+        patiently(self.store.groups.release, self.name, self.holder)
         published = saved.step if saved.stage == "rl" else -1
-        self._patiently(self.store.rewind, self.name, published, self.holder)
-        self._patiently(self.rundir.rewind_metrics, saved.step, saved.stage)
+        patiently(self.store.roles.rewind, self.name, published, self.holder)
+        patiently(self.rundir.rewind_metrics, saved.step, saved.stage)
 
     def save(self, stage: str, step: int, write_policy: Callable[[Path], dict[str, Any]]) -> None:
-        """A whole checkpoint. Raises OSError, and leaves those before it, when it cannot be written."""
+        """Write a complete checkpoint. Raises OSError if it cannot be written; earlier checkpoints then stay."""
 
         def write(folder: Path) -> None:
             policy = write_policy(folder / self.name)
@@ -166,92 +152,101 @@ class Leader:
         self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
 
     def ack(self, stage: str, step: int) -> None:
-        """After `save`: the store may know which groups are in the checkpoint."""
+        """Ack in the store the groups that the checkpoint just saved was trained on."""
         self.saved = (stage, step)
-        self._patiently(self.store.ack, self.name, self.unacked, self.holder)
+        patiently(self.store.groups.ack, self.name, self.unacked, self.holder)
         self.unacked = []
         if not self.config.sampling.keep_trajectories:
-            gone = remove(self.trajectories, self._patiently(self.store.garbage))
-            self._patiently(self.store.forget, gone)
+            removed = remove(self.trajectories, patiently(self.store.audit.garbage))
+            patiently(self.store.audit.forget, removed)
 
     # ---- groups
 
-    def order(self, step: int) -> StepGroups:
-        """One look at the store: all of the step's groups, or none."""
+    def next_groups(self, step: int) -> StepGroups:
+        """Look into the store once; return all groups of the step, or none if some are not sealed yet."""
         if self.interrupted():
             return StepGroups(stop=True)
         self._claim(step)
-        if len(self.hand) < self.config.queries_per_step:
-            self._patiently(self.store.seal_overdue, self.config.sampling.timeout)
+        if len(self.leased) < self.config.queries_per_step:
+            patiently(self.store.queries.seal_overdue, self.config.sampling.timeout)
             time.sleep(LOOK)
             return StepGroups()
-        order = StepGroups(self.hand, self.expired, self.refilled)
-        self.hand, self.expired, self.refilled = [], 0, 0
-        return order
+        found = StepGroups(self.leased, self.expired, self.refilled)
+        self.leased, self.expired, self.refilled = [], 0, 0
+        return found
 
     def _claim(self, step: int) -> None:
-        """More groups into the hand. With dynamic sampling one by one: those without any advantage are replaced."""
-        missing, refill = self.config.queries_per_step - len(self.hand), self.config.sampling.refill_zero_std
+        """Claim missing groups. With dynamic sampling, groups without any advantage are replaced one by one."""
+        missing, refill = self.config.queries_per_step - len(self.leased), self.config.sampling.refill_zero_std
         oldest = step - self.config.sampling.max_staleness
-        claim = self._patiently(self._lease, missing, oldest, 1 if refill else missing)
+        claim = patiently(self._lease, missing, oldest, 1 if refill else missing)
         useless = self._without_advantage(claim.groups) if refill else set()
         if useless:
-            self._patiently(self.store.refill, self.name, useless, self.holder)
-        self.hand += [group for group in claim.groups if group.query not in useless]
+            patiently(self.store.groups.refill, self.name, useless, self.holder)
+        self.leased += [group for group in claim.groups if group.query not in useless]
         self.expired += len(claim.expired)
         self.refilled += len(useless)
 
     def _lease(self, missing: int, oldest: int, at_least: int) -> Claim:
-        """A call that failed may have leased groups all the same: sealed again, or nobody would train on them."""
-        if self.in_doubt:
-            known = [*self.unacked, *(group.query for group in self.hand)]
-            self.store.release(self.name, self.holder, keep=known)
-        self.in_doubt = True
-        claim = self.store.claim(self.name, missing, self.holder, oldest_step=oldest, at_least=at_least)
-        self.in_doubt = False
+        """Lease groups. An earlier call that failed may still have leased some: release them, or they would be lost."""
+        if self.lease_in_doubt:
+            known = [*self.unacked, *(group.query for group in self.leased)]
+            self.store.groups.release(self.name, self.holder, keep=known)
+        self.lease_in_doubt = True
+        claim = self.store.groups.claim(self.name, missing, self.holder, oldest_step=oldest, at_least=at_least)
+        self.lease_in_doubt = False
         return claim
 
     def _without_advantage(self, groups: list[Group]) -> set[int]:
+        """Return the queries of those groups whose rewards are all alike."""
         config = self.config
-        weighted = weigh(self.name, self.index, groups, config.algorithm, config.reward, config.seed)
-        return {group.query for group, zero in zip(groups, weighted.zero_std.tolist(), strict=True) if zero}
+        credit = weigh(self.name, self.index, groups, config.algorithm, config.reward, config.seed)
+        return {group.query for group, zero in zip(groups, credit.zero_std.tolist(), strict=True) if zero}
 
     def trained(self, groups: Sequence[Group]) -> None:
+        """Note that the weights have been trained on these groups."""
         self.unacked += [group.query for group in groups]
         self.groups += len(groups)
 
-    # ---- what others see
+    # ---- what other processes see
 
-    def publish(self, step: int, version: int, weights: Mapping[str, Tensor] | None, probe: Sequence[float]) -> None:
-        """weights: None if they are those of the last publication. Old files go while the next step begins."""
-        self.removing.result()
-        if weights is not None:
-            self.file = self._patiently(publish_weights, self.weights, self.name, version, weights)
-        assert self.file is not None
+    def finish_pruning(self) -> None:
+        """Wait until old weights are deleted. It also deletes unfinished files, so no file may be written meanwhile."""
+        self.pruning.result()
+
+    def publish(self, step: int, version: int, file: Published, probe: Sequence[float]) -> None:
+        """Tell the store which file holds the weights after `step` rl steps, then delete old files in the background.
+
+        version: optimizer steps behind these weights. probe: the trainer's log-probs of the probe tokens.
+        """
         publication = Publication(
-            agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **self.file._asdict()
+            agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **file._asdict()
         )
-        self._patiently(self.store.publish, publication, self.holder)
+        patiently(self.store.roles.publish, publication, self.holder)
         if eval_due(self.config, step):
-            self._patiently(self.store.open_evaluation, step)
-        self.removing = self.beside.submit(remove_old, self.weights, self.name, self._files_needed(step))
+            patiently(self.store.roles.open_evaluation, step)
+        needed = [file.file, *self._files_to_evaluate(step)]
+        self.pruning = self.executor.submit(remove_old, self.weights, self.name, needed)
 
-    def _files_needed(self, step: int) -> list[str]:
-        """The last, and those of steps that are still to be evaluated."""
-        assert self.file is not None
-        done = self._patiently(self.store.evaluations)
+    def _files_to_evaluate(self, step: int) -> list[str]:
+        """Return the weight files of earlier steps whose evaluation is not done yet."""
+        done = patiently(self.store.roles.evaluations)
         waiting = [s for s in range(step) if eval_due(self.config, s) and s not in done]
-        published = (self._patiently(self.store.publications, s).get(self.name) for s in waiting)
-        return [self.file.file, *(publication.file for publication in published if publication)]
+        published = (patiently(self.store.roles.publications, s).get(self.name) for s in waiting)
+        return [publication.file for publication in published if publication]
 
     def log(self, stage: str, step: int, row: dict[str, float], started: float) -> None:
+        """Append a row of metrics, with the seconds since `started` and the peak memory of this process."""
         row["time/step"] = time.monotonic() - started
         row["perf/peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self._patiently(self.rundir.log_metrics, {"stage": stage, "step": step, **row})
+        patiently(self.rundir.log_metrics, {"stage": stage, "step": step, **row})
 
 
 def _holder(config: Config) -> str:
-    """Who this is. Of a local run, whose launcher lets one process act for an agent, a restarted one is the same and
-    takes its killed predecessor's place at once; elsewhere it must wait until the lease is over."""
+    """Return the name under which this process holds its role.
+
+    The launcher of a local run lets only one process act for an agent, so a restarted one uses the same name and takes
+    its killed predecessor's place at once. Elsewhere a restarted process must wait until the lease lapses.
+    """
     host = socket.gethostname()
     return host if config.topology == "local" else f"{host}-{secrets.token_hex(4)}"

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Plain ssh: each agent on a server of its own, rollout workers on the others.   ./ssh.sh /shared/cluster.toml
-# Every server has mgrpo installed, and the file, run_dir and the models under the same paths; torchrun listens on every
-# interface of its server. Ctrl-C ends all at once; the same command again goes on from the last checkpoints.
+# Run a training over plain ssh: each agent on its own server, rollout workers on the others.
+#     ./ssh.sh /shared/cluster.toml
+# Every server needs mgrpo, and must see the file, run_dir and the models under the same paths. torchrun listens on every
+# interface of its server. Ctrl-C ends everything; run the same command again to continue from the last checkpoints.
 set -euo pipefail
 config=${1:?expected the TOML file of the run, under the same path on every server}
 declare -A trainers=([main]=server-1 [sub]=server-2)
 workers=(server-3 server-4)
-gpus=8 # of each server
+gpus=8 # on each server
 
-# run SERVER COMMAND…: -tt, so that the command there ends with its ssh here. A password goes by the environment (the
-# server's sshd_config says: AcceptEnv MGRPO_STORE_PASSWORD), where store.password_file is not set; not in a command.
+# run SERVER COMMAND…: run a command on a server. -tt makes it end when its ssh ends here. Without store.password_file the
+# password is passed in the environment (the server's sshd_config needs AcceptEnv MGRPO_STORE_PASSWORD), never in a command.
 run() {
   local server=$1
   shift
   ssh -tt -o BatchMode=yes -o ServerAliveInterval=30 -o SendEnv=MGRPO_STORE_PASSWORD "$server" "$(printf '%q ' "$@")"
 }
 
-mgrpo store init "$config" # the tables and the run; nothing where they are there
+mgrpo store init "$config" # creates the tables and the run; does nothing if they exist
 
 trap 'trap - EXIT INT TERM; kill 0' EXIT INT TERM
 jobs=0
@@ -32,6 +33,6 @@ for server in "${workers[@]}"; do
   done
 done
 for ((ended = 0; ended < jobs; ended++)); do
-  wait -n # the first that ends in an error ends this script, and with it all
+  wait -n # the first error ends this script, and so everything that it started
 done
 trap - EXIT

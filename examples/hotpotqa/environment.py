@@ -1,9 +1,9 @@
 """HotpotQA: questions over two Wikipedia paragraphs, answered by a main agent and a sub-agent that searches and reads.
 
-Every question comes with ten paragraphs, two of them with what the answer needs and eight distractors (Yang et al.
-2018, the "distractor" setting). Every action is one line, ended by a newline. The main agent writes `ask: <request>`
-(several requests, separated by " ; ", run side by side) and at last `answer: <text>`; the sub-agent writes
-`search: <words>`, which lists the paragraphs nearest to the words, `read: <title>`, and at last `report: <text>`.
+Every question comes with ten paragraphs: two contain what the answer needs and eight are distractors (Yang et al. 2018,
+the "distractor" setting). Every action is one line, ended by a newline. The main agent writes `ask: <request>`
+(several requests, separated by " ; ", run in parallel) and finally `answer: <text>`; the sub-agent writes
+`search: <words>`, which lists the paragraphs most similar to the words, `read: <title>`, and finally `report: <text>`.
 
     main   Question: Which band did the singer of "Zombie" belong to?
            ask: who sings Zombie
@@ -12,8 +12,9 @@ Every question comes with ten paragraphs, two of them with what the answer needs
            reply: O'Riordan was the lead singer of The Cranberries
            answer: The Cranberries
 
-In training an answer earns its F1, held-out answers are judged by exact match (or by F1: `evaluate_by`); both as the
-official evaluation counts them. The expert score of a sub-agent's call rests on the supporting facts: see `expert`.
+In training the score of an answer is its F1; held-out answers are judged by exact match (or by F1: `evaluate_by`). Both
+are computed as in the official evaluation. The expert score of a sub-agent's call depends on the supporting facts, see
+`expert`.
 """
 
 from __future__ import annotations
@@ -28,27 +29,29 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from mgrpo.engine.environment.base import Environment, Split, ToolError
-from mgrpo.engine.types import (
+from mgrpo import (
     MAIN,
     Action,
     Answer,
     Call,
     CallScore,
     Delegate,
+    Environment,
     Episode,
     Malformed,
     Score,
+    Split,
     Task,
     ToolCall,
+    ToolError,
 )
 
 SUB = "sub"
 FOUND = 3  # paragraphs that a search lists
-BEGINNING = 12  # words of each that it shows
-MAX_REQUESTS = 3  # in one line
+BEGINNING = 12  # words of each listed paragraph that are shown
+MAX_REQUESTS = 3  # requests in one line
 SEPARATOR = ";"
-HELD_OUT_SHARE = 5  # without a file of held-out questions every so many-th is held out
+HELD_OUT_SHARE = 5  # one question in so many is held out if there is no file of held-out questions
 INSTRUCTION = {
     True: "Write one line at a time: `ask: <request>` lets a reader look something up, `answer: <text>` ends.",
     False: "Write one line at a time: `search: <words>`, `read: <title>`, and at last `report: <what you found>`.",
@@ -57,7 +60,7 @@ VERBS = {True: ("ask", "answer"), False: ("search", "read", "report")}
 
 
 def normalize(text: str) -> str:
-    """As HotpotQA's evaluation does: no case, punctuation, articles or runs of spaces."""
+    """Remove case, punctuation, articles and repeated spaces, as HotpotQA's evaluation does."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
@@ -67,7 +70,7 @@ def exact_match(answer: str, truth: str) -> float:
 
 
 def f1(answer: str, truth: str) -> float:
-    """Harmonic mean of the shares of common words; yes, no and "noanswer" count whole or not at all."""
+    """Return the harmonic mean of precision and recall over words; for yes, no and "noanswer" only equality counts."""
     given, wanted = normalize(answer), normalize(truth)
     if given != wanted and {given, wanted} & {"yes", "no", "noanswer"}:
         return 0.0
@@ -80,10 +83,10 @@ def _overlap(given: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Questions of a file: HotpotQA's own JSON (a list), or JSON lines with `docs` and `support_titles`.
+    """Read the questions of a file: HotpotQA's own JSON (a list), or JSON lines with `docs` and `support_titles`.
 
-    Each as {id, question, answer, paragraphs: {title: [sentences]}, support: {title: [sentences]}}. Raises ValueError
-    that names the file and the question.
+    Returns each as {id, question, answer, paragraphs: {title: [sentences]}, support: {title: [sentences]}}. Raises
+    ValueError naming the file and the question.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,13 +114,13 @@ def _official(row: Mapping[str, Any]) -> dict[str, Any]:
     paragraphs = {title: [s.strip() for s in sentences] for title, sentences in row["context"]}
     support: dict[str, list[str]] = {}
     for title, number in row["supporting_facts"]:
-        if title in paragraphs and number < len(paragraphs[title]):  # a few of the originals name what is not there
+        if title in paragraphs and number < len(paragraphs[title]):  # some originals name missing sentences
             support.setdefault(title, []).append(paragraphs[title][number])
     return _question(row["_id"], row, paragraphs, support)
 
 
 def _lines(row: Mapping[str, Any]) -> dict[str, Any]:
-    """These say which paragraphs support the answer, not which sentences."""
+    """Convert a row that names the supporting paragraphs, but not which of their sentences support the answer."""
     paragraphs = {doc["title"]: [s.strip() for s in doc["sentences"]] for doc in row["docs"]}
     support = {title: paragraphs[title] for title in row["support_titles"]}
     return _question(row["task_id"], row, paragraphs, support)
@@ -129,11 +132,13 @@ def _question(name: str, row: Mapping[str, Any], paragraphs: Any, support: Any) 
 
 
 class HotpotQA(Environment):
-    """The environment of the HotpotQA example.
+    """Ask HotpotQA's questions and judge the answers.
 
-    train: a file of questions; held_out: another, or "": then every fifth question of `train`, by a hash of its id, is
-    held out. evaluate_by: how held-out answers are judged. ValueError for a file that is none and a question that is
-    both trained on and held out.
+    train: a file of questions.
+    held_out: a file of held-out questions; if "", about a fifth of `train`, chosen by a hash of the id, is held out.
+    evaluate_by: how held-out answers are judged.
+
+    Raises ValueError for a file that cannot be read as questions, and for a question in both files.
     """
 
     def __init__(self, train: str, held_out: str = "", evaluate_by: Literal["em", "f1"] = "em") -> None:
@@ -191,15 +196,16 @@ class HotpotQA(Environment):
         )
 
     def score(self, episode: Episode) -> Score:
-        """correct: F1 in training, else as `evaluate_by` says. A call's expert score: see `expert`."""
+        """Score an answer by F1 in training and by `evaluate_by` otherwise; `expert` scores the sub-agent's calls."""
         data = episode.task.data
         measure = exact_match if data["split"] == "held_out" and self.evaluate_by == "em" else f1
         calls = tuple(CallScore(_well_formed(call), self.expert(call)) for call in episode.calls)
         return Score(_well_formed(episode.main), measure(episode.main.answer or "", data["answer"]), calls)
 
     def expert(self, call: Call) -> float:
-        """A rule for a judge, of one sub-agent call: 0 unless it read a paragraph with a supporting fact, else 0.5, and
-        up to 1 with how well the report says it: its overlap (F1 of words) with the nearest supporting fact it read.
+        """Judge one sub-agent call by a rule: 0 unless it read a paragraph with a supporting fact, else 0.5 to 1.
+
+        The part above 0.5 is half the overlap (F1 of words) of the report with the most similar supporting fact read.
         """
         support, read = call.task.data["support"], _titles_read(call)
         facts = [fact for title, sentences in support.items() if normalize(title) in read for fact in sentences]
@@ -209,7 +215,7 @@ class HotpotQA(Environment):
         return 0.5 + 0.5 * max(_overlap(report, normalize(fact).split()) for fact in facts)
 
     def script(self, call: Call) -> str:
-        """The next line of a demonstration: one request for each supporting paragraph, then the answer."""
+        """Write the next line of a demonstration: one request for each supporting paragraph, then the answer."""
         data = call.task.data
         if call.agent != MAIN:
             return self._script_sub(call)
@@ -219,7 +225,7 @@ class HotpotQA(Environment):
         return f"answer: {_plain(data['answer'])}\n"
 
     def _script_sub(self, call: Call) -> str:
-        """Search for the request, read the paragraph that it names, report its first supporting fact."""
+        """Search for the request, read the paragraph that it names and report its first supporting fact."""
         data = call.task.data
         if not call.turns:
             return f"search: {_plain(call.request)}\n"
@@ -232,8 +238,10 @@ class HotpotQA(Environment):
 
 
 def search(paragraphs: Mapping[str, Sequence[str]], query: str) -> list[str]:
-    """The titles of the FOUND paragraphs nearest to a query: cosine of words weighted by their rareness (tf-idf), those
-    of the title counting three times."""
+    """Return the titles of the FOUND paragraphs most similar to a query.
+
+    Similarity is the cosine of tf-idf weighted words; the words of a title count three times.
+    """
     words = {t: Counter(normalize(f"{t} {t} {t} {' '.join(sentences)}").split()) for t, sentences in paragraphs.items()}
     spread = Counter(word for counted in words.values() for word in counted)
     rare = {word: math.log((1 + len(paragraphs)) / count) for word, count in spread.items()}
@@ -248,7 +256,7 @@ def search(paragraphs: Mapping[str, Sequence[str]], query: str) -> list[str]:
 
 
 def _titles_read(call: Call) -> set[str]:
-    """Normalised titles of the paragraphs that a call read."""
+    """Return the normalised titles of the paragraphs that a call read."""
     actions = [turn.action for turn in call.turns if isinstance(turn.action, tuple)]
     return {normalize(use.argument) for uses in actions for use in uses if getattr(use, "name", "") == "read"}
 
@@ -258,7 +266,7 @@ def _beginning(sentences: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, without what separates requests."""
+    """Put a text on one line and remove the separator of requests."""
     return " ".join(text.replace(SEPARATOR, " ").split()) or "nothing"
 
 
@@ -271,6 +279,6 @@ def _tasks(rows: Sequence[Mapping[str, Any]], split: str) -> list[Task]:
 
 
 def _well_formed(call: Call) -> bool:
-    """Every turn was an action and the last one the answer."""
+    """Return whether every turn was a valid action and the last one the answer."""
     actions = [turn.action for turn in call.turns]
     return bool(actions) and isinstance(actions[-1], Answer) and not any(isinstance(a, Malformed) for a in actions)

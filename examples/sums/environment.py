@@ -1,7 +1,6 @@
-"""A whole environment, as small as one can be: the main agent may ask its sub-agent, a clerk, to add two digits."""
+"""Define a small but complete environment: the main agent may ask its sub-agent, a clerk, to add two digits."""
 
-from mgrpo.engine.environment.base import Environment
-from mgrpo.engine.types import Answer, Call, CallScore, Delegate, Malformed, Score, Task
+from mgrpo import Answer, Call, CallScore, Delegate, Environment, Malformed, Score, Task
 
 
 class Sums(Environment):
@@ -29,7 +28,7 @@ class Sums(Environment):
             calls=tuple(CallScore(call.ended == "answer", float(call.answer == right)) for call in episode.calls),
         )
 
-    def script(self, call: Call):  # demonstrations, for the warm-up only
+    def script(self, call: Call):  # demonstrations, needed for the warm-up only
         if call.agent == "main" and not call.turns:
             return f"ask {call.task.data['question']}\n"
         return f"say {call.task.data['answer']}\n"

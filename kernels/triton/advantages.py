@@ -1,31 +1,31 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Group advantages in one Triton launch: checks, statistics, values, and these scattered to the rows' tokens.
+"""Group advantages in one Triton launch: checks, statistics, values, and the values of the rows' tokens.
 
-Departs from `advantages.py`, the definition, in its dtype: float32, on rewards shifted by their group's least, the
+Unlike `kernels/advantages.py`, the definition, this runs in float32, on rewards minus their group's lowest, with the
 variance in a second pass. A program holds a tile of groups by rows and walks along the rows; it reads them four times,
-all but the first from a cache. Bad input is flagged, not refused, so that the host waits for the GPU once.
+all but the first from a cache. The kernel only flags bad input, so that the host waits for the GPU once.
 
 Legend: R rows, G groups, T tokens; J groups of a tile, W rows of each.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# (groups, rows) of a tile and its warps, for groups of fewer than MANY rows on average, and of more.
+from ..advantages import Advantages
+
+# (groups, rows, warps) of a tile, for groups of fewer than MANY rows on average, and for larger ones.
 MANY = 128
 FEW_ROWS_TILE = (4, 16, 1)
 MANY_ROWS_TILE = (1, 1024, 4)
-# Rows whose tokens are written together, and how many of each at a time: 32 bytes, as memory is written.
+# Rows whose tokens are written together, and tokens of each at a time: 32 bytes, a memory transaction.
 TOKEN_ROWS, TOKENS = tl.constexpr(32), tl.constexpr(8)
 
 
 @triton.jit
 def _rows(rewards_R, weights_R, first_J, length_J, start, WIDTH: tl.constexpr):
-    """Rewards and weights, 0 past the group's end, of the next rows of each group; their places; which are inside."""
+    """Load rewards and weights (0 past the group's end) of each group's next rows; return also places and mask."""
     step_W = start + tl.arange(0, WIDTH)
     inside_JW = step_W[None, :] < length_J[:, None]
     at_JW = first_J[:, None] + step_W[None, :]
@@ -39,7 +39,7 @@ def _rows(rewards_R, weights_R, first_J, length_J, start, WIDTH: tl.constexpr):
 
 @triton.jit
 def _write_tokens(tokens_T, bounds_R1, values_R, first, last, tokens):
-    """The values of the rows from first to last to their tokens; whether some row's bounds are bad: it gets none."""
+    """Write the values of rows first to last to their tokens; skip rows with bad bounds and return whether any has."""
     bad_W = tl.zeros((TOKEN_ROWS,), tl.int32)
     for start in range(first, last, TOKEN_ROWS):
         row_W = start + tl.arange(0, TOKEN_ROWS)
@@ -77,7 +77,7 @@ def group_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The groups of one tile.  problems, one number, becomes 1 if an offset, a bound, a reward or a weight is bad."""
+    """Process the groups of one tile.  Set problems, one number, to 1 if an offset, bound, reward or weight is bad."""
     group_J = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     real_J = group_J < groups
     first_J = tl.load(offsets_G1 + group_J, mask=real_J, other=0).to(tl.int64)
@@ -113,7 +113,7 @@ def group_kernel(
         off_JW = r_JW - least_J[:, None] - mean_J[:, None]
         square_JW += w_JW * off_JW * off_JW
     std_J = tl.sqrt(tl.sum(square_JW, 1) / safe_J)
-    zero_J = std_J < eps  # as it is, at 0, where nothing counts
+    zero_J = std_J < eps  # true where nothing counts, as the std there is 0
 
     scale_J = tl.where(zero_J, 1.0, std_J) if SCALED else tl.full((GROUPS,), 1.0, tl.float32)
     for start in range(0, longest, WIDTH):
@@ -121,7 +121,7 @@ def group_kernel(
         shifted_JW = r_JW - least_J[:, None]
         if LEAVE_ONE_OUT:
             rest_JW = weight_J[:, None] - w_JW
-            # Nothing else counts, or so little that float32 lost it.
+            # The other rows weigh nothing, or so little that float32 lost it.
             alone_JW = rest_JW <= 1e-9 * weight_J[:, None]
             others_JW = (sum_J[:, None] - w_JW * shifted_JW) / tl.where(alone_JW, 1.0, rest_JW)
             off_JW = tl.where(alone_JW, 0.0, shifted_JW - others_JW)
@@ -135,7 +135,7 @@ def group_kernel(
     tl.store(zero_std_G + group_J, zero_J.to(tl.uint8), mask=real_J)
     bad = tl.maximum(tl.max(bad_J.to(tl.int32), 0), tl.max(tl.max(bad_JW, 1), 0))
     if bounds_R1 is not None:
-        tl.debug_barrier()  # the rows' values were written by other threads of this program
+        tl.debug_barrier()  # other threads of this program wrote the rows' values
         first = tl.min(tl.where(length_J > 0, first_J, rows), 0)
         last = tl.max(tl.where(length_J > 0, last_J, 0), 0)
         bad = tl.maximum(bad, _write_tokens(tokens_T, bounds_R1, values_R, first, last, tokens))
@@ -144,21 +144,11 @@ def group_kernel(
 
 
 def tile(rows: int, groups: int) -> tuple[int, int, int]:
-    """(groups, rows, warps) of a tile: one of two, so that few kernels are ever compiled."""
+    """Return (groups, rows, warps) of a tile: one of two, so that few kernels are ever compiled."""
     return MANY_ROWS_TILE if rows >= MANY * groups else FEW_ROWS_TILE
 
 
-class Found(NamedTuple):
-    """The fields of `advantages.Advantages`, in float32."""
-
-    values_R: Tensor
-    mean_G: Tensor
-    std_G: Tensor
-    zero_std_G: Tensor
-    tokens_T: Tensor | None
-
-
-def group_statistics(
+def launch_groups(
     rewards_R: Tensor,
     offsets_G1: Tensor,
     weights_R: Tensor | None,
@@ -168,8 +158,8 @@ def group_statistics(
     leave_one_out: bool,
     scaled: bool,
     eps: float,
-) -> Found | None:
-    """Statistics, values and, if there are bounds, the tokens' values; None if a number given is bad."""
+) -> Advantages | None:
+    """Return the advantages in float32, with the tokens' values if there are bounds; None if an input value is bad."""
     rows, groups = len(rewards_R), len(offsets_G1) - 1
     new = rewards_R.new_empty
     values_R, mean_G, std_G = (new(size, dtype=torch.float32) for size in (rows, groups, groups))
@@ -199,4 +189,4 @@ def group_statistics(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-    return None if bool(problems) else Found(values_R, mean_G, std_G, zero_std_G.view(torch.bool), tokens_T)
+    return None if bool(problems) else Advantages(values_R, mean_G, std_G, zero_std_G.view(torch.bool), tokens_T)

@@ -1,7 +1,7 @@
-"""The sweeps of `head.py` with the row kernel of `epilogue.py`, for a GPU.
+"""The sweeps of `kernels/linear_head.py` on a GPU, with the row kernel of `rows.py`.
 
-Departs from `head.py` in where the logits lie: in float32, as the matmul sums them, a few rows at a time in one reused
-buffer; their gradient, in the matmul's dtype, fills a second one of more rows, because each pass over dW reads and
+Unlike the PyTorch version, this keeps logits in float32, as the matmul sums them, for a few rows at a time in one
+reused buffer. Their gradient, in the matmul's dtype, fills a second buffer of more rows: each pass over dW reads and
 writes all of it in float32, which takes longer than the matmul itself unless that has some thousand rows.
 
 Legend: L live rows, C rows of a chunk, B rows of a block of logits, H hidden, V vocabulary.
@@ -17,36 +17,36 @@ from torch import Tensor
 from ..linear_head import HeadPlan, Sweep, slices
 from ..terms import Coefficients
 from ..vocab_parallel import Statistics
-from .epilogue import new_statistics, run_rows
+from .rows import new_statistics, run_rows
 
-# Float32 logits in memory at a time, and bf16 gradients: of a vocabulary of 151936, 256 and 768 rows. With the float32
-# dW of a width of 4096 and dX of 8192 rows that is just below 3 GB.
+# Bytes of float32 logits and of bf16 gradients in memory at a time: 256 and 768 rows of a vocabulary of 151936. With
+# the float32 dW of a width of 4096 and dX of 8192 rows that is just below 3 GB.
 LOGITS_BYTES = 5 << 25
 GRADIENT_BYTES = 15 << 24
-# Rows of a matmul's tile: a slice of one more than these costs as much as one of twice as many.
+# Rows of a matmul's tile: a slice with one row more costs as much as one of two tiles.
 TILE_ROWS = 128
 
 
 def whole_tiles(rows: int) -> int:
-    """At most that many rows, whole tiles of a matmul if there is room for one."""
+    """Round the rows down to whole tiles of a matmul, unless there is no room for one."""
     return rows // TILE_ROWS * TILE_ROWS or max(1, rows)
 
 
 def tiled_slices(total: int, size: int) -> Iterator[slice]:
-    """range(total) in slices of at most `size`, about as long as each other but, the last apart, of whole tiles."""
+    """Cut range(total) into slices of at most `size`: of about equal length, and of whole tiles except the last."""
     size = whole_tiles(size)
     even = math.ceil(total / max(1, math.ceil(total / size)))
     return slices(total, min(size, max(1, math.ceil(even / TILE_ROWS)) * TILE_ROWS))
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, summed and written in out's dtype: that of a and b, or float32."""
+    """Compute out = a @ b, or out += a @ b, summed and written in out's dtype: that of a and b, or float32."""
     beta = 1 if add else 0
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:  # torch has no such matmul for a CPU, where only the tests come by
+    else:  # torch has no such matmul on a CPU, where only tests reach this line
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
@@ -58,7 +58,7 @@ def linear_sweep(
     coefficients: Coefficients | None,
     needs: tuple[bool, ...],
 ) -> Sweep:
-    """`head.sweep`."""
+    """Compute `sweep` on a GPU."""
     (vocabulary, width), count = weight_VH.shape, len(plan.targets_L)
     matmul_VH = weight_VH.to(plan.matmul_dtype)
     new = hidden_NH.new_empty
@@ -99,7 +99,7 @@ def _do_rows(
     coefficients: Coefficients | None,
     gradient_BV: Tensor | None,
 ) -> None:
-    """Statistics and gradient of a block of logits: in one launch, or one before and one after the ranks' merge."""
+    """Compute statistics and gradient of a block: in one launch, or in one before and one after the ranks' merge."""
 
     def launch(*, known: bool, **gradient: Any) -> None:
         run_rows(logits_BV, bias_V, plan.targets_L, plan.temperature, rows, statistics, known=known, **gradient)
@@ -117,6 +117,7 @@ def _do_rows(
 
 
 def _add_gradients(out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tensor, matmul_VH: Tensor) -> None:
+    """Add a chunk's part to the gradients that are asked for."""
     if out.dhidden_LH is not None:
         multiply(gradient_CV, matmul_VH, out.dhidden_LH[rows])
     if out.dweight_VH is not None:
@@ -126,7 +127,7 @@ def _add_gradients(out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tens
 
 
 def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
-    """Statistics of the plan's rows of existing logits, which are read once."""
+    """Return the statistics of the plan's rows of existing logits, which are read once."""
     statistics = new_statistics(logits_NV, len(plan.targets_L), for_gradient=True)
     rows = slice(0, len(plan.targets_L))
     run_rows(logits_NV, None, plan.targets_L, plan.temperature, rows, statistics, index_L=plan.index_L)
@@ -134,16 +135,16 @@ def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
 
 
 def token_backward(
-    logits_NV: Tensor, plan: HeadPlan, kept: Sequence[Tensor], coefficients: Coefficients, gradient_NV: Tensor
+    logits_NV: Tensor, plan: HeadPlan, statistics: Sequence[Tensor], coefficients: Coefficients, gradient_NV: Tensor
 ) -> None:
-    """Write the gradient with respect to the live rows of the logits, over these if told: one read and one write."""
+    """Write the gradient of the live rows' logits, with one read and one write; gradient_NV may be the logits."""
     run_rows(
         logits_NV,
         None,
         plan.targets_L,
         plan.temperature,
         slice(0, len(plan.targets_L)),
-        Statistics(*kept),
+        Statistics(*statistics),
         coefficients=coefficients,
         gradient_CV=gradient_NV,
         index_L=plan.index_L,

@@ -1,30 +1,42 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The row kernel in Triton: log-prob, entropy, objective and gradient of a row of logits, one program per row.
+"""The row kernel in Triton, one program per row of logits: log-prob, entropy, objective and gradient; and its launch.
 
-Departs from the standard method in two ways. Every lane keeps its own running maximum and sums, combined once at the
-row's end, so that the loop over the vocabulary has no reduction and, by rescaling with the one exponential of the
-distance, one exponential per element. And distances are tempered after they are taken, so that large logits lose
-nothing to the temperature.
+This differs from the standard method in two ways. Every lane keeps its own running maximum and sums, which are combined
+once at the row's end: the loop over the vocabulary then has no reduction, and one exponential per element, as both
+cases of a rescaling use the exponential of the same distance. And the temperature divides distances from the maximum
+instead of logits, so that large logits lose no precision to it.
 
-Bytes moved per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back, so
-that what is still in the L2 cache is met first, and one write. Logits and gradient lie in different buffers, since a
-warp that has finished the first read may not overwrite what another has yet to read. With KNOWN statistics they may be
-one: a row is read once, each element by the very thread that then writes it, and no program looks at another's row.
+Memory traffic per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back
+so that what is still in the L2 cache comes first, and one write. Logits and gradient lie in different buffers, because
+a warp that has finished the first read must not overwrite what another has yet to read. With KNOWN statistics they may
+be one buffer: each element is read once, by the thread that then writes it, and no program reads another's row.
 
 Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """
 
 import math
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..objective import Objective
+from ..terms import Coefficients, uses_sampler_weight
+from ..vocab_parallel import Statistics
+
+# 8 elements a thread: at most 64 registers, so two programs of 16 warps fit on an SM and one computes while one loads.
+WIDEST_BLOCK = 4096
+ELEMENTS_PER_WARP = 256
+MOST_WARPS = 16
+
+_KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
-_LEAST = tl.constexpr(-3.4028234663852886e38)  # the least float32: a running maximum to begin with
-_FAR = tl.constexpr(1e4)  # exp2(-_FAR) is 0, and _FAR times 0 is too, which inf times 0 is not
+_LEAST = tl.constexpr(-3.4028234663852886e38)  # the lowest float32, from which a running maximum begins
+_FAR = tl.constexpr(1e4)  # exp2(-_FAR) is 0, and so is _FAR times 0, unlike inf times 0
 _NAN_WINS = tl.constexpr(tl.PropagateNan.ALL)  # a NaN among the logits must reach the loss
-# Slices of these come at any address: one compiled kernel must do for all.
+# Slices of these begin at any address, so one compiled kernel must serve all alignments.
 _VECTORS = [
     *("bias_V", "index_L", "targets_L", "temperature_L", "logprobs_L", "entropy_L", "top_L", "log_sum_L"),
     *("by_logprob_L", "by_entropy_L", "advantages_L", "weights_L", "old_L", "sampler_L", "ref_L"),
@@ -33,7 +45,7 @@ _VECTORS = [
 
 @triton.jit
 def _logits(row, stride, bias_V, start, vocabulary, BLOCK: tl.constexpr):
-    """A block of a row in float32, -inf past the vocabulary."""
+    """Load a block of a row as float32, with -inf past the vocabulary."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < vocabulary
     x = tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
@@ -44,7 +56,7 @@ def _logits(row, stride, bias_V, start, vocabulary, BLOCK: tl.constexpr):
 
 @triton.jit
 def _softmax(row, stride, bias_V, vocabulary, to_log2, BLOCK: tl.constexpr):
-    """Maximum x of the row, Z = sum e^z and sum e^z z (in units of log 2) with z = (x - maximum) / temperature."""
+    """Return the row's maximum x, Z = sum e^z and sum e^z z (in units of log 2), where z = (x - max) / temperature."""
     top = tl.full((BLOCK,), _LEAST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -80,7 +92,7 @@ def _write_gradient(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """at_target * [j = target] + p_j * (per_p + per_p_log2_p * log2 p_j), from the row's end to its start."""
+    """Write at_target * [j = target] + p_j * (per_p + per_p_log2_p * log2 p_j), from the row's end to its start."""
     blocks = tl.cdiv(vocabulary, BLOCK)
     for block in range(0, blocks):
         start = (blocks - 1 - block) * BLOCK
@@ -98,7 +110,7 @@ def _write_gradient(
 
 @triton.jit
 def _policy_slope(logprob, at, advantages_L, weights_L, old_L, sampler_L, log_low, log_high, log_dual, sampler_cap):
-    """`rows.policy_terms` of one row with a ratio of its own: derivative of its loss with respect to its log-prob."""
+    """Return slope_L of `terms.policy_terms` for one row whose ratio is not shared."""
     advantage = tl.load(advantages_L + at)
     weight = -tl.load(weights_L + at)
     old = logprob
@@ -114,11 +126,11 @@ def _policy_slope(logprob, at, advantages_L, weights_L, old_L, sampler_L, log_lo
 
 @triton.jit
 def _kl_slope(delta, KL: tl.constexpr):
-    """Derivative of the estimator k1, k2 or k3 with respect to delta = logp - ref."""
+    """Return the derivative of the estimator k1, k2 or k3 with respect to delta = logp - ref."""
     slope = tl.full((), 1.0, tl.float32)
     if KL == 2:
         slope = delta
-    if KL == 3:  # 1 - exp(-delta), by its series where the difference would cancel
+    if KL == 3:  # 1 - exp(-delta), by its series where the subtraction would cancel
         series = delta * (1 - delta / 2 * (1 - delta / 3 * (1 - delta / 4)))
         slope = tl.where(tl.abs(delta) < 0.05, series, 1 - tl.exp(-delta))
     return slope
@@ -161,7 +173,7 @@ def row_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row.  KNOWN: its log-prob, entropy, maximum and log Z are read, else they are found and written."""
+    """Process one row.  KNOWN: read its log-prob, entropy, maximum and log Z; otherwise compute and write them."""
     at = start + tl.program_id(0).to(tl.int64)
     place = tl.program_id(0).to(tl.int64)
     if index_L is not None:
@@ -177,7 +189,7 @@ def row_kernel(
     else:
         top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, BLOCK)
         log_sum = tl.log(total)
-        here = (target >= 0) & (target < vocabulary)  # else in another rank's part of the vocabulary
+        here = (target >= 0) & (target < vocabulary)  # otherwise another rank's shard has it
         chosen = tl.load(row + target * column_stride, mask=here, other=float("-inf")).to(tl.float32)
         if bias_V is not None:
             chosen += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
@@ -219,3 +231,110 @@ def row_kernel(
             ENTROPY,
             BLOCK,
         )
+
+
+def launch_settings(vocabulary: int) -> tuple[int, int]:
+    """Return (BLOCK, warps) for rows of that length."""
+    block = min(WIDEST_BLOCK, triton.next_power_of_2(vocabulary))
+    return block, min(MOST_WARPS, max(1, block // ELEMENTS_PER_WARP))
+
+
+def run_rows(
+    logits_CV: Tensor,
+    bias_V: Tensor | None,
+    targets_L: Tensor,
+    temperature: float | Tensor,
+    rows: slice,
+    statistics: Statistics,
+    *,
+    coefficients: Coefficients | None = None,
+    gradient_CV: Tensor | None = None,
+    index_L: Tensor | None = None,
+    known: bool = False,
+) -> None:
+    """Compute the statistics of the live rows `rows` and, if there is a buffer for it, the gradient of their logits.
+
+    Live row rows.start + i is row i of both buffers or, with index_L, row index_L[rows.start + i].
+    known: the statistics are read instead of computed, and the two buffers may be one (see the module's docstring).
+    """
+    if rows.stop <= rows.start:
+        return
+    assert known or gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
+    temperature_L = temperature if isinstance(temperature, Tensor) else None
+    block, warps = launch_settings(logits_CV.shape[1])
+    with torch.cuda.device_of(logits_CV):
+        row_kernel[(rows.stop - rows.start,)](
+            logits_CV,
+            *logits_CV.stride(),
+            gradient_CV,
+            *(gradient_CV.stride() if gradient_CV is not None else (0, 0)),
+            *(_vector(values) for values in (bias_V, index_L, targets_L, temperature_L)),
+            statistics.logprobs_L,
+            statistics.entropy_L,
+            statistics.top_L,
+            statistics.log_sum_L,
+            *_row_inputs(coefficients),
+            rows.start,
+            logits_CV.shape[1],
+            float(temperature) if temperature_L is None else 1.0,
+            *_scalars(coefficients),
+            KNOWN=known,
+            KL=_kl_kind(coefficients),
+            ENTROPY=_uses_entropy(coefficients),
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
+
+
+def _vector(values_L: Tensor | None) -> Tensor | None:
+    """Return the vector with stride 1; if it has another stride this copies it, at most one number per row."""
+    return None if values_L is None else values_L.contiguous()
+
+
+def _row_inputs(coefficients: Coefficients | None) -> tuple[Tensor | None, ...]:
+    """Return by_logprob_L, by_entropy_L, advantages_L, weights_L, old_L, sampler_L, ref_L; None if not used."""
+    if coefficients is None:
+        return (None,) * 7
+    rows, objective = coefficients.rows, coefficients.objective
+    if rows is None or objective is None:
+        return *_upstream(coefficients.by_logprob_L, coefficients.by_entropy_L), *(None,) * 5
+    given = (rows.advantages_L, rows.weights_L, rows.old_L, rows.sampler_L, rows.ref_L)
+    used = (True, True, True, uses_sampler_weight(rows, objective), objective.kl_coef != 0)
+    vectors = (_vector(values_L) if use else None for values_L, use in zip(given, used, strict=True))
+    return _vector(coefficients.by_logprob_L), None, *vectors
+
+
+def _upstream(by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the upstream gradients; one of them is None if the caller did not use that result."""
+    if by_logprob_L is None:
+        assert by_entropy_L is not None
+        by_logprob_L = torch.zeros_like(by_entropy_L)
+    return by_logprob_L.contiguous(), _vector(by_entropy_L)
+
+
+def _scalars(coefficients: Coefficients | None) -> tuple[float, ...]:
+    """Return log_low, log_high, log_dual, sampler_cap, kl_coef, entropy_coef."""
+    objective = (coefficients and coefficients.objective) or Objective()
+    cap = math.inf if objective.sampler_cap is None else objective.sampler_cap
+    logs = (objective.log_low, objective.log_high, objective.log_dual)
+    return tuple(float(x) for x in (*logs, cap, objective.kl_coef, objective.entropy_coef))
+
+
+def _kl_kind(coefficients: Coefficients | None) -> int:
+    """Return the kernel's KL switch, 0 for no KL term."""
+    objective = coefficients and coefficients.objective
+    return _KL_KINDS[objective.kl] if objective and objective.kl_coef != 0 else 0
+
+
+def _uses_entropy(coefficients: Coefficients | None) -> bool:
+    """Return whether the loss depends on the entropies."""
+    if coefficients is None or coefficients.objective is None:
+        return coefficients is not None and coefficients.by_entropy_L is not None
+    return coefficients.objective.entropy_coef != 0
+
+
+def new_statistics(like: Tensor, count: int, *, for_gradient: bool) -> Statistics:
+    """Allocate statistics of `count` rows on the tensor's device."""
+    vectors = [like.new_empty(count, dtype=torch.float32) for _ in range(4 if for_gradient else 2)]
+    return Statistics(*vectors)

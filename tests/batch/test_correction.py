@@ -1,7 +1,7 @@
-"""The truncated weight for a sampler that is not the trainer's policy: without it the gradient is biased, with it not.
+"""The truncated weight for a sampler that is not the trainer's policy: the gradient is biased without it only.
 
-Nothing is drawn: every token there is stands in the batch, weighted by how likely the sampler is to say it, so that the
-batch's gradient is the expectation itself, in float64.
+Nothing is drawn. Every token of the vocabulary is in the batch, weighted by its probability under the sampler, so that
+the batch's gradient is the expectation itself, in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.engine.batch.objective import objective
+from mgrpo.engine.batch.advantages import objective
 from mgrpo.engine.config.schema import AlgorithmConfig
 from mgrpo.kernels import grpo_loss
 
@@ -19,9 +19,9 @@ V = 40
 
 
 def gradients(seed: int, drift: float, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(V,) each, of the logits: the expectation of the loss' gradient, and the gradient of the expected advantage.
+    """Return the expectation of the loss' gradient, and the gradient of the expected advantage, by the logits (V,).
 
-    drift: by how much the sampler's logits are off, as a standard deviation.
+    drift: the standard deviation of the error of the sampler's logits.
     """
     random = torch.Generator().manual_seed(seed)
     logits_V, advantages_V, noise_V = (torch.randn(V, generator=random, dtype=torch.float64) for _ in range(3))
@@ -41,7 +41,7 @@ def gradients(seed: int, drift: float, cap: float | None) -> tuple[torch.Tensor,
 
 
 def error(seed: int, drift: float, cap: float | None) -> float:
-    """Of the expected gradient, against the truth's length."""
+    """Return the error of the expected gradient, relative to the norm of the true one."""
     expected_V, truth_V = gradients(seed, drift, cap)
     return float((expected_V - truth_V).norm() / truth_V.norm())
 
@@ -60,7 +60,7 @@ def test_without_the_weight_it_is_biased(seed, drift):
 
 
 def test_a_cap_trades_bias_against_the_largest_weight():
-    """Averaged over many samplers, the bias falls as the cap rises, and any cap is better than no weight at all."""
+    """Averaged over many samplers, the bias falls as the cap rises, and any cap is better than no weight."""
     bias = {cap: sum(error(seed, 0.7, cap) for seed in range(40)) / 40 for cap in (None, 1.0, 2.0, 5.0, 1e12)}
     assert bias[None] > bias[1.0] > bias[2.0] > bias[5.0] > bias[1e12]
     assert bias[2.0] < 0.5 * bias[None]

@@ -1,4 +1,4 @@
-"""packing.pack and its plans: all ranks together run all that counts, once, and each runs as many micro-batches."""
+"""pack and its plans: all ranks together run all that counts, once, and each runs equally many micro-batches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo import _packing
-from mgrpo.engine.batch.packing import MicroBatch, columns, fill_batches, pack
-from mgrpo.engine.batch.planning import own, plan_batches, plan_trees
+from mgrpo.engine.batch.packing import pack, plan_batches
+from mgrpo.engine.batch.prefix_trees import plan_trees
+from mgrpo.engine.batch.shares import MicroBatch
 
 LOGPROBS = ("old_logprobs", "sampler_logprobs", "ref_logprobs")
 Case = dict[str, Any]  # the arguments of `pack`, ragged ones as lists of arrays
@@ -22,7 +23,7 @@ Case = dict[str, Any]  # the arguments of `pack`, ragged ones as lists of arrays
 
 @st.composite
 def cases(draw: st.DrawFn, shortest: int = 0) -> Case:
-    """Few tokens, so that prefixes are shared; some trajectories without an action or a weight."""
+    """Draw trajectories of few tokens, so that prefixes are shared, some without an action or a weight."""
     flags = draw(st.lists(st.lists(st.booleans(), min_size=shortest, max_size=7), max_size=9))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     token, flag = draw(st.sampled_from([np.int32, np.int64])), draw(st.sampled_from([np.bool_, np.uint8]))
@@ -40,7 +41,7 @@ def flat(each_N: list[np.ndarray], dtype: Any = np.int64) -> tuple[np.ndarray, n
 
 
 def flatten(case: Case) -> Case:
-    """The ragged columns as pairs."""
+    """Return the ragged columns as pairs."""
     dtypes = {"tokens": np.int64, "sampled": np.bool_}
     return {
         name: flat(v, v[0].dtype if v else dtypes.get(name, np.float32)) if isinstance(v, list) else v
@@ -49,13 +50,13 @@ def flatten(case: Case) -> Case:
 
 
 def rows_of(case: Case, n: int) -> int:
-    """The tokens before the last action, of what counts."""
+    """Return how many tokens precede the last action, 0 for a trajectory that does not count."""
     actions = np.flatnonzero(case["sampled"][n])
     return int(actions[-1]) if case["weights"][n] and len(actions) else 0
 
 
 def expected(case: Case) -> list[dict[str, Any]]:
-    """The rows of each trajectory that counts."""
+    """Return the rows of each trajectory that counts."""
     found = []
     for n in range(len(case["tokens"])):
         if not (rows := rows_of(case, n)):
@@ -120,7 +121,7 @@ def test_a_rank_with_nothing_left_runs_the_shortest_without_weight():
     case |= {"advantages": [1.0, 2.0, 3.0], "weights": [1.0, 1.0, 1.0]}
     shares = [pack(**case, cap=8, ranks=5, rank=rank)[0] for rank in range(5)]
     assert [len(share) for share in shares] == [1] * 5
-    assert [int(share[0]["weight_sum"]) for share in shares] == [4, 3, 2, 0, 0]  # the dearest first
+    assert [int(share[0]["weight_sum"]) for share in shares] == [4, 3, 2, 0, 0]  # the most expensive first
     for share in shares[3:]:
         (dummy,) = share
         assert dummy["input_ids"].tolist() == [10, 11] and dummy["cu_seqlens"].tolist() == [0, 2]
@@ -182,18 +183,23 @@ def test_the_arena_keeps_what_is_held_and_takes_again_what_is_not(tree):
 # ---- plans
 
 
-@given(cases(), st.integers(1, 4), st.integers(6, 14), st.data())
-def test_a_rank_that_reads_only_its_own_fills_the_same(case, ranks, cap, data):
-    """Its plan is made of the numbers of rows alone."""
+@given(cases(), st.integers(1, 4), st.integers(1, 3), st.integers(6, 14), st.data())
+def test_a_rank_that_reads_only_its_own_fills_the_same(case, ranks, mini_batches, cap, data):
+    """The plan needs only the numbers of rows."""
     rank = data.draw(st.integers(0, ranks - 1))
-    rows_N = np.array([rows_of(case, n) for n in range(len(case["tokens"]))], np.int64)
-    ids_K, share = own(plan_batches(rows_N, cap, ranks=ranks, rank=rank))
-    assert ids_K.tolist() == sorted(set(ids_K.tolist()))
-    mine = {name: [values[n] for n in ids_K] for name, values in case.items()}
-    logprobs = {name: mine.get(name) for name in LOGPROBS}
-    given = columns(*(mine[name] for name in ("tokens", "sampled", "advantages", "weights")), logprobs)
-    got, usual = fill_batches(share, given), pack(**case, cap=cap, ranks=ranks, rank=rank)
+    options = {"cap": cap, "ranks": ranks, "rank": rank, "mini_batches": mini_batches}
+    usual, asked = pack(**case, **options), []
+
+    def read(ids_K: np.ndarray) -> Case:
+        asked.append(ids_K.tolist())
+        return {name: [case[name][n] for n in ids_K] for name in case if name not in ("advantages", "weights")}
+
+    rows_N = [0 if not any(each) else int(np.flatnonzero(each)[-1]) for each in case["sampled"]]
+    got = pack(None, None, case["advantages"], case["weights"], rows=rows_N, read=read, **options)
     assert repr(got) == repr(usual)
+    (ids,) = asked
+    assert ids == sorted(set(ids))
+    assert sum(len(batch["cu_seqlens"]) - 1 for batch in itertools.chain(*usual)) >= len(ids)
 
 
 def test_the_cost_decides_what_runs_side_by_side():
@@ -208,7 +214,7 @@ def test_the_cost_decides_what_runs_side_by_side():
 
 
 def decoded(batch: MicroBatch) -> list[dict[str, Any]]:
-    """Each trajectory of a tree: the tokens of its path, and its prediction rows in order. Of unmerged rows."""
+    """Return each trajectory of a tree of unmerged rows: the tokens of its path, and its prediction rows in order."""
     found, names = [], ("targets", "weights", "advantages", *(name for name in LOGPROBS if name in batch))
     for place, leaf in enumerate(batch["leaf"]):
         path = batch["tree_kv_index"][slice(*batch["tree_cu_seqlens_k"][leaf : leaf + 2])]
@@ -240,7 +246,7 @@ def test_trees_of_all_ranks_hold_all_that_counts(case, ranks, cap):
     counts = counted(expected_in_trees(case))
     left_out = got - counts
     assert got & counts == counts
-    assert all("('at', [])" in row for row in left_out)  # it asks for nothing
+    assert all("('at', [])" in row for row in left_out)  # these have no prediction rows
     turns = list(zip(*shares, strict=True))
     costs = [0 if is_dummy(batch) else len(batch["input_ids"]) for turn in turns for batch in turn]
     assert costs == sorted(costs, reverse=True)  # side by side by cost, the dearest first
@@ -295,7 +301,7 @@ FLAT = {name: (each[0], np.array([0, 4])) for name, each in FINE.items() if name
         ({"sampled": []}, "sampled: 0 rows given: expected 1, as tokens has"),
         ({"old_logprobs": [np.ones(5, np.float32)]}, "old_logprobs: row 0 has 5 entries: expected 4"),
         ({"ref_logprobs": [np.ones(4)]}, r"ref_logprobs\[0\] must be .* float32"),
-        ({"weights": [1.0, 2.0]}, r"weights: an array of shape \(2,\) given: expected \(1,\), one of each trajectory"),
+        ({"weights": [1.0, 2.0]}, r"weights: an array of shape \(2,\) given: expected \(1,\), one for each trajectory"),
         ({"advantages": 1.0}, r"advantages: an array of shape \(\) given"),
         ({"advantages": [np.nan]}, r"advantages\[0\] is nan"),
         ({"groups": np.zeros(2, np.int64)}, r"groups: an array of shape \(2,\) given: expected \(1,\)"),
@@ -316,3 +322,30 @@ FLAT = {name: (each[0], np.array([0, 4])) for name, each in FINE.items() if name
 def test_mistakes_are_named(wrong, match):
     with pytest.raises(ValueError, match=match):
         pack(**FINE | wrong)
+
+
+READ = {"tokens": [np.arange(4)], "sampled": [np.ones(4, np.bool_)]}
+UNREAD = FINE | {"tokens": None, "sampled": None, "rows": [3], "read": lambda ids_K: READ}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"tokens": [np.arange(4)]}, "tokens: given together with read: expected None, read returns it"),
+        ({"ref_logprobs": [np.ones(4)]}, "ref_logprobs: given together with read"),
+        ({"read": None}, "rows: given without read: expected None"),
+        ({"rows": None}, "rows: None given with read: expected the number of rows of each trajectory"),
+        ({"rows": [3.0]}, r"rows: float64 of shape \(1,\) given: expected integers, in one dimension"),
+        ({"rows": [3, 3]}, r"weights: an array of shape \(1,\) given: expected \(2,\), one for each trajectory"),
+        ({"tree": True}, "read: given with tree=True"),
+        ({"rows": [2]}, "read: trajectory 0 with 3 rows returned: expected 2, as `rows` says"),
+        ({"read": lambda ids_K: {"tokens": [np.arange(4)]}}, r"read: columns \['tokens'\] returned: expected tokens,"),
+        ({"read": lambda ids_K: READ | {"logits": [np.ones(4)]}}, "read: columns .*'logits'.* returned"),
+        ({"read": lambda ids_K: {name: [] for name in READ}}, r"weights: an array of shape \(1,\) given"),
+        ({"cap": 2}, r"lengths\[0\] is 3, more than cap 2"),
+    ],
+)
+def test_mistakes_of_a_caller_that_reads_are_named(wrong, match):
+    assert len(pack(**UNREAD)[0]) == 1
+    with pytest.raises(ValueError, match=match):
+        pack(**UNREAD | wrong)

@@ -1,4 +1,4 @@
-"""ragged: the values of every library's ragged arrays as numpy views of the same memory, and what is refused."""
+"""ragged: every library's ragged arrays as numpy views of the same memory, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ dtypes = st.sampled_from([np.int32, np.int64, np.uint8, np.float32])
 
 
 def seen(values: Any, offsets_N1: Any) -> list[list[Any]]:
-    """As lists; the offsets are what they are promised to be."""
+    """Return the rows as lists, after checking the offsets."""
     assert offsets_N1.dtype == np.int64 and offsets_N1[0] == 0 and (np.diff(offsets_N1) >= 0).all()
     if isinstance(values, list):
         assert [len(each) for each in values] == np.diff(offsets_N1).tolist()
@@ -172,10 +172,10 @@ NUMBERS = np.arange(5)
         ((NUMBERS.reshape(5, 1), np.array([0, 5])), r"shape \(5, 1\)"),
         ((NUMBERS, np.array([], np.int64)), r"offsets are a int64 array of shape \(0,\): expected integers, one more"),
         ((NUMBERS, np.array([0.0, 5.0])), "offsets are a float64 array"),
-        ((NUMBERS, np.array([0, 6])), "offsets do not rise, or not within 0 to 5"),
-        ((NUMBERS, np.array([-1, 5])), "offsets do not rise"),
-        ((NUMBERS, np.array([0, 3, 2, 5])), "offsets do not rise"),
-        ((NUMBERS, np.array([0, 2**63, 5], np.uint64)), "offsets do not rise"),
+        ((NUMBERS, np.array([0, 6])), "offsets fall, or leave the range from 0 to 5"),
+        ((NUMBERS, np.array([-1, 5])), "offsets fall"),
+        ((NUMBERS, np.array([0, 3, 2, 5])), "offsets fall"),
+        ((NUMBERS, np.array([0, 2**63, 5], np.uint64)), "offsets fall"),
         ([NUMBERS, [1]], r"tokens\[1\]: list given: expected a one-dimensional numpy array, as \[0\] is"),
         ([NUMBERS, NUMBERS.reshape(5, 1)], r"tokens\[1\]: a int64 array of shape \(5, 1\) given"),
         ([[1], [2, 0.5]], r"tokens: lists\[1\]\[1\] must be an int, got float"),
@@ -212,7 +212,7 @@ NUMBERS = np.arange(5)
             torch.nested.nested_tensor_from_jagged(torch.ones(3, dtype=torch.bfloat16), torch.tensor([0, 3])),
             "torch.bfloat16 given: expected a dtype that numpy has",
         ),
-        (torch.nested.nested_tensor_from_jagged(torch.ones(3), torch.tensor([0, 9])), "within 0 to 3"),
+        (torch.nested.nested_tensor_from_jagged(torch.ones(3), torch.tensor([0, 9])), "range from 0 to 3"),
     ],
 )
 def test_what_is_no_ragged_array_or_takes_a_copy_is_refused(values, match):

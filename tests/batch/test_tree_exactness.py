@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tree_cases import LOGPROBS, fill, flat, forests, random_batch
 
+from cases.tree import LOGPROBS, fill, flat, forests, random_batch
 from mgrpo import _packing as packing
 from mgrpo.kernels import Objective, linear_grpo_loss
 from mgrpo.kernels.reference import linear_grpo_loss_ref
@@ -31,7 +31,7 @@ TOLERANCE = 1e-9
 
 
 class Transformer(nn.Module):
-    """Causal, pre-norm, with learned positions. Which keys a token sees is said by a mask."""
+    """Run a causal pre-norm transformer with learned positions. A mask says which keys a token sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
 
 
 def tree_mask(filled: dict[str, NDArray[Any]]) -> Tensor:
-    """A segment's queries are the last of its path's keys, as flash-attention aligns its causal mask."""
+    """Return the mask of a tree: a segment's queries are the last of its path's keys, as in flash-attention."""
     sees_PP = torch.zeros(len(filled["input_ids"]), len(filled["input_ids"]), dtype=torch.bool)
     for queries, keys in zip(
         itertools.pairwise(filled["tree_cu_seqlens_q"]), itertools.pairwise(filled["tree_cu_seqlens_k"]), strict=True
@@ -74,7 +74,7 @@ def tree_hidden(model: Transformer, filled: dict[str, NDArray[Any]]) -> Tensor:
 
 
 def alone(model: Transformer, tokens: NDArray[Any]) -> Tensor:
-    """Hidden states of one trajectory."""
+    """Return the hidden states of one trajectory."""
     ids_L = torch.from_numpy(tokens.astype(np.int64))
     return model(ids_L, torch.arange(len(ids_L)), torch.ones(len(ids_L), len(ids_L), dtype=torch.bool).tril())
 
@@ -84,7 +84,7 @@ def double(values: NDArray[Any]) -> Tensor:
 
 
 def naive_loss(model: Transformer, batch: dict[str, Any], ids: Any, objective: Objective) -> Tensor:
-    """The sum of the literal losses of the trajectories, each by itself."""
+    """Return the sum of the losses of the trajectories, each computed separately."""
     total = model.head_VH.sum() * 0
     for n in ids:
         start, stop = batch["offsets"][n : n + 2]
@@ -141,7 +141,7 @@ def gradients(model: Transformer, loss: Tensor) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """Columns of a forest over the vocabulary, and a cap."""
+    """Draw the columns of a forest over the vocabulary, and a cap."""
     sequences = [[token % VOCABULARY for token in tokens] for tokens in draw(forests(6))]
     names = draw(st.sampled_from([("old_logprobs",), ("old_logprobs", "sampler_logprobs"), LOGPROBS]))
     batch = random_batch(sequences, draw(st.integers(0, 2**32)), names, draw(st.sampled_from([np.int32, np.int64])))
@@ -155,7 +155,7 @@ def planned(batch: dict[str, Any], cap: int) -> list[Any]:
 
 @given(cases())
 def test_logprobs_are_those_of_each_trajectory_alone(case):
-    """Of every (trajectory, position), read through `leaf` and `tree_kv_index`."""
+    """Return log-probs of every (trajectory, position), read through `leaf` and `tree_kv_index`."""
     batch, cap = case
     model = Transformer()
     for ids, shared in planned(batch, cap):
@@ -200,7 +200,7 @@ def test_gradients_of_shared_ratios_are_too_without_merging(case, importance):
 
 @pytest.mark.parametrize("fault", ["signs", "logprobs"])
 def test_what_is_kept_apart_must_be(fault):
-    """Were rows of opposite advantages or of other log-probs made one, the loss would be another."""
+    """If rows with opposite advantages or other log-probs were merged, the loss would change."""
     tokens, offsets = flat([[1, 2], [1, 2]])
     batch: dict[str, Any] = {
         "tokens": tokens,

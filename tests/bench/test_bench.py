@@ -1,4 +1,4 @@
-"""The benchmarks: what they share, whom they compare with whom, and the one line that each ends in.  Never a time."""
+"""Test what the benchmarks share, their candidates, and the line of JSON that each ends in; never a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mgrpo.bench.kernels import run as kernels
 from mgrpo.bench.kernels import targets as kernel_targets
 from mgrpo.bench.kernels.inputs import OBJECTIVE, linear_inputs, logits_inputs
 from mgrpo.bench.kernels.peers import LINEAR, LOGITS, OURS, TOKEN, Unavailable
-from mgrpo.bench.kernels.targets import TARGETS, Shape, settled
+from mgrpo.bench.kernels.targets import TARGETS, Shape, target_results
 from mgrpo.kernels import linear_logprob
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ SLACK = 3 * MIB  # the kernel counts pages per thread, in batches
 
 
 class Clock:
-    """A clock that only candidates move on."""
+    """Keep a clock that only candidates advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0.0, ""
@@ -61,7 +61,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios(monkeypatch):
     clock = Clock(monkeypatch)
     runs = {"a": clock.candidate("a", 1, 10, 2), "b": clock.candidate("b", 2, 40, 2)}
     timings = interleave(runs, rounds=3, warmup=0)
-    assert timings["b"].over(timings["a"]) == 2  # of 2, 4, 1; the ratio of the medians would be 1
+    assert timings["b"].over(timings["a"]) == 2  # the median of 2, 4, 1; the ratio of the medians would be 1
     assert timings["a"].times_faster_than(timings["b"]) == 2
     assert timings["a"].over(timings["b"]) == 0.5
     assert timings["a"].seconds == 2
@@ -89,7 +89,7 @@ def test_extra_memory_is_the_peak_above_what_was_held():
 
 
 def test_extra_memory_counts_what_malloc_kept_from_before():
-    """Small blocks stay resident when freed; a candidate that is given these again must pay all the same."""
+    """Check that small blocks, which stay resident when freed, still count for a candidate that gets them again."""
     for _ in range(2):
         blocks = [torch.ones(MIB // 4) for _ in range(100)]
         del blocks
@@ -150,7 +150,7 @@ def test_the_commit_of_no_checkout_is_told_or_unknown(monkeypatch, tmp_path):
 def test_every_target_is_there_whether_it_could_be_measured_or_not(device):
     here = [target for target in TARGETS if target.on_gpu == (device == "cuda")]
     found = {here[0]: 1.0, here[1]: "peer: not installed"}
-    results = {result.name: result for result in settled(found, torch.device(device), quick=False)}
+    results = {result.name: result for result in target_results(found, torch.device(device), quick=False)}
     assert list(results) == [target.name for target in TARGETS]
     assert {name for name, result in results.items() if result.value is not None} == {here[0].name}
     assert results[here[1].name].why == "peer: not installed"
@@ -245,7 +245,7 @@ def test_the_floor_of_the_head_by_hand():
     assert by_matmuls.amount * 1e12 == pytest.approx(6 * 500 * 10 * 300)
     assert by_matmuls.floor == pytest.approx(500 * 0.01)
     by_bytes = kernels.linear_work(shape, 0.5, gemm_seconds_per_row=0, bandwidth=1e6)
-    assert by_bytes.floor == pytest.approx((500 * 10 + 300 * 10) * 2 * 2 / 1e6)  # each read and written, in bf16
+    assert by_bytes.floor == pytest.approx((500 * 10 + 300 * 10) * 2 * 2 / 1e6)  # each is read and written, in bf16
 
 
 def test_the_advantages_compared_with_are_the_same():
@@ -260,7 +260,7 @@ def test_targets_about_a_shape_are_found_there():
         return kernel_case.Entry(name, live, lambda: None, extra, None, Timing(rounds) if rounds else None, why)
 
     entries = [entry(OURS, 1.0, 2_000_000_000, 4.0, 6.0, 5.0), entry(OURS, 0.25, 1, 1.0, 1.2, 1.5)]
-    found = kernels.found_of(kernel_targets.GPU_SHAPE, entries, Timing((4.0, 4.0, 4.0)))
+    found = kernels.target_values(kernel_targets.GPU_SHAPE, entries, Timing((4.0, 4.0, 4.0)))
     assert found == {
         kernel_targets.GEMMS: 1.25,
         kernel_targets.MEMORY: 2.0,
@@ -268,7 +268,7 @@ def test_targets_about_a_shape_are_found_there():
     }
     trl = entry("TRL chunked log-prob", 0.5, 0, why="not installed")
     entries = [entry(OURS, 0.5, 10, 2.0), entry("plain torch", 0.5, 40, 5.0), trl]
-    assert kernels.found_of(kernel_targets.CPU_SHAPE, entries, Timing((1.0,))) == {
+    assert kernels.target_values(kernel_targets.CPU_SHAPE, entries, Timing((1.0,))) == {
         kernel_targets.TORCH: 2.5,
         kernel_targets.TRL: "TRL chunked log-prob: not installed",
         kernel_targets.TENTH: 0.25,

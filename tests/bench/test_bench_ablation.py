@@ -1,4 +1,4 @@
-"""The ablation: its arms, its statistics, groups by arrival, what is run again and what not, and its report."""
+"""Test the ablation: its arms, statistics, groups by arrival, which runs are repeated, and its report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_band_is_each_steps_interval():
 
 
 def naive_by_arrival(rewards: list[float], weights: list[int], seconds: list[float], groups: int) -> list[float]:
-    """Every copy by itself, in the order of arrival; a sample belongs to the group that its first copy falls into."""
+    """List every copy in the order of arrival; a sample belongs to the group of its first copy."""
     order = sorted(range(len(rewards)), key=lambda i: (seconds[i], i))
     share, before = sum(weights) / groups, 0
     members: dict[int, list[int]] = {}
@@ -146,7 +146,7 @@ def test_other_weights_take_the_examples_own_settings(tmp_path: Path):
 
 
 def write_run(out: Path, arm: str, seed: int, accuracies: list[float], done: bool = True) -> None:
-    """A folder as a run leaves it, of as many steps as there are evaluations between."""
+    """Write a folder as a run leaves it, with as many steps as there are evaluations between."""
     run = make_run(out, arm, seed, "tiny", [f"steps={len(accuracies) - 1}"])
     run.folder.mkdir(parents=True)
     (run.folder / "config.json").write_text(dump_config(run.config))
@@ -184,7 +184,7 @@ def test_without_a_run_that_ended_nothing_is_written(tmp_path: Path):
     assert collect(tmp_path / "runs") == {} and not (tmp_path / "results").exists()
 
 
-# ---- what is run again and what not
+# ---- which runs are repeated
 
 SMALL = ["warmup.steps=1", "warmup.episodes=2", "eval.questions=2", "queries_per_step=2", "algorithm.rollouts=2"]
 
@@ -199,7 +199,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_runs_begin_with_is_made_once(out: Path, monkeypatch: pytest.MonkeyPatch):
     made = {path: path.stat().st_mtime_ns for path in (out / "taught").rglob("*.safetensors")}
     assert {path.parent.name for path in made} == {"main", "sub", "single"}
-    monkeypatch.setattr(ablation.launch, "train", lambda *_: pytest.fail("taught again"))
+    monkeypatch.setattr(ablation.colocated, "train", lambda *_: pytest.fail("taught again"))
     monkeypatch.setattr(ablation.subprocess, "run", lambda *_, **__: pytest.fail("prepared again"))
     ablation.prepare(out)
     assert made == {path: path.stat().st_mtime_ns for path in (out / "taught").rglob("*.safetensors")}
@@ -216,7 +216,7 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_ended_does_not(
     ended = final(out / "runs" / "tiny" / f"{arm}-0")
     assert ended is not None and [row["step"] for row in ended.rows if "time/step" in row] == [0, 1]
     assert not (out / "runs" / "tiny" / f"{arm}-0" / "checkpoints").exists()
-    monkeypatch.setattr(ablation.launch, "train", lambda *_: pytest.fail("begun again"))
+    monkeypatch.setattr(ablation.colocated, "train", lambda *_: pytest.fail("begun again"))
     ablation.main(command)
     with pytest.raises(ValueError, match=r"warmup\.steps: 9 given: expected 1"):
         ablation.main([*command, "warmup.steps=9"])

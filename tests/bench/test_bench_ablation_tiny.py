@@ -1,4 +1,4 @@
-"""The ablation's tiny model: which questions it is held out, and a tokenizer of words."""
+"""Test the ablation's tiny model: its held-out questions, and its tokenizer of words."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_held_out_can_be_answered_from_what_is_not(entities, count):
     assert len(held_out) <= count
     taught = {fact for q in train for fact in facts(q)}
     assert all(facts(q) <= taught for q in held_out)
-    if len(held_out) < count:  # then none can be spared
+    if len(held_out) < count:  # then no more can be held out
         common = [fact for q in train for fact in facts(q)]
         assert all(any(common.count(fact) == 1 for fact in facts(q)) for q in train)
 
@@ -50,7 +50,8 @@ def test_the_environment_takes_the_questions(data: Path):
     assert len(tasks["held_out"]) == HELD_OUT and len(tasks["train"]) > 3 * HELD_OUT
     texts = {split: {task.data["question"] for task in each} for split, each in tasks.items()}
     assert not texts["train"] & texts["held_out"]
-    assert all(task.data["split"] == "train" for task in tasks["held_out"])  # it searches where training does
+    # The environment searches the same data as in training.
+    assert all(task.data["split"] == "train" for task in tasks["held_out"])
 
 
 def test_every_name_can_be_said_in_tokens_and_understood_again(data: Path, tmp_path: Path):

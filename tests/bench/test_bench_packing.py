@@ -1,4 +1,4 @@
-"""`mgrpo bench packing --quick`: what it prints, and the truths that it holds the packer to. Never a time."""
+"""Test `mgrpo bench packing --quick`: what it prints, and the bounds that it compares the packer with; never a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 
 import naive_packing as naive
 from mgrpo import _packing
-from mgrpo.bench.packing import fill as packing_fill
-from mgrpo.bench.packing import growth
-from mgrpo.bench.packing import tree_case as packing_tree_case
-from mgrpo.bench.packing import trees as packing_tree
+from mgrpo.bench.packing import fill, growth, tree_case, trees
 from mgrpo.bench.packing.plan import MIXES, best_fit_decreasing, bin_sums, imbalance, lower_bound
 
 TARGETS = {
@@ -97,22 +94,22 @@ def test_imbalance_is_the_dearest_over_the_mean():
 
 
 def test_fill_builds_what_numpy_and_torch_do():
-    packing_fill.check(packing_fill.trajectories(3))
+    fill.check(fill.trajectories(3))
 
 
 def test_distinct_prefixes_are_those_of_a_set():
-    case = packing_tree_case.make(1)
+    case = tree_case.make(1)
     bounds = case.offsets_N1.tolist()
     short = [case.tokens_T[begin : min(end, begin + 1400)] for begin, end in pairwise(bounds)]
-    cut = packing_tree_case.Case(
+    cut = tree_case.Case(
         np.concatenate(short), *[np.empty(0)] * 2, np.cumsum([0, *map(len, short)]), *[np.empty(0)] * 2
     )
     chains = {hash_of for tokens in short for hash_of in prefixes(tokens.tolist())}
-    assert packing_tree_case.distinct_prefixes(cut) == len(chains)
+    assert tree_case.distinct_prefixes(cut) == len(chains)
 
 
 def prefixes(tokens):
-    """One key for each prefix."""
+    """Count the distinct prefixes, one key for each."""
     key = 0
     for token in tokens:
         key = hash((key, token))
@@ -120,11 +117,11 @@ def prefixes(tokens):
 
 
 def test_trees_hold_every_trajectory_under_the_cap():
-    case = packing_tree_case.make(2)
-    rows = packing_tree.ours(case)
-    assert all(len(row["input_ids"]) <= packing_tree.CAP for row in rows)
+    case = tree_case.make(2)
+    rows = trees.ours(case)
+    assert all(len(row["input_ids"]) <= trees.CAP for row in rows)
     assert sum(len(row["leaf"]) for row in rows) == len(case.rows_N)
-    assert sum(len(row["input_ids"]) for row in rows) >= packing_tree_case.distinct_prefixes(case)
+    assert sum(len(row["input_ids"]) for row in rows) >= tree_case.distinct_prefixes(case)
 
 
 def test_exponent_of_a_power_law():

@@ -1,4 +1,4 @@
-"""`mgrpo bench rollout`: a tiny run of it ends in the one line, and says why where there is no vLLM.  Never a time."""
+"""Test `mgrpo bench rollout`: a tiny run ends in the line of JSON, and says why if there is no vLLM; never a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from fake_vllm import FakeVLLM
 from mgrpo.bench import rollout as bench
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.client import VLLMSampler
 from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.types import WeightsVersion
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_without_vllm_the_sampler_in_the_process_is_measured_alone(capsys, monke
     def installed() -> str:
         raise ValueError("no vLLM here")
 
-    monkeypatch.setattr(adapter, "installed", installed)
+    monkeypatch.setattr(api, "installed", installed)
     found = results(capsys)
     assert found["in process, 2 at a time: episodes"]["value"] > 0
     assert found["in process, 2 at a time: tokens"]["value"] > 0
@@ -49,9 +50,9 @@ def test_with_servers_all_is_measured(capsys, monkeypatch):
     class Transfer:
         stalled = 0.1
 
-        def update(self, tensors: Iterator[Any], version: int, step: int) -> list[str]:
+        def update(self, tensors: Iterator[Any], version: WeightsVersion) -> list[str]:
             assert len(list(tensors)) > 5
-            made[-1].update(version, step)
+            made[-1].update(version)
             return [made[-1].url]
 
     @contextmanager
@@ -64,9 +65,9 @@ def test_with_servers_all_is_measured(capsys, monkeypatch):
         made[-1].kill()
 
     monkeypatch.setattr(bench, "server", server)
-    monkeypatch.setattr(adapter, "installed", lambda: "0.32.0")
+    monkeypatch.setattr(api, "installed", lambda: "0.32.0")
     found = results(capsys)
     assert all(result["value"] > 0 for result in found.values())
     assert found["our client over the least one"]["target"] == "<= 1.05"
     assert {"vLLM, 1 at a time: tokens", "weight update", "of it the server paused"} <= found.keys()
-    assert made[-1].label == (1, 1) and len(made[-1].requests) > 20
+    assert made[-1].weights == WeightsVersion(1, 1) and len(made[-1].requests) > 20

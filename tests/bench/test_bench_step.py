@@ -1,7 +1,7 @@
-"""`mgrpo bench step`: every way to take the step has the gradient of the usual way, and the usual way has the paper's.
+"""Test `mgrpo bench step`: every way has the gradient of the usual way, and the usual way has the paper's.
 
 The groups are those of `test_exactness`, random and ragged, with its independent naive path as the truth in float64.
-Never a time.
+No test measures a time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_colocated import Recording
-from test_exactness import LONGEST, Actors, actors, make_case, naive_loss, wide_pack
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from cases.exactness import LONGEST, Actors, actors, make_case, naive_loss, wide_pack
+from cases.launcher import Recording
 from mgrpo.bench.step import case as step_case
 from mgrpo.bench.step import measure as step_measure
 from mgrpo.bench.step import run as bench
-from mgrpo.bench.step import targets as step_plan
+from mgrpo.bench.step import targets as step_targets
 from mgrpo.bench.step import trl as step_trl
 from mgrpo.bench.step.case import ALIGNED, LENGTHS, Case, calls_made, mix
 from mgrpo.bench.step.measure import SAME, TRL, Watched, distance, distinct, measure
@@ -36,8 +36,8 @@ from mgrpo.bench.step.models import TINY, flop, make_model
 from mgrpo.bench.step.usual import OURS, USUAL, WAYS, Way, samples_of, step
 from mgrpo.engine.model.causal_lm import Packed
 from mgrpo.engine.run.trajectories import TrajectoryWriter
-from mgrpo.engine.store.groups import CallRecord
-from mgrpo.engine.training import colocated as launch
+from mgrpo.engine.store import CallRecord
+from mgrpo.engine.training import colocated
 from mgrpo.engine.training import trainer as trainer_module
 from mgrpo.engine.training.trainer import AgentTrainer
 from mgrpo.engine.types import MAIN
@@ -56,7 +56,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "geography"
 
 @pytest.fixture
 def one_thread():
-    """The work is too small to share: on busy cores the threads would wait for each other."""
+    """Use one thread: the work is too small to share, and on busy cores the threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,14 +64,14 @@ def one_thread():
 
 
 def widen(patch: pytest.MonkeyPatch) -> None:
-    """Nothing below float64: the norms of transformers round to float32, and so does `pack`."""
+    """Keep everything in float64: the norms of transformers round to float32, and so does `pack`."""
     patch.setattr(LlamaRMSNorm, "forward", lambda n, x: F.rms_norm(x, n.weight.shape, n.weight, n.variance_epsilon))
     patch.setattr(trainer_module, "pack", wide_pack)
-    patch.setattr(trainer_module, "matmul_ceiling", lambda *_: 1.0)  # seconds of measuring
+    patch.setattr(trainer_module, "matmul_ceiling", lambda *_: 1.0)  # measuring it takes seconds
 
 
 def ragged_case(seed: int, folder: Path, model: Path) -> tuple[Case, Any]:
-    """One of `test_exactness`'s, of what the usual way knows, and its files."""
+    """Return one of `test_exactness`'s cases that the usual way supports, and its files."""
     plain = make_case(seed, ("trajectory", "constant")[seed % 2], "token")
     changes = {"alignment": "sampled", "dual_clip": None, "kl_coef": 0.0, "entropy_coef": 0.0, "sampler_cap": None}
     plain = SimpleNamespace(**vars(plain) | {"algorithm": msgspec.structs.replace(plain.algorithm, **changes)})
@@ -103,7 +103,7 @@ def config_of(model: Path, folder: Path, algorithm: Any) -> Any:
 
 
 def gradients(case: Case, policy: Watched) -> dict[str, dict[str, torch.Tensor]]:
-    """Of every way, by the weights' names."""
+    """Return the gradient of every way, by the weights' names."""
     found: list[dict[str, torch.Tensor]] = []
     policy.look = lambda gradient: found.append({name: g.clone() for name, g in gradient.items()})
     trainer = AgentTrainer(case.config, policy, case.trajectories)
@@ -143,7 +143,7 @@ def test_in_bf16_every_way_is_within_twice_the_usual_ones_error(tmp_path, monkey
 
 
 def test_the_gradient_depends_on_what_the_ways_are_given(tmp_path):
-    """Else the tests above would hold for anything."""
+    """Check that the ways differ; otherwise the tests above would hold for anything."""
     model = make_model(tmp_path / "model", TINY | SMALL)
     case = mix("sub", model, tmp_path, 64, 2, 4, device="cpu", dtype="float32", max_tokens=128)
     policy = Watched(case.agent, case.config.agents[case.agent], case.config.compute)
@@ -213,14 +213,14 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     make_toy(folder / "model")
     config = toy_config(folder, eval={"questions": 1})
-    launch.train(config, False, Recording())
+    colocated.train(config, False, Recording())
     return Path(config.run_dir)
 
 
 def test_a_recorded_run_is_trained_on_as_it_was(run):
     main, clerk = step_case.recorded(run, 2)
     for case in (main, clerk):
-        assert [group.query for group in case.groups] == [3, 4]  # of the second of three steps of three queries
+        assert [group.query for group in case.groups] == [3, 4]  # those of the second of three steps of three queries
         trajectories = [s.trajectory for s in samples_of(Way(copies=False), case)]
         assert [t.digest for t in trajectories] == [c.digest for group in case.groups for c in group.calls]
     assert sum(len(group.calls) for group in main.groups) == 8
@@ -243,21 +243,21 @@ def test_the_flop_are_those_that_torch_counts(tied, tmp_path):
     length, heads = 48, 4 * 8
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(length)[None]).logits.sum().backward()
-    above_the_diagonal = 6 * length**2 * heads * 2  # which a causal kernel need not compute
+    above_the_diagonal = 6 * length**2 * heads * 2  # a causal kernel need not compute it
     assert flop(model, [length], length) == counter.get_total_flops() - above_the_diagonal
     assert flop(model, [length, length], 0) < 2 * flop(model, [length], length)
 
 
 # ---- the harness
 
-TINY_PLAN = step_plan.Plan("tiny", TINY | SMALL, 128, 2, 4, {"max_tokens": 256, "dtype": "float32"}, 1, 2)
+TINY_PLAN = step_targets.Plan("tiny", TINY | SMALL, 128, 2, 4, {"max_tokens": 256, "dtype": "float32"}, 1, 2)
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "plan_for", lambda device, quick: TINY_PLAN)
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(bench, "keep_memory", lambda: None)  # a setting of this whole process
+    monkeypatch.setattr(bench, "keep_memory", lambda: None)  # it would change this whole process
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(step_measure, "matmul_ceiling", lambda *_: 1e9)
     monkeypatch.setattr(trainer_module, "matmul_ceiling", lambda *_: 1e9)
@@ -289,8 +289,8 @@ def test_a_run_ends_in_one_line_with_every_row_and_target(tiny, capsys, tmp_path
 
 def test_the_rollouts_are_right_as_often_as_it_says():
     rights = [step_case.right_of(query, 3, 6) for query in range(3)]
-    assert rights == [0, 2, 5]  # one group in three leaves no advantage
-    assert 0 < step_case.right_of(0, 1, 4) < 4  # long rollouts have one
+    assert rights == [0, 2, 5]  # one group in three has no advantage
+    assert 0 < step_case.right_of(0, 1, 4) < 4  # long rollouts have an advantage
 
 
 def test_a_comparison_is_with_the_first_gradient():
@@ -354,7 +354,7 @@ def test_trl_has_the_same_gradient(norm, tmp_path):
     usual, found = gradients(case, policy)[USUAL], []
     trl.look = lambda gradient: found.append(distance(gradient, usual))
     try:
-        trl(), trl()  # a second step is as good as the first
+        trl(), trl()  # a second step works like the first
         assert len(found) == 2 and max(found) < 1e-4
     finally:
         trl.close()
@@ -364,14 +364,14 @@ def test_trl_has_the_same_gradient(norm, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_machine_has_a_plan(device, quick):
-    plan = step_plan.plan_for(torch.device(device), quick)
+    plan = step_targets.plan_for(torch.device(device), quick)
     longest = max(bounds[1] for bounds in LENGTHS.values()) / plan.factor
     assert plan.rounds >= 2 and longest <= plan.compute["max_tokens"]
 
 
 def test_long_rollouts_stand_beside_what_is_published():
-    (long,) = (one for one in step_plan.LONG if (one.model, one.length) == ("Qwen3-0.6B", 1 << 14))
-    results = {r.name: r for r in step_plan.long_results(long, 23_800.0, 30.0)}
+    (long,) = (one for one in step_targets.LONG if (one.model, one.length) == ("Qwen3-0.6B", 1 << 14))
+    results = {r.name: r for r in step_targets.long_results(long, 23_800.0, 30.0)}
     assert results[f"{long.name}: tokens/s over prime-rl's"].met is True
     assert results[f"{long.name}: prime-rl, published: tokens/s"].value == 11_900
     assert results[f"{long.name}: MFU"].target is None

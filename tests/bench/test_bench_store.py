@@ -1,4 +1,4 @@
-"""`mgrpo bench store`: a tiny run of it ends in the one line, and says why where there is no server.  Never a time."""
+"""Test `mgrpo bench store`: a tiny run ends in the line of JSON, and says why if there is no server; never a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from mgrpo.bench.harness import Result
 from mgrpo.bench.store import run as bench
 from mgrpo.bench.store import trainer
-from mgrpo.engine.store.groups import Store
+from mgrpo.engine.store import Store
 
 
 @pytest.fixture
@@ -43,14 +43,16 @@ def test_without_a_server_it_says_so(tiny, capsys, monkeypatch):
 
 
 def test_what_is_measured_is_what_a_run_does(tmp_path):
-    """A worker's batches close its queries, whole, and the trainers' side takes out what went in."""
+    """Check that a worker's batches complete its queries, and that the trainers' side returns what was recorded."""
     url = f"sqlite:///{tmp_path}/store.db"
     store = Store(url, bench.begin(url))
     assert bench.sample(store)[0] == bench.QUERIES * bench.ROLLOUTS
-    books = store.balance()
+    books = store.audit.balance()
     assert books["calls"] == 3 * books["rollouts"] == 3 * bench.QUERIES * bench.ROLLOUTS
     assert books["agents"]["main"]["sealed"] == bench.QUERIES
-    store.publish(bench.Publication(agent="main", step=1, version=1, trained=99, file="", checksum="", size=0), "bench")
+    store.roles.publish(
+        bench.Publication(agent="main", step=1, version=1, trained=99, file="", checksum="", size=0), "bench"
+    )
     done = bench.work(store, bench.Task("groups", url, store.run, bench.time.time(), 60))
-    assert done.operations == store.balance()["agents"]["main"]["acked"] == bench.QUERIES
-    assert not any(store.balance()["violations"].values())
+    assert done.operations == store.audit.balance()["agents"]["main"]["acked"] == bench.QUERIES
+    assert not any(store.audit.balance()["violations"].values())

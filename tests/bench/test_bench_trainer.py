@@ -1,4 +1,4 @@
-"""The trainers' part of `mgrpo bench store`, with a toy model: it measures what a run does, and its sums are right."""
+"""Test the trainer's part of `mgrpo bench store` with a toy model: it measures what a run does, with right sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mgrpo.bench.step.models import TINY
 from mgrpo.bench.step.targets import Plan
 from mgrpo.bench.store import trainer as bench
 from mgrpo.bench.store.trainer import Parts
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.store.open import open_store
 
 SIZES = {**TINY, "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -28,7 +28,8 @@ def test_the_parts_of_a_step_are_those_of_a_run(case, tmp_path):
     steps = bench.steps_of(case, 2)
     assert len(steps) == 2
     for step in steps:
-        assert all(math.isfinite(part) and part > 0 for part in step)  # what is left for the last, too: none overlap
+        # The last part is a remainder: it is positive only if the others do not overlap.
+        assert all(math.isfinite(part) and part > 0 for part in step)
         assert step.step == pytest.approx(math.fsum(step[:5]))
         assert 0 < step.overhead < 100
     rows = read_metrics(tmp_path / "agents" / "main" / "metrics.jsonl")
@@ -36,7 +37,7 @@ def test_the_parts_of_a_step_are_those_of_a_run(case, tmp_path):
     assert all(row["tokens_trained"] > 0 and row["groups/expired"] == 0 for row in rows)
     assert [row["time/forward_backward"] for row in rows[1:]] == [pytest.approx(step.model) for step in steps]
     with closing(open_store(bench.run_of(case, 3))) as store:
-        books, published = store.balance(), store.publications()["main"]
+        books, published = store.audit.balance(), store.roles.publications()["main"]
     assert books["agents"]["main"]["acked"] == books["queries"] == 3 * QUERIES
     assert not any(books["violations"].values())
     assert (published.step, published.version, len(published.probe)) == (3, 3, 31)

@@ -1,4 +1,4 @@
-"""What a decoupled run's checkpoints are worth: each agent has its own."""
+"""Test the dry run, and the evaluation of a decoupled run, whose agents each have their own checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mgrpo.engine.cli import check
+from mgrpo.engine.cli import check, evaluate
 from mgrpo.engine.config.schema import VLLMConfig
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.directory import RunDirectory
@@ -17,7 +17,7 @@ from toy import make_model, toy_config
 
 
 def save(policy: Policy, run: Path, steps: list[int]) -> None:
-    """Checkpoints as the agent's trainer leaves them, later ones with other weights."""
+    """Write checkpoints as the agent's trainer does, later ones with other weights."""
     own = RunDirectory(run / "agents" / policy.name)
     for step in steps:
 
@@ -54,9 +54,9 @@ def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
     policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
     save(policies["main"], run, [2, 10])
     with pytest.raises(ValueError, match="expected a checkpoint of agent 'clerk' in it"):
-        check.evaluate(config, run)
+        evaluate.evaluate(config, run)
     save(policies["clerk"], run, [4])
-    told = check.evaluate(config, run)
+    told = evaluate.evaluate(config, run)
     assert told.startswith(f"{run}: main rl step 10, clerk rl step 4: held-out accuracy ")
     assert "on 10 questions" in told
 

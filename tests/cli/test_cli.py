@@ -1,4 +1,4 @@
-"""The `mgrpo` command: what it prints, its exit codes, and a user's mistakes told in one line."""
+"""Test the `mgrpo` command: what it prints, its exit codes, and that a user's mistake is told in one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from mgrpo.engine.cli import main as cli
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.cli import main
+from mgrpo.engine.run.metrics import read_metrics
 from toy import SUMS, make_model, raw_config
 
 SCRIPT = Path(sys.executable).parent / "mgrpo"
@@ -53,12 +54,12 @@ Mgrpo = Callable[..., Result]
 
 @pytest.fixture
 def mgrpo(monkeypatch, capfd) -> Mgrpo:
-    """Runs the command in this process."""
+    """Return a function that runs the command in this process."""
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["mgrpo", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         out, err = capfd.readouterr()
         lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "it/s]" not in line]
         return Result(int(stop.value.code or 0), out, lines)
@@ -68,7 +69,7 @@ def mgrpo(monkeypatch, capfd) -> Mgrpo:
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_this_process() -> Iterator[None]:
-    """A run sets them for good."""
+    """Restore what a run sets for its whole process."""
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -104,7 +105,7 @@ def file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(file: Path, folder: Path) -> str:
-    """What `mgrpo train` prints, in a process of its own."""
+    """Return what `mgrpo train` prints in its own process."""
     done = subprocess.run([SCRIPT, "train", file], capture_output=True, text=True, check=False, env=one_thread())
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -116,7 +117,7 @@ def one_thread() -> dict[str, str]:
 
 
 def told(result: Result, message: str) -> None:
-    """The command failed, and one line on stderr says why."""
+    """Check that the command failed and that one line on stderr says why."""
     assert result.code == 1
     assert len(result.err) == 1, result.err
     assert re.fullmatch(f"error: {message}", result.err[0]), result.err[0]
@@ -157,7 +158,7 @@ def test_train_with_resume_goes_on_with_more_steps(mgrpo: Mgrpo, trained: str, f
 def test_eval_gives_the_accuracy_that_the_run_gave(mgrpo: Mgrpo, trained: str, file: Path, folder: Path):
     rows = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "eval/held_out_accuracy" in row]
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert len({row["eval/held_out_accuracy"] for row in rows}) > 1  # else equal ones would say little
+    assert len({row["eval/held_out_accuracy"] for row in rows}) > 1  # otherwise equal ones would prove little
     for row in rows:
         checkpoint = folder / "run" / "checkpoints" / f"rl-{row['step']:05d}"
         result = mgrpo("eval", file, "--checkpoint", checkpoint)
@@ -180,7 +181,9 @@ def test_eval_changes_nothing_in_the_run(mgrpo: Mgrpo, trained: str, file: Path,
 
 
 def test_eval_of_what_is_no_checkpoint_of_these_agents_is_refused(mgrpo: Mgrpo, trained: str, file: Path, folder: Path):
-    told(mgrpo("eval", file, "--checkpoint", folder / "no"), "--checkpoint: .*/no is no directory, expected one of .*")
+    told(
+        mgrpo("eval", file, "--checkpoint", folder / "no"), "--checkpoint: .*/no is not a directory: expected one of .*"
+    )
     told(mgrpo("eval", file, "--checkpoint", folder / "model"), "checkpoint .*: expected a whole checkpoint, .*")
     checkpoint = folder / "run" / "checkpoints" / "rl-00002"
     wider = make_model(folder / "wider", intermediate_size=64)
@@ -223,7 +226,7 @@ def test_check_says_what_would_run_and_loads_no_weights(mgrpo: Mgrpo, file: Path
 
 
 def test_check_counts_memory(mgrpo: Mgrpo, file: Path, folder: Path):
-    """Of a model of 2^20 weights and 2^15 tokens of cache, by hand."""
+    """The figures are computed by hand, for a model of 2^20 weights and 2^15 tokens of cache."""
     big = make_model(folder / "big", vocab_size=16384, hidden_size=512, intermediate_size=8, num_hidden_layers=1)
     result = mgrpo("check", file, "--set", f"agents.clerk.model={big}", "--set", "compute.concurrency=512")
     weights = 16384 * 512 + 2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 8 + 3 * 512
@@ -264,10 +267,10 @@ def test_check_tells_the_processes_of_each_topology_and_what_each_holds(mgrpo: M
     [
         ("agents.main.rl=1", "config: agents.main.rl: 1 given: no such key, expected one of model, train, .*"),
         ("algorithm.rollouts=1", "config: algorithm.rollouts: 1 given: Expected `int` >= 2"),
-        ("nonsense", "--set: 'nonsense' given, expected KEY=VALUE as in .*"),
+        ("nonsense", "--set: 'nonsense' given, expected KEY=VALUE such as .*"),
         ("agents.clerk.model=/no", "agents.clerk.model: /no given: expected a directory with a config.json in it"),
         ("agents.main.max_context=257", "agents.main.max_context: 257 given: expected at most the model's 256"),
-        ("environment.use=/no.py:Env", "environment.use: /no.py is no file, expected a Python file"),
+        ("environment.use=/no.py:Env", "environment.use: /no.py is not a file: expected a Python file"),
         ("environment.use=no_such_module:Env", "environment.use: 'no_such_module' given: .*"),
         ("environment.use=Env", "environment.use: 'Env' given: expected file.py:Class or package.module:Class"),
         ("environment.use=FOLDER/odd.py:Hard", "environment.use: 'Hard' in .* is None: expected a subclass .*"),
@@ -301,7 +304,7 @@ def test_what_a_run_meets_on_its_way_is_told_in_one_line(mgrpo: Mgrpo, file, fol
 
 
 def broken(folder: Path, file: str, content: bytes) -> Path:
-    """The model with one file of it written over."""
+    """Return a copy of the model with one file overwritten."""
     shutil.copytree(folder.parent / "model", folder)
     (folder / file).write_bytes(content)
     return folder
@@ -312,7 +315,7 @@ def broken(folder: Path, file: str, content: bytes) -> Path:
     [
         ("model.safetensors", b"not weights at all", "agents.main.model: .* has no readable weights: .*"),
         ("model.safetensors", b"", "agents.main.model: .* has no readable weights: .*"),
-        ("config.json", b"{", "agents.main.model: .*config.json is no JSON: .*"),
+        ("config.json", b"{", "agents.main.model: .*config.json is not valid JSON: .*"),
         (
             "config.json",
             b"{}",
@@ -336,7 +339,7 @@ def test_a_mistake_leaves_no_run_behind_that_would_have_to_be_resumed(mgrpo: Mgr
 
 
 def test_help_names_every_command_and_needs_no_torch():
-    program = "import sys; sys.argv = ['mgrpo', '--help']; from mgrpo.engine import cli\ntry: cli.main()\n"
+    program = "import sys; sys.argv = ['mgrpo', '--help']; from mgrpo.engine.cli.main import main\ntry: main()\n"
     program += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert all(re.search(rf"\b{command}\b", done.stdout) for command in COMMANDS)
@@ -352,7 +355,7 @@ def test_a_command_that_there_is_not_exits_2(mgrpo: Mgrpo):
 def test_a_benchmark_that_there_is_not_is_refused_by_name(mgrpo: Mgrpo):
     result = mgrpo("bench", "kernel")
     assert result.code == 2
-    told = re.sub(r"[│\s]+", " ", " ".join(result.err))  # out of its frame
+    told = re.sub(r"[│\s]+", " ", " ".join(result.err))  # without the frame around it
     assert "'kernel' is not" in told and all(f"'{name}'" in told for name in ("kernels", "packing", "step", "store"))
 
 
@@ -360,3 +363,8 @@ def test_the_installed_command_tells_a_mistake_in_one_line(file: Path):
     done = subprocess.run([SCRIPT, "check", file, "--set", "step=3"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: config: step: 3 given: no such key, expected one of run_dir, .*\n", done.stderr)
+
+
+def test_the_version_is_that_of_the_package(mgrpo: Mgrpo):
+    result = mgrpo("--version")
+    assert (result.code, result.out) == (0, f"mgrpo {metadata.version('mgrpo')}\n")

@@ -1,4 +1,4 @@
-"""`mgrpo store init|status|dump|gc`, of a run's file and of a URL."""
+"""Test `mgrpo store init|status|dump|gc`, with a run's file and with a URL."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_store import episode
 
+from cases.store import episode
 from mgrpo.bench.postgres import PASSWORD
-from mgrpo.engine.cli import main as cli
+from mgrpo.engine.cli import main
+from mgrpo.engine.cli.store import remove
+from mgrpo.engine.config.resume import fingerprint
 from mgrpo.engine.config.schema import load_config
 from mgrpo.engine.run.directory import RunDirectory
-from mgrpo.engine.store import open as ledger
-from mgrpo.engine.store.groups import Publication, Store
+from mgrpo.engine.store import Publication, Store
+from mgrpo.engine.store.open import begin, open_store
 
 FILE = """
 run_dir = "{folder}/run"
@@ -43,7 +45,7 @@ def mgrpo(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mgrpo", "store", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         shown = capsys.readouterr()
         return int(stop.value.code or 0), shown.out, shown.err
 
@@ -51,21 +53,21 @@ def mgrpo(monkeypatch, capsys):
 
 
 def fill(file: Path) -> Store:
-    """Two queries recorded, the main agent has acked one, and their files of 10 bytes are there."""
+    """Record two queries, ack them for the main agent, and write their files of 10 bytes."""
     config = load_config(file)
     RunDirectory(config.run_dir, resume=True).close()
-    store = ledger.open_store(config)
-    ledger.begin(store, config)
+    store = open_store(config)
+    begin(store, config)
     for agent in config.agents:
-        store.hold(f"trainer:{agent}", "host:7", 50)
+        store.roles.hold(f"trainer:{agent}", "host:7", 50)
         weights = {"file": "f", "checksum": "", "size": 1, "trained": 1, "version": 1}
-        store.publish(Publication(agent=agent, step=1, **weights), "host:7")
-    store.take("worker-1", 2, ahead=1, total=9, task_of=str, lease=50)
+        store.roles.publish(Publication(agent=agent, step=1, **weights), "host:7")
+    store.queries.take("worker-1", 2, ahead=1, total=9, task_of=str, lease=50)
     for rollout in range(2):
-        store.record(*episode(0, rollout))
-        store.record(*episode(1, rollout))
-    store.claim("main", 2, "host:7")
-    store.ack("main", [0, 1], "host:7")
+        store.queries.record(*episode(0, rollout))
+        store.queries.record(*episode(1, rollout))
+    store.groups.claim("main", 2, "host:7")
+    store.groups.ack("main", [0, 1], "host:7")
     for agent in config.agents:
         (Path(config.run_dir) / "trajectories" / f"{agent}-00000.arrow").write_bytes(b"0123456789")
     return store
@@ -74,7 +76,7 @@ def fill(file: Path) -> Store:
 def test_init_makes_the_run_once_and_not_as_another(file, mgrpo):
     for _ in range(2):
         code, out, _ = mgrpo("init", file)
-        assert code == 0 and "store.db: run 'local' of main, search is begun" in out
+        assert code == 0 and "store.db: run 'local' of main, search is ready" in out
     file.write_text(file.read_text().replace("rollouts = 2", "rollouts = 3"))
     code, _, err = mgrpo("init", file)
     assert code == 1 and err.startswith("error: run 'local': rollouts: 3 given: expected 2")
@@ -109,7 +111,7 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
     code, _, err = mgrpo("gc", file)
     assert code == 1 and "gc: run 'local' is alive (trainer:main, trainer:search): stop it first" in err
     for agent in ("main", "search"):
-        store.release_role(f"trainer:{agent}", "host:7")
+        store.roles.release(f"trainer:{agent}", "host:7")
     held = RunDirectory(folder, resume=True)
     code, _, err = mgrpo("gc", file)
     assert code == 1 and "is in use by process" in err
@@ -122,7 +124,7 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
             else "run local: 0 files of 0 calls deleted, 0 bytes\n"
         )
     assert [path.name for path in (folder / "trajectories").iterdir()] == ["search-00000.arrow"]
-    assert len(store.calls_of(0)) == 4
+    assert len(store.groups.calls_of(0)) == 4
 
 
 def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrpo, monkeypatch, tmp_path):
@@ -134,7 +136,7 @@ def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrp
     code, _, err = mgrpo("gc", url)
     assert code == 1 and "expected --run-dir" in err
     for agent in ("main", "search"):
-        store.release_role(f"trainer:{agent}", "host:7")
+        store.roles.release(f"trainer:{agent}", "host:7")
     (tmp_path / "other" / "trajectories").mkdir(parents=True)
     assert mgrpo("gc", url, "--run-dir", tmp_path / "other")[1] == f"{url}: no run 'other'\n"
     code, _, err = mgrpo("gc", url, "--run-dir", tmp_path / "nowhere")
@@ -151,13 +153,13 @@ def test_gc_deletes_nothing_outside_the_run(tmp_path, name):
     (tmp_path / "secret").write_text("x")
     (root / "main-00000.arrow").write_text("x")
     with pytest.raises(ValueError, match="expected a path below"):
-        ledger.remove(str(root), ["main-00000.arrow", name])
+        remove(str(root), ["main-00000.arrow", name])
     assert (tmp_path / "secret").exists() and (root / "main-00000.arrow").exists()
 
 
 def test_a_run_is_the_same_with_other_steps_or_machines_but_not_with_other_rewards(file):
     def changed(*overrides: str) -> str:
-        return ledger.fingerprint(load_config(file, overrides))
+        return fingerprint(load_config(file, overrides))
 
     assert len(changed()) == 32
     for override in (

@@ -1,4 +1,4 @@
-"""The configuration file: what is wrong is refused by name, what is right is read, dumped and read back alike."""
+"""Test the configuration file: mistakes are refused by name; what is right is read, dumped and read back equal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def keys_of(section: str) -> list[str]:
 
 
 def changed(key: str, value: Any) -> dict[str, Any]:
-    """The toy's dictionary with one dotted key set."""
+    """Return the toy's dictionary with one dotted key set."""
     raw = inner = deepcopy(raw_config(FOLDER))
     *parents, last = key.split(".")
     for parent in parents:
@@ -69,7 +69,7 @@ def file(tmp_path: Path) -> Path:
 
 @st.composite
 def typos(draw: st.DrawFn) -> tuple[str, str]:
-    """A section and a key it does not have: a letter of a real one left out, doubled, replaced, or all in capitals."""
+    """Draw a section and a wrong key: a real one with a letter left out, doubled or replaced, or in capitals."""
     section = draw(st.sampled_from(list(SECTIONS)))
     key = draw(st.sampled_from(keys_of(section)))
     at = draw(st.integers(0, len(key) - 1))
@@ -114,12 +114,12 @@ def within(section: str, keys: str) -> list[str]:
 
 
 def fields(*kinds: type) -> dict[str, Any]:
-    """All keys of the file, the main agent's for the agents', whose type is of these kinds."""
+    """Return all keys of the file whose type is of these kinds; the main agent stands for all agents."""
     found: dict[str, Any] = {}
     for section, schema in SECTIONS.items():
         info: Any = msgspec.inspect.type_info(schema)
         for field in info.fields if section != "agents.clerk" else ():
-            for kind in getattr(field.type, "types", (field.type,)):  # of a union all
+            for kind in getattr(field.type, "types", (field.type,)):  # all members of a union
                 if isinstance(kind, kinds):
                     found[f"{section}.{field.name}".lstrip(".")] = kind
     return found
@@ -183,7 +183,7 @@ def test_betas_that_adam_would_refuse_are_refused(value: Any):
 
 
 def test_an_empty_stop_string_is_refused():
-    """Every text contains it: each action would end after one token."""
+    """Every text contains the empty string, so each action would end after one token."""
     assert re.match(r"config: agents\.main\.stop(\.0)?: .* given: ", refused(changed("agents.main.stop", [""])))
 
 
@@ -247,9 +247,11 @@ def test_sub_agents_and_trained_agents_are_listed_in_the_order_of_the_file():
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=re.escape(f"config: {tmp_path / 'no.toml'} is no file, expected a TOML file")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"config: {tmp_path / 'no.toml'} is not a file: expected a TOML file")
+    ):
         load_config(tmp_path / "no.toml")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         load_config(tmp_path)
 
 
@@ -292,7 +294,7 @@ def test_the_last_set_of_a_key_counts(file: Path):
 
 @pytest.mark.parametrize("override", ["", "steps", "=5"])
 def test_a_set_that_is_no_key_and_value_is_refused(file: Path, override: str):
-    message = f"--set: {override!r} given, expected KEY=VALUE as in agents.main.lr=1e-6"
+    message = f"--set: {override!r} given, expected KEY=VALUE such as agents.main.lr=1e-6"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(file, [override])
 
@@ -358,7 +360,7 @@ def comes_back_or_is_refused(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [MOMENT, MOMENT.date(), MOMENT.time(), math.inf, 2**70], ids=str)
 def test_an_option_that_would_not_come_back_from_the_dump_is_refused(value: Any):
-    """TOML has dates, infinities and big numbers; a run whose dump says otherwise could never be resumed."""
+    """TOML has dates, infinities and big numbers, which JSON lacks; a run whose dump differs could not be resumed."""
     comes_back_or_is_refused("environment.options.value", value)
 
 
@@ -412,7 +414,10 @@ def test_an_agents_servers_are_read_and_have_defaults_that_serve():
         ({"urls": ["127.0.0.1:8000"]}, "agents.main.vllm.urls"),
         ({"urls": ["http://user:secret@host"]}, "agents.main.vllm.urls"),
         ({"urls": ["http://host/v1"]}, "agents.main.vllm.urls"),
-        ({"gpus": ["0"], "servers": 2}, "agents.main.vllm.gpus: ['0'] given: expected 2, for servers x tensor x data"),
+        (
+            {"gpus": ["0"], "servers": 2},
+            "agents.main.vllm.gpus: ['0'] given: expected 2, which is servers x tensor_parallel",
+        ),
         ("yes", "agents.main.vllm: 'yes' given: Expected `object | null`"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Text games and chat loops as environments: turns, rewards, what the agent reads, and what is held of them."""
+"""Test text games and chat loops as environments: turns, rewards, what the agent reads, and what stays in memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 from typing import Any
 
 import pytest
-from test_episodes import TOKENIZER, Play
 
+from cases.episodes import TOKENIZER, Play
 from mgrpo.engine.environment.adapters import Chat, ChatLoop, TextGame
 from mgrpo.engine.types import Task
 
 
 class Count:
-    """Gymnasium's shape: count up from the task's number; three right ones win, a wrong one ends it."""
+    """Play a game in Gymnasium's form: count up from the task's number. Three right numbers win, a wrong one loses."""
 
     def __init__(self, start: int):
         self.at, self.left = start, 3
@@ -45,7 +45,7 @@ class Counting(TextGame):
         (["5", "faint"], 0.5, True, ["right\n", ""]),
     ],
 )
-def test_each_turn_is_a_step_and_the_reward_their_sum(replies, reward, valid, read):
+def test_each_turn_is_a_step_and_the_reward_is_their_sum(replies, reward, valid, read):
     (rollout,) = Play({"from 4\n": replies}, ["4"], Counting()).rollouts
     assert rollout.error == "" and rollout.score.correct == reward and rollout.score.format == valid
     assert [turn.observation for turn in rollout.episode.main.turns] == read
@@ -53,22 +53,22 @@ def test_each_turn_is_a_step_and_the_reward_their_sum(replies, reward, valid, re
     assert TOKENIZER.decode(rollout.trajectories[0].tokens) == text
 
 
-def test_a_game_that_is_not_over_has_no_valid_format():
+def test_an_unfinished_game_has_an_invalid_format():
     (rollout,) = Play({"from 4\n": ["5", "6"]}, ["4"], Counting(), max_turns=2).rollouts
     assert rollout.score.correct == 1.0 and rollout.score.format is False
 
 
-def test_games_of_episodes_side_by_side_are_apart_and_forgotten_with_them():
+def test_concurrent_games_are_independent_and_freed_with_their_episodes():
     environment = Counting()
     rollouts = Play({"from 4\n": ["5", "6", "7"], "from 8\n": ["9", "1"]}, ["4", "8", "4"], environment).rollouts
     assert [rollout.score.correct for rollout in rollouts] == [1.5, -0.5, 1.5]
     del rollouts
     gc.collect()
-    assert not environment._matches._held
+    assert not environment._matches._values
 
 
 class Haggle(ChatLoop):
-    """Asks for a price until it is low enough."""
+    """Ask for a price until it is low enough."""
 
     begin, end = "[{role}]", "."
 
@@ -91,7 +91,7 @@ def haggle(replies: list[str], kind: type[ChatLoop] = Haggle, **config: Any) -> 
     return rollout
 
 
-def test_each_request_is_a_turn_and_what_is_new_is_written_behind_the_reply():
+def test_each_request_is_a_turn_and_new_messages_follow_the_reply():
     rollout = haggle(["9.", "4."])
     assert rollout.error == "" and rollout.score.correct == 6 and rollout.score.format is True
     assert [turn.observation for turn in rollout.episode.main.turns] == ["\n[user]less.\n[assistant]", ""]
@@ -104,13 +104,13 @@ def test_a_reply_that_was_cut_off_is_closed():
     assert rollout.episode.main.turns[0].observation == ".\n[user]less.\n[assistant]" and rollout.score.correct == 6
 
 
-def test_conversations_side_by_side_are_apart():
+def test_concurrent_conversations_are_independent():
     replies = {PROMPT.format(name): [f"{price}."] for name, price in (("car", 1), ("cat", 4))}
     rollouts = Play(replies, ["car", "cat", "car"], Haggle()).rollouts
     assert [rollout.score.correct for rollout in rollouts] == [9, 6, 9]
 
 
-def test_a_loop_that_the_turns_do_not_suffice_for_has_no_valid_format_and_is_ended():
+def test_a_loop_that_runs_out_of_turns_has_an_invalid_format_and_is_ended():
     rollout = haggle(["9.", "8."], max_turns=2)
     assert rollout.score.format is False and rollout.score.correct == 0
 
@@ -144,13 +144,13 @@ class Breaks(Haggle):
     [
         (
             Rewrites,
-            r"chat: \[\{'role': 'user', 'content': 'forget it'\}\] given: expected \[.*'sell'.* and something new",
+            r"chat: \[\{'role': 'user', 'content': 'forget it'\}\] given: expected \[.*'sell'.* and new messages",
         ),
-        (Hurries, "chat: asked while a reply is being written, expected one conversation"),
+        (Hurries, "chat: called while a reply is being written: expected one call at a time"),
         (Breaks, "no such car"),
     ],
 )
-def test_what_a_loop_does_wrong_ends_its_episode_alone(kind, message):
+def test_a_mistake_of_a_loop_ends_only_its_episode(kind, message):
     rollout = haggle(["9.", "4."], kind)
     assert rollout.status == "failed"
     assert re.search(message, rollout.error)
@@ -161,6 +161,6 @@ class Silent(ChatLoop):
         return 1.0
 
 
-def test_a_loop_that_never_asks_is_refused():
+def test_a_loop_that_never_calls_chat_is_refused():
     (rollout,) = Play({}, ["car"], Silent()).rollouts
-    assert rollout.status == "failed" and "play: it ended without a word to chat" in rollout.error
+    assert rollout.status == "failed" and "play: it returned without calling chat" in rollout.error

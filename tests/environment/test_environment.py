@@ -1,4 +1,4 @@
-"""Task files, and what an environment does by itself."""
+"""Test task files, and the defaults of an environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_tasks_are_read_in_order_with_their_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"tasks: .*tasks\.jsonl is empty, expected one JSON object a line"),
+        ("", r"tasks: .*tasks\.jsonl is empty: expected one JSON object per line"),
         ('{"id": "a"}\n{"id": \n', r"tasks\.jsonl, line 2: '\{\"id\": ' given: expected JSON"),
         ('{"id": "a"}\n\n', r"line 2: '' given: expected JSON"),
         ('{"id": "a"}\n[1]\n', r"line 2: '\[1\]' given: expected an object with a string 'id'"),
@@ -29,14 +29,16 @@ def test_tasks_are_read_in_order_with_their_data(tmp_path: Path) -> None:
         ('{"id": "a"}\n{"id": "b"}\n{"id": "a"}\n', r"line 3: id 'a' given again: expected each id once"),
     ],
 )
-def test_a_task_file_that_is_wrong_is_refused_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_task_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "tasks.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_tasks(tmp_path / "tasks.jsonl")
 
 
-def test_a_task_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tasks: .*nowhere\.jsonl is no file, expected one JSON object a line"):
+def test_a_missing_task_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"tasks: .*nowhere\.jsonl is not a file: expected one with a JSON object per line"
+    ):
         read_tasks(tmp_path / "nowhere.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""The scripts of examples/cluster, run with stand-ins for ssh and Slurm: what they start, and how they end."""
+"""Run the scripts of examples/cluster with stand-ins for ssh and Slurm, and check what they start and how they end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.engine.config.schema import load_config
+from mgrpo import load_config
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cluster"
 SECRET = "a-secret-of-the-store"
-# Every stand-in notes how it was called, and is then what it stands for as far as these scripts go.
+# Every stand-in records its arguments, and then does what these scripts need of the real program.
 STAND_INS = {
     "ssh": 'eval "${@: -1}"',
     "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@"',
@@ -29,7 +29,7 @@ STAND_INS = {
 
 @pytest.fixture
 def machines(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the stand-ins are found first; they write to tmp_path/calls."""
+    """Return an environment in which the stand-ins are found first; they write to tmp_path/calls."""
     for name, body in STAND_INS.items():
         head = f'#!/usr/bin/env bash\nprintf "%s\\n" "${{0##*/}} $*" >> {shlex.quote(str(tmp_path / "calls"))}\n'
         (tmp_path / name).write_text(head + body + "\n")
@@ -55,7 +55,7 @@ def test_a_script_starts_every_part_once_and_tells_no_one_the_password(script: s
     assert sorted(call[-7:] for call in started) == [[*trained, "main"], [*trained, "sub"]]
     assert calls(tmp_path, "mgrpo")[-1] == ["mgrpo", "store", "init", "/shared/a", "b.toml"]
     workers = [call for call in calls(tmp_path, "mgrpo") if call[1] == "rollout"]
-    assert len(workers) == (16 if script == "ssh.sh" else 2)  # srun starts eight of each
+    assert len(workers) == (16 if script == "ssh.sh" else 2)  # srun starts eight copies of each
     assert SECRET not in (tmp_path / "calls").read_text()
 
 
@@ -64,7 +64,7 @@ def test_a_trainer_that_is_given_up_ends_the_script(script: str, machines, tmp_p
     process = subprocess.Popen(
         [FOLDER / script, "/shared/c.toml"], env=machines | {"FAIL": "sub"}, start_new_session=True
     )
-    if script == "slurm.sh":  # which leaves the ending to Slurm
+    if script == "slurm.sh":  # this script leaves it to Slurm to end the other parts
         while not (tmp_path / "calls").exists() or not calls(tmp_path, "scancel"):
             assert process.poll() is None
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The geography example: its data, its oracle, its judge and what hostile texts do to it."""
+"""Check the geography example: its data, its oracle, its judge and its robustness against hostile texts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.engine.environment.base import ToolError
-from mgrpo.engine.types import MAIN, Answer, Call, Delegate, Episode, Malformed, Task, ToolCall, Turn
+from mgrpo import MAIN, Answer, Call, Delegate, Episode, Malformed, Task, ToolCall, ToolError, Turn
 
 FOLDER = Path(__file__).parents[2] / "examples" / "geography"
 SPLITS = ("train", "held_out")
@@ -32,7 +31,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"geography_{name}", FOLDER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -65,7 +64,7 @@ def records(data: Path, split: str) -> list[dict[str, Any]]:
 
 
 def act(env: Any, call: Call, text: str, episode: Episode) -> None:
-    """One turn of a call, with whatever it sets off."""
+    """Play one turn of a call, with the tools and sub-agent calls that it starts."""
     action = env.parse(call, text)
     call.turns.append(Turn(text, action))
     if isinstance(action, Malformed):
@@ -142,7 +141,7 @@ def test_places_have_one_meaning(data: Path) -> None:
 
 
 def mentions(texts: list[str], mine: set[str], others: set[str]) -> set[str]:
-    """Which of the others' names occur in texts as whole words, where no longer name of mine covers them."""
+    """Return which names of `others` occur in texts as whole words, unless a longer name of `mine` contains them."""
     found = set()
     for text in texts:
         words, at = geography.fold(text).split(), 0
@@ -156,7 +155,7 @@ def mentions(texts: list[str], mine: set[str], others: set[str]) -> set[str]:
 
 @pytest.mark.parametrize(("split", "other"), [SPLITS, SPLITS[::-1]])
 def test_held_out_means_held_out(data: Path, env: Any, split: str, other: str) -> None:
-    """No country, capital or city of the other split: in no question, answer or hop; nor, in training, on any card."""
+    """Check that a split names no place of the other: in questions, answers, hops and, in training, on cards."""
     mine, others = (
         {geography.fold(n) for r in records(data, s) for n in (r["name"], r["facts"].get("capital", "")) if n}
         for s in (split, other)
@@ -347,7 +346,7 @@ def test_hostile_texts_break_nothing(env: Any, agent: str, prefix: str, text: st
     episode = Episode(call if agent == MAIN else Call(MAIN, task))
     act(env, call, prefix + text, episode)
     if agent != MAIN:
-        demonstrate(env, call, episode)  # the oracle for the sub-agent, whatever it is asked
+        demonstrate(env, call, episode)  # the oracle of the sub-agent must handle any request
         episode.calls.append(call)
     score = env.score(episode)
     assert len(score.calls) == len(episode.calls) and all(0.0 <= each.expert <= 1.0 for each in score.calls)

@@ -1,4 +1,4 @@
-"""The HotpotQA example: its files, its tools, its scores, its demonstrations, and a whole run of it."""
+"""Check the HotpotQA example: its files, tools, scores, demonstrations, and a whole run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo.engine.config.schema import load_config
+from mgrpo import Answer, Call, Delegate, Episode, Malformed, Task, ToolCall, Turn, load_config
 from mgrpo.engine.report.display import make_display
-from mgrpo.engine.training import colocated as launch
-from mgrpo.engine.types import Answer, Call, Delegate, Episode, Malformed, Task, ToolCall, Turn
+from mgrpo.engine.training import colocated
 from toy import make_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hotpotqa"
@@ -33,7 +32,7 @@ hotpotqa = load()
 
 
 def official(number: int, **changes: Any) -> dict[str, Any]:
-    """A question in the form of HotpotQA's own files."""
+    """Return a question in the format of HotpotQA's own files."""
     context = [
         [f"Ada {number}", [f"Ada {number} was born in Rome.", " She painted."]],
         ["Rome", ["Rome is the capital of Italy."]],
@@ -67,7 +66,7 @@ def task_of(environment: Any) -> Task:
 
 
 def played(environment: Any, call: Call) -> Call:
-    """The call's demonstration, acted out to its end."""
+    """Play a call's demonstration to its end."""
     while call.answer is None:
         text = environment.script(call)
         action = environment.parse(call, text)
@@ -93,7 +92,10 @@ def test_both_forms_of_a_file_hold_the_same_questions(tmp_path: Path):
     )
     assert [row["paragraphs"] for row in ours] == [row["paragraphs"] for row in lines]
     assert ours[0]["support"] == {"Ada 0": ["Ada 0 was born in Rome."], "Rome": ["Rome is the capital of Italy."]}
-    assert lines[0]["support"]["Ada 0"] == ["Ada 0 was born in Rome.", "She painted."]  # which sentence is not said
+    assert lines[0]["support"]["Ada 0"] == [
+        "Ada 0 was born in Rome.",
+        "She painted.",
+    ]  # all: no sentence is named
 
 
 def test_a_fact_that_is_not_in_the_paragraphs_is_passed_over(tmp_path: Path):
@@ -179,7 +181,7 @@ def test_a_search_lists_the_nearest_paragraphs_and_a_read_shows_one(environment:
     assert environment.tool(call, ToolCall("read", "rome")) == "Rome is the capital of Italy."
     with pytest.raises(hotpotqa.ToolError, match="no paragraph"):
         environment.tool(call, ToolCall("read", "Atlantis"))
-    assert len(environment.tool(call, ToolCall("search", "…")).splitlines()) == 3  # nothing is near: any three
+    assert len(environment.tool(call, ToolCall("search", "…")).splitlines()) == 3  # no title is similar: any three
 
 
 @given(st.dictionaries(st.text(), st.lists(st.text(), max_size=3), min_size=1, max_size=6), st.text())
@@ -254,7 +256,7 @@ def test_demonstrations_survive_any_request(environment: Any):
 
 
 def test_the_example_trains(tmp_path: Path):
-    """The file of the example, with a tiny model and few steps."""
+    """Run the example's file with a tiny model and few steps."""
     model = make_model(tmp_path / "model", max_position_embeddings=2048)
     train = write(tmp_path / "train.json", [official(i) for i in range(20)])
     changes = ["steps=2", "queries_per_step=2", "algorithm.rollouts=2", "warmup.steps=1", "warmup.episodes=2"]
@@ -262,6 +264,6 @@ def test_the_example_trains(tmp_path: Path):
     changes += [f"agents.{name}.model={model}" for name in ("main", "sub")]
     changes += [f"run_dir={tmp_path}/run", f"environment.options.train={train}", 'environment.options.held_out=""']
     file = EXAMPLE / "train.toml"
-    launch.train(load_config(file, changes), resume=False, display=make_display(["main", "sub"]))
+    colocated.train(load_config(file, changes), resume=False, display=make_display(["main", "sub"]))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["stage"] == "rl" and "time/step" in row] == [0, 1]

@@ -1,4 +1,4 @@
-// Which branches of the core were reached, where libFuzzer can read it: what -fsanitize-coverage=trace-pc calls.
+// Records which branches of the core were reached where libFuzzer can read it; -fsanitize-coverage=trace-pc calls this.
 #include <cstddef>
 #include <cstdint>
 
@@ -6,7 +6,7 @@ extern "C" {
 
 [[gnu::visibility("default")]] uint8_t mgrpo_branches[1 << 14];
 
-/// By the distance in memory, which is the same in every process, from here to the caller.
+/// Identifies a branch by the caller's distance from here in memory, which is the same in every process.
 void __sanitizer_cov_trace_pc() {
   const auto caller = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
   const uint64_t distance = caller - reinterpret_cast<uintptr_t>(mgrpo_branches);

@@ -1,4 +1,4 @@
-"""Numbers from random bytes, hostile objects, and one thing made wrong with an argument: for fuzz_inputs.py."""
+"""Make numbers from random bytes, hostile objects, and one mistake in an argument, for fuzz_inputs.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DTYPES = ["i8", "i4", "u8", "u1", "?", "f4", "f8", "f2", "O", ">i8", ">f4", "c16
 
 
 class Refused(ValueError):
-    """What the hostile objects below raise: a caller's own error, which must come back as it is."""
+    """Stand for a caller's own error, raised by the hostile objects below; it must come back unchanged."""
 
 
 class Hostile:
-    """Whatever is asked of it, it refuses."""
+    """Raise an error in every operation."""
 
     def refuse(self, *_: Any) -> Any:
         raise Refused
@@ -31,14 +31,14 @@ class Hostile:
 
 
 class Fleeting(tuple):
-    """Its iterator gives copies of what it holds, which nobody else keeps alive."""
+    """Iterate over copies of its items, which nothing else keeps alive."""
 
     def __iter__(self) -> Iterator[Any]:
         return (each.copy() if isinstance(each, np.ndarray) else each for each in super().__iter__())
 
 
 class Source:
-    """Numbers from bytes; zeros when they run out."""
+    """Turn bytes into numbers; zeros when the bytes run out."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -50,7 +50,7 @@ class Source:
         return int.from_bytes(taken, "little") % bound
 
     def chance(self, one_in: int) -> bool:
-        return self.below(one_in) == 1  # of several, not when the bytes have run out
+        return self.below(one_in) == 1  # 1 and not 0, which is drawn when the bytes have run out
 
     def pick(self, choices: Sequence[Any]) -> Any:
         return choices[self.below(len(choices))]
@@ -59,7 +59,7 @@ class Source:
         return np.array([low + self.below(high - low + 1) for _ in range(size)], np.int64)
 
     def random(self) -> np.random.Generator:
-        """For what is not worth bytes of its own."""
+        """Return a generator for choices that need no bytes of their own."""
         return np.random.default_rng(self.below(2**16))
 
 
@@ -86,7 +86,7 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def replaced(source: Source, array: NDArray[Any]) -> NDArray[Any]:
-    """One entry extreme, a little off, or that of another place."""
+    """Make one entry extreme, slightly wrong, or that of another place."""
     changed = array.copy()
     if changed.size and changed.dtype.kind in "iufb":
         at = np.unravel_index(source.below(changed.size), changed.shape)
@@ -121,8 +121,8 @@ def wrong_array(source: Source, array: NDArray[Any]) -> Any:
 
 
 def wrong(source: Source, value: Any, named: dict[str, Any]) -> Any:
-    """Something else in place of one argument."""
-    if isinstance(value, bool):  # of another type it is a TypeError, as of any function
+    """Return something else in place of one argument."""
+    if isinstance(value, bool):  # another type would be a TypeError, as for any function
         return not value
     if source.chance(4):
         return source.pick([hostile_array(source), scalar(source), named[source.pick(sorted(named))]])

@@ -1,6 +1,6 @@
-"""Bytes made into calls of mgrpo._packing for tests/fuzz/fuzz_packing.py: most are valid, then one thing is made wrong.
+"""Turn bytes into calls of mgrpo._packing for tests/fuzz/fuzz_packing.py: most are valid, then one thing is made wrong.
 
-Names are those of bindings/_packing.pyi. Of the extension only Arena is used here: what broke it can then be shown.
+Names are those of bindings/_packing.pyi. Only Arena of the extension is used, so a call that broke it can be shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def plan(source: Source) -> dict[str, Any]:
 
 
 def trajectories(source: Source) -> dict[str, Any]:
-    """Columns of trajectories that begin alike; now and then so long that fill takes them in several pieces."""
+    """Make columns of trajectories that begin alike, sometimes so long that fill takes them in several pieces."""
     few_long = source.chance(64)
     lengths = source.ints(2 if few_long else source.pick([0, 1, 3, 20]), 1, 70_000 if few_long else 40)
     draw, size = source.random(), int(lengths.sum())
@@ -78,7 +78,7 @@ def trainable_rows(source: Source) -> dict[str, Any]:
 
 
 def in_form(source: Source, columns: dict[str, Any], name: str) -> Any:
-    """A column as one array, or as an array of each trajectory."""
+    """Return a column as one array, or as one array per trajectory."""
     form = source.pick([None, None, list, tuple, Fleeting])
     if form is None:
         return columns[name]
@@ -132,7 +132,7 @@ def tree_fill(source: Source) -> dict[str, Any]:
 
 
 def alike(first: NDArray[Any], second: NDArray[Any]) -> int:
-    """How many tokens two paths have in common at their beginning."""
+    """Return how many tokens two paths share at their beginning."""
     both = min(len(first), len(second))
     return int(np.append(first[:both] != second[:both], True).argmax())
 
@@ -148,7 +148,7 @@ def from_lists(source: Source) -> dict[str, Any]:
 
 
 def fenced(size: int) -> NDArray[np.uint8]:
-    """As little as an Arena can do with: where the address sanitizer is loaded, the rest may not be touched."""
+    """Allocate as little as an Arena needs; if the address sanitizer is loaded, the rest must not be touched."""
     memory = np.empty(size, np.uint8)
     begin = -memory.ctypes.data % PAGE
     end = begin + size - (PAGE - 1)
@@ -159,7 +159,7 @@ def fenced(size: int) -> NDArray[np.uint8]:
 
 
 def allocate(source: Source) -> Any:
-    """What gives an Arena its memory, well or badly."""
+    """Return an allocator for an Arena, correct or not."""
     kept = bytearray(2**17)
     badly = [
         bytes,
@@ -181,11 +181,11 @@ MAKERS = [align, plan, plan, l2_bound, trainable_rows, fill, fill, fill, tree_pl
 
 
 def call(data: bytes) -> tuple[str, dict[str, Any]]:
-    """The name of a function of the extension, and arguments. The first bytes say what is wrong with them."""
+    """Return the name of a function of the extension, and arguments. The first bytes say what is wrong with them."""
     damage, source = Source(data[:DAMAGE]), Source(data[DAMAGE:])
     maker = source.pick(MAKERS)
     named = maker(source)
-    with np.errstate(all="ignore"):  # of what does not fit another dtype
+    with np.errstate(all="ignore"):  # of numbers that do not fit another dtype
         for _ in range(damage.pick([0, 1, 1, 2])):
             name = damage.pick(sorted(named))
             named[name] = wrong(damage, named[name], named)

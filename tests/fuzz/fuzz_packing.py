@@ -1,12 +1,12 @@
-"""A fuzz target for the binding: calls from tests/fuzz/fuzz_inputs.py, made until one does what it may not.
+"""Fuzz the binding with the calls of tests/fuzz/fuzz_inputs.py, until one of them misbehaves.
 
-A call gives a result that keeps its promises, or raises ValueError. Everything else ends the run, and so does what the
-sanitizers find or what takes too long: the call is printed, and how to repeat it. `make fuzz` builds the extension with
-sanitizers and runs this twice: on cases drawn from a seed, which needs nothing more; then atheris goes on from the
-first of them, guided by the branches of the core that they reach.
+A call must return a correct result or raise ValueError. Everything else ends the run, also a finding of the sanitizers
+or a call that takes too long: the call is printed with a way to repeat it. `make fuzz` builds the extension with
+sanitizers and runs this twice: first on cases drawn from a seed, which needs nothing more; then atheris continues from
+the first of them, guided by the branches of the core that they reach.
 
-Departs from atheris' manual, whose libFuzzer reads clang's coverage: here gcc's is handed to it, see fuzz_coverage.cpp.
-So its warning of broken coverage is void.
+Unlike in atheris' manual, where libFuzzer reads clang's coverage, gcc's coverage is passed to it (fuzz_coverage.cpp).
+So its warning of broken coverage can be ignored.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fuzz_results import HOLDS
 
 TOO_LONG = 20  # seconds
 BRANCHES = 2**14
-FIRST = 200  # cases that atheris begins with
+FIRST = 200  # cases from which atheris begins
 FAILING = Path(packing.__file__).with_name("failing")
 
 
 def one(data: bytes) -> bool:
-    """Makes one call from the bytes: whether it gave a result. Raises what is not allowed."""
+    """Make one call from the bytes; return whether it gave a result. Raises any error that is not allowed."""
     name, given = call(data)
     try:
         made = getattr(packing, name)(**given)
@@ -48,7 +48,7 @@ def one(data: bytes) -> bool:
 
 
 def one_noted(data: bytes) -> None:
-    """Leaves the bytes of the call that ends the process, which atheris does not for every end."""
+    """Write the bytes of a call that ends the process, which atheris does not always do."""
     FAILING.write_bytes(data)
     one(data)
 
@@ -80,7 +80,7 @@ def explore_guided(seed: int, seconds: float, corpus: str) -> None:
 
 
 def register_branches(places: Any) -> None:
-    """Tells libFuzzer where the core counts its branches, and gives it the table that it asks for, of no places."""
+    """Tell libFuzzer where the core counts its branches, and pass the table that it needs, without places."""
     libfuzzer = ctypes.CDLL(importlib.import_module("atheris.core_with_libfuzzer").__file__)
     branches = (ctypes.c_uint8 * BRANCHES).in_dll(ctypes.CDLL(packing.__file__), "mgrpo_branches")
     register = (libfuzzer.__sanitizer_cov_8bit_counters_init, libfuzzer.__sanitizer_cov_pcs_init)
@@ -90,7 +90,7 @@ def register_branches(places: Any) -> None:
 
 
 def guard(explore: Callable[..., None], *args: Any) -> int:
-    """Runs it in a process of its own, as what goes wrong may end that. Gives its exit status, 0 if all went well."""
+    """Run it in a separate process, which may crash; return its exit status, 0 if all went well."""
     child = multiprocessing.get_context("fork").Process(target=explore, args=args)
     child.start()
     child.join()

@@ -1,6 +1,6 @@
-"""What a result of mgrpo._packing must be, given the arguments that it came of: for tests/fuzz/fuzz_packing.py.
+"""Check a result of mgrpo._packing against its arguments, for tests/fuzz/fuzz_packing.py.
 
-Cheap where it can be, as it follows every call; tests/test_*.py hold the same functions to naive ones.
+The checks are cheap, as they follow every call; tests/packing compares the same functions with naive ones.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def trainable(given: dict[str, Any], rows_N: Any) -> bool:
 def twice(
     fill: Callable[..., Any], holds: Callable[[dict[str, Any], Any], Any]
 ) -> Callable[[dict[str, Any], Any], Any]:
-    """Where there is an arena, it is filled from again: what is held stays as it is."""
+    """Fill again if there is an arena, and check that the held result does not change."""
 
     def check(given: dict[str, Any], made: Any) -> bool:
         if given.get("arena") is None or not holds(given, made):
@@ -84,7 +84,7 @@ def twice(
         other = given if "shared_B" in given else given | {"ids_B": given["ids_B"][::-1].copy()}
         try:
             later = fill(**other)
-        except ValueError:  # of the arena's allocator
+        except ValueError:  # raised for the arena's allocator
             return holds(given, made)
         return holds(other, later) and holds(given, made)
 
@@ -98,7 +98,7 @@ def as_expected(given: dict[str, Any], made: Any) -> bool:
 
 
 def in_bins(given: dict[str, Any], made: Any) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
-    """The bounds of the micro-batches among the ids, and the micro-batches."""
+    """Return the bounds of the micro-batches within the ids, and the micro-batches."""
     bins_M1 = given.get("bins_M1")
     return ([(0, len(given["ids_B"]))], [made]) if bins_M1 is None else (list(pairwise(bins_M1.tolist())), made)
 
@@ -183,7 +183,8 @@ def tree_filled(given: dict[str, Any], made: Any) -> bool:
     ids_B, bounds_S1 = given["ids_B"], made["tree_cu_seqlens_k"]
     columns = [name.removesuffix("_T") for name in LOGPROBS if given.get(name) is not None]
     rows = len(made["targets"])
-    size_P = made["weights"].astype(np.float64) * np.abs(made["advantages"])  # of one sign, or merging would lose some
+    # Merged advantages have one sign, so their size is not lost.
+    size_P = made["weights"].astype(np.float64) * np.abs(made["advantages"])
     walks_B = [made["tree_kv_index"][bounds_S1[leaf] : bounds_S1[leaf + 1]] for leaf in made["leaf"]]
     return (
         is_column(made["input_ids"], "i8", (given["rows_N"][ids_B] - given["shared_B"]).sum())
@@ -199,7 +200,7 @@ def tree_filled(given: dict[str, Any], made: Any) -> bool:
 
 
 def in_all(given: dict[str, Any], values_N: NDArray[Any]) -> float:
-    """A trajectory's value for each token that it predicts."""
+    """Repeat a trajectory's value for each token that it predicts."""
     total = 0.0
     for n in given["ids_B"]:
         start, stop = given["offsets_N1"][n], given["offsets_N1"][n + 1]

@@ -1,4 +1,4 @@
-"""The guard before a vLLM server, driven as a web server would, with an application that only says it was reached."""
+"""Test AuthMiddleware as a web server drives it, before an application that only reports that it was reached."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm import auth as guard
+from mgrpo.engine.inference.vllm import api, auth
 from mgrpo.engine.inference.vllm.auth import AuthMiddleware
+from mgrpo.engine.types import WeightsVersion
 
 TOKEN = "a secret"
 
 
 class Engine:
-    """What vLLM keeps in `app.state.engine_client`, as far as labels go."""
+    """Imitate the labels of `app.state.engine_client` in vLLM."""
 
-    label = adapter.UNSET
+    label = api.UNSET
 
     async def update_weight_version(self, label: str) -> None:
         self.label = label
@@ -32,7 +32,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(guard.TOKEN, TOKEN)
+    monkeypatch.setenv(auth.TOKEN, TOKEN)
 
 
 async def reached(scope: Any, receive: Any, send: Any) -> None:
@@ -83,24 +83,24 @@ CONTROL = [
     "headers",
     [{}, bearer("wrong"), bearer(""), bearer(TOKEN + "x"), {"Authorization": TOKEN.encode().decode("latin-1")}],
 )
-def test_without_the_token_nothing_is_controlled(path: str, method: str, headers: dict[str, str]):
+def test_control_without_the_token_is_refused(path: str, method: str, headers: dict[str, str]):
     status, _, body = ask(AuthMiddleware(reached), method, path, headers=headers)
     assert status == 401 and b"reached" not in body
 
 
 @pytest.mark.parametrize("path", [path for path in CONTROL if not path.startswith("/mgrpo")])
-def test_with_the_token_it_is(path: str):
+def test_control_with_the_token_passes(path: str):
     assert ask(AuthMiddleware(reached), "POST", path, headers=bearer(TOKEN))[2] == b"reached"
 
 
 @given(st.text(alphabet="/v1.%aPp.", max_size=12), st.sampled_from(["GET", "POST", "PUT", "OPTIONS", "HEAD", "post"]))
-def test_whatever_is_not_on_the_list_is_closed(path: str, method: str):
+def test_routes_that_are_not_listed_as_open_need_the_token(path: str, method: str):
     status = ask(AuthMiddleware(reached), method, "/" + path)[0]
-    assert status == (200 if (method, "/" + path) in adapter.OPEN else 401)
+    assert status == (200 if (method, "/" + path) in api.OPEN else 401)
 
 
-@pytest.mark.parametrize("method, path", sorted(adapter.OPEN - {("GET", adapter.LABEL)}))
-def test_what_is_on_the_list_is_open(method: str, path: str):
+@pytest.mark.parametrize("method, path", sorted(api.OPEN - {("GET", api.LABEL)}))
+def test_routes_that_are_listed_as_open_pass(method: str, path: str):
     assert ask(AuthMiddleware(reached), method, path)[2] == b"reached"
 
 
@@ -115,32 +115,32 @@ def test_a_web_socket_is_closed():
 
 
 @pytest.mark.parametrize("value", [None, "", "ünicode"])
-def test_no_server_without_a_token(value: str | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(guard.TOKEN)
+def test_a_server_without_a_token_does_not_start(value: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(auth.TOKEN)
     if value is not None:
-        monkeypatch.setenv(guard.TOKEN, value)
-    with pytest.raises(ValueError, match=f"{guard.TOKEN} is not set"):
+        monkeypatch.setenv(auth.TOKEN, value)
+    with pytest.raises(ValueError, match=f"{auth.TOKEN} is not set"):
         AuthMiddleware(reached)
 
 
-def test_the_label_is_set_told_to_the_engine_and_read_back():
+def test_a_label_is_set_in_the_engine_too_and_read_back():
     app, engine = AuthMiddleware(reached), Engine()
-    assert json.loads(ask(app, "GET", adapter.LABEL)[2]) == {"label": adapter.UNSET}
+    assert json.loads(ask(app, "GET", api.LABEL)[2]) == {"label": api.UNSET}
     given = json.dumps({"version": 12, "step": 3}).encode()
-    status, _, body = ask(app, "POST", adapter.LABEL, headers=bearer(TOKEN), body=given, engine=engine)
+    status, _, body = ask(app, "POST", api.LABEL, headers=bearer(TOKEN), body=given, engine=engine)
     assert (status, json.loads(body)) == (200, {"label": "12/3"}) and engine.label == "12/3"
-    assert ask(app, "GET", "/health")[1][adapter.LABEL_HEADER] == "12/3"
-    assert adapter.read_label("12/3") == (12, 3)
+    assert ask(app, "GET", "/health")[1][api.LABEL_HEADER] == "12/3"
+    assert api.read_label("12/3") == WeightsVersion(12, 3)
 
 
-def test_the_label_is_what_the_engines_say_not_what_was_asked():
+def test_the_label_is_the_one_that_the_engines_report():
     class Deaf(Engine):
         async def update_weight_version(self, label: str) -> None:
             pass
 
     app, given = AuthMiddleware(reached), json.dumps({"version": 1, "step": 1}).encode()
-    _, _, body = ask(app, "POST", adapter.LABEL, headers=bearer(TOKEN), body=given, engine=Deaf())
-    assert json.loads(body) == {"label": adapter.UNSET}
+    _, _, body = ask(app, "POST", api.LABEL, headers=bearer(TOKEN), body=given, engine=Deaf())
+    assert json.loads(body) == {"label": api.UNSET}
 
 
 @pytest.mark.parametrize(
@@ -157,21 +157,21 @@ def test_the_label_is_what_the_engines_say_not_what_was_asked():
         b"\xff",
     ],
 )
-def test_what_is_no_label_is_refused(body: bytes):
+def test_an_invalid_label_is_refused(body: bytes):
     app = AuthMiddleware(reached)
-    assert ask(app, "POST", adapter.LABEL, headers=bearer(TOKEN), body=body)[0] == 400
-    assert app.label == adapter.UNSET
+    assert ask(app, "POST", api.LABEL, headers=bearer(TOKEN), body=body)[0] == 400
+    assert app.label == api.UNSET
 
 
-def test_stop_ends_the_process_after_the_answer(monkeypatch: pytest.MonkeyPatch):
+def test_stop_answers_and_then_ends_the_process(monkeypatch: pytest.MonkeyPatch):
     ended: list[bool] = []
-    monkeypatch.setattr(guard, "end", lambda: ended.append(True))
-    assert ask(AuthMiddleware(reached), "POST", adapter.STOP)[0] == 401 and not ended
+    monkeypatch.setattr(auth, "end_process", lambda: ended.append(True))
+    assert ask(AuthMiddleware(reached), "POST", api.STOP)[0] == 401 and not ended
     asyncio.run(_stop(ended))
 
 
 async def _stop(ended: list[bool]) -> None:
-    status, _, _ = await call(AuthMiddleware(reached), "POST", adapter.STOP, headers=bearer(TOKEN))
+    status, _, _ = await call(AuthMiddleware(reached), "POST", api.STOP, headers=bearer(TOKEN))
     assert status == 200 and ended == [True]
 
 
@@ -180,8 +180,8 @@ def event(number: int) -> bytes:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), max_size=20))
-def test_a_stream_says_of_every_event_the_newest_label_it_may_have(moves: list[tuple[int, bool, bool]]):
-    """moves: which label comes into force before an event, whether the event comes in two halves, and a silence."""
+def test_a_stream_gives_for_every_event_the_newest_label_it_may_have(moves: list[tuple[int, bool, bool]]):
+    """moves: the label set before an event, whether the event comes in two halves, and whether a silence precedes."""
     app, truth = AuthMiddleware(reached), []
 
     async def stream(scope: Any, receive: Any, send: Any) -> None:
@@ -197,13 +197,13 @@ def test_a_stream_says_of_every_event_the_newest_label_it_may_have(moves: list[t
         await send({"type": "http.response.body", "body": b""})
 
     app.app = stream
-    _, headers, body = ask(app, "POST", adapter.GENERATE)
-    label, heard, events = headers[adapter.LABEL_HEADER], [], []
-    assert label == adapter.UNSET
+    _, headers, body = ask(app, "POST", api.GENERATE)
+    label, heard, events = headers[api.LABEL_HEADER], [], []
+    assert label == api.UNSET
     for part in body.decode().split("\n\n")[:-1]:
-        chunk = adapter.LABEL_COMMENT
+        chunk = api.LABEL_COMMENT
         if part.startswith(chunk):
-            assert part[len(chunk) :] != label, "said twice"
+            assert part[len(chunk) :] != label, "written twice"
             label = part[len(chunk) :]
         else:
             heard.append(label)
@@ -211,13 +211,13 @@ def test_a_stream_says_of_every_event_the_newest_label_it_may_have(moves: list[t
     assert heard == truth and events == [event(i).decode().strip() for i in range(len(moves))]
 
 
-def test_what_is_no_stream_passes_untouched():
+def test_a_response_that_is_no_stream_gets_no_comments():
     app = AuthMiddleware(reached)
     app.label = "1/1"
-    assert ask(app, "POST", adapter.GENERATE)[2] == b"reached"
+    assert ask(app, "POST", api.GENERATE)[2] == b"reached"
 
 
-def test_a_running_request_is_not_begun_again():
+def test_a_running_request_is_not_started_again():
     async def run() -> None:
         gate = asyncio.Event()
 
@@ -225,34 +225,34 @@ def test_a_running_request_is_not_begun_again():
             await gate.wait()
             await reached(scope, receive, send)
 
-        app, twice = AuthMiddleware(slow), {adapter.REQUEST_ID: "q-1"}
-        first = asyncio.create_task(call(app, "POST", adapter.GENERATE, headers=twice))
+        app, twice = AuthMiddleware(slow), {api.REQUEST_ID: "q-1"}
+        first = asyncio.create_task(call(app, "POST", api.GENERATE, headers=twice))
         await asyncio.sleep(0)
-        assert (await call(app, "POST", adapter.GENERATE, headers=twice))[0] == 409
-        other = asyncio.create_task(call(app, "POST", adapter.GENERATE, headers={adapter.REQUEST_ID: "q-2"}))
+        assert (await call(app, "POST", api.GENERATE, headers=twice))[0] == 409
+        other = asyncio.create_task(call(app, "POST", api.GENERATE, headers={api.REQUEST_ID: "q-2"}))
         gate.set()
         assert (await first)[0] == (await other)[0] == 200
-        assert (await call(app, "POST", adapter.GENERATE, headers=twice))[0] == 200, "it had ended"
+        assert (await call(app, "POST", api.GENERATE, headers=twice))[0] == 200, "the first request has ended"
 
     asyncio.run(run())
 
 
-def test_a_request_that_fails_or_is_cancelled_may_come_again():
+def test_the_id_of_a_failed_request_may_be_used_again():
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         raise OSError("gone")
 
     app = AuthMiddleware(fails)
     for _ in range(2):
         with pytest.raises(OSError, match="gone"):
-            ask(app, "POST", adapter.GENERATE, headers={adapter.REQUEST_ID: "q"})
+            ask(app, "POST", api.GENERATE, headers={api.REQUEST_ID: "q"})
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32", "0.32.1", "0.32.0+cpu", "0.32.0.dev1"])
-def test_versions_that_are_supported(version: str):
-    adapter.check_version(version, "here")
+def test_supported_versions_pass(version: str):
+    api.check_version(version, "here")
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.3", "0.320", "10.32.0", "1.0.32", ""])
-def test_versions_that_are_not(version: str):
+def test_unsupported_versions_are_refused(version: str):
     with pytest.raises(ValueError, match=rf"http://s is vLLM {version}: expected 0\.32"):
-        adapter.check_version(version, "http://s")
+        api.check_version(version, "http://s")

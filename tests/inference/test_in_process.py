@@ -1,4 +1,4 @@
-"""The in-process sampler: the plain model's own distribution, whoever is beside; one prefill; exact ends of turns."""
+"""Test the in-process sampler: the plain model's distribution, independent of other calls; one prefill; exact ends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
 
+from cases.ragged_tokenizer import FRAGMENTS, RAGGED
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
-from mgrpo.engine.inference import in_process as inprocess
+from mgrpo.engine.inference import in_process
 from mgrpo.engine.inference.in_process import InProcessSampler, draw
 from mgrpo.engine.inference.kv_cache import KVCache
 from mgrpo.engine.inference.sampler import Completion, Session
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
-from toy import EOS, make_model
+from mgrpo.engine.types import WeightsVersion
+from toy import make_model
 
 LAST = 1 - 2.0**-53  # the largest number that numpy's generator returns
 
@@ -40,7 +41,7 @@ GPT2 = {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions
 
 
 class Kit:
-    """A tiny model behind our attention, and the same one plain."""
+    """Hold a tiny model with our attention, and the same model plain."""
 
     def __init__(self, folder: Path, dtype: str = "float32"):
         agent = AgentConfig(model=str(folder), max_context=256)
@@ -53,12 +54,12 @@ class Kit:
     def sampler(self, concurrency: int = 8, tokenizer=None, **agent) -> InProcessSampler:
         options = {"max_new_tokens": 12, "max_context": 256, **agent}
         return InProcessSampler(
-            self.model, tokenizer or self.tokenizer, AgentConfig(model="", **options), concurrency, version=3
+            self.model, tokenizer or self.tokenizer, AgentConfig(model="", **options), concurrency, WeightsVersion(3, 0)
         )
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Of the plain model at every position, (L, V) float64."""
+        """Return the plain model's logits at every position, (L, V) float64."""
         return self.plain(input_ids=torch.tensor(tokens)[None]).logits[0].double()
 
 
@@ -88,7 +89,7 @@ async def drive(sampler: InProcessSampler, coroutines: list) -> list:
 
 
 async def talk(sampler: InProcessSampler, session: Session, observations: Sequence[list[int]] = ()) -> list[Completion]:
-    """A call: turns with what the agent is shown between them; closed at its end."""
+    """Play a call: turns with observations between them. Close it at the end."""
     turns = [await sampler.act(session)]
     for tokens in observations:
         session.append(tokens)
@@ -106,7 +107,7 @@ def one(sampler: InProcessSampler, session: Session) -> Completion:
 
 
 def true_logps(logits_LV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """float64, one row at a time: the fewest likeliest tokens that reach top_p, renormalised."""
+    """Return log-probs in float64, cut row by row to the fewest likeliest tokens that reach top_p, renormalised."""
     probs_LV = (logits_LV.double() / temperature).softmax(-1)
     for probs_V in probs_LV:
         order = probs_V.argsort(descending=True, stable=True).tolist()
@@ -119,7 +120,7 @@ def true_logps(logits_LV: torch.Tensor, temperature: float, top_p: float) -> tor
 
 
 def gap(kit: Kit, session: Session, temperature: float = 1.0, top_p: float = 1.0) -> float:
-    """Largest difference between the session's log-probs and the plain model's."""
+    """Return the largest difference between the session's log-probs and the plain model's."""
     at = np.flatnonzero(session.sampled)
     logps_LV = true_logps(kit.logits(session.tokens)[at - 1], temperature, top_p)
     truth = logps_LV[torch.arange(len(at)), torch.tensor(session.tokens)[at]]
@@ -135,7 +136,7 @@ def test_recorded_logprobs_are_those_of_the_plain_models_full_forward(kit, tempe
     sessions = [new_session(i, prompt(i, 1 + 7 * i)) for i in range(6)]
     run(sampler, sessions, [prompt(90, 1), prompt(91, 5), []])
     for i, session in enumerate(sessions):
-        assert gap(kit, session, temperature, top_p) <= 1e-4  # infinite for a token outside of the nucleus
+        assert gap(kit, session, temperature, top_p) <= 1e-4  # infinite for a token outside the nucleus
         assert sum(session.sampled) >= 4 and not any(session.sampled[: 1 + 7 * i])
         assert not np.array(session.logprobs)[~np.array(session.sampled)].any()
         trajectory = session.trajectory()
@@ -154,7 +155,7 @@ def test_every_kind_of_head_gives_the_plain_models_logprobs(tmp_path, tie, group
 @pytest.mark.parametrize(
     "config",
     [GraniteConfig(**GRANITE, attention_multiplier=0.9), GPT2Config(**GPT2)],
-    ids=["an attention scale of its own", "learned positions, no key-value groups"],
+    ids=["a separate attention scale", "learned positions, no key-value groups"],
 )
 def test_other_architectures_give_the_plain_models_logprobs(tmp_path, config):
     make_model(tmp_path)  # for the tokenizer
@@ -187,10 +188,10 @@ def test_greedy_takes_the_plain_models_argmax_token_for_token(kit):
         best = kit.logits(session.tokens).argmax(-1).tolist()
         at = np.flatnonzero(session.sampled)
         assert len(at) >= 2 and all(session.tokens[i] == best[i - 1] for i in at)
-        assert not any(session.logprobs)  # no choice, no log-prob
+        assert not any(session.logprobs)  # a greedy choice has log-prob 0
 
 
-def test_the_same_seed_samples_the_same_and_another_another(kit):
+def test_equal_seeds_sample_the_same_tokens_and_others_do_not(kit):
     sessions = [new_session(seed, prompt(1)) for seed in (5, 5, 6)]
     run(kit.sampler(), sessions)
     assert sessions[0].tokens == sessions[1].tokens != sessions[2].tokens
@@ -198,7 +199,7 @@ def test_the_same_seed_samples_the_same_and_another_another(kit):
 
 @settings(max_examples=12)
 @given(st.integers(1, 9), st.permutations(range(7)), st.integers(0, 3))
-def test_a_session_does_not_depend_on_who_is_beside_it_on_slots_or_on_order(kit, concurrency, order, prompts):
+def test_a_session_does_not_depend_on_other_sessions_slots_or_order(kit, concurrency, order, prompts):
     shared = [prompt(i % (prompts + 1), 6 + i % (prompts + 1)) for i in range(7)]
     alone = [new_session(i, shared[i]) for i in range(7)]
     for session in alone:
@@ -216,20 +217,23 @@ def test_a_session_does_not_depend_on_who_is_beside_it_on_slots_or_on_order(kit,
 
 @pytest.fixture
 def through(monkeypatch) -> list[int]:
-    """Counts of the tokens of every forward."""
+    """Record the number of tokens of every forward."""
     counts: list[int] = []
-    real = inprocess.hidden_states
+    real = in_process.hidden_states
 
     def counted(model, input_ids_T, *args):
         counts.append(len(input_ids_T))
         return real(model, input_ids_T, *args)
 
-    monkeypatch.setattr(inprocess, "hidden_states", counted)
+    monkeypatch.setattr(in_process, "hidden_states", counted)
     return counts
 
 
 def total_if_each_token_once(sessions: list[Session], prompt_length: int) -> int:
-    """The prompt once, its last token and all but the last of what follows once per session."""
+    """Return the tokens to compute if each is computed once.
+
+    That is the prompt once, and for each session its last prompt token and all sampled tokens but the last.
+    """
     return prompt_length - 1 + sum(len(s.tokens) - prompt_length for s in sessions)
 
 
@@ -237,7 +241,7 @@ def total_if_each_token_once(sessions: list[Session], prompt_length: int) -> int
 def test_sessions_of_one_prompt_share_one_prefill(kit, through, concurrency):
     sessions = [new_session(i, prompt(0, 40)) for i in range(8)]
     run(kit.sampler(concurrency=concurrency), sessions)
-    assert sum(through) == total_if_each_token_once(sessions, 40)  # there is always a live one to copy from
+    assert sum(through) == total_if_each_token_once(sessions, 40)  # there is always a live session to copy from
     assert max(gap(kit, session) for session in sessions) <= 1e-4
 
 
@@ -247,7 +251,7 @@ def test_a_prompt_is_copied_from_any_live_session_that_holds_it(kit, through):
 
     async def play() -> None:
         await drive(sampler, [sampler.act(first), sampler.act(second)])
-        sampler.close(first)  # the one that computed it
+        sampler.close(first)  # the session that computed the prompt
         through.clear()
         await drive(sampler, [talk(sampler, late)])
 
@@ -263,7 +267,7 @@ def test_later_turns_compute_only_their_new_tokens(kit, through):
     assert gap(kit, session) <= 1e-4
 
 
-def test_release_forgets_what_old_weights_computed(tmp_path, through):
+def test_a_released_cache_keeps_nothing_of_old_weights(tmp_path, through):
     kit = Kit(make_model(tmp_path))
     sampler = kit.sampler()
     run(sampler, [new_session(0, prompt(0, 40))])
@@ -292,7 +296,7 @@ def test_closing_in_the_middle_of_a_turn_frees_the_slot_for_the_next(kit):
     async def play() -> None:
         turns = [asyncio.create_task(sampler.act(session)) for session in (first, second)]
         await asyncio.sleep(0)
-        assert sampler.pending == 1  # the other one has no slot
+        assert sampler.pending == 1  # the other call has no slot
         sampler.step()
         sampler.step()
         turns[0].cancel()
@@ -316,7 +320,7 @@ def moved(kit: Kit, seed: int) -> dict[str, torch.Tensor]:
 
 
 def put(kit: Kit, tensors: dict[str, torch.Tensor]) -> None:
-    """Into the plain model."""
+    """Copy weights into the plain model."""
     parameters = dict(kit.plain.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -324,17 +328,19 @@ def put(kit: Kit, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_new_weights_sample_the_turns_after_them_and_old_ones_those_before(tmp_path, tie):
+def test_turns_before_an_update_use_the_old_weights_and_later_turns_the_new(tmp_path, tie):
     kit = Kit(make_model(tmp_path, tie=tie))
     sampler = kit.sampler(max_new_tokens=6)
     old = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
     new = moved(kit, 1)
-    running, fresh, over = (new_session(seed, prompt(0, 20)) for seed in range(3))  # of one prompt: it is cached
+    running, fresh, over = (
+        new_session(seed, prompt(0, 20)) for seed in range(3)
+    )  # they share one prompt, which is cached
     switch: list[int] = []
 
     async def play() -> None:
         await drive(sampler, [sampler.act(running), talk(sampler, over)])
-        assert sampler.update(new, version=5, weights_step=2)
+        assert sampler.update(new, WeightsVersion(5, 2))
         switch.append(len(running.tokens))
         running.append(prompt(7, 3))
         await drive(sampler, [talk(sampler, running), talk(sampler, fresh)])
@@ -352,7 +358,7 @@ def test_new_weights_sample_the_turns_after_them_and_old_ones_those_before(tmp_p
     assert named == [(3, 5, 0), (5, 5, 2), (3, 3, 0)]
 
 
-def test_new_weights_wait_for_the_running_turns_and_no_new_one_begins_before_them(tmp_path):
+def test_new_weights_wait_for_running_turns_and_new_turns_wait_for_the_weights(tmp_path):
     kit = Kit(make_model(tmp_path))
     sampler = kit.sampler(max_new_tokens=6)
     before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
@@ -363,59 +369,65 @@ def test_new_weights_wait_for_the_running_turns_and_no_new_one_begins_before_the
         turns = [asyncio.create_task(sampler.act(first))]
         await asyncio.sleep(0)
         sampler.step()
-        assert not sampler.update(new, 5, 2)
+        assert not sampler.update(new, WeightsVersion(5, 2))
         turns.append(asyncio.create_task(sampler.act(second)))
         await asyncio.sleep(0)
         while sampler.active:
-            assert sampler.pending == 1 and not sampler.update(new, 5, 2)
+            assert sampler.pending == 1 and not sampler.update(new, WeightsVersion(5, 2))
             sampler.step()
-        assert sampler.pending == 0, "the second waits for the weights"
+        assert sampler.pending == 0, "the second turn must wait for the weights"
         assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
-        assert sampler.update(new, 5, 2)
+        assert sampler.update(new, WeightsVersion(5, 2))
         await drive(sampler, [asyncio.wait_for(turn, 20) for turn in turns])
 
     asyncio.run(play())
-    assert gap(kit, first) <= 1e-4 and first.version == 3
+    assert gap(kit, first) <= 1e-4 and first.oldest == WeightsVersion(3, 0)
     put(kit, new)
-    assert gap(kit, second) <= 1e-4 and (second.version, second.version_last, second.weights_step) == (5, 5, 2)
+    assert gap(kit, second) <= 1e-4 and second.oldest == second.newest == WeightsVersion(5, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.norm.weight": None}, r"'model\.norm\.weight' is None: expected \(\(32,\), torch\.float32\)"),
-        ({"model.norm.weight": torch.ones(31)}, r"'model\.norm\.weight' is \(\(31,\), torch\.float32\): expected"),
-        ({"model.norm.weight": torch.ones(32).double()}, r"is \(\(32,\), torch\.float64\): expected \(\(32,\), .*32"),
+        ({"model.norm.weight": None}, r"'model\.norm\.weight' is missing: expected float32 \[32\]"),
+        (
+            {"model.norm.weight": torch.ones(31)},
+            r"'model\.norm\.weight' is float32 \[31\]: expected float32 \[32\], as in the model",
+        ),
+        (
+            {"model.norm.weight": torch.ones(32).double()},
+            r"'model\.norm\.weight' is float64 \[32\]: expected float32 \[32\]",
+        ),
         (
             {"lm_head.weight": torch.ones(257, 32)},
-            r"'lm_head\.weight' is \(\(257, 32\), torch\.float32\): expected None",
+            r"'lm_head\.weight' is float32 \[257, 32\]: expected no such weight, as in the model",
         ),
     ],
     ids=["missing", "shape", "dtype", "too many"],
 )
-def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(kit, change, message):
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_remain(kit, change, message):
     sampler = kit.sampler()
     before = {name: p.detach().clone() for name, p in kit.model.named_parameters()}
     tensors = {name: t for name, t in (moved(kit, 1) | change).items() if t is not None}
     with pytest.raises(ValueError, match=message):
-        sampler.update(tensors, 5, 2)
+        sampler.update(tensors, WeightsVersion(5, 2))
     assert all(torch.equal(p, before[name]) for name, p in kit.model.named_parameters())
-    assert (sampler.version, sampler.weights_step, sampler.held) == (3, 0, False)
+    assert sampler.version == WeightsVersion(3, 0) and not sampler.held
 
 
-def test_a_session_names_the_oldest_and_the_newest_of_its_weights_also_when_a_run_was_rewound():
+def test_a_session_names_its_oldest_and_newest_weights_even_after_a_rewind():
     session = new_session(0, prompt(0))
     seen = []
-    for version, step in [(4, 2), (6, 3), (2, 1), (5, 3)]:  # nothing is sampled with the first
-        session.begin_turn(version, step)
-        seen.append((session.version, session.version_last, session.weights_step))
-        if version != 4:
+    for version in map(WeightsVersion.parse, ("4/2", "6/3", "2/1", "5/3")):  # nothing is sampled with the first
+        session.begin_turn(version)
+        seen.append((str(session.oldest), str(session.newest)))
+        if len(seen) > 1:
             session.append([1], [-1.0])
-    assert seen == [(4, 4, 2), (6, 6, 3), (2, 6, 1), (2, 6, 1)]
+    assert seen == [("4/2", "4/2"), ("6/3", "6/3"), ("2/1", "6/3"), ("2/1", "6/3")]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_of_given_tokens_are_the_plain_models_and_disturb_no_one(kit, temperature):
+def test_logprobs_of_given_tokens_are_the_plain_models_and_disturb_no_turn(kit, temperature):
     sampler = kit.sampler(temperature=temperature, top_p=0.5)
     tokens, beside = prompt(3, 30), new_session(0, prompt(0))
 
@@ -434,30 +446,11 @@ def test_logprobs_of_given_tokens_are_the_plain_models_and_disturb_no_one(kit, t
     assert gap(kit, beside, temperature, 0.5) <= 1e-4
 
 
-# ---- where a turn ends: a tokenizer whose tokens hold newlines, several characters and halves of them
-
-
-def ragged_tokenizer() -> PreTrainedTokenizerFast:
-    pieces = [b"\n", b"a", b"b", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x99\x82", b"ab", b"b\na", b" "]
-    pieces += [b"a\n", b"\xa9b", b"</", b"s>", b"\xac\n\xe2"]
-    hidden = [c for c in range(256) if not chr(c).isprintable() or chr(c) in " \xad"]  # as GPT-2 writes bytes
-    shown = {c: chr(256 + hidden.index(c)) if c in hidden else chr(c) for c in range(256)}
-    texts = ["".join(shown[byte] for byte in piece) for piece in pieces]
-    texts += [f"w{i}" for i in range(256 - len(texts))]
-    tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate([EOS, *texts])}, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
-
-
-RAGGED = ragged_tokenizer()
-
-
-# any token, and those that make up one of the stop strings below
-FRAGMENTS = [(i,) for i in range(18)] + [(4, 5), (4, 14), (6, 7), (6, 17), (8, 9), (15, 16), (1, 1)]
+# ---- where a turn ends, with a tokenizer whose tokens hold newlines, several characters and parts of characters
 
 
 class Scripted:
-    """In place of `draw`: the tokens of a turn, in order."""
+    """Replace `draw` by the tokens of a turn, in order."""
 
     def __init__(self, tokens: list[int]):
         self.tokens = iter(tokens)
@@ -483,7 +476,7 @@ def test_a_turn_ends_at_its_first_stop_string_end_of_sequence_or_limit(kit, toke
     sampler = kit.sampler(tokenizer=RAGGED, stop=stop, max_new_tokens=max_new, max_context=max_context)
     session = new_session(0, prompt(0, begin))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inprocess, "draw", Scripted(tokens))
+        patch.setattr(in_process, "draw", Scripted(tokens))
         turn = one(sampler, session)
     ends = [n for n in range(1, limit + 1) if any(s in RAGGED.decode(tokens[:n]) for s in stop) or tokens[n - 1] == 0]
     length = ends[0] if ends else limit
@@ -511,7 +504,7 @@ def draw_one(logits: Sequence[float], uniforms: Sequence[float], temperature: fl
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8)])
-def test_draws_have_the_exact_probabilities(temperature, top_p):
+def test_draws_follow_the_exact_probabilities(temperature, top_p):
     logits = [1.0, -0.5, float("-inf"), 2.0, 0.0, 2.0, -1.5]
     probs = true_logps(torch.tensor([logits]), temperature, top_p)[0].exp().numpy()
     count = 20000
@@ -520,7 +513,7 @@ def test_draws_have_the_exact_probabilities(temperature, top_p):
     assert not seen[probs == 0].any()
     possible = probs > 0
     chi_square = ((seen - count * probs)[possible] ** 2 / (count * probs[possible])).sum()
-    assert chi_square < 30  # 99.99 % of chi-square with 6 degrees of freedom lie below 28
+    assert chi_square < 30  # the 99.99 % quantile of chi-square with 6 degrees of freedom is 28
     np.testing.assert_allclose(logps, np.log(probs[tokens]), atol=1e-6)
 
 
@@ -531,12 +524,12 @@ def test_draws_have_the_exact_probabilities(temperature, top_p):
     st.sampled_from([1e-3, 0.3, 1.0, 5.0, 1e3]),
     st.sampled_from([1e-9, 0.3, 0.9, 1.0]),
 )
-def test_a_draw_inverts_the_cumulated_probabilities_whatever_the_logits(logits, uniforms, temperature, top_p):
+def test_a_draw_inverts_the_cumulative_probabilities_for_any_logits(logits, uniforms, temperature, top_p):
     tokens, logps = draw_one(logits, uniforms, temperature, top_p)
     true_V = (torch.tensor(logits) / temperature).double().log_softmax(-1)
     for token, logp, u in zip(tokens, logps, uniforms, strict=True):
         assert logits[token] > float("-inf") and np.isfinite(logp) and logp <= 1e-6
-        assert logp >= float(true_V[token]) - 1e-3  # a cut raises what it keeps
+        assert logp >= float(true_V[token]) - 1e-3  # the cut raises the kept probabilities
         if top_p == 1:
             below, p = float(true_V[:token].exp().sum()), float(true_V[token].exp())
             assert below - 1e-5 <= u <= below + p + 1e-5
@@ -559,14 +552,14 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token(wi
     assert last[0] >= width * (1 - 1e-4) - 1 and last[0] < width
 
 
-def test_greedy_and_sampled_rows_may_lie_side_by_side():
+def test_greedy_and_sampled_rows_may_be_mixed():
     logits_RV = torch.tensor([[0.0, 3.0, 1.0]] * 2)
     tokens, logps = draw(logits_RV, 5.0, 0.99, [0.0, 0.0], [True, False])
     assert tokens == [1, 0] and logps[0] == 0.0
     assert logps[1] == pytest.approx(float((logits_RV[0] / 5).log_softmax(-1)[0]), abs=1e-6)
 
 
-def test_the_cache_keeps_what_it_holds_when_it_grows_and_never_beyond_the_context(tmp_path):
+def test_a_growing_cache_keeps_its_content_and_stays_within_the_context(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
     cache = KVCache(model, slots=3, most_tokens=300)
     cache.reserve(5)

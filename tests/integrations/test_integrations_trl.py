@@ -33,7 +33,7 @@ VOCABULARY = 257
 
 
 class OurTrainer(FusedGRPO, trl.GRPOTrainer):
-    """As a user writes it."""
+    """Combine the two as a user does."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that likes to end: completions of different lengths."""
+    """Make a model that often ends a text, so that completions have different lengths."""
     path = make_model(tmp_path_factory.mktemp("model"), tie=False)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 class Gradients(TrainerCallback):
-    """What every optimizer step was given."""
+    """Record the gradients of every optimizer step."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -143,7 +143,7 @@ def test_training_is_trls(folder: Path, tmp_path: Path, loss_type: str, level: s
         assert_alike(one, other)
     lengths = [row["completions/mean_length"] for row in theirs[2] if "completions/mean_length" in row]
     assert lengths == [row["completions/mean_length"] for row in ours[2] if "completions/mean_length" in row]
-    if kl != "no-kl":  # every row was computed: the means are TRL's too, but for how sequences of a step are averaged
+    if kl != "no-kl":  # every row was computed, so the means are TRL's except for the averaging of a step's sequences
         for row, other in zip(ours[2][:-1], theirs[2][:-1], strict=True):
             assert row["entropy"] == pytest.approx(other["entropy"], rel=0.05)
             assert row["clip_ratio/high_mean"] == pytest.approx(other["clip_ratio/high_mean"], abs=0.05)
@@ -167,12 +167,12 @@ def train_both(rank: int, port: str, folder: Path, out: Path) -> None:
 
 
 def test_two_processes_train_as_trls_do(folder: Path, tmp_path: Path) -> None:
-    """Under DistributedDataParallel, which wraps the model's forward."""
+    """Run under DistributedDataParallel, which wraps the model's forward."""
     spawn(train_both, (free_port(), folder, tmp_path), nprocs=2)
 
 
 def inputs_of(seed: int, wide: bool = False) -> dict[str, Tensor]:
-    """A micro-batch as TRL hands it over: prompts padded left, completions right, one of them without a token."""
+    """Return a micro-batch as TRL makes it: prompts padded left, completions right, one of them without a token."""
     g = torch.Generator().manual_seed(seed)
     batch, prompt, completion = 5, 7, 9
     lengths = torch.tensor([9, 1, 0, 6, 4])
@@ -207,7 +207,7 @@ def loss_and_gradients(trainer: Any, inputs: dict[str, Tensor]) -> tuple[float, 
 
 @pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Both trainers, whose options the cases change in place."""
+    """Return both trainers; the cases change their options in place."""
     out = tmp_path_factory.mktemp("out")
     made = [make(kind, folder, out, beta=0.1) for kind in (OurTrainer, trl.GRPOTrainer)]
     for trainer in made:
@@ -245,7 +245,7 @@ THEIRS: list[dict[str, Any]] = [  # TRL's own arithmetic, from our log-probs
 @pytest.mark.parametrize("wide", [False, True], ids=["a sequence's", "a token's"])
 @pytest.mark.parametrize("options", [*FUSED, *THEIRS], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_of_the_loss(pair: SimpleNamespace, options: dict[str, Any], wide: bool) -> None:
-    """Advantages of a sequence, or of each token; tool results among the completions; a sequence without advantage."""
+    """Draw advantages of sequences or tokens, tool results among the completions, and a sequence without advantage."""
     with pytest.MonkeyPatch.context() as patch:
         for trainer in (pair.ours, pair.theirs):
             for name, value in options.items():

@@ -1,4 +1,4 @@
-"""verl's own losses, aggregation and fused forward against ours in their place: the same values and gradients."""
+"""verl's losses, aggregation and fused forward against ours in their place: the same values and gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_of(**changes: Any) -> Any:
 
 
 def micro_batch(seed: int, dtype: torch.dtype, level: str) -> dict[str, Any]:
-    """Ragged responses, one of them perhaps empty; ratios far from 1; advantages and weights of tokens or sequences."""
+    """Draw ragged responses, perhaps an empty one, ratios far from 1, advantages and weights of tokens or sequences."""
     g = torch.Generator().manual_seed(seed)
     batch, columns = (int(torch.randint(1, 7, (), generator=g)) for _ in range(2))
 
@@ -147,7 +147,7 @@ PROMPTS, RESPONSES = (3, 1, 4), (5, 2, 6)
 
 
 def step_data(seed: int) -> tuple[list[Tensor], TensorDict]:
-    """Three sequences as verl's engines hand them to the loss, without padding."""
+    """Return three sequences as verl's engines pass them to the loss, without padding."""
     g = torch.Generator().manual_seed(seed)
 
     def rows(make: Any) -> Tensor:
@@ -168,7 +168,7 @@ def step_data(seed: int) -> tuple[list[Tensor], TensorDict]:
 
 
 def step(model: Any, loss_mode: str, agg_mode: str) -> tuple[float, dict[str, Any], dict[str, Tensor]]:
-    """verl's ppo_loss of the model's log-probs, with its entropy and KL terms: loss, metrics, gradients."""
+    """Return loss, metrics and gradients of verl's ppo_loss of the model's log-probs, with its entropy and KL terms."""
     ids, data = step_data(5)
     config = config_of(
         policy_loss=PolicyLossConfig(loss_mode=loss_mode),
@@ -253,7 +253,7 @@ def test_advantages_are_of_each_query(by_std: bool) -> None:
 
 
 def test_verl_loads_it_by_its_environment_variable() -> None:
-    """In a process that never names us, as in verl's workers."""
+    """Run a process that never names us, as verl's workers do."""
     code = "import verl.trainer.ppo.core_algos as c; print('mgrpo_trajectory' in c.POLICY_LOSS_REGISTRY)"
     environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "mgrpo.engine.integrations.verl"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=Path("/"))

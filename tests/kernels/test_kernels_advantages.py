@@ -1,4 +1,4 @@
-"""Group advantages against a plain loop over the expanded multisets."""
+"""Compare group advantages with a plain loop over the expanded multisets."""
 
 import math
 import statistics
@@ -166,7 +166,7 @@ def test_every_token_gets_its_rows_value(baseline, dtype):
 
 
 def test_groups_of_several_agents_in_one_call():
-    """Each agent's groups alone give what they give concatenated."""
+    """Check that each agent's groups alone give the same as concatenated."""
     g = torch.Generator().manual_seed(0)
     agents = [[4, 4], [3, 0, 9], [1]]
     rewards = [torch.randn(sum(sizes), generator=g) for sizes in agents]

@@ -1,11 +1,9 @@
-"""What the kernels may cost beside their arithmetic: waits of the host for the device, and memory."""
+"""Bound what the kernels cost beside their arithmetic: waits of the host for the device, and memory."""
 
 import pytest
 import torch
 
-from mgrpo.kernels import Objective, grpo_loss, linear_grpo_loss, linear_logprob, token_logprob
-from mgrpo.kernels import inplace as narrow
-from mgrpo.kernels import linear_head as head
+from mgrpo.kernels import Objective, grpo_loss, inplace, linear_grpo_loss, linear_head, linear_logprob, token_logprob
 from mgrpo.kernels.inplace import scale_in_place
 from numerics import HostReads, loss_case, peak_bytes
 
@@ -24,7 +22,7 @@ def case_with_leaves(*sizes, **settings):
 
 
 def test_waits_are_counted():
-    """The measure can fail."""
+    """Check that the measure can fail."""
     x, mask = torch.arange(3.0), torch.tensor([True, False, True])
     with HostReads() as reads:
         _ = float(x[0]), bool(mask.any()), mask.nonzero(), x[mask], x.tolist()
@@ -80,7 +78,7 @@ def test_a_tensor_on_another_device_is_named(name):
     ],
 )
 def test_a_gradient_is_scaled_and_rounded_where_it_lies(count, source, dtype, monkeypatch):
-    monkeypatch.setattr(narrow, "AT_ONCE", 8)
+    monkeypatch.setattr(inplace, "AT_ONCE", 8)
     gradient = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).to(source)
     scale = torch.tensor(1 / 3, dtype=torch.promote_types(source, torch.float32))
     expected = (gradient.to(scale.dtype) * scale).to(dtype)
@@ -104,8 +102,8 @@ def test_the_weights_gradient_is_the_accumulator_itself(function):
 
 def test_a_bf16_head_costs_one_float32_gradient_and_no_copy_of_it(monkeypatch):
     count, vocabulary, width, chunk = 64, 4001, 128, 8
-    monkeypatch.setattr(narrow, "AT_ONCE", 1 << 12)
-    monkeypatch.setattr(head, "DWEIGHT_ROWS", 256)
+    monkeypatch.setattr(inplace, "AT_ONCE", 1 << 12)
+    monkeypatch.setattr(linear_head, "DWEIGHT_ROWS", 256)
     (hidden, weight), others, keywords = case_with_leaves(1, count, vocabulary, width, bias=False)
     leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     others[2] = others[2] + 1.0  # all rows live

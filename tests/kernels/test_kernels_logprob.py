@@ -1,12 +1,11 @@
-"""Log-prob and entropy, from logits and from the head's input, against plain torch in float64."""
+"""Compare log-prob and entropy, from logits and from the head's input, with plain torch in float64."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.kernels import linear_head as head
-from mgrpo.kernels import linear_logprob, token_logprob
+from mgrpo.kernels import linear_head, linear_logprob, token_logprob
 from mgrpo.kernels.reference import token_logprob_ref
 from numerics import close, double, gradients, within_rule
 
@@ -14,7 +13,7 @@ SIZES = st.tuples(st.integers(0, 2**20), st.integers(0, 9), st.integers(1, 70))
 
 
 def mixed(logprobs, entropy):
-    """A scalar in which every row's log-prob and entropy has its own weight."""
+    """Return a scalar in which every row's log-prob and entropy has its own weight."""
     at = torch.arange(1, len(logprobs) + 1, dtype=logprobs.dtype)
     return (logprobs * at.cos()).sum() + (entropy * at.sin()).sum()
 
@@ -53,14 +52,14 @@ def test_linear_logprob_equals_plain(sizes, with_bias, row_temperature, chunk_ro
     )
     logits = hidden @ weight.T + (bias if with_bias else 0)
     truth = token_logprob_ref(logits, targets, temperature if row_temperature else 1.3)
-    assert close(got[0], truth[0], 1e-6 if not row_temperature else 1e-10)  # a float32 1.3 is not 1.3
+    assert close(got[0], truth[0], 1e-6 if not row_temperature else 1e-10)  # 1.3 is not exact in float32
     pairs = zip(gradients(lambda: mixed(*got), leaves), gradients(lambda: mixed(*truth), leaves), strict=True)
     assert all(close(a, b, 1e-6 if not row_temperature else 1e-10) for a, b in pairs)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 65, 1000, 32_003, 49_152, 129_920, 151_936])
 def test_no_phantom_columns(vocabulary):
-    """All logits far below 0 and any vocabulary size: padding columns of 0 would win the softmax."""
+    """Use logits far below 0 and any vocabulary size: padding columns of 0 would dominate the softmax."""
     got, entropy = token_logprob(
         torch.full((3, vocabulary), -500.0), torch.tensor([0, vocabulary // 2, vocabulary - 1])
     )
@@ -126,14 +125,14 @@ def test_offset_and_strided_inputs():
 
 
 def test_a_row_does_not_depend_on_its_neighbours(monkeypatch):
-    """The same bits, also where blocks of rows end elsewhere."""
+    """Check that the bits are the same, also if blocks of rows end elsewhere."""
     logits = torch.randn(12, 4099, generator=torch.Generator().manual_seed(3))
     targets = torch.arange(12)
     together = token_logprob(logits, targets)
     for rows in (slice(0, 1), slice(3, 5), slice(4, 12)):
         apart = token_logprob(logits[rows], targets[rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(apart, together, strict=True))
-    monkeypatch.setitem(head.BLOCK_BYTES, "cpu", 5 * 4099 * 4)
+    monkeypatch.setitem(linear_head.BLOCK_BYTES, "cpu", 5 * 4099 * 4)
     for a, b in zip(token_logprob(logits, targets), together, strict=True):
         assert torch.equal(a, b)
 

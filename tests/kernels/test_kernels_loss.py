@@ -1,4 +1,4 @@
-"""The losses against the definition in float64, and what they may read, cost and keep."""
+"""Compare the losses with the definition in float64, and bound what they read, cost and keep."""
 
 import pytest
 import torch
@@ -178,7 +178,7 @@ def test_no_worse_than_plain_in_the_same_dtype(dtype, importance):
 
 
 def test_bf16_weight_gradients_do_not_stall_over_many_chunks():
-    """600 equal additions: a bf16 sum stops growing after 256 of them, more than half short."""
+    """Add 600 equal terms: a bf16 sum stops growing after 256 of them, and loses more than half."""
     count, objective = 600, Objective(clip_low=0.0)
     hidden, weight = torch.ones(count, 2).bfloat16(), torch.zeros(3, 2).bfloat16().requires_grad_()
     args = (torch.zeros(count, dtype=torch.int64), torch.ones(count), torch.full((count,), 1 / count))
@@ -204,7 +204,7 @@ def test_frozen_parts_get_no_gradient_and_cost_none():
         (TOKEN, True, 3),
         (TOKEN, False, 3),
         (Objective(importance="sequence"), True, 4),
-        (Objective(importance="sequence", kl_coef=0.1), False, 3),  # on-policy: slopes known beforehand
+        (Objective(importance="sequence", kl_coef=0.1), False, 3),  # on-policy: the slopes are known beforehand
     ],
 )
 def test_the_number_of_matmuls_is_exact(objective, off_policy, matmuls):
@@ -277,7 +277,7 @@ def test_a_second_backward_is_refused():
 
 
 def test_tied_embeddings_checkpointed_backbone_and_autocast():
-    """A tiny tied model: the fused loss agrees with the plain one in every combination."""
+    """Check on a tiny tied model that the fused loss agrees with the plain one in every combination."""
     torch.manual_seed(0)
     table, mixer = torch.randn(23, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     tokens, targets = torch.randint(23, (2, 30))

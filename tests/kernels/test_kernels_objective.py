@@ -1,4 +1,4 @@
-"""The objective's settings, its terms against numbers worked out by hand, and its metrics."""
+"""Test the objective's settings, its terms against numbers computed by hand, and its metrics."""
 
 import math
 
@@ -14,10 +14,10 @@ from numerics import double
     ("ratio", "advantage", "gain", "slope"),
     [  # clip to [0.8, 1.28], dual clip 3; slope is d gain / d ratio
         (1.0, 2.0, 2.0, 2.0),
-        (1.5, 2.0, 2.56, 0.0),  # held above
-        (0.5, 2.0, 1.0, 2.0),  # too low, but moving up helps: not held
-        (0.5, -2.0, -1.6, 0.0),  # held below
-        (1.5, -2.0, -3.0, -2.0),  # too high, and moving down helps: not held
+        (1.5, 2.0, 2.56, 0.0),  # clipped above
+        (0.5, 2.0, 1.0, 2.0),  # too low, but increasing it helps: not clipped
+        (0.5, -2.0, -1.6, 0.0),  # clipped below
+        (1.5, -2.0, -3.0, -2.0),  # too high, but decreasing it helps: not clipped
         (5.0, -2.0, -6.0, 0.0),  # dual clip
         (5.0, 0.0, 0.0, 0.0),
     ],
@@ -48,7 +48,7 @@ def test_kl_by_hand(kind, value, slope):
 
 
 def test_a_loss_by_hand():
-    """Two rows of a uniform softmax over two tokens: every number can be checked on paper."""
+    """Use two rows of a uniform softmax over two tokens, where every number can be checked on paper."""
     half = math.log(0.5)
     objective = Objective(kl_coef=0.1, kl="k2", entropy_coef=0.01, sampler_cap=1.2)
     loss, logprobs, entropy, metrics = grpo_loss(
@@ -63,7 +63,7 @@ def test_a_loss_by_hand():
     )
     first = -1.1 * 1.15 + 0.1 * 0.5 + 0.01 * half
     second = 0.8 * 1.2 + 0.1 * 2 + 0.01 * half
-    assert loss.item() == pytest.approx(0.5 * first + 0.25 * second, abs=1e-6)  # advantages came in float32
+    assert loss.item() == pytest.approx(0.5 * first + 0.25 * second, abs=1e-6)  # the advantages are float32
     assert logprobs.tolist() == pytest.approx([half, half]) and entropy.tolist() == pytest.approx([-half, -half])
     assert {name: round(value.item(), 6) for name, value in metrics.items()} == {
         "rows": 2,
@@ -82,7 +82,7 @@ def test_a_loss_by_hand():
 
 
 def test_shared_ratios_by_hand():
-    """Sequence: the geometric mean over rows that count; trajectory: their product."""
+    """Compute the ratio by hand. Sequence: the geometric mean over rows that count; trajectory: their product."""
     half = math.log(0.5)
     for importance, ratio in (("sequence", 1.1), ("trajectory", 1.21)):
         got = grpo_loss(

@@ -1,4 +1,4 @@
-"""A caller's own objective: fused, it equals autograd through whole logits in float64; what it sees, and may not do."""
+"""Test a caller's rule: fused, it equals autograd through whole logits in float64; what it sees; what is refused."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo.kernels import Objective, RuleRows, grpo_loss, linear_grpo_loss
-from mgrpo.kernels import linear_head as head
+from mgrpo.kernels import Objective, RuleRows, grpo_loss, linear_grpo_loss, linear_head
 from mgrpo.kernels.reference import token_logprob_ref
 from numerics import close, gradients, loss_case, peak_bytes
 
@@ -28,7 +27,7 @@ def cispo(rows: RuleRows, objective: Objective) -> Tensor:
 
 
 def soft(rows: RuleRows, objective: Objective) -> Tensor:
-    """A gate instead of the clip, a KL term, and less entropy where the sampler was surprised."""
+    """Use a gate instead of the clip, a KL term, and less entropy where the sampler was surprised."""
     gate = torch.sigmoid(4 * (rows.logprobs - rows.old).expm1())
     kl = (rows.logprobs - rows.ref).square() / 2
     surprise = torch.zeros_like(gate) if rows.sampler is None else (rows.old - rows.sampler).abs()
@@ -36,7 +35,7 @@ def soft(rows: RuleRows, objective: Objective) -> Tensor:
 
 
 def by_sequence(rows: RuleRows, objective: Objective) -> Tensor:
-    """Each row's term depends on all rows of its sequence."""
+    """Let each row's term depend on all rows of its sequence."""
     total = rows.logprobs.new_zeros(rows.sequences).index_add(0, rows.segments, rows.logprobs - rows.old)
     return -torch.tanh(total)[rows.segments] * rows.advantages
 
@@ -49,7 +48,7 @@ RULES = st.sampled_from([cispo, soft, by_sequence, indifferent])
 
 
 def truth_of(rule, logits, targets, advantages, weights, keywords):
-    """The rule applied to the rows that count of whole logits."""
+    """Apply the rule to the rows that count, from whole logits."""
     logprobs, entropies = token_logprob_ref(logits, targets, keywords["temperature"])
     live = weights != 0
     old = logprobs.detach() if keywords["old_logprobs_N"] is None else keywords["old_logprobs_N"]
@@ -77,7 +76,7 @@ def test_a_fused_rule_is_autograd_through_whole_logits(case, rule, chunk_rows):
 
 
 def expected(truth, leaves):
-    if not truth.requires_grad:  # the rule looked at nothing
+    if not truth.requires_grad:  # the rule used neither log-probs nor entropies
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(torch.autograd.grad(truth, leaves, materialize_grads=True))
 
@@ -157,9 +156,9 @@ def test_what_is_no_function_is_refused():
 
 
 def test_no_logits_are_kept(monkeypatch):
-    """Nor ever more rows of them than a chunk at a time: less memory than the logits alone would take."""
+    """Check that at most a chunk of rows exists at a time: less memory than all logits would take."""
     rows, width, vocabulary = 512, 16, 4096
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(linear_head, "CHUNK_BYTES", 1 << 20)
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     targets, ones = torch.randint(vocabulary, (rows,)), torch.ones(rows)
 

@@ -1,146 +1,11 @@
-"""A head split by vocabulary over real processes, against the whole head in each of them."""
-
-import datetime
-import itertools
-import os
+"""Compare a head split by vocabulary over real processes with the whole head in each of them."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
+from cases.vocab_parallel import everything, run_ranks
 from mgrpo.kernels import Objective, linear_grpo_loss, linear_logprob, token_logprob
-from mgrpo.kernels import dispatch as device
-from numerics import close, gradients, loss_case
-
-VOCABULARY = 23
-SPLITS = {2: [(11, 12), (23, 0), (1, 22)], 3: [(8, 8, 7), (20, 0, 3), (0, 0, 23)]}
-FULL = {"kl_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}
-OBJECTIVES = [Objective(), *(Objective(importance=i, **FULL) for i in ("token", "sequence", "trajectory"))]
-
-
-def run_ranks(work, ranks, folder, *, where="cpu"):
-    """work(rank, group) in as many processes; an assertion that fails in any of them fails here."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    spawn(_join, (work, ranks, f"file://{folder}/rendezvous", where, interpreted), nprocs=ranks)
-
-
-def _join(rank, work, ranks, rendezvous, where, interpreted):
-    device.interpreted = interpreted
-    torch.set_default_device(where)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60)
-    )
-    work(rank, dist.group.WORLD)
-    dist.destroy_process_group()
-
-
-def shards(leaves, split, rank):
-    """Hidden as it is, and this rank's rows of weight and bias."""
-    start = sum(split[:rank])
-    parts = [leaves[0], *(leaf[start : start + split[rank]] for leaf in leaves[1:])]
-    return [part.detach().clone().requires_grad_() for part in parts]
-
-
-def assert_shards_agree(function, leaves, split, rank, group, tolerance):
-    """function(leaves, group) gives tensors, the first differentiable: the same, gradients too, as without a group."""
-    mine = shards(leaves, split, rank)
-    whole = [leaf.detach().requires_grad_() for leaf in leaves]
-    got, truth = function(mine, group), function(whole, None)
-    for a, b in zip(got, truth, strict=True):
-        assert close(a.detach(), b.detach().double(), tolerance), (split, a, b)
-    start = sum(split[:rank])
-    rows = [slice(None), *([slice(start, start + split[rank])] * (len(leaves) - 1))]
-    grads = zip(gradients(lambda: got[0] / 3, mine), gradients(lambda: truth[0] / 3, whole), rows, strict=True)
-    for a, b, own in grads:
-        assert a.dtype == b.dtype and close(a, b[own].double(), tolerance), (split, a, b[own])
-    everywhere = [torch.empty_like(got[0]) for _ in split]
-    dist.all_gather(everywhere, got[0].detach(), group=group)
-    assert all(torch.equal(x, got[0]) for x in everywhere)
-
-
-def kernels_dtype():
-    """The dtype of the case, and how near two ways of computing it must come: the kernels take float32 at most."""
-    narrow = device.interpreted or torch.get_default_device().type == "cuda"
-    return (torch.float32, 2e-5) if narrow else (torch.float64, 1e-9)
-
-
-def moved(args, dtype):
-    """Tensors of a dict or a list on the default device, float ones in the dtype."""
-    if isinstance(args, dict):
-        return dict(zip(args, moved(list(args.values()), dtype), strict=True))
-    where = torch.get_default_device()
-    return [x.to(where, dtype if x.is_floating_point() else x.dtype) if torch.is_tensor(x) else x for x in args]
-
-
-def losses_agree(rank, group):
-    dtype, tolerance = kernels_dtype()
-    for (seed, split), (at, objective) in itertools.product(enumerate(SPLITS[group.size()]), enumerate(OBJECTIVES)):
-        with torch.device("cpu"):
-            settings = {"off_policy": at != 2, "bias": bool((seed + at) % 2), "row_temperature": bool(at % 2)}
-            heads, others, keywords = loss_case(seed, 14, VOCABULARY, **settings)
-        bias = keywords.pop("bias_V")
-        leaves = moved([*heads, *([] if bias is None else [bias])], dtype)
-        others, keywords = moved(others, dtype), moved(keywords, dtype)
-
-        def loss(parts, group, others=others, objective=objective, keywords=keywords):
-            extra = {"bias_V": parts[2]} if len(parts) > 2 else {}
-            got = linear_grpo_loss(*parts[:2], *others, objective, **keywords, **extra, chunk_rows=5, group=group)
-            return [got.loss, got.logprobs_N, got.entropy_N, *got.metrics.values()]
-
-        assert_shards_agree(loss, leaves, split, rank, group, tolerance)
-
-
-def logprobs_agree(rank, group):
-    dtype, tolerance = kernels_dtype()
-    g = torch.Generator().manual_seed(9)
-    shapes = ((9, 6), (VOCABULARY, 6), (VOCABULARY,))
-    leaves = moved([torch.randn(*shape, generator=g, device="cpu") for shape in shapes], dtype)
-    leaves[2][:11] = -torch.inf  # a shard without a single token that may be chosen
-    leaves[2][12] = 1e4  # and one that dominates
-    targets = torch.tensor([11, 12, 22, 13, 14, 15, 16, 12, 20])
-
-    def work(parts, group):
-        logprobs, entropy = linear_logprob(*parts[:2], targets, bias_V=parts[2], temperature=0.6, group=group)
-        at = torch.arange(9, dtype=dtype)
-        return [(logprobs * at.cos()).sum() + (entropy * at.sin()).sum(), logprobs, entropy]
-
-    for split in SPLITS[group.size()]:
-        assert_shards_agree(work, leaves, split, rank, group, tolerance)
-
-
-def mistakes_are_refused_everywhere(rank, group):
-    def call(rows=3, **changes):
-        inputs = {
-            "hidden_NH": torch.ones(2, 4, requires_grad=True),
-            "weight_VH": torch.ones(rows, 4, requires_grad=True),
-            "targets_N": torch.tensor([0, 5]),
-        }
-        return linear_logprob(**(inputs | changes), group=group)
-
-    call()
-    total = 3 * group.size()
-    for message, changes in (
-        (rf"targets_N: got {total} at row 1, expected in \[0, {total}\)", {"targets_N": torch.tensor([0, total])}),
-        ("targets_N: got -1 at row 0", {"targets_N": torch.tensor([-1, 0])}),
-        ("weight_VH: got no rows on any rank", {"rows": 0}),
-        ("group: got rows .* by rank", {"hidden_NH": torch.ones(2 + rank, 4)}),
-        ("group: got chunk_rows", {"chunk_rows": 1 + rank}),
-        ("group: got gradient of hidden_NH", {"hidden_NH": torch.ones(2, 4, requires_grad=rank == 0)}),
-        # A mistake of one rank only: it says which, and the others say that one was made.
-        (r"group: got sound head \[0, 1" if rank else "weight_VH", {"weight_VH": torch.ones(3, 4 + (rank == 0))}),
-        ("bias_V" if rank == 1 else "group: got sound head", {"bias_V": torch.ones(3 + (rank == 1))}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(**changes)
-    call()
-
-
-def everything(rank, group):
-    losses_agree(rank, group)
-    logprobs_agree(rank, group)
-    mistakes_are_refused_everywhere(rank, group)
 
 
 def dtensors_are_refused(rank, group):
@@ -163,7 +28,7 @@ def dtensors_are_refused(rank, group):
 
 
 def fsdp_head_agrees(rank, group):
-    """The head's weight is whole inside the module's forward, and its gradient comes back as the shard's."""
+    """Check that the head's weight is whole inside the module's forward, and its gradient returns as the shard's."""
     from torch.distributed.fsdp import fully_shard
 
     class Head(torch.nn.Linear):

@@ -1,9 +1,10 @@
-"""The loss values of Liger's and TRL's own code, reproduced by our kernels: every variant that we share.
+"""Reproduce the loss values of Liger's and TRL's own code with our kernels: every variant that we share.
 
-Neither project publishes numbers with its package, only code. What that code gave on the data below, which no random
-generator makes (Liger 0.8.5's `LigerFusedLinearGRPOLoss`, TRL 1.16.0's `GRPOTrainer._compute_loss`, float32), stands in
-`PUBLISHED`; our values are held to it everywhere, and values and gradients to the code itself where it is installed.
-What a token counts and what a variant is called in our terms are the TRL adapter's. VESPO is not among ours.
+Neither project publishes numbers with its package, only code. `PUBLISHED` holds what that code computed on the data
+below, which is made without a random generator (Liger 0.8.5's `LigerFusedLinearGRPOLoss`, TRL 1.16.0's
+`GRPOTrainer._compute_loss`, float32). Our values are always compared with it, and values and gradients with the code
+itself if it is installed. The TRL adapter gives the weight of a token and our name of a variant. VESPO is not among
+ours.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ PUBLISHED = {  # without KL, with KL, with corrected KL
 
 
 class Ours(FusedGRPO):
-    """The adapter's reading of TRL's settings, without a trainer."""
+    """Return the adapter's reading of TRL's settings, without a trainer."""
 
     def __init__(self, loss_type: str, level: str, **changes: Any):
         names = ("delta", "use_bias_correction_kl")
@@ -81,13 +82,13 @@ class Ours(FusedGRPO):
 
 
 def wave(*shape: int, step: float) -> Tensor:
-    """Numbers in (-1, 1) without a generator, which another version of torch might change."""
+    """Make numbers in (-1, 1) without a generator, which another version of torch might change."""
     count = int(torch.tensor(shape).prod())
     return torch.sin(step * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def data(dtype: torch.dtype, on_policy: bool = False) -> tuple[list[Tensor], dict[str, Any]]:
-    """Hidden states, head and bias; and TRL's inputs, of four sequences of 6, 3, 0 and 4 tokens."""
+    """Make hidden states, head and bias, and TRL's inputs of four sequences of 6, 3, 0 and 4 tokens."""
     leaves = [
         2 * wave(BATCH, COLUMNS, HIDDEN, step=1.7),
         wave(VOCABULARY, HIDDEN, step=2.3),
@@ -134,7 +135,7 @@ def our_loss(settings: Ours, leaves: list[Tensor], inputs: dict[str, Any]) -> Te
 
 
 def trl_loss(settings: Ours, leaves: list[Tensor], inputs: dict[str, Any]) -> Tensor:
-    """TRL's own arithmetic on log-probs of the same head."""
+    """Compute TRL's own arithmetic on log-probs of the same head."""
     trainer = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'").GRPOTrainer
     logprobs = token_logprobs(leaves, inputs["completion_ids"])
     settings.__dict__["_get_per_token_logps_and_entropies"] = lambda *_, **__: (
@@ -178,14 +179,18 @@ def liger_loss(settings: Ours, leaves: list[Tensor], inputs: dict[str, Any]) -> 
 
 
 def in_liger(loss_type: str, level: str, kl: str, extra: str) -> bool:
-    """Its LUSPO counts masked tokens too, unless a sequence is one term; CISPO and SAPO it has of tokens only."""
+    """Compare with Liger.
+
+    Its LUSPO counts masked tokens too, unless a sequence is one term; its CISPO and SAPO are by
+    token only.
+    """
     if loss_type == "luspo":
         return level == "sequence" and kl == "no KL" and extra != "truncated importance"
     return level == "token" or loss_type not in ("cispo", "sapo")
 
 
 def assert_same(theirs: Any, loss_type: str, level: str, kl: str, extra: str) -> None:
-    """Values and gradients, in float32."""
+    """Compare values and gradients in float32."""
     changes = KLS[kl] | EXTRAS[extra]
     found = []
     for loss_of in (our_loss, theirs):

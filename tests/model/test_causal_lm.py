@@ -1,4 +1,4 @@
-"""Models over packed tokens equal the plain model on each sequence; what is unreadable or would be wrong is refused."""
+"""Models over packed tokens equal the plain model on each sequence; unreadable or unsupported ones are refused."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.integrations.flat import run_flat
 from mgrpo.engine.model.attention import Packed, hidden_states
-from mgrpo.engine.model.causal_lm import load_model, load_tokenizer, pick_device
+from mgrpo.engine.model.causal_lm import lay_out, load_model, load_tokenizer, pick_device, take_over
 from toy import make_model
 
 CPU = ComputeConfig(dtype="float32", device="cpu")
@@ -147,7 +148,7 @@ def test_the_model_is_loaded_in_the_compute_dtype_without_change(folder, dtype):
 @pytest.mark.parametrize(
     "config",
     [Qwen3Config(**SIZES, head_dim=16), GraniteConfig(**SIZES, logits_scaling=1.0, attention_multiplier=0.9), GPT2],
-    ids=["normalised queries, wide heads", "a scale of its own", "learned positions, no key-value groups"],
+    ids=["normalised queries, wide heads", "a custom scale", "learned positions, no key-value groups"],
 )
 def test_other_architectures_are_right(tmp_path, config):
     folder = saved(tmp_path, config)
@@ -185,6 +186,17 @@ def test_a_model_whose_attention_is_not_ours_is_refused_not_silently_wrong(tmp_p
     with pytest.raises(ValueError, match=r"agents\.main\.model: .*attention"):
         model = load_model("main", agent(saved(tmp_path, config)), CPU)
         packed(model, random_sequences([9, 11]))
+
+
+def test_a_model_without_a_head_is_refused_wherever_one_is_needed(folder):
+    model = plain(folder).model
+    with pytest.raises(ValueError, match="model: LlamaModel given: expected a causal LM, with a head over its vocab"):
+        lay_out(model)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="model: LlamaModel given: expected a causal LM"):
+        take_over(model, CPU, None)
+    with pytest.raises(ValueError, match="model: LlamaModel given: expected a causal LM"):
+        run_flat(model)
 
 
 # ---- what cannot be loaded
@@ -231,7 +243,7 @@ WEIGHTS = [
 ]
 CONFIGS = [
     case("no directory", shutil.rmtree, "given: expected a directory with a config.json in it"),
-    case("broken JSON", write("config.json", "{"), "config.json is no JSON"),
+    case("broken JSON", write("config.json", "{"), "config.json is not valid JSON"),
     case("a list", write("config.json", "[]"), "config.json has no vocab_size"),
     case("a number", write("config.json", "3"), "config.json"),
     case(

@@ -1,4 +1,4 @@
-"""The CPU's attention against the definition: one sequence at a time, explicit softmax, autograd, float64."""
+"""Attention on a CPU against its definition: one sequence at a time, explicit softmax, autograd, float64."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def definition(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, length
 
 
 def inputs(lengths: list[int], dtype: torch.dtype, seed: int = 0, size: float = 1.0) -> list[Tensor]:
-    """q, k, v and an upstream gradient."""
+    """Return q, k, v and an upstream gradient."""
     generator = torch.Generator().manual_seed(seed)
     shape = (3, sum(lengths), 8)
     return [(size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(4)]
 
 
 def run(attend: object, tensors: list[Tensor], *rest: object) -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
     out = attend(q, k, v, 0.3, *rest)  # type: ignore[operator]
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]

@@ -1,4 +1,4 @@
-"""Tensors by rows over files: however they were dealt, they are read whole, or the rows a rank holds of them."""
+"""Tensors by rows over files: however many ranks wrote them, they are read whole, or by the rows of a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of `fill` share: batches, the forms in which their columns are given, and how results compare."""
+"""Make batches for the tests of `fill`, in every form of their columns, and compare results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def offsets_of(lists: list[list[Any]]) -> NDArray[np.int64]:
 
 
 def assert_same(filled: Filled, expected: Filled) -> None:
-    """To the bit, types included."""
+    """Check that results are equal to the bit, including their types."""
     assert filled.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, np.ndarray):
@@ -46,12 +46,12 @@ def flat(column_T: NDArray[Any], _: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def split(column_T: NDArray[Any], offsets_N1: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """The same as one array of each trajectory, each in memory of its own."""
+    """Split a column into one array per trajectory, each in its own memory."""
     return [column_T[a:b].copy() for a, b in itertools.pairwise(offsets_N1)]
 
 
 def fill(batch: Batch, form: Form = flat, **options: Any) -> Any:
-    """With the columns in that form, and packing.fill's further options."""
+    """Call packing.fill with the columns in a form, and its further options."""
     columns = {name: form(batch[name], batch["offsets"]) for name in ("tokens", "sampled")}
     logprobs = {f"{name}_T": form(values, batch["offsets"]) for name, values in batch["logprobs"].items()}
     rest = [batch[name] for name in ("ids", "rows", "advantages", "weights")]
@@ -60,13 +60,13 @@ def fill(batch: Batch, form: Form = flat, **options: Any) -> Any:
 
 
 def one(rows: int, value: int, arena: Any = None) -> Filled:
-    """A batch of one trajectory, all of it `value`."""
+    """Make a batch of one trajectory, with `value` everywhere."""
     columns = (np.full(rows + 1, value, np.int32), ints([0, rows + 1]), np.ones(rows + 1, np.bool_))
     return packing.fill(*columns, ints([0]), ints([rows]), np.full(1, float(value)), np.ones(1), arena=arena)
 
 
 def large(lengths: NDArray[np.int64]) -> Batch:
-    """Trajectories of these lengths in any order, about half of their tokens sampled and a third without advantage."""
+    """Make trajectories of these lengths in any order; half of the tokens are sampled, a third have no advantage."""
     random = np.random.default_rng(5)
     count, total = len(lengths), int(lengths.sum())
     return {
@@ -84,5 +84,5 @@ def large(lengths: NDArray[np.int64]) -> Batch:
 
 
 def ragged_lengths() -> NDArray[np.int64]:
-    """Some 600,000 rows in pieces that end within sequences: one of several pieces, some of no row, many short ones."""
+    """Make some 600,000 rows whose pieces end within sequences: one long sequence, some without rows, many short."""
     return ints([300_000, 2, 1, *np.random.default_rng(6).integers(1, 700, 900), 1, 1])

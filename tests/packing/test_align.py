@@ -1,4 +1,4 @@
-"""align of mgrpo._packing against tests/support/naive_packing.py, its statistics, and what it refuses.
+"""Compare align with tests/support/naive_packing.py; test its statistics, and what it refuses.
 
 Legend: R rollouts, T trajectories.
 """
@@ -73,7 +73,7 @@ def test_align_chooses_every_subset_alike(stride):
     rollouts, count, target = 20_000, 5, 3
     copies = align([count] * rollouts, target, [stride * r for r in range(rollouts)]).reshape(rollouts, count)
     subsets = [row for row in itertools.product([0.0, 1.0], repeat=count) if sum(row) == target]
-    # 9 degrees of freedom: above 45 once in a million
+    # 9 degrees of freedom: exceeds 45 once in a million
     assert chi_square(Counter(map(tuple, copies)), dict.fromkeys(subsets, 1 / 10), rollouts) < 45
 
 
@@ -81,13 +81,13 @@ def test_align_repeats_uniformly_and_independently():
     rollouts, count, target = 20_000, 3, 5
     copies = align([count] * rollouts, target, range(rollouts), seed=11).reshape(rollouts, count)
     pairs = Counter(tuple(1.0 + (np.bincount(pair, minlength=3))) for pair in itertools.product(range(3), repeat=2))
-    # 5 degrees of freedom: above 37 once in a million
+    # 5 degrees of freedom: exceeds 37 once in a million
     assert chi_square(Counter(map(tuple, copies)), {k: n / 9 for k, n in pairs.items()}, rollouts) < 37
 
 
 @pytest.mark.parametrize(("count", "target"), [(3, 8), (8, 3), (7, 1), (1, 7)])
 def test_align_samples_around_the_expected_mode(count, target):
-    """Over seeds, the mean of the sampled multiplicities is the expected one: the same gradient on average."""
+    """Check that the mean of sampled multiplicities over seeds is the expected one: the same gradient on average."""
     mean = np.mean([align([count], target, [5], seed=seed) for seed in range(4000)], axis=0)
     np.testing.assert_allclose(mean, align([count], target, [5], "expected"), atol=0.12)
 
@@ -106,7 +106,7 @@ def misaligned() -> NDArray[np.int64]:
 
 MISTAKES = [
     (bad_align(counts=ints([2, -3])), r"counts\[1\] is -3, expected at least 0"),
-    (bad_align(counts=ints([2, 2**62])), r"counts\[1\] is 4611686018427387904: the sum passes 268435456"),
+    (bad_align(counts=ints([2, 2**62])), r"counts\[1\] is 4611686018427387904: the sum exceeds 268435456"),
     (bad_align(counts=[2, 3]), r"counts must be a .* array of int64, got <class 'list'>"),
     (bad_align(counts=np.ones((2, 1), np.int64)), r"counts must be .* got a int64 array of shape \(2, 1\)"),
     (bad_align(counts=np.arange(4)[::2]), r"counts must be .* shape \(2,\), not contiguous"),

@@ -1,4 +1,4 @@
-"""Arena of mgrpo._packing: memory is used again, what is still held is never overwritten, allocators of any kind."""
+"""Test Arena: memory is reused, memory that is still held is never overwritten, and allocators of any kind work."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_arrays_outlive_the_arena():
 
 
 class Results:
-    """Those of the latest fills, and what they must remain."""
+    """Hold the results of the latest fills, and their expected values."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[Filled, Filled]] = []
@@ -87,7 +87,7 @@ class Results:
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 4)), max_size=30))
 def test_it_holds_no_more_than_was_in_use_at_one_time(steps):
-    """Each step fills so many rows and then keeps only the latest few results."""
+    """Fill a number of rows in each step, and then keep only the latest few results."""
     arena, results, most, largest = packing.Arena(), Results(), 0, 0
     for value, (rows, latest) in enumerate(steps):
         results.add(one(rows, value, arena))

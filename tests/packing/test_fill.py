@@ -1,4 +1,4 @@
-"""trainable_rows and fill of mgrpo._packing against tests/support/naive_packing.py: random, ragged, empty, large."""
+"""Compare trainable_rows and fill with tests/support/naive_packing.py: random, ragged, empty, large."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_trainable_rows_takes_any_nonzero_flag():
 # ---- fill
 
 
-eighths = st.integers(-16, 16).map(lambda n: n / 8)  # of which all sums are exact
+eighths = st.integers(-16, 16).map(lambda n: n / 8)  # all their sums are exact
 
 
 @st.composite
@@ -159,7 +159,7 @@ def test_the_result_is_the_same_for_any_number_of_threads(lengths, form):
 
 
 def gathered(batch: Batch, key: str, first: int, last: int) -> NDArray[Any]:
-    """The column's entries from `first` of each trajectory to `last`, in the order of the batch."""
+    """Return a column's entries from `first` to `last` of each trajectory, in the order of the batch."""
     column_T = batch["logprobs"][key] if key in batch["logprobs"] else batch[key]
     bounds = [(batch["offsets"][n], batch["offsets"][n + 1]) for n in batch["ids"]]
     return np.concatenate([column_T[a + first : b + last] for a, b in bounds])

@@ -1,4 +1,4 @@
-"""trainable_rows and fill against every mistake of a caller: a ValueError that names it, never a crash."""
+"""Test trainable_rows and fill with every mistake of a caller: a ValueError names it, and nothing crashes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_mistakes_are_named(call, message):
 
 
 def repeated(times: int, **options: Any) -> Any:
-    """The same 2**22 rows so many times, which is refused before any memory is taken."""
+    """Repeat the same 2**22 rows so often that the call is refused before any memory is allocated."""
     length = 2**22 + 1
     columns = (np.zeros(length, np.int32), ints([0, length]), np.ones(length, np.bool_), np.zeros(times, np.int64))
     return packing.fill(*columns, ints([length - 1]), np.ones(1), np.ones(1), **options)
@@ -150,7 +150,7 @@ OPTIONS = ["old_logprobs_T", "bins_M1", "live", "narrow", "arena", "threads"]
 @settings(max_examples=500)
 @given(st.sampled_from([(packing.trainable_rows, 2), (packing.fill, 7), (packing.from_lists, 1)]), st.data())
 def test_hostile_arguments_are_refused(function, data):
-    """Whatever is passed, the answer is a result or a plain Python error: the process lives."""
+    """Check that any arguments lead to a result or a Python error, never to a crash."""
     call, arity = function
     arguments = data.draw(st.lists(anything, min_size=arity, max_size=arity))
     options = data.draw(st.dictionaries(st.sampled_from(OPTIONS), anything, max_size=2)) if call is packing.fill else {}
@@ -161,7 +161,7 @@ def test_hostile_arguments_are_refused(function, data):
 
 
 def column(size: int, usual: int) -> st.SearchStrategy[NDArray[np.int64]]:
-    """Mostly small numbers, some of them far out."""
+    """Draw mostly small numbers, and some extreme ones."""
     number = st.one_of(st.integers(0, usual), st.integers(0, usual), st.sampled_from(EXTREMES))
     return st.lists(number, min_size=size, max_size=size).map(ints)
 

@@ -1,4 +1,4 @@
-"""from_lists of mgrpo._packing against tests/support/naive_packing.py, and what it refuses."""
+"""Compare from_lists with tests/support/naive_packing.py, and test what it refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_list_within_itself_is_no_int():
 
 
 def test_a_subclass_is_read_as_the_list_that_it_is():
-    """None of its code runs: it could change what is being read."""
+    """Check that none of its code runs: it could change what is being read."""
 
     class Other(list):
         def forbidden(self, *_):
@@ -59,7 +59,7 @@ def test_the_reference_counts_stay_as_they_are():
 
 
 class Odd(int):
-    """An integer of another type: it may run code of its own when it is converted."""
+    """Stand for an integer of another type, which may run its own code when it is converted."""
 
     def __index__(self) -> int:
         raise AssertionError("was called")

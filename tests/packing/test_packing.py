@@ -1,4 +1,4 @@
-"""What holds for all of mgrpo._packing: a long call lets other threads of Python run."""
+"""Test all of mgrpo._packing: a long call lets other Python threads run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mgrpo import _packing as packing
 
 
 def long_calls() -> dict[str, Callable[[], Any]]:
-    """Calls of 0.05 s and more. Their arguments are made here, so that nothing else is timed."""
+    """Return calls of 0.05 s and more. Their arguments are made here, so that nothing else is timed."""
     random = np.random.default_rng(0)
     counts, keys = ints([1] * 16), np.ones(16, np.uint64)
     lengths = random.integers(1, 16_384, 4_000_000)
@@ -31,7 +31,7 @@ def long_calls() -> dict[str, Callable[[], Any]]:
 
 
 def stopped_share(call: Callable[[], Any]) -> float:
-    """The longest that this thread was stopped while another one made the call, over the time of the call."""
+    """Return the longest stop of this thread while another one made the call, over the time of the call."""
     seconds: list[float] = []
 
     def work() -> None:
@@ -50,6 +50,6 @@ def stopped_share(call: Callable[[], Any]) -> float:
 
 @pytest.mark.parametrize("name", ["align", "trainable_rows", "plan", "fill"])
 def test_the_gil_is_released(name):
-    """A call that held the GIL would stop this thread from its start to its end, every time."""
+    """Check that this thread runs during calls: a call that held the GIL would always stop it from start to end."""
     call = long_calls()[name]
     assert min(stopped_share(call) for _ in range(4)) < 0.5

@@ -1,4 +1,4 @@
-"""plan and l2_bound of mgrpo._packing against tests/support/naive_packing.py: random, ragged, empty, hostile.
+"""Compare plan and l2_bound with tests/support/naive_packing.py: random, ragged, empty, hostile.
 
 Legend: N sequences, M micro-batches ("bins"), B mini-batches.
 """
@@ -29,7 +29,7 @@ def ints(values: Any) -> NDArray[np.int64]:
 
 @st.composite
 def plans(draw: st.DrawFn, most: int = 40) -> tuple[list[int], int, int]:
-    """Lengths, a cap and ranks. Few kinds of lengths make chains of equal bins; large caps have no table of rooms."""
+    """Draw lengths, a cap and ranks. Few distinct lengths chain equal bins; large caps have no table of rooms."""
     cap = draw(st.one_of(st.integers(1, 200), st.sampled_from([16_384, 2**40])))
     kinds = draw(st.lists(st.integers(1, cap), min_size=1, max_size=12))
     lengths = draw(st.lists(st.one_of(st.sampled_from(kinds), st.integers(1, cap)), max_size=most))
@@ -37,12 +37,12 @@ def plans(draw: st.DrawFn, most: int = 40) -> tuple[list[int], int, int]:
 
 
 def many(random: np.random.Generator, cap: int) -> list[int]:
-    """Enough for more bins than are evened out."""
+    """Draw enough lengths for more bins than are evened out."""
     return np.minimum(random.lognormal(np.log(cap / 6), 1.0, 300).astype(np.int64) + 1, cap).tolist()
 
 
 def plan(lengths: Any, *args: Any, groups: Any = None, **named: Any) -> list[list[list[int]]]:
-    """By mini-batch, by micro-batch."""
+    """Return the plan by mini-batch and micro-batch."""
     groups_N = None if groups is None else ints(groups)
     made = packing.plan(ints(lengths), *args, groups_N=groups_N, **named)
     assert all(type(array) is np.ndarray and array.dtype == np.int64 for array in made)
@@ -112,7 +112,7 @@ def test_plan_of_one_rank_has_as_many_bins_as_best_fit_decreasing(drawn):
 
 @given(plans(), costs)
 def test_plan_deals_by_cost(drawn, cost):
-    """No micro-batch of one turn is dearer than any of the turn before, so those side by side are neighbours."""
+    """Check that no micro-batch costs more than one of the turn before, so those side by side are neighbours."""
     lengths, cap, ranks = drawn
     prices = [price(lengths, cost, ids) for ids in bins_of(lengths, cap, ranks, cost, allow_empty=True)]
     turns = [prices[j : j + ranks] for j in range(0, len(prices), ranks)]
@@ -134,7 +134,7 @@ def test_plan_keeps_groups_together(drawn, mini_batches, seed, size):
 
 @given(plans(), costs, st.integers(1, 5), words)
 def test_mini_batches_cost_alike(drawn, cost, mini_batches, seed):
-    """No two differ by more than the dearest sequence, and each has turns of full width."""
+    """Check that no two mini-batches differ by more than the most expensive sequence, and that all turns are full."""
     lengths, cap, ranks = drawn
     parts = plan(lengths, cap, ranks, cost, mini_batches=mini_batches, seed=seed, allow_empty=True)
     assert len(parts) == mini_batches
@@ -152,7 +152,7 @@ def test_mini_batches_of_many_cost_the_same():
 
 
 def test_another_seed_deals_other_mini_batches():
-    """Of 300 sequences in two mini-batches, two seeds part about half differently; one seed, none."""
+    """Check that two seeds divide about half of 300 sequences differently into two mini-batches, and one seed none."""
     lengths = [100 + n % 5 for n in range(300)]
     first = [{*itertools.chain(*plan(lengths, 1000, 2, mini_batches=2, seed=seed)[0])} for seed in range(20)]
     assert first[3] == {*itertools.chain(*plan(lengths, 1000, 2, mini_batches=2, seed=3)[0])}
@@ -165,7 +165,7 @@ def test_the_seed_does_not_touch_one_mini_batch():
 
 
 def lockstep(lengths: NDArray[np.int64], cost: tuple[float, float], ranks: int) -> NDArray[np.float64]:
-    """The dearest micro-batch of each turn over the mean of the turn."""
+    """Return the most expensive micro-batch of each turn over the mean of the turn."""
     offsets_M1, ids_N, _ = packing.plan(lengths, 16_384, ranks, cost)
     cost_N = cost[0] * lengths + cost[1] * lengths.astype(np.float64) ** 2
     turns = np.add.reduceat(cost_N[ids_N], offsets_M1[:-1]).reshape(-1, ranks)
@@ -177,13 +177,13 @@ def lockstep(lengths: NDArray[np.int64], cost: tuple[float, float], ranks: int) 
     [(300, 0.0, 1.02), (450, 0.0, 1.02), (1000, 0.0, 1.005), (10_000, 0.0, 1.001), (10_000, 1 / 8000, 1.005)],
 )
 def test_plan_keeps_ranks_busy(sequences, square, most):
-    """A random deal has 1.3 and more."""
+    """Check the balance; a random assignment has 1.3 or more."""
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(1500), 1.0, sequences), 1, 16_384).astype(np.int64)
     assert lockstep(lengths, (1.0, square), 8).mean() <= most
 
 
 def test_plan_spreads_what_would_leave_a_remainder():
-    """Nine bins' worth for eight ranks: sixteen even bins, not nine full ones and seven scraps."""
+    """Plan nine bins' worth for eight ranks: sixteen even bins, not nine full and seven nearly empty ones."""
     lengths = [10] * 900
     rows = [10 * len(ids) for ids in bins_of(lengths, 1000, 8)]
     assert len(rows) == 16 and max(rows) <= 1.05 * 9000 / 16
@@ -219,7 +219,7 @@ def test_l2_bound_is_below_what_best_fit_decreasing_needs_and_above_the_mean(dra
 
 
 def test_l2_bound_of_rows_beyond_the_largest_integer():
-    """Three large ones leave more room than fits in 64 bits, none of it of use."""
+    """Use three large items that leave more room than fits in 64 bits, none of it usable."""
     third = 2**61
     assert packing.l2_bound(ints([third + 1, third + 1, third + 1]), 2 * third) == 3
     assert packing.l2_bound(ints([2**62, *[1] * 40]), 2**63 - 1) == 1
@@ -241,7 +241,7 @@ def misaligned() -> NDArray[np.int64]:
 MISTAKES = [
     (bad_plan(lengths=ints([2, 0])), r"lengths\[1\] is 0, expected at least 1"),
     (bad_plan(lengths=ints([5, 2])), r"lengths\[0\] is 5, more than cap 4"),
-    (bad_plan(lengths=ints([2**62, 2**62]), cap=2**62), r"lengths\[1\] is \d+: the sum passes the largest 64-bit"),
+    (bad_plan(lengths=ints([2**62, 2**62]), cap=2**62), r"lengths\[1\] is \d+: the sum exceeds the largest 64-bit"),
     (bad_plan(lengths=np.ones(2)), r"lengths must be a .* array of int64, got a float64"),
     (bad_plan(cap=0), r"cap must be at least 1, got 0"),
     (bad_plan(cap=None), r"cap must be a 64-bit integer, got None"),
@@ -293,7 +293,7 @@ NAMED = {"groups_N": anything, "mini_batches": scalars, "seed": scalars, "allow_
 @settings(max_examples=300)
 @given(st.sampled_from([(packing.plan, 4), (packing.l2_bound, 2), (packing.align, 5)]), st.data())
 def test_hostile_arguments_are_refused(function, data):
-    """Whatever is passed, the answer is a result or a plain Python error: the process lives."""
+    """Check that any arguments lead to a result or a Python error, never to a crash."""
     call, arity = function
     arguments = data.draw(st.lists(anything, min_size=arity, max_size=arity))
     named = data.draw(st.fixed_dictionaries({}, optional=NAMED)) if call is packing.plan else {}

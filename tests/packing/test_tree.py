@@ -1,6 +1,6 @@
-"""Prefix trees: `tree_plan` and `tree_fill` against tests/support/naive_tree.py.
+"""Compare `tree_plan` and `tree_fill` with tests/support/naive_tree.py.
 
-That training on a tree is training on its trajectories one by one is proven in test_tree_exactness.py.
+tests/batch/test_tree_exactness.py shows that training on a tree equals training on its trajectories one by one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tree_cases import LOGPROBS, Sequences, fill, flat, forests, ints, lengths, random_batch, trajectories
 
 import naive_tree as naive
+from cases.tree import LOGPROBS, Sequences, fill, flat, forests, ints, lengths, random_batch, trajectories
 from mgrpo import _packing as packing
 
 
 def plan(
     sequences: Sequences, cap: int, groups: Any = None, dtype: Any = np.int64
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids, shared) of every micro-batch."""
+    """Return (ids, shared) of every micro-batch."""
     groups_N = None if groups is None else ints(groups)
     offsets_M1, ids_N, shared_N = packing.tree_plan(*flat(sequences, dtype), lengths(sequences), cap, groups_N)
     assert offsets_M1.dtype == ids_N.dtype == shared_N.dtype == np.int64
@@ -71,7 +71,7 @@ def test_plan_keeps_identical_trajectories_together(sequences, room):
 
 @given(forests(), st.integers(0, 9))
 def test_plan_computes_leading_tokens_only(sequences, room):
-    """With fewer rows than tokens, it is the plan of the sequences cut to their rows."""
+    """Check that with fewer rows than tokens the plan is that of the sequences cut to their rows."""
     longer = [[*tokens, 7, n] for n, tokens in enumerate(sequences)]
     cap = max(map(len, sequences), default=1) + room
     made = packing.tree_plan(*flat(longer), lengths(sequences), cap)
@@ -90,7 +90,7 @@ def test_plan_of_single_tokens():
 
 
 def test_plan_of_a_deep_chain():
-    """Every trajectory is a prefix of the next: a trie as deep as there are trajectories, and no recursion."""
+    """Make every trajectory a prefix of the next: the trie is as deep as there are trajectories, without recursion."""
     count = 3000
     tokens, offsets = np.zeros(count * (count + 1) // 2, np.int32), np.cumsum([0, *range(1, count + 1)])
     bins, ids, shared = packing.tree_plan(tokens, offsets, np.arange(1, count + 1), count)
@@ -99,7 +99,7 @@ def test_plan_of_a_deep_chain():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_plan_of_many(dtype):
-    """In one bin they stand as sorted by group, then tokens, then number."""
+    """Check that in one bin they are sorted by group, then tokens, then number."""
     random = np.random.default_rng(0)
     least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
     sequences = [random.choice([least, -1, 0, 1, most], random.integers(1, 5)).tolist() for _ in range(20_000)]
@@ -110,13 +110,13 @@ def test_plan_of_many(dtype):
 
 
 def test_plan_cuts_a_subtree_only_as_often_as_it_must():
-    """Ten completions of 10 tokens after a prompt of 5 fill two micro-batches of 55: the prompt is repeated once."""
+    """Plan ten completions of 10 tokens after a prompt of 5 into two micro-batches of 55: it is repeated once."""
     sequences = [[1, 2, 3, 4, 5, *([n] * 10)] for n in range(10, 20)]
     assert [len(ids) for ids, _ in plan(sequences, 55)] == [5, 5]
 
 
 def rollouts(seed: int, queries: int, members: int, prompt: int, system: int = 0) -> Sequences:
-    """Members of a query share its prompt, pairs of them the first half of a completion, all the system prompt."""
+    """Make queries whose members share a prompt, pairs of them half a completion, and all of them the system prompt."""
     random = np.random.default_rng(seed)
     head = random.integers(0, 1000, system).tolist()
     sequences = []
@@ -144,7 +144,7 @@ def test_plan_takes_no_more_bins_than_one_open_row_does(sequences, room):
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_plan_wastes_little(cap, prompt, system, seed):
-    """Within 10 % of what no packing does without, however much of the cap the prompt takes."""
+    """Check that the plan is within 10 % of the lower bound, however much of the cap the prompt takes."""
     sequences = rollouts(seed, 12, 8, prompt, system)
     cap = max(cap, *map(len, sequences))
     bins = plan(sequences, cap)
@@ -153,7 +153,7 @@ def test_plan_wastes_little(cap, prompt, system, seed):
 
 
 def partitions(items: list[Any]) -> Any:
-    """All ways to put the items into bins."""
+    """Return all ways to put the items into bins."""
     if not items:
         yield []
         return
@@ -165,7 +165,7 @@ def partitions(items: list[Any]) -> Any:
 
 @given(forests(6), st.integers(0, 8))
 def test_plan_against_every_packing(sequences, room):
-    """The naive bound is none that a packing goes below, and the plan is among the packings that there are."""
+    """Check that no packing goes below the naive bound, and that the plan is one of all packings."""
     cap = max(map(len, sequences), default=1) + room
     sizes = [[len(naive.prefixes(held)) for held in bins] for bins in partitions(sequences)]
     possible = {(len(each), sum(each)) for each in sizes if max(each, default=0) <= cap}
@@ -179,13 +179,13 @@ def test_plan_against_every_packing(sequences, room):
 
 
 def paths(filled: dict[str, NDArray[Any]]) -> list[list[int]]:
-    """Packed positions from the root to the end of each segment."""
+    """Return the packed positions from the root to the end of each segment."""
     bounds = filled["tree_cu_seqlens_k"]
     return [filled["tree_kv_index"][a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
 
 def prefix_of_each(filled: dict[str, NDArray[Any]]) -> list[naive.Prefix]:
-    """Of every packed token, the tokens that it attends to, itself last: causal, aligned to the end of its segment."""
+    """Return the tokens that every packed token attends to, itself last: causal, aligned to its segment's end."""
     seen: list[naive.Prefix] = []
     for (start, stop), path in zip(itertools.pairwise(filled["tree_cu_seqlens_q"]), paths(filled), strict=True):
         for p in range(start, stop):
@@ -246,7 +246,7 @@ def test_fill_predicts_as_the_naive_one(sequences, seed, names, merge):
 
 @given(forests(6), st.integers(0, 2**32), st.data())
 def test_fill_takes_any_order_and_any_sharing(sequences, seed, data):
-    """A plan is not needed: trajectories may come in any order, repeatedly, and share less than they could."""
+    """Fill without a plan: trajectories may come in any order, repeatedly, and share less than they could."""
     batch = random_batch(sequences, seed)
     ids = data.draw(st.lists(st.sampled_from(range(len(sequences))), max_size=9)) if sequences else []
     read = [sequences[n][: batch["rows"][n]] for n in ids]
@@ -268,7 +268,7 @@ def test_fill_takes_float32_as_what_it_is_in_float64(sequences, seed):
 
 
 def test_fill_averages_in_double():
-    """Weights 1, 2 and 4 of advantages 1, 2 and 4: 7 of 3."""
+    """Merge weights 1, 2 and 4 with advantages 1, 2 and 4 into weight 7 with advantage 3."""
     tokens, offsets = flat([[5, 6]] * 3)
     filled = packing.tree_fill(
         tokens,
@@ -285,7 +285,7 @@ def test_fill_averages_in_double():
 
 @pytest.mark.parametrize("values", [1, 40, 10**6])
 def test_fill_tells_many_log_probs_apart(values):
-    """400 trajectories of the same tokens: one row for each sampled token, or one for each that each has sampled."""
+    """Fill 400 trajectories of the same tokens: one row per sampled token if merged, else one per trajectory."""
     random = np.random.default_rng(values)
     batch = random_batch([[1, 2, 3, 4, 5, 6]] * 400, 0, ["old_logprobs"])
     batch["rows"][:] = 6

@@ -1,4 +1,4 @@
-"""`tree_fill` of several micro-batches in one call: each as if alone, in the arena's memory, whoever fills it."""
+"""Test `tree_fill` of several micro-batches in one call: each as if alone, in an arena's memory, with any threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fill_cases import Filled, assert_same, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tree_cases import LOGPROBS, fill, forests, ints, random_batch
 
+from cases.tree import LOGPROBS, fill, forests, ints, random_batch
 from mgrpo import _packing as packing
 
 Plan = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]  # bins_M1, ids_B, shared_B
@@ -20,7 +20,7 @@ Plan = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]  # bins_M1
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict[str, Any], Plan]:
-    """Columns of a forest and a plan of it, with some empty micro-batches put in."""
+    """Draw columns of a forest and a plan of it, with some empty micro-batches inserted."""
     names, dtype = draw(st.sets(st.sampled_from(LOGPROBS))), draw(st.sampled_from([np.int32, np.int64]))
     batch = random_batch(draw(forests()), draw(st.integers(0, 2**32)), names, dtype)
     cap = int(batch["rows"].max(initial=1)) + draw(st.integers(0, 30))
@@ -40,7 +40,7 @@ def one_by_one(batch: dict[str, Any], plan: Plan, merge: bool = True) -> list[Fi
 
 
 def large(seed: int, queries: int = 40) -> tuple[dict[str, Any], Plan]:
-    """Queries of 8 trajectories that share half their tokens, planned into about a tenth as many micro-batches."""
+    """Make queries of 8 trajectories that share half their tokens, planned into about a tenth as many micro-batches."""
     random = np.random.default_rng(seed)
     stems = random.integers(0, 2**31, (queries, 150)).repeat(8, axis=0)
     sequences = np.concatenate([stems, random.integers(0, 2**31, stems.shape)], axis=1)
@@ -83,7 +83,7 @@ def test_of_no_micro_batch():
 
 @given(st.lists(st.tuples(cases(), st.integers(0, 3)), max_size=6), st.data())
 def test_a_living_array_is_never_overwritten(steps, data):
-    """After each fill one array of it is kept, and of those kept before as many as the step says."""
+    """Keep one array of each fill, and of those kept before as many as the step says."""
     arena, kept = packing.Arena(), list[tuple[NDArray[Any], NDArray[Any]]]()
     for (batch, plan), latest in steps:
         made = fill_all(batch, plan, arena=arena)
@@ -111,7 +111,7 @@ def test_the_same_memory_comes_again_once_nothing_refers_to_it():
     address, leaf, expected = first[0]["input_ids"].ctypes.data, first[-1]["leaf"], snapshot(first[0])
     del first
     other = fill_all(batch, plan, arena=arena)
-    assert len(asked) == 2 and other[0]["input_ids"].ctypes.data != address  # one array is enough to hold all of them
+    assert len(asked) == 2 and other[0]["input_ids"].ctypes.data != address  # one array keeps all of them
     del leaf
     again = fill_all(batch, plan, arena=arena)
     assert len(asked) == 2 and again[0]["input_ids"].ctypes.data == address

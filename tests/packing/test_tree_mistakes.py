@@ -1,4 +1,4 @@
-"""Prefix trees against every mistake of a caller: a ValueError that names it, never a crash."""
+"""Test prefix trees with every mistake of a caller: a ValueError names it, and nothing crashes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tree_cases import ints
 
+from cases.tree import ints
 from mgrpo import _packing as packing
 
 
@@ -104,7 +104,7 @@ def test_mistakes_are_named(call, message):
 
 
 def test_fill_counts_in_int32():
-    """512 copies of a long trajectory that share nothing are more tokens than int32 counts; sharing all, they fit."""
+    """Use 512 copies of a long trajectory: unshared they have too many tokens for int32; sharing all, they fit."""
     length, copies = 2**22, 2**9
     columns = (np.zeros(length, np.int32), ints([0, length]), np.zeros(length, np.bool_), np.zeros(copies, np.int64))
     with pytest.raises(ValueError, match=r"ids\[511\] = 0 brings the batch to 2143289344 \+ 4194304 tokens"):
@@ -124,7 +124,7 @@ arrays = st.builds(
 @settings(max_examples=300)
 @given(st.sampled_from([(packing.tree_plan, 5), (packing.tree_fill, 8)]), st.data())
 def test_hostile_arguments_are_refused(function, data):
-    """Whatever is passed, the answer is a result or a plain Python error: the process lives."""
+    """Check that any arguments lead to a result or a Python error, never to a crash."""
     call, arity = function
     arguments = data.draw(st.lists(st.one_of(arrays, arrays, scalars), min_size=arity, max_size=arity))
     try:
@@ -136,7 +136,7 @@ def test_hostile_arguments_are_refused(function, data):
 @settings(max_examples=300)
 @given(st.data())
 def test_hostile_numbers_are_refused(data):
-    """The same with every dtype right, so that it is the numbers that are checked."""
+    """Check the same with every dtype right, so that the numbers are checked."""
 
     def column(size: int, values: Any = EXTREMES) -> NDArray[np.int64]:
         return ints(data.draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)))

@@ -1,4 +1,4 @@
-"""A rank of an agent is killed: the others end with an error, and no half of a checkpoint is left."""
+"""A rank of an agent is killed: the others end with an error, and no partial checkpoint is left."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distributed_policy import batches, make, mine
 
-from mgrpo.engine.policy import checkpoint as policy_state
+from cases.ranked_policy import batches, make, mine
+from mgrpo.engine.policy import checkpoint
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.system import distributed
 from mgrpo.kernels import Objective
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def step_on(folder: Path) -> Iterator[None]:
-    """Optimizer steps without end."""
+    """Take optimizer steps forever."""
     policy = make(folder, True)
     while True:
         policy.step(mine(batches(0)), Objective(sampler_cap=None), 1e-3)
@@ -34,8 +34,8 @@ def step_on(folder: Path) -> Iterator[None]:
 
 
 def die_while_saving(folder: Path) -> Iterator[None]:
-    """Rank 1 with its weights written but not its moments."""
-    policy, write = make(folder, True), policy_state.write_shards
+    """Kill rank 1 after it has written its weights and before its moments."""
+    policy, write = make(folder, True), checkpoint.write_shards
     policy.step(mine(batches(0)), Objective(sampler_cap=None), 1e-3)
     yield
 
@@ -45,7 +45,7 @@ def die_while_saving(folder: Path) -> Iterator[None]:
         write(aside, stem, tensors, rank)
 
     if distributed.rank() == 1:
-        policy_state.write_shards = die
+        checkpoint.write_shards = die
         policy.save_state()
     run = RunDirectory(folder / "run")
     run.save_checkpoint("rl-00001", lambda aside: policy.save_state(aside / "main") and None, keep=1)

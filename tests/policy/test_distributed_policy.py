@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,18 +22,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from mgrpo.engine.batch.micro_batches import Batch, Weighed, pack
-from mgrpo.engine.config.schema import AgentConfig
+from cases.ranked_policy import LR, batches, dummy, make, mine
+from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.model.sharding import local
 from mgrpo.engine.policy import checkpoint as policy_state
 from mgrpo.engine.policy.checkpoint import moments
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.system import distributed
-from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
 from ranks import run_ranks
-from toy import make_model, toy_config
+from toy import make_model
 
 PLAIN = Objective(sampler_cap=None)
 KL = Objective(kl_coef=0.5, sampler_cap=2.0, entropy_coef=0.01)
@@ -48,40 +45,9 @@ CASES = {
     "untied-kl-epochs-bf16": (False, "bfloat16", KL, 2, False),
 }
 CASES_OF_3 = ("tied", "untied-kl-epochs")
-LR = 1e-3
 GROUPS = 3  # of parameters that are exchanged together: two layers and the rest
 PROMPT = [1, 9, 200, 31, 4, 4, 77]
 Found = dict[str, Tensor]
-
-
-def make(folder: Path, tied: bool, dtype: str = "float32", checkpointing: bool = False, **agent: Any) -> Policy:
-    compute = msgspec.structs.replace(toy_config(folder).compute, dtype=dtype, activation_checkpointing=checkpointing)
-    path = str(folder / ("tied" if tied else "untied"))
-    return Policy("main", AgentConfig(model=path, **{"max_context": 64, "lr": LR, **agent}), compute)
-
-
-def batches(seed: int, count: int = 7, max_tokens: int = 40) -> list[Batch]:
-    """All ranks' micro-batches: trajectories of 2 to 33 tokens."""
-    rng = np.random.default_rng(seed)
-    weighed = []
-    for _ in range(count):
-        length = int(rng.integers(2, 34))
-        sampled = rng.random(length) < 0.6
-        sampled[1] = True
-        tokens = rng.integers(1, 257, length).astype(np.int32)
-        trajectory = Trajectory(tokens, sampled, np.full(length, -5, np.float32), 0)
-        weighed.append(Weighed(trajectory, float(rng.normal()), 0.05))
-    return pack(weighed, max_tokens)
-
-
-def dummy(batch: Batch) -> Batch:
-    return replace(batch, weights_P=torch.zeros_like(batch.weights_P))
-
-
-def mine(everyones: list[Batch]) -> list[Batch]:
-    """This rank's, dealt in turn and made up to the same number by dummies."""
-    rest = -len(everyones) % distributed.ranks()
-    return [*everyones, *([dummy(everyones[0])] * rest)][distributed.rank() :: distributed.ranks()]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -100,7 +66,7 @@ def gradients(policy: Policy, given: list[Batch], objective: Objective) -> Found
 
 
 def state(policy: Policy) -> Found:
-    """All that a checkpoint holds."""
+    """Return all that a checkpoint holds."""
     assert policy.reference is not None
     kept = {name: whole(weight) for name, weight in policy.reference.named_parameters()}
     remembered = moments(policy.optimizer, policy.masters.weights)
@@ -118,7 +84,7 @@ def keep(out: Path, name: str, found: Found) -> None:
 
 
 def run_case(folder: Path, case: str, out: Path) -> None:
-    """Gradients at the start, then two steps: weights, moments, what is published, log-probs, and metrics."""
+    """Save gradients at the start and, after two steps, weights, moments, published weights, log-probs and metrics."""
     tied, dtype, objective, epochs, checkpointing = CASES[case]
     policy = make(folder, tied, dtype, checkpointing, weight_decay=0.1, grad_clip=0.5, temperature=0.8)
     policy.keep_reference()
@@ -136,7 +102,7 @@ def run_case(folder: Path, case: str, out: Path) -> None:
 
 
 def checkpoints(folder: Path, out: Path, before: Path | None) -> None:
-    """Go on from another number of ranks' checkpoint, and leave one of our own."""
+    """Continue from the checkpoint of another number of ranks, and write one."""
     policy = make(folder, True, "bfloat16", weight_decay=0.1)
     if before is not None:
         policy.load_state(before / "policy")
@@ -158,7 +124,7 @@ def run_all(folder: Path, out: Path, before: Path | None) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Models whose weights bfloat16 can hold, of widths that 2 and 3 do not divide, and what 1, 2, 3 ranks made."""
+    """Make models with weights exact in bfloat16 and widths that 2 and 3 do not divide, and run 1, 2 and 3 ranks."""
     root = tmp_path_factory.mktemp("ranks")
     for name, tied in (("tied", True), ("untied", False)):
         path = make_model(root / name, tied, hidden_size=20, intermediate_size=25, num_attention_heads=2)
@@ -176,7 +142,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def far(got: Found, truth: Found, kind: str) -> float:
-    """Largest error of a tensor of a kind, relative to its norm."""
+    """Return the largest error of a tensor of a kind, relative to its norm."""
     names = [name for name in truth if name.startswith(kind) and truth[name].ndim]
     assert names and got.keys() == truth.keys()
     return max(float((got[name].float() - truth[name].float()).norm() / truth[name].float().norm()) for name in names)
@@ -209,7 +175,7 @@ def test_in_bf16_ranks_err_no_more_than_twice_what_one_does(folder: Path, case: 
 
 
 def same(one: Found, other: Found) -> bool:
-    """To the bit."""
+    """Assert that all tensors are equal to the bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -265,7 +231,7 @@ def held_in_parts(folder: Path) -> None:
 
 
 class Counted(TorchDispatchMode):
-    """How often each operation ran."""
+    """Count how often each operation ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +251,7 @@ def gradients_are_exchanged_once_a_step(folder: Path) -> None:
 
 
 def dummies_alone_move_nothing(folder: Path) -> None:
-    """But what the moments of earlier steps do, as a step without micro-batches."""
+    """Only the moments of earlier steps move the weights, as in a step without micro-batches."""
     dummies, nothing, fresh = (make(folder, False) for _ in range(3))
     row = fresh.step([dummy(batches(0)[0])], PLAIN, LR)
     assert row["loss"] == row["grad_norm"] == row["rows"] == 0

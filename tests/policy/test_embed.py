@@ -1,4 +1,4 @@
-"""A policy in another's trainer: a caller's model, plain arrays, losses of the caller's own, other launchers."""
+"""A policy inside another trainer: the caller's model, plain arrays, the caller's own losses, other launchers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mgrpo.engine import Batch, ComputeConfig, Objective, Policy, advantages, align, pack
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers rounds to float32 within its norms, which is coarser than what is told apart here."""
+    """Replace transformers' norms, which round to float32: that is too coarse for these tests."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", wide_norm)
 
 
@@ -75,7 +75,7 @@ def packed(cap: int = 16, with_old: bool = False, **options: Any) -> list[dict[s
 
 
 def plain_logprobs(model: nn.Module, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Of every token but the first, and the entropies there: one sequence, whole logits."""
+    """Return log-probs and entropies of every token except the first, from the whole logits of one sequence."""
     ids = torch.from_numpy(tokens).long()
     logp = (model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
     return logp.gather(1, ids[1:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -129,7 +129,7 @@ def test_old_and_reference_log_probs_come_with_the_batch(folder: Path) -> None:
 
 
 def test_without_any_reference_a_kl_term_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"kl_coef > 0 given: expected keep_reference\(\) before, or ref_logprobs"):
+    with pytest.raises(ValueError, match=r"kl_coef > 0 given: expected keep_reference\(\) before, or packed ref_logprobs"):
         policy_of(folder).forward_backward(packed(), Objective(kl_coef=0.1))
 
 
@@ -210,9 +210,14 @@ def softcapped(folder: Path) -> nn.Module:
         ),
         (
             lambda folder: load(folder, torch.float16),
-            r"model: one in torch.float16 given: expected one of \(torch.bfloat16",
+            r"model: a model in torch.float16 given: expected one of \(torch.bfloat16",
         ),
         (softcapped, "model: LlamaForCausalLM changes its logits after the head"),
+        (lambda folder: load(folder).model, "model: LlamaModel given: expected a causal LM, with a head over its"),
+        (
+            lambda folder: AutoModelForTokenClassification.from_pretrained(folder, attn_implementation="sdpa"),
+            "model: LlamaForTokenClassification given: expected a causal LM, with a head",
+        ),
     ],
 )
 def test_models_that_cannot_be_trained_are_refused_as_they_were(folder: Path, make: Any, message: str) -> None:
@@ -242,7 +247,7 @@ def test_a_prefix_tree_is_refused(folder: Path) -> None:
 
 
 def pairs(batches: list[Batch], logprobs: list[Tensor], entropies: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Depends on all sequences at once, wherever they were packed, and on the entropies."""
+    """Return a loss that depends on all sequences together, wherever they were packed, and on the entropies."""
     sums: dict[int, Tensor] = {}
     for batch, logprobs_P in zip(batches, logprobs, strict=True):
         bounds = batch.cu_seqlens_B1.tolist()
@@ -269,7 +274,7 @@ def test_a_loss_of_the_callers_own_over_all_micro_batches(folder: Path, cap: int
 
 @pytest.mark.parametrize("returned", [1.0, torch.ones(2, requires_grad=True), torch.ones(())])
 def test_a_loss_that_is_no_number_of_the_log_probs_is_refused(folder: Path, returned: Any) -> None:
-    with pytest.raises(ValueError, match=r"fn: a loss of .* returned: expected a 0-dim tensor that follows from"):
+    with pytest.raises(ValueError, match=r"fn: a loss of .* returned: expected a 0-dim tensor that depends on"):
         policy_of(folder).forward_backward_custom(packed(), lambda *_: (returned, {}))
 
 
@@ -302,7 +307,7 @@ def test_a_state_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> N
         torch.equal(a, b) for a, b in zip(other.model.parameters(), policy.model.parameters(), strict=True)
     )
     (tmp_path / "state" / "policy.json").unlink()
-    with pytest.raises(ValueError, match=r"state: expected a policy's state with a sound policy\.json"):
+    with pytest.raises(ValueError, match=r"state: expected a policy's state with a valid policy\.json"):
         other.load_state(tmp_path / "state")
 
 
@@ -373,11 +378,11 @@ def test_advantages_of_lists() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: align([1.5], 2), r"counts: float64 of shape \(1,\) given: expected whole numbers"),
+        (lambda: align([1.5], 2), r"counts: float64 of shape \(1,\) given: expected integers"),
         (lambda: align([[1]], 2), r"counts: int64 of shape \(1, 1\) given"),
         (lambda: align([1, 2], 2, keys=[1]), r"keys: an array of shape \(1,\) given: expected \(2,\)"),
         (lambda: align([1], 0), "target"),
-        (lambda: advantages([1.0], [0.0, 1.0]), r"offsets: float64 of shape \(2,\) given: expected whole numbers"),
+        (lambda: advantages([1.0], [0.0, 1.0]), r"offsets: float64 of shape \(2,\) given: expected integers"),
         (lambda: advantages([1.0, 2.0], [0, 1]), r"offsets_G1: got first and last \(0, 1\), expected \(0, 2\)"),
         (lambda: advantages([1.0], [0, 1], [1, 2]), r"weights: an array of shape \(2,\) given: expected \(1,\)"),
         (lambda: advantages([np.nan], [0, 1]), "rewards_R: got nan at row 0"),
@@ -396,7 +401,7 @@ def run_foreign(work: Any, ranks: int, *args: Any) -> None:
 
 
 def _foreign(rank: int, work: Any, ranks: int, port: str, args: tuple[Any, ...]) -> None:
-    """A launcher that knows nothing of ours: no environment, only a process group."""
+    """Run as under a foreign launcher: with a process group and without an environment."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
@@ -410,7 +415,7 @@ def whole(policy: Policy) -> list[Tensor]:
 
 
 def train_two_and_one(rank: int, folder: Path, truth: list[list[Tensor]], out: Path) -> None:
-    """Ranks 0 and 1 share a policy; rank 2 trains another, with another loss, at the same time."""
+    """Let ranks 0 and 1 share a policy while rank 2 trains another one with another loss."""
     halves = [dist.new_group([0, 1]), dist.new_group([2])]
     group = halves[rank // 2]
     policy = policy_of(folder, group=group, name=f"half{rank // 2}")
@@ -457,7 +462,7 @@ def test_two_policies_under_a_foreign_process_group(folder: Path, tmp_path: Path
 
 
 def messages_without_a_cpu_backend(rank: int) -> None:
-    """As under a launcher whose group has collectives of GPUs only: ours get a group of their own."""
+    """Some launchers have a group with collectives for GPUs only; ours then use another group."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
         distributed._beside.cache_clear()
@@ -469,5 +474,5 @@ def messages_without_a_cpu_backend(rank: int) -> None:
 def refuse_a_sharded_model(folder: Path) -> None:
     model = load(folder)
     fully_shard(model)
-    with pytest.raises(ValueError, match="model: one that is sharded given: expected it whole on every rank"):
+    with pytest.raises(ValueError, match="model: a sharded model given: expected a whole one on every rank"):
         Policy.of(model)

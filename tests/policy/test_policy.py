@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mgrpo.engine.batch.micro_batches import Batch, Weighed, pack
+from cases.weighed import Weighed, packed
+from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.model.attention import Packed
 from mgrpo.engine.model.causal_lm import compile_layers
 from mgrpo.engine.policy.checkpoint import moments
+from mgrpo.engine.policy.optimizer import learning_rate
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.policy.schedule import learning_rate
 from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
 from toy import make_model, toy_config
@@ -39,7 +40,7 @@ def make(folder: Path, dtype: str = "float32", checkpointing: bool = False, **ag
 
 
 def batches(count: int = 6, seed: int = 0, max_tokens: int = 16, scale: float = 1.0) -> list[Batch]:
-    """Micro-batches of random trajectories with advantages of either sign."""
+    """Return micro-batches of random trajectories with advantages of either sign."""
     rng = np.random.default_rng(seed)
     weighed = []
     for number in range(count):
@@ -47,7 +48,7 @@ def batches(count: int = 6, seed: int = 0, max_tokens: int = 16, scale: float = 
         tokens = rng.integers(1, 257, 12).astype(np.int32)
         trajectory = Trajectory(tokens, sampled, np.full(12, -5, np.float32), 0)
         weighed.append(Weighed(trajectory, scale * (-1) ** number * (1 + number), 0.1))
-    return pack(weighed, max_tokens)
+    return packed(weighed, max_tokens)
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def gradients(policy: Policy, given: list[Batch], objective: Objective = PLAIN) -> dict[str, Tensor]:
-    """Of all micro-batches together, in fp32 as the masters hold it."""
+    """Return the gradients of all micro-batches together, in fp32 as the masters hold them."""
     policy.forward_backward(given, objective)
     found = {name: weight.grad for name, weight in policy.masters.weights.items()}
     policy.optimizer.zero_grad()
@@ -67,7 +68,7 @@ def moments_of(policy: Policy) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """To the bit."""
+    """Assert that all tensors are equal to the bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -107,7 +108,7 @@ def test_a_rise_longer_than_the_run_is_not_cut_short():
 
 
 def test_the_rate_given_is_the_rate_used(folder):
-    """Adam's first step moves every weight that has a gradient by the rate, or nearly."""
+    """Adam's first step moves every weight that has a gradient by about the rate."""
     policy = make(folder, lr=123.0, grad_clip=1e9)
     before = weights(policy)
     row = policy.step(batches(), PLAIN, lr=1e-3)
@@ -154,7 +155,7 @@ def test_many_updates_too_small_for_bf16_add_up_in_the_masters(folder):
     before = {name: param.detach().clone() for name, param in policy.model.named_parameters()}
     policy.step(given, PLAIN, lr)
     moved = [~torch.isclose(p, before[n], rtol=0, atol=0) for n, p in policy.model.named_parameters()]
-    assert sum(int(m.sum()) for m in moved) < 0.02 * policy.parameters  # one is lost on nearly all of the model
+    assert sum(int(m.sum()) for m in moved) < 0.02 * policy.parameters  # nearly every weight loses a single update
     for _ in range(99):
         policy.step(given, PLAIN, lr)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -182,7 +183,7 @@ def test_a_step_without_micro_batches_decays_the_moments_as_a_zero_gradient_does
     fresh.step(batches(), PLAIN, 1e-3)
     name = "exp_avg/model.norm.weight"
     torch.testing.assert_close(moments_of(policy)[name], 0.9 * moments_of(fresh)[name])
-    assert not same(weights(policy), weights(fresh))  # momentum goes on
+    assert not same(weights(policy), weights(fresh))  # the momentum continues
 
 
 def test_the_gradient_is_clipped_to_its_largest_norm_and_reported_as_it_was(folder):
@@ -214,7 +215,7 @@ def test_activation_checkpointing_changes_no_gradient(folder, dtype, monkeypatch
     calls.clear()
     one, forwards = gradients(plain, batches(2, max_tokens=999)), len(calls)
     assert same(gradients(checkpointed, batches(2, max_tokens=999)), one)
-    assert len(calls) - forwards == 2 * forwards  # and it does run each layer again
+    assert len(calls) - forwards == 2 * forwards  # each layer does run again
 
 
 # ---- save and load
@@ -324,7 +325,7 @@ def test_logprobs_are_those_of_the_models_logits(folder):
 @pytest.mark.parametrize(
     ("device", "checkpointing", "message"),
     [
-        ("cpu", False, "compute.compile: true given: expected false on 'cpu', it is for GPUs"),
+        ("cpu", False, "compute.compile: true given: expected false on 'cpu', compiling is for GPUs"),
         ("cuda", True, "compute.compile: true given: expected false with activation_checkpointing = true"),
     ],
 )
@@ -340,7 +341,7 @@ def replace_compute(folder: Path, **changes: Any) -> ComputeConfig:
 
 
 def test_compiled_layers_change_no_gradient_and_a_kept_reference_stays(folder, monkeypatch):
-    """Captured, but not lowered: that takes a GPU, or a minute."""
+    """The graph is captured but not lowered, which takes a GPU or a minute."""
     graphs: list[Any] = []
     capture = partialmethod(nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     monkeypatch.setattr(nn.Module, "compile", capture)

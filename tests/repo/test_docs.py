@@ -1,46 +1,50 @@
-"""The documentation and the README say what is so: their Python runs, their commands and files are taken.
+"""The documentation is right: its Python runs, and the program accepts the commands and files that it shows.
 
-A page's Python blocks run in order in one namespace, in an empty directory. `make docs` checks links and references.
+The Python blocks of a page run in order in one namespace, in an empty directory. `make docs` checks links and names.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer
 from typer.core import TyperGroup
 
-from mgrpo.engine.cli import main as cli
+from mgrpo.engine.cli.main import app
 from mgrpo.engine.config.schema import Config, load_config, parse_config
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.report.display import make_display
-from mgrpo.engine.rollout.episodes import Demonstrations, Job
-from mgrpo.engine.run.directory import read_metrics
-from mgrpo.engine.training import colocated as launch
-from mgrpo.engine.training import launcher as local
+from mgrpo.engine.rollout.demonstrations import Demonstrations
+from mgrpo.engine.rollout.episodes import Job
+from mgrpo.engine.run.metrics import read_metrics
+from mgrpo.engine.training import colocated, launcher
+from mgrpo.kernels import Objective, RuleRows
 from toy import make_model, raw_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 LANGUAGES = {"python", "bash", "toml", "text"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LEAST: dict[str, Any] = {"run_dir": "x", "environment": {"use": "x.py:X"}, "agents": {"main": {"model": "x"}}}
-COMMAND: Any = typer.main.get_command(cli.app)
-UsageError: Any = typer.BadParameter.__base__  # of the click that typer has with it
+COMMAND: Any = typer.main.get_command(app)
+UsageError: Any = typer.BadParameter.__base__  # from the click that typer uses
 CHATTY = '''
-from mgrpo.engine.environment.base import Environment
-from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
+from mgrpo import Answer, CallScore, Delegate, Environment, Score, Task
 
 class Chatty(Environment):
-    """Whatever the untrained main agent writes first is a request to its clerk."""
+    """Treat the first text of the untrained main agent as a request to its clerk."""
 
     def tasks(self, split):
         return [Task(f"{split} {i}", {}) for i in range(3)]
@@ -61,7 +65,7 @@ class Chatty(Environment):
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
+    """Hold a fenced block of a page."""
 
     page: str
     language: str
@@ -73,8 +77,7 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-COMMANDS_SHOWN = FENCE.findall((ROOT / "README.md").read_text())
+BLOCKS = [block for page in [*PAGES, README] for block in blocks_of(page)]
 
 
 def blocks(language: str) -> list[Any]:
@@ -106,7 +109,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def played(cls: Any, given: dict[str, Any]) -> str:
-    """How an episode ends in which every agent says 1 all the time."""
+    """Return how an episode ends in which every agent always says 1."""
 
     class Scripted(cls):
         def script(self, call: Any) -> str:
@@ -114,7 +117,7 @@ def played(cls: Any, given: dict[str, Any]) -> str:
 
     environment = Scripted()
     job = Job(0, 0, environment.tasks("train")[0])
-    return Demonstrations(given["config"], environment, {"main": given["speaker"]}).run([job])[0].status
+    return Demonstrations(given["config"], environment, {"main": given["tokenizer"]}).run([job])[0].status
 
 
 def test_the_environment_shown_is_the_one_in_examples() -> None:
@@ -132,7 +135,7 @@ def lines_of(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """What the command itself says of its arguments; nothing runs."""
+    """Let the command check its arguments, without running it. Raises UsageError."""
     command, name = COMMAND, "mgrpo"
     while isinstance(command, TyperGroup):
         name, command, words = command.resolve_command(command.context_class(command, info_name=name), words)
@@ -141,7 +144,7 @@ def check_command(words: list[str]) -> None:
 
 
 def our_commands(text: str) -> list[list[str]]:
-    """The arguments of mgrpo in some lines of a shell, also behind a launcher."""
+    """Return the arguments of each mgrpo command in some lines of a shell, also of those behind a launcher."""
     found = []
     for words in lines_of(text):
         if words[0] == "mgrpo":
@@ -171,8 +174,8 @@ def test_the_commands_shown_are_taken(text: str) -> None:
 
 
 def assert_key(key: str) -> None:
-    """A dotted key of the config: one that is not there is refused by name."""
-    raw = {**LEAST, "agents": {"main": {"model": "x"}, "sub": {"model": "x"}}}
+    """Check that the config has a dotted key, by giving it a wrong value: an unknown key has its own message."""
+    raw = deepcopy(LEAST) | {"agents": {"main": {"model": "x"}, "sub": {"model": "x"}}}
     inner: dict[str, Any] = raw
     *parents, last = key.split(".")
     for parent in parents:
@@ -196,22 +199,12 @@ def extras_in(requirement: str) -> list[str]:
 def test_a_wrong_option_would_be_found(text: str) -> None:
     for words in our_commands(text):
         with pytest.raises(UsageError):
-            check_command([*words, "--no-such-option"])
+            check_command([words[0], "--no-such-option", *words[1:]])
 
 
-def test_the_commands_of_the_readme_are_taken() -> None:
-    shown = [words for _, text in COMMANDS_SHOWN for words in our_commands(readable(text))]
-    assert len(shown) > 8
-    for words in shown:
-        check_command(words)
-
-
-def readable(text: str) -> str:
-    """The README's short forms, written out: [options], a|b of several; what it says beside a command left out."""
-    lines = [line for line in text.splitlines() if re.match(r"mgrpo |torchrun ", line)]
-    lines = [re.sub(r"^(\S+\s+\S+\s+\S.*?)\s{3,}.*", r"\1", line) for line in lines]
-    lines = [re.sub(r"\[(.*?)\]", r"\1", line) for line in lines]
-    return "\n".join(re.sub(r"(\w+)(\|\w+)+", r"\1", line) for line in lines)
+def test_every_command_is_shown() -> None:
+    shown = {words[0] for text in BLOCKS if text.language == "bash" for words in our_commands(text.text)}
+    assert set(COMMAND.commands) <= shown
 
 
 # ---- files
@@ -228,17 +221,44 @@ def test_the_files_shown_are_taken(text: str, tmp_path: Path) -> None:
     assert isinstance(config, Config)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.name)
 def test_the_files_spoken_of_are_there(page: Path) -> None:
-    for name in re.findall(r"`((?:engine|kernels|examples|bench|tests|docs)/[\w./-]+)`", page.read_text()):
+    for name in re.findall(r"`((?:engine|kernels|examples|bench|tests|docs|tools)/[\w./-]+)`", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+# ---- what the page on embedding shows
+
+
+def embedding(word: str) -> str:
+    """Return the Python block of the page on embedding that contains a word."""
+    texts = [block.text for block in blocks_of(ROOT / "docs/embed.md") if block.language == "python"]
+    (found,) = (text for text in texts if word in text)
+    return found
+
+
+def test_the_objective_shown_is_cispo() -> None:
+    given: dict[str, Any] = {}
+    exec(embedding("def cispo").partition("\n\n\npolicy.step")[0], given)
+    logprobs, old = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-2.0, -1.0])
+    advantages, ones = torch.tensor([3.0, 5.0]), torch.ones(2)
+    rows = RuleRows(logprobs, ones, advantages, ones, old, None, None, None, 0)
+    given["cispo"](rows, Objective(clip_high=0.5)).sum().backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-1.5 * 3, -5 * math.exp(-1)]))
+
+
+def test_the_adapter_shown_is_a_trainer() -> None:
+    trl = pytest.importorskip("trl", reason="needs trl: pip install 'mgrpo[dev]'")
+    given: dict[str, Any] = {}
+    exec(embedding("GRPOTrainer"), given)
+    assert issubclass(given["Trainer"], trl.GRPOTrainer) and given["Trainer"].__mro__[1].__name__ == "FusedGRPO"
 
 
 # ---- the glossary of metrics
 
 
 def glossary() -> dict[str, set[str]]:
-    """Its keys, by heading."""
+    """Return the keys of the glossary by heading."""
     found: dict[str, set[str]] = {}
     for part in (ROOT / "docs/metrics.md").read_text().split("\n## ")[1:]:
         title, _, text = part.partition("\n")
@@ -255,12 +275,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, name: str, **changes: Any) -> Path:
-    """A run of both stages in which each agent is called, with every term of the objective."""
+    """Run both stages so that each agent is called, with every term of the objective, and return the run directory."""
     algorithm = {"rollouts": 4, "aligned_calls": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampler_cap": 2.0}
     few = {"steps": 1, "queries_per_step": 2, "eval": {"questions": 2}, "warmup": {"steps": 1, "episodes": 2}}
     raw = raw_config(folder, run_dir=str(folder / name), algorithm=algorithm, **few, **changes)
     config = parse_config(raw | {"environment": {"use": f"{folder / 'chatty.py'}:Chatty"}})
-    topology = local if config.topology == "local" else launch
+    topology = launcher if config.topology == "local" else colocated
     topology.train(config, False, make_display(list(config.agents)))
     return Path(config.run_dir)
 
@@ -283,7 +303,7 @@ def test_a_decoupled_run_writes_the_keys_of_the_glossary_and_no_others(folder: P
     path = run(folder, "local", topology="local")
     counted = {key for key in words["A step"] if key.startswith("rollouts/")}
     beside = words["Every row"] | counted | {"time/step", "perf/peak_memory_gib"}
-    own = words["An agent"] | words["An agent in processes of its own"] | beside
+    own = words["An agent"] | words["An agent with its own processes"] | beside
     assert keys_in(path.glob("agents/*/metrics.jsonl")) == own
     worker = words["Every row"] | counted | words["A worker"] | words["An evaluation"]
     assert keys_in(path.glob("workers/*/metrics.jsonl")) == worker

@@ -1,4 +1,4 @@
-"""The layering: who may import whom. Read from the sources, so that an import inside a function counts too."""
+"""Test which module may import which, by reading the sources, so that an import inside a function counts too."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ MOST = 13  # modules in one folder
 ENGINE = sorted((ROOT / "engine").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SUPPORT = {path.stem for path in (ROOT / "tests/support").iterdir()}
 
 
 def imports(source: str) -> set[str]:
-    """Dotted names that a source imports, of `from a import b` both a and a.b; relative ones begin with their dots."""
+    """Return the dotted names that a source imports: for `from a import b` both a and a.b, relative ones with dots."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -49,13 +51,13 @@ def imports(source: str) -> set[str]:
 
 
 def rooms(source: str) -> set[str]:
-    """Rooms of the engine that a source imports from."""
+    """Return the rooms of the engine that a source imports from."""
     found = {name.split(".")[2] for name in imports(source) if name.startswith("mgrpo.engine.")}
     return found & DEPTH.keys()
 
 
 def room(path: Path) -> str:
-    """The room that a module of the engine stands in."""
+    """Return the room of a module of the engine."""
     return path.relative_to(ROOT / "engine").parts[0].removesuffix(".py")
 
 
@@ -75,7 +77,7 @@ def test_an_import_points_down_the_list(path: Path):
 
 
 def test_no_folder_has_too_many_modules():
-    folders = {path.parent for path in [*ENGINE, *KERNELS, *BENCH]}
+    folders = {path.parent for path in [*ENGINE, *KERNELS, *BENCH, *TESTS]}
     for folder in folders:
         modules = [path.name for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
         assert len(modules) <= MOST, (folder, modules)
@@ -91,7 +93,7 @@ def test_each_folder_says_in_one_sentence_what_it_is_for(folder: Path):
 def test_the_engine_imports_only_the_public_face_of_the_other_parts(path: Path):
     for name in imports(path.read_text()):
         assert not name.startswith("."), f"{path.stem} imports {name}: expected the absolute name"
-        assert name.split(".")[0] not in {"engine", "kernels", "bench", "tests", "examples", "toy"}
+        assert name.split(".")[0] not in {"engine", "kernels", "bench", "tests", "examples", *SUPPORT}
         if name == "mgrpo" or name.startswith("mgrpo."):
             assert re.fullmatch(r"mgrpo(\.engine(\.\w+)*|\.kernels(\.\w+)?|\._packing)?", name), name
         assert not re.match(r"mgrpo\.kernels\.[a-z]+$", name) or not (ROOT / "kernels" / f"{name[14:]}.py").exists()
@@ -107,7 +109,7 @@ def test_the_kernels_import_torch_and_triton_only(path: Path):
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_the_kernels_name_no_other_part_of_ours(path: Path):
-    """Not in an import by name either: they may be lifted out of here as they are."""
+    """Not even in an import by name, so that they can be copied into another project as they are."""
     code = re.sub(r'(?s)""".*?"""|#[^\n]*', "", path.read_text())
     named = re.findall(r"mgrpo\.\w+", code)
     assert set(named) <= {"mgrpo.kernels"}, path
@@ -119,6 +121,13 @@ def test_the_benchmarks_use_the_public_faces_only(path: Path):
         assert not name.startswith("."), f"{path.stem} imports {name}: expected the absolute name"
         inner = re.match(r"mgrpo\.kernels\.(\w+)", name)
         assert not (inner and (ROOT / "kernels" / f"{inner[1]}.py").exists()), f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_test_imports_another_test(path: Path):
+    """What several of them share is in tests/support."""
+    files = {path.stem for path in TESTS if path.stem.startswith("test_")}
+    assert not files & imports(path.read_text())
 
 
 def test_nothing_imports_the_benchmarks_but_their_tests():
@@ -141,8 +150,8 @@ def test_only_the_bindings_name_pybind11_or_python():
         assert not re.search(r"pybind|Python\.h|PyObject", path.read_text()), path
 
 
-def test_the_list_refuses_what_it_is_there_to_refuse():
-    """The checks above see imports in every form."""
+def test_a_forbidden_import_would_be_found():
+    """The checks above find imports of every form."""
     source = "import mgrpo.engine.cli\ndef f():\n  from mgrpo.engine import run as x, report\n  from .types import y"
     assert rooms(source) == {"cli", "run", "report"}
     assert ".types" in imports(source)

@@ -1,17 +1,23 @@
-"""What an embedder has to have installed, and what is imported on their behalf: nothing that they did not ask for."""
+"""Check what each part of the package needs to be installed, and that an import loads nothing that it need not."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+import mgrpo.engine
+
+ROOT = Path(__file__).parents[2]
 KERNELS = """
 import re, sys
 from importlib.abc import MetaPathFinder
 from importlib.metadata import requires
 
 def needed(name, found):
-    '''A distribution and all that it requires.'''
+    '''Add to `found` all that a distribution requires.'''
     for line in requires(name) or []:
         other = re.match(r"[\\w.-]+", line)[0].replace("-", "_").lower()
         if "extra ==" not in line and other not in found and not other.startswith(("cuda", "nvidia")):
@@ -46,22 +52,30 @@ except ModuleNotFoundError:
     print("forbidden")
 """
 
-ENGINE = """
-import sys
-import mgrpo.engine
-assert not {"torch", "numpy", "transformers", "msgspec"} & sys.modules.keys()
-assert "Policy" in dir(mgrpo.engine) and not hasattr(mgrpo.engine, "Nothing")
-from mgrpo.engine import advantages, align, pack
+LAZY = """
+import importlib, sys
+face = importlib.import_module(sys.argv[1])
+assert not {"torch", "numpy", "transformers", "msgspec", "mgrpo.engine.policy"} & sys.modules.keys()
+assert "Policy" in dir(face) and not hasattr(face, "Nothing")
+face.advantages, face.align, face.pack
 loaded = {"transformers", "sqlalchemy", "typer"} & sys.modules.keys()
 assert not loaded, loaded
-for name in dir(mgrpo.engine):
-    getattr(mgrpo.engine, name)
+for name in dir(face):
+    getattr(face, name)
 print("light")
 """
 
+# `python -c` puts the working directory first on sys.path, as a script or a notebook does.
+WHERE = """
+import mgrpo
+from mgrpo import Environment, Score, Task, ToolError, load_config
+assert mgrpo.__version__
+print(mgrpo.__file__)
+"""
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+def run(code: str, *args: str, folder: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -70,6 +84,23 @@ def test_the_kernels_need_torch_and_triton_alone() -> None:
     assert run(KERNELS) == "forbidden"
 
 
-def test_the_engines_parts_load_what_they_need_when_they_are_asked_for() -> None:
-    """Plain arrays need no model library and no database."""
-    assert run(ENGINE) == "light"
+@pytest.mark.parametrize("face", ["mgrpo", "mgrpo.engine"])
+def test_the_public_names_load_what_they_need_when_they_are_asked_for(face: str) -> None:
+    """Functions of plain arrays need neither transformers nor a database."""
+    assert run(LAZY, face) == "light"
+
+
+def test_the_front_door_names_every_public_part_once() -> None:
+    assert len(set(mgrpo.__all__)) == len(mgrpo.__all__)
+    assert set(mgrpo.__all__) == {"__version__", "Objective", *mgrpo.engine._HOME}
+
+
+def test_a_clone_in_the_working_directory_never_hides_the_installed_package(tmp_path: Path) -> None:
+    """A clone holds engine/ and kernels/, but no __init__.py that would make it the package itself."""
+    for part in ("engine", "kernels"):
+        (tmp_path / "mgrpo" / part).mkdir(parents=True)
+        (tmp_path / "mgrpo" / part / "__init__.py").write_text("raise AssertionError('the clone was imported')")
+    installed = run(WHERE, folder=tmp_path)
+    assert Path(installed).name == "__init__.py" and not Path(installed).is_relative_to(tmp_path)
+    assert run(WHERE, folder=ROOT) == run(WHERE, folder=ROOT / "tests") == installed
+    assert not any((ROOT / name).exists() for name in ("__init__.py", "mgrpo", "mgrpo.py"))

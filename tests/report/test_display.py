@@ -1,4 +1,4 @@
-"""What is watched: every number where it belongs, one line a row, and nothing that an odd metric breaks."""
+"""Test the display: every number under its heading, one line per row, and no odd metric that breaks it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVALUATION = {
 
 
 class Counting(io.StringIO):
-    """Knows what was flushed."""
+    """A stream that counts its flushes."""
 
     flushed = ""
 
@@ -68,7 +68,7 @@ def table(width: int = 80) -> tuple[Display, Console]:
 
 
 def frame(display: Any, width: int = 80) -> list[str]:
-    """What the live table would show now."""
+    """Return what the live table would show now."""
     console = Console(file=io.StringIO(), width=width, _environ={})
     with console.capture() as capture:
         console.print(display._render())
@@ -116,7 +116,7 @@ def test_the_table_fits_80_columns_with_every_number_under_its_heading():
     display.close()
 
 
-def test_agents_at_their_own_pace_each_with_its_newest_step_and_what_there_is_to_say_of_processes():
+def test_decoupled_agents_show_their_newest_steps_and_notes_on_processes():
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30, _environ={})
     display = make_display(AGENTS, console, decoupled=True)
     display.stage("rl", 11, 20)
@@ -137,9 +137,9 @@ def test_agents_at_their_own_pace_each_with_its_newest_step_and_what_there_is_to
     assert out.getvalue() == "rl: steps 12 to 20\n", "what stands for ever waits for the whole row"
 
 
-def test_what_is_said_stands_above_the_table_and_the_last_table_stays():
+def test_messages_stand_above_the_table_and_the_last_table_stays():
     display, console = table(100)
-    display.say("resumed from rl-00010")  # before the table begins
+    display.say("resumed from rl-00010")  # before the first table
     display.stage("rl", 10, 20)
     display.row(training_row())
     display.say("a [bold] word")
@@ -164,7 +164,7 @@ def test_a_new_stage_begins_with_no_numbers_but_keeps_the_accuracy():
     display.close()
 
 
-def test_the_rest_takes_the_median_of_the_recent_steps():
+def test_the_remaining_time_is_estimated_by_the_median_of_the_recent_steps():
     progress = Progress()
     progress.stage("rl", 0, 100)
     for step, seconds in enumerate([500.0, 400.0, *[2.0] * (RECENT - 1), 900.0]):

@@ -1,10 +1,11 @@
-"""Rows of many processes read as one run's, also while they are written and taken back."""
+"""Test that rows of many processes read as those of one run, also while they are written and rewound."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def test_a_step_that_all_agents_took_with_what_the_workers_did_for_it():
+def test_a_step_of_all_agents_is_merged_with_the_workers_rows_of_it():
     agents = {
         "main": [trained(0, "warmup", loss=1.0), trained(0, reward_mean=0.5, **{"time/step": 2.0}), trained(1)],
         "sub": [trained(0, "warmup", loss=2.0), trained(0, reward_mean=0.25, **{"time/step": 3.0})],
@@ -56,13 +57,13 @@ def test_a_step_that_all_agents_took_with_what_the_workers_did_for_it():
     ]
     assert merge(agents, workers) == [
         {"stage": "warmup", "step": 0, "main/loss": 1.0, "sub/loss": 2.0},
-        evaluated(0, 0.75),  # the last
+        evaluated(0, 0.75),  # the last one counts
         {
             "stage": "rl",
             "step": 0,
             "rollouts/scored": 9,
             "rollouts/failed": 1,
-            "workers/time/waiting": 1.5,  # of the one that waited longest
+            "workers/time/waiting": 1.5,  # of the worker that waited longest
             "time/rollout": 9.0,
             "main/reward_mean": 0.5,
             "main/time/step": 2.0,
@@ -85,7 +86,7 @@ worker_rows = st.lists(
 
 
 @given(st.dictionaries(st.sampled_from(["main", "a", "b"]), agent_rows, min_size=1), st.lists(worker_rows, max_size=3))
-def test_merging_is_what_looking_up_each_step_finds(agents, workers):
+def test_merging_finds_the_same_as_looking_up_each_step(agents, workers):
     found = merge(agents, workers)
     assert found == sorted(found, key=place_of) and len({place_of(row) for row in found}) == len(found)
     for stage in ("warmup", "rl"):
@@ -112,7 +113,7 @@ def test_merging_is_what_looking_up_each_step_finds(agents, workers):
 @settings(max_examples=30)
 @given(st.lists(st.one_of(st.integers(1, 7), st.none()), max_size=12))
 def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_factory, pieces):
-    """So many bytes are appended; None: the file is replaced by its first whole line."""
+    """Each piece is a number of bytes that are appended; None: the file is replaced by its first complete line."""
     path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
     tail, size = Tail(path), 0
     content = b"".join(b"%d\n" % 7**n for n in range(40))
@@ -128,10 +129,11 @@ def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_fac
             size += piece
         tail.read()
         assert tail.rows == [7**n for n in range(content[:size].count(b"\n"))]
+    tail.close()
 
 
-def test_a_tail_knows_a_new_file_though_it_has_the_number_of_the_old(tmp_path):
-    """Replaced twice between two looks: most file systems give the number of the first to the third."""
+def test_a_tail_notices_a_new_file_that_has_the_inode_number_of_the_old(tmp_path):
+    """It is replaced twice between two looks: most file systems give the first file's number to the third."""
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
     path.write_text("100\n")
     tail = Tail(path)
@@ -140,6 +142,7 @@ def test_a_tail_knows_a_new_file_though_it_has_the_number_of_the_old(tmp_path):
         for content in ("", f"{value}\n{value}\n"):
             aside.write_text(content)
             aside.rename(path)
+    tail.close()
 
 
 # ---- the whole run
@@ -179,11 +182,12 @@ def test_a_decoupled_run_is_summed_up_as_one(config: Config):
 def read_tail(config: Config, name: str) -> list[dict[str, Any]]:
     tail = Tail(agent_file(config, name))
     tail.read()
+    tail.close()
     return tail.rows
 
 
 class Recorder:
-    """A display that remembers what it was told."""
+    """A display that keeps what it is given."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -205,7 +209,7 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def test_a_watched_run_is_told_once_and_again_when_it_was_taken_back(config: Config):
+def test_a_row_is_shown_once_and_again_after_a_rewind(config: Config):
     display = Recorder()
     watch = Watch(config, display)
     assert display.told == [("warmup", 0, 1)]
@@ -230,14 +234,18 @@ def test_a_watched_run_is_told_once_and_again_when_it_was_taken_back(config: Con
     append(agent_file(config, "main"), trained(1))
     watch.look({})
     assert display.told[5:] == [("rl", 0), ("rl", 1)]
+    watch.close()
+    held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink() and file.exists()]
+    assert not [name for name in held if name.startswith(config.run_dir)]
 
 
-def test_a_full_disk_is_told_where_its_processes_may_have_no_room_to_log_it(config: Config, monkeypatch):
+def test_a_full_disk_is_reported_as_processes_may_have_no_room_to_log_it(config: Config, monkeypatch):
     display = Recorder()
     write(agent_file(config, "main"), [trained(0, "warmup")])
     for free, notes in ((1 << 20, []), (4096, [f"the disk is full: 4096 bytes free in {config.run_dir}"])):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        Watch(config, display).look({"worker-0": "running"})
+        with closing(Watch(config, display)) as watch:
+            watch.look({"worker-0": "running"})
         assert display.notes == notes
 
 
@@ -245,6 +253,7 @@ def test_a_run_that_goes_on_is_shown_from_where_it_is(config: Config):
     for name in config.agents:
         write(agent_file(config, name), [trained(0, "warmup"), trained(0), trained(1)])
     display = Recorder()
-    Watch(config, display).look({})
+    with closing(Watch(config, display)) as watch:
+        watch.look({})
     assert display.told == [("rl", 2, 3)]
     assert [row["step"] for row in read_rows(Path(config.run_dir), config)] == [0, 0, 1]

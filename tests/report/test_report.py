@@ -1,4 +1,4 @@
-"""The report: right numbers in plain words and in a figure, episodes as the trainer saw them, and nothing disturbed."""
+"""Test the report: right numbers in words and in a figure, episodes as the trainer saw them, nothing disturbed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mgrpo.engine.config.schema import Config, dump_config, parse_config
 from mgrpo.engine.report import curves
 from mgrpo.engine.report.curves import WINDOW, draw_curves, running_mean
 from mgrpo.engine.report.summary import compare, draw, read_config, show_episodes, summary
-from mgrpo.engine.report.transcript import copied_store, runs, spread, visible, weights_of
+from mgrpo.engine.report.transcript import runs, spread, visible, weights_of
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.trajectories import TrajectoryWriter
-from mgrpo.engine.store.groups import CallRecord, RolloutRecord, Store
+from mgrpo.engine.store import CallRecord, RolloutRecord, Store
 from mgrpo.engine.store.open import begin as begin_run
-from mgrpo.engine.store.open import open_store
+from mgrpo.engine.store.open import open_copy, open_store, sqlite_url
 from mgrpo.engine.types import Trajectory
 from postgres import PASSWORD
 
@@ -52,7 +52,7 @@ def config_of(models: Path, **keys: Any) -> Config:
 
 
 def begin(run: Path, rows: list[dict[str, Any]], **keys: Any) -> Path:
-    """A run directory with a configuration and rows of metrics."""
+    """Make a run directory with a configuration and rows of metrics."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(dump_config(config_of(run / "models", **keys)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def test_a_rise_a_fall_and_noise_are_told_apart():
     same = compare(evaluation(0, 82), evaluation(20, 86))
     assert same == "no change beyond noise: from 41.0 % to 43.0 % (+2.0 points, 95 % interval -7.6 to +11.6)"
     assert compare(evaluation(0, 4, 2), evaluation(1, 1, 2)) == (
-        "from 2.000 to 0.500: scores beyond 0 to 1 have no interval"
+        "from 2.000 to 0.500: scores outside of 0 to 1 have no interval"
     )
 
 
@@ -90,7 +90,7 @@ def test_the_verdict_is_that_of_a_two_proportion_test(n, data):
     pooled = (a + b) / (2 * n)
     assume(0 < pooled < 1)
     z = (b - a) / n / math.sqrt(pooled * (1 - pooled) * 2 / n)
-    assume(abs(abs(z) - 1.96) > 0.25)  # there the two methods may differ
+    assume(abs(abs(z) - 1.96) > 0.25)  # near that, the two methods may differ
     expected = "no change" if abs(z) < 1.96 else "rose" if z > 0 else "fell"
     assert compare(evaluation(0, a, n), evaluation(1, b, n)).startswith(expected)
 
@@ -133,7 +133,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "after 0 rl steps: 41.0 % (95 % interval - to -, 200 questions)\nno rl steps yet" in summary(run)
 
 
-def test_what_is_no_run_directory_is_named(tmp_path):
+def test_a_path_that_is_no_run_directory_is_named(tmp_path):
     for report in (draw, summary, lambda run: show_episodes(run, rich.console.Console())):
         with pytest.raises(ValueError, match=rf"RUN: {tmp_path}/nowhere given: expected a run directory"):
             report(tmp_path / "nowhere")
@@ -148,9 +148,9 @@ def test_what_is_no_run_directory_is_named(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """The figures that are drawn, none of them written."""
+    """Collect the figures that are drawn, without writing them."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(curves, "_replace", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(curves, "_save", lambda path, figure: drawn.append(figure))
     return drawn
 
 
@@ -161,7 +161,7 @@ def texts(figure: Figure) -> list[str]:
 def test_the_panels_show_the_rows(figures, tmp_path):
     values = [0.1 * step for step in range(15)]
     rows = [training(s, **{"main/reward_mean": v, "search/calls_mean": 2.0}) for s, v in enumerate(values)]
-    rows[3]["main/reward_mean"] = None  # was not finite
+    rows[3]["main/reward_mean"] = None  # it was not finite
     rows[4]["main/entropy_mean"] = 0.5
     rows += [evaluation(15, 115, **{"eval/low": 0.506, "eval/high": 0.641}), evaluation(20, 3, 2, **{"eval/low": None})]
     draw_curves(tmp_path / "name" / "curves.png", config_of(tmp_path), rows)
@@ -216,7 +216,7 @@ def test_running_mean(values, window):
 
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """One token a byte, and <end>."""
+    """Save a tokenizer of one token per byte, and <end>."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -228,26 +228,26 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def trajectory(tokenizer: PreTrainedTokenizerFast, *parts: str) -> Trajectory:
-    """Of texts that are by turns shown to the agent and sampled by it."""
+    """Make a trajectory of texts that are in turn shown to the agent and sampled by it."""
     ids = [tokenizer.encode(part, add_special_tokens=False) for part in parts]
     tokens = np.array([i for part in ids for i in part], np.int32)
     sampled = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in ids])
     return Trajectory(tokens, sampled, np.zeros(len(tokens), np.float32), 7)
 
 
-CORRECT = {0: 0.0, 1: 1.0, 2: 0.5}  # of each rollout of query 3; those of query 2 are all alike
+CORRECT = {0: 0.0, 1: 1.0, 2: 0.5}  # by rollout of query 3; those of query 2 are all equal
 CALLS = {0: 1, 1: 2, 2: 0}
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Any:
-    """A run in its second rl step, still held by its training: queries 2 and 3 of step 1."""
+    """Make a run in its second rl step, still locked by its training, with queries 2 and 3 of step 1."""
     run = RunDirectory(tmp_path_factory.mktemp("run") / "run 1%20", resume=False)
     config = config_of(run.path / "models")
     (run.path / "config.json").write_text(dump_config(config))
     tokenizers = {name: save_tokenizer(run.path / "models" / name) for name in config.agents}
-    store = Store(run.store_url, "colocated")
-    store.open_queries([(2, "b"), (3, "c")], list(config.agents), 3, step=1)
+    store = Store(sqlite_url(run.store), "colocated")
+    store.queries.open([(2, "b"), (3, "c")], list(config.agents), 3, step=1)
     writers = {name: TrajectoryWriter(str(run.trajectories), name) for name in config.agents}
 
     def call(agent: str, query: int, rollout: int, number: int, *parts: str) -> CallRecord:
@@ -263,7 +263,7 @@ def recorded(tmp_path_factory) -> Any:
             subs = range(CALLS[rollout] if query == 3 else 1)
             calls = [call("main", query, rollout, 0, PROMPT, f"ask {rollout}\n", HOSTILE, ANSWER + "<end>")]
             calls += [call("search", query, rollout, n, REQUEST, f"report {rollout}.{n}\n") for n in subs]
-            store.record([RolloutRecord(query, rollout, "scored", True, correct, 1.5)], calls)
+            store.queries.record([RolloutRecord(query, rollout, "scored", True, correct, 1.5)], calls)
     run.log_metrics(evaluation(0, 82))
     for step in range(2):
         run.log_metrics(training(step))
@@ -282,7 +282,7 @@ def shown(run: Path, *args: Any, color: bool = False, width: int = 160) -> str:
 
 
 def columns(text: str, width: int) -> list[str]:
-    """The episodes that stand side by side, each as one text."""
+    """Return the episodes that are printed side by side, each as one text."""
     return ["\n".join(line[i * width : (i + 1) * width] for line in text.splitlines()) for i in range(2)]
 
 
@@ -297,7 +297,7 @@ def test_the_best_and_the_worst_episode_side_by_side(recorded):
     assert "2 turns, ended by answer, weights 7" in best
 
 
-def test_what_the_agent_sampled_is_marked(recorded):
+def test_text_that_the_agent_sampled_is_marked(recorded):
     plain = [line.strip(" │") for line in columns(shown(recorded[0]), 80)[0].splitlines()]
     assert plain[plain.index("Question: é?") : plain.index(">>") + 1][:2] == ["Question: é?", "<<ask 1"]
     joined = "\n".join(plain)
@@ -313,7 +313,7 @@ def test_a_model_cannot_steer_the_terminal(recorded):
 
 def test_rewards_and_advantages_are_the_trainers(recorded):
     run, config, store = recorded
-    rollouts, calls = store.rollouts_of(3), store.calls_of(3)
+    rollouts, calls = store.groups.rollouts_of(3), store.groups.calls_of(3)
     found = weights_of(config, 3, rollouts, calls)
     rewards = np.array([0.1 + 0.9 * CORRECT[k] for k in range(3)])
     expected = (rewards - rewards.mean()) / rewards.std()
@@ -339,7 +339,7 @@ def test_a_query_a_count_and_a_narrow_console(recorded):
     assert "rollout 1: " in shown(run, 1) and "rollout 0: " not in shown(run, 1)
 
 
-def test_what_cannot_be_shown_is_named(recorded, tmp_path):
+def test_an_episode_that_cannot_be_shown_is_named(recorded, tmp_path):
     run, config, _ = recorded
     with pytest.raises(
         ValueError, match=r"query: 9 given, expected one that was sampled \(step s asks 2 from 2 s on\)"
@@ -356,18 +356,18 @@ def test_what_cannot_be_shown_is_named(recorded, tmp_path):
 
 def test_an_unscored_or_failed_rollout_is_shown_with_its_error_and_untrained(recorded):
     run, config, store = recorded
-    store.open_queries([(40, "t")], list(config.agents), 3, step=20)
-    (main,) = [call for call in store.calls_of(3) if call.agent == "main" and call.rollout == 0]
+    store.queries.open([(40, "t")], list(config.agents), 3, step=20)
+    (main,) = [call for call in store.groups.calls_of(3) if call.agent == "main" and call.rollout == 0]
     call = CallRecord(**{**vars(main), "query": 40, "format": False, "ended": ""})
-    store.record([RolloutRecord(40, 0, "unscored", False, 0.0, 2.0, "judge\x1b: timeout")], [call])
-    store.record([RolloutRecord(40, 1, "failed", False, 0.0, 2.0, "KeyError")], [])
+    store.queries.record([RolloutRecord(40, 0, "unscored", False, 0.0, 2.0, "judge\x1b: timeout")], [call])
+    store.queries.record([RolloutRecord(40, 1, "failed", False, 0.0, 2.0, "KeyError")], [])
     text = shown(run, 2, 40)
     assert r"rollout 0: unscored: judge\x1b: timeout" in text and "not trained on" in text
     assert "ended by an error" in text and "rollout 1: failed: KeyError" in text
 
 
 def test_a_running_training_is_not_disturbed(recorded):
-    """The lock is held, and a write is under way, throughout: a report neither waits for it nor sees half of it."""
+    """A lock is held and a write is in progress throughout: a report neither waits for it nor sees half of it."""
     run, _, _ = recorded
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and not path.name.endswith("-shm")}
     writer = sqlite3.connect(run / "store.db", isolation_level=None, timeout=0)
@@ -384,11 +384,11 @@ def test_a_running_training_is_not_disturbed(recorded):
 
 
 def test_a_finished_runs_store_is_read_too(recorded, tmp_path):
-    """Its write-ahead log is gone."""
+    """Its write-ahead log is gone by then."""
     _, config, _ = recorded
     store = Store(f"sqlite:///{tmp_path}/store.db", "colocated")
-    store.open_queries([(0, "t")], list(config.agents), 3, step=0)
-    store.record([RolloutRecord(0, 0, "failed", False, 0.0, 1.0, "gone")], [])
+    store.queries.open([(0, "t")], list(config.agents), 3, step=0)
+    store.queries.record([RolloutRecord(0, 0, "failed", False, 0.0, 1.0, "gone")], [])
     store.close()
     assert not (tmp_path / "store.db-wal").exists()
     begin(tmp_path, [])
@@ -407,14 +407,14 @@ def test_a_decoupled_runs_store_is_found_wherever_it_is(tmp_path, kind, request,
     config = config_of(tmp_path, topology="local", run_dir=str(run), store={"url": url})
     with closing(open_store(config)) as store:
         begin_run(store, config)
-        store.open_queries([(5, "t")], list(config.agents), 3, step=0)
-        store.record([RolloutRecord(5, 0, "scored", True, 0.5, 1.0, "")], [])
-        with copied_store(run, config) as found:
-            assert found.rollouts_of(5) == store.rollouts_of(5) != []
+        store.queries.open([(5, "t")], list(config.agents), 3, step=0)
+        store.queries.record([RolloutRecord(5, 0, "scored", True, 0.5, 1.0, "")], [])
+        with open_copy(config, run) as found:
+            assert found.groups.rollouts_of(5) == store.groups.rollouts_of(5) != []
 
 
 def test_a_killed_runs_store_is_left_as_it_is(recorded, tmp_path):
-    """The rows are still in the write-ahead log, which belongs to whoever resumes the run."""
+    """The rows are still in the write-ahead log, which is needed to resume the run."""
     run, _, _ = recorded
     dead = tmp_path / "dead"
     shutil.copytree(run, dead, ignore=shutil.ignore_patterns("*-shm"))
@@ -446,6 +446,6 @@ def test_runs_are_whole_and_alternate(flags):
 
 
 @given(st.text())
-def test_only_what_prints_is_printed(text):
+def test_only_printable_characters_are_printed(text):
     assert all(c.isprintable() or c in "\n\t" for c in visible(text))
     assert visible("".join(c for c in text if c.isprintable())) == "".join(c for c in text if c.isprintable())

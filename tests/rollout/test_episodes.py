@@ -1,162 +1,25 @@
-"""Episodes: call and return, side by side; exact tokens; the user's errors end an episode and nothing else."""
+"""Test episodes: call and return, running side by side, exact tokens; a user's error ends one episode only."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import re
-import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from mgrpo.engine.config.schema import Config, EnvironmentConfig, parse_config
-from mgrpo.engine.environment.base import Environment, ToolError
+from cases.episodes import AGENTS, TOKENIZER, FakeSampler, Lines, Play, encode, in_time, make_config, spell
+from mgrpo.engine.config.schema import Config
+from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.in_process import InProcessSampler
-from mgrpo.engine.inference.sampler import Completion, Session
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
-from mgrpo.engine.rollout.episodes import Demonstrations, Episodes, Job, Rollout, load_environment
+from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.types import Answer, CallScore, Delegate, Malformed, Score, Task, ToolCall
-from toy import EOS, SUMS, make_model, toy_config
-
-
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Encodes "say" and "ask" as one token, which the scripted samplers spell letter by letter."""
-    vocabulary = [EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "sa", "say", "as", "ask"]
-    merges = [("s", "a"), ("sa", "y"), ("a", "s"), ("as", "k")]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
-
-
-TOKENIZER = merging_tokenizer()
-
-
-def encode(text: str) -> list[int]:
-    return TOKENIZER.encode(text)
-
-
-def spell(text: str) -> list[int]:
-    return [encode(letter)[0] for letter in text]
-
-
-class FakeSampler:
-    """Follows the protocol: the call whose prompt is P writes replies[P], turn by turn, a letter a step."""
-
-    tokenizer, version, weights_step = TOKENIZER, 7, 2
-
-    def __init__(self, replies: dict[str, list[str]], max_context: int):
-        self.replies, self.max_context, self.steps = replies, max_context, 0
-        self.left: dict[int, list[str]] = {}  # replies that an open session has left
-        self.writing: dict[int, tuple[Session, list[int], str, asyncio.Future[Completion]]] = {}
-
-    @property
-    def pending(self) -> int:
-        return len(self.writing)
-
-    async def act(self, session: Session) -> Completion:
-        if id(session) not in self.left:
-            self.left[id(session)] = list(self.replies[TOKENIZER.decode(session.tokens)])
-        if len(session.tokens) >= self.max_context:
-            return Completion("", 0, truncated=True)
-        text = self.left[id(session)].pop(0)
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self.writing[id(session)] = (session, spell(text), text, future)
-        return await future
-
-    def step(self) -> None:
-        assert self.writing
-        self.steps += 1
-        for key, (session, ids, text, future) in list(self.writing.items()):
-            session.append([ids.pop(0)], [-0.5])
-            if not ids:
-                del self.writing[key]
-                future.set_result(Completion(text, len(text), truncated=text.endswith("~")))
-
-    def close(self, session: Session) -> None:
-        self.left.pop(id(session), None)
-        self.writing.pop(id(session), None)
-
-
-class Lines(Environment):
-    """`ask AGENT REQUEST`, `use TOOL ARGUMENT`, several with `; ` between them, or `say ANSWER`."""
-
-    def prompt(self, call):
-        return f"{call.request or call.task.id}:"
-
-    def parse(self, call, text):
-        if text.startswith("say "):
-            return Answer(text[4:])
-        words = [part.split(" ", 2) for part in text.split("; ")]
-        if not all(len(w) == 3 and w[0] in ("ask", "use") for w in words):
-            return Malformed("what?")
-        return tuple((Delegate if verb == "ask" else ToolCall)(name, rest) for verb, name, rest in words)
-
-    def tool(self, call, use):
-        if use.name == "upper":
-            return use.argument.upper()
-        if use.name == "fail":
-            raise ToolError(f"cannot {use.argument}")
-        return super().tool(call, use)
-
-    def score(self, episode):
-        return Score(True, 1.0, tuple(CallScore(True, 0.5) for _ in episode.calls))
-
-
-AGENTS = ("main", "clerk", "scout")
-
-
-def make_config(timeout: float = 20.0, **agent: Any) -> Config:
-    agent = {"model": "", "max_turns": 4, "max_context": 400, **agent}
-    return parse_config(
-        {
-            "run_dir": "",
-            "environment": {"use": ""},
-            "agents": dict.fromkeys(AGENTS, agent),
-            "reward": {"timeout": timeout},
-        }
-    )
-
-
-def in_time(function: Callable[[], Any]) -> Future[Any]:
-    """The function's result or error; a hang fails the test and not the whole suite."""
-    outcome: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    assert wait([outcome], timeout=10).done, "the run hangs"
-    return outcome
-
-
-class Play:
-    """A run of scripted episodes, one for each task; afterwards no session is left open."""
-
-    def __init__(self, replies: dict[str, list[str]], tasks: Sequence[str] = ("t",), environment=None, **config: Any):
-        self.config = make_config(**config)
-        context = self.config.agents["main"].max_context
-        self.samplers = {name: FakeSampler(replies, context) for name in AGENTS}
-        self.jobs = [Job(i, 0, Task(name, {})) for i, name in enumerate(tasks)]
-        episodes = Episodes(self.config, environment or Lines(), dict(self.samplers))
-        outcome = in_time(lambda: episodes.run(self.jobs))
-        assert not any(sampler.left or sampler.writing for sampler in self.samplers.values())
-        self.rollouts: list[Rollout] = outcome.result()
-        assert [rollout.job for rollout in self.rollouts] == self.jobs
-
-    @property
-    def steps(self) -> int:
-        return sum(sampler.steps for sampler in self.samplers.values())
+from toy import make_model, toy_config
 
 
 def one(replies: dict[str, list[str]], **options: Any) -> Rollout:
@@ -190,7 +53,7 @@ def test_tokens_are_those_shown_and_those_sampled_never_encoded_again():
         assert trajectory.tokens.tolist() == tokens and trajectory.sampled.tolist() == sampled
         assert trajectory.logprobs.tolist() == [-0.5 if mine else 0.0 for mine in sampled]
         assert trajectory.version == 7
-        assert encode(TOKENIZER.decode(tokens)) != tokens  # it would have shown
+        assert encode(TOKENIZER.decode(tokens)) != tokens  # tokenising the text again would give other tokens
 
 
 def test_uses_of_one_turn_run_side_by_side_and_return_in_their_order():
@@ -217,7 +80,7 @@ def test_uses_of_one_turn_run_side_by_side_and_return_in_their_order():
 
 
 class Meeting(Lines):
-    """Tools that end only when both have begun, and one that takes its time."""
+    """Tools that end only when both have begun, and one that is slow."""
 
     def __init__(self):
         self.begun: dict[str, asyncio.Event] = {}
@@ -311,7 +174,7 @@ def test_a_malformed_action_ends_its_call_and_main_reads_that_there_is_no_answer
     assert (clerk.ended, clerk.answer, main.ended, main.answer) == ("malformed", None, "malformed", None)
     assert main.turns[0].observation == "error: clerk gave no answer\n"
     assert clerk.turns[0].action == Malformed("what?") and not clerk.truncated
-    assert rollout.status == "scored"  # the judge sees it; it is no error of the run
+    assert rollout.status == "scored"  # the judge decides; it is not an error of the run
 
 
 def test_a_call_ends_at_max_turns_after_the_last_ones_results():
@@ -362,7 +225,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_open(monkeypatch):
 
 
 class Broken(Lines):
-    """Does `misdeed` in one method for one agent of the task named bad."""
+    """Do `misdeed` in one method, for one agent, in the task named bad."""
 
     def __init__(self, method: str, misdeed: Callable[[], Any], agent: str = "main"):
         self.method, self.misdeed, self.agent = method, misdeed, agent
@@ -412,14 +275,14 @@ def test_an_exception_fails_its_own_episodes_and_is_logged_once(caplog, method, 
 @pytest.mark.parametrize(
     ("method", "wrong", "message"),
     [
-        ("prompt", None, "prompt: NoneType returned, expected str"),
+        ("prompt", None, "prompt: NoneType returned: expected str"),
         ("prompt", "", "prompt"),
-        ("tool", 5, "tool: int returned, expected str"),
-        ("observation", b"x", "observation: bytes returned, expected str"),
-        ("parse", None, "parse: None returned, expected Answer"),
-        ("parse", (), r"parse: \(\) returned, expected Answer"),
-        ("parse", [ToolCall("upper", "x")], "parse: .* returned, expected Answer, Malformed, or a tuple"),
-        ("parse", ("say",), "parse: .* returned, expected Answer"),
+        ("tool", 5, "tool: int returned: expected str"),
+        ("observation", b"x", "observation: bytes returned: expected str"),
+        ("parse", None, "parse: None returned: expected Answer"),
+        ("parse", (), r"parse: \(\) returned: expected Answer"),
+        ("parse", [ToolCall("upper", "x")], "parse: .* returned: expected Answer, Malformed, or a tuple"),
+        ("parse", ("say",), "parse: .* returned: expected Answer"),
         ("parse", Answer(5), "parse: .*5"),  # type: ignore[arg-type]
     ],
 )
@@ -450,20 +313,20 @@ CALL = CallScore(True, 0.5)
     [
         (boom, "score: RuntimeError: boom"),
         (lambda: next(iter(())), "score: .*StopIteration"),
-        (lambda: None, "score: NoneType returned, expected a Score"),
-        (lambda: 0.5, "score: float returned, expected a Score"),
-        (lambda: Score(True, 1.0), "score: calls has 0 scores, expected one for each of 1"),
-        (lambda: Score(True, 1.0, (CALL, CALL)), "score: calls has 2 scores, expected one for each of 1"),
-        (lambda: Score(True, float("nan"), (CALL,)), "score: correct is nan, expected a finite number"),
-        (lambda: Score(True, float("-inf"), (CALL,)), "score: correct is -inf, expected a finite number"),
-        (lambda: Score(True, 1.0, (CallScore(True, float("inf")),)), r"score: calls\[0\]\.expert is inf, expected"),
-        (lambda: Score(True, "yes", (CALL,)), "score: correct is .*yes.*, expected"),  # type: ignore[arg-type]
-        (lambda: Score(True, None, (CALL,)), "score: correct is None, expected"),  # type: ignore[arg-type]
+        (lambda: None, "score: NoneType returned: expected a Score"),
+        (lambda: 0.5, "score: float returned: expected a Score"),
+        (lambda: Score(True, 1.0), "score: calls has 0 scores: expected one for each of 1"),
+        (lambda: Score(True, 1.0, (CALL, CALL)), "score: calls has 2 scores: expected one for each of 1"),
+        (lambda: Score(True, float("nan"), (CALL,)), "score: correct is nan: expected a finite number"),
+        (lambda: Score(True, float("-inf"), (CALL,)), "score: correct is -inf: expected a finite number"),
+        (lambda: Score(True, 1.0, (CallScore(True, float("inf")),)), r"score: calls\[0\]\.expert is inf: expected"),
+        (lambda: Score(True, "yes", (CALL,)), "score: correct is .*yes.*: expected"),  # type: ignore[arg-type]
+        (lambda: Score(True, None, (CALL,)), "score: correct is None: expected"),  # type: ignore[arg-type]
         (lambda: Score(True, 1.0, (CallScore(True, None),)), r"score: calls\[0\]\.expert is None"),  # type: ignore[arg-type]
-        (lambda: Score(float("nan"), 1.0, (CALL,)), "score: format is nan, expected True or False"),  # type: ignore[arg-type]
+        (lambda: Score(float("nan"), 1.0, (CALL,)), "score: format is nan: expected True or False"),  # type: ignore[arg-type]
         (lambda: Score(True, 1.0, (CallScore("no", 1.0),)), r"score: calls\[0\]\.format is 'no'"),  # type: ignore[arg-type]
-        (lambda: Score(True, 1.0, (0.5,)), r"score: calls.*, expected"),  # type: ignore[arg-type]
-        (lambda: Score(True, 1.0, None), "score: calls.*, expected"),  # type: ignore[arg-type]
+        (lambda: Score(True, 1.0, (0.5,)), r"score: calls.*: expected"),  # type: ignore[arg-type]
+        (lambda: Score(True, 1.0, None), "score: calls.*: expected"),  # type: ignore[arg-type]
     ],
 )
 def test_a_judge_that_fails_leaves_its_own_episode_unscored(caplog, misdeed, message):
@@ -501,43 +364,7 @@ def test_judges_that_take_their_time_run_side_by_side():
     assert all(r.status == "scored" for r in Play({"t:": ["say 1"]}, ["t"] * 6, environment=Slow()).rollouts)
 
 
-# ---- demonstrations, and the real sampler
-
-
-class Lesson(Lines):
-    def script(self, call):
-        if call.agent == "main" and not call.turns:
-            return "ask clerk say"
-        return "say as"
-
-
-def demonstrate(environment: Environment) -> Rollout:
-    samplers = {name: FakeSampler({}, 400) for name in AGENTS}
-    episodes = Demonstrations(make_config(), environment, dict(samplers))
-    (rollout,) = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()
-    assert not any(sampler.steps for sampler in samplers.values())
-    return rollout
-
-
-def test_demonstrations_take_the_scripts_actions_and_sample_nothing():
-    rollout = demonstrate(Lesson())
-    assert rollout.status == "scored" and rollout.episode.main.answer == "as"
-    main = [(encode("t:"), False), (encode("ask clerk say"), True), (encode("as\n"), False), (encode("say as"), True)]
-    sub = [(encode("say:"), False), (encode("say as"), True)]
-    for trajectory, parts in zip(rollout.trajectories, (main, sub), strict=True):
-        assert trajectory.tokens.tolist() == [token for ids, _ in parts for token in ids]
-        assert trajectory.sampled.tolist() == [mine for ids, mine in parts for _ in ids]
-        assert not trajectory.logprobs.any()
-
-
-def test_a_script_that_raises_or_is_missing_fails_its_episode():
-    class Bad(Lesson):
-        def script(self, call):
-            return boom() if call.agent == "clerk" else super().script(call)
-
-    for environment, error in [(Bad(), "Bad.script: RuntimeError: boom"), (Lines(), "Lines has no script(), which")]:
-        rollout = demonstrate(environment)
-        assert rollout.status == "failed" and error in rollout.error
+# ---- the real sampler
 
 
 @pytest.fixture(scope="module")
@@ -570,13 +397,13 @@ def test_an_episode_does_not_depend_on_the_others_or_on_the_samplers_slots(toy, 
     config, make = toy
     jobs = [Job(i // 3, i % 3, Task("bad" if i == 4 else "ok", {})) for i in range(9)]
     samplers = make(slots)
-    rollouts = in_time(lambda: Episodes(config, Chatty(), dict(samplers)).run(jobs)).result()
+    rollouts = in_time(lambda: Episodes(config, Chatty(), samplers).run(jobs)).result()
     assert [r.status for r in rollouts] == ["failed" if i == 4 else "scored" for i in range(9)]
     for sampler in samplers.values():
         assert sampler.pending == 0
         sampler.release_cache()  # no slot is left in use
     for job, rollout in list(zip(jobs, rollouts, strict=True))[2::3]:
-        (alone,) = in_time(lambda: Episodes(config, Chatty(), dict(make(1))).run([job])).result()  # noqa: B023
+        (alone,) = in_time(lambda: Episodes(config, Chatty(), make(1)).run([job])).result()  # noqa: B023
         assert len(alone.trajectories) == 3
         for mine, other in zip(rollout.trajectories, alone.trajectories, strict=True):
             assert np.array_equal(mine.tokens, other.tokens) and np.array_equal(mine.sampled, other.sampled)
@@ -587,14 +414,14 @@ def test_an_episode_does_not_depend_on_the_others_or_on_the_samplers_slots(toy, 
 def test_episodes_that_come_as_others_end_are_those_of_a_batch(toy, beside):
     config, make = toy
     jobs = [Job(i // 3, i % 3, Task("bad" if i == 4 else "ok", {})) for i in range(9)]
-    batch = in_time(lambda: Episodes(config, Chatty(), dict(make(16))).run(jobs)).result()
+    batch = in_time(lambda: Episodes(config, Chatty(), make(16)).run(jobs)).result()
     left, streamed, running = list(jobs), [], []
 
     def more(count: int) -> list[Job]:
         running.append(count)
         return [left.pop(0) for _ in range(min(beside - count, len(left)))]
 
-    in_time(lambda: Episodes(config, Chatty(), dict(make(16))).stream(more, streamed.append)).result()
+    in_time(lambda: Episodes(config, Chatty(), make(16)).stream(more, streamed.append)).result()
     assert max(running) == beside and running[-1] == 0
     streamed.sort(key=lambda rollout: jobs.index(rollout.job))
     for one_by_one, together in zip(streamed, batch, strict=True):
@@ -608,7 +435,7 @@ def test_episodes_that_come_as_others_end_are_those_of_a_batch(toy, beside):
 def test_what_the_one_who_is_asked_raises_ends_all_episodes(who):
     samplers = {name: FakeSampler({"t:": ["say 1"], "u:": ["say " + "1" * 99]}, 400) for name in AGENTS}
     jobs = iter([[Job(0, 0, Task("t", {})), Job(1, 0, Task("u", {}))], [], []])
-    episodes = Episodes(make_config(), Lines(), dict(samplers))
+    episodes = Episodes(make_config(), Lines(), samplers)
 
     def more(_: int) -> list[Job]:
         return boom() if (new := next(jobs, None)) is None and who == "more" else new or []
@@ -627,7 +454,7 @@ def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
             await asyncio.Event().wait()
 
     samplers = {name: FakeSampler({"t:": ["ask clerk c"], "c:": ["use x y"], "u:": ["say 1"]}, 400) for name in AGENTS}
-    episodes = Episodes(make_config(), Stuck(), dict(samplers), timeout=0.1)
+    episodes = Episodes(make_config(), Stuck(), samplers, timeout=0.1)
     jobs = [Job(i, 0, Task(name, {})) for i, name in enumerate("tu")]
     stuck, fine = in_time(lambda: episodes.run(jobs)).result()
     assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
@@ -638,60 +465,15 @@ def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
 def test_rollouts_of_one_query_differ_and_the_same_job_does_not(toy):
     config, make = toy
     jobs = [Job(0, 0, Task("t", {})), Job(0, 1, Task("t", {})), Job(1, 0, Task("t", {})), Job(0, 0, Task("t", {}))]
-    rollouts = in_time(lambda: Episodes(config, Chatty(), dict(make(16))).run(jobs)).result()
+    rollouts = in_time(lambda: Episodes(config, Chatty(), make(16)).run(jobs)).result()
     texts = ["".join(t.text for t in rollout.episode.main.turns) for rollout in rollouts]
     assert len(set(texts)) == 3 and texts[0] == texts[3]
     calls = [call.turns[0].text for rollout in rollouts[:2] for call in rollout.episode.calls if call.turns]
     assert len(calls) == 4 == len(set(calls))
     greedy = [Job(i, i, Task("t", {}), greedy=True) for i in range(2)]
-    first, second = in_time(lambda: Episodes(config, Chatty(), dict(make(16))).run(greedy)).result()
+    first, second = in_time(lambda: Episodes(config, Chatty(), make(16)).run(greedy)).result()
     assert first.episode.main == second.episode.main and not first.trajectories[0].logprobs.any()
 
 
 def test_no_jobs_give_no_rollouts():
     assert Play({}, tasks=[]).rollouts == []
-
-
-# ---- load_environment
-
-
-def use(target: str, **options: Any) -> EnvironmentConfig:
-    return EnvironmentConfig(use=target, options=options)
-
-
-def test_an_environment_is_loaded_from_a_file_or_a_module_with_its_options(tmp_path):
-    assert type(load_environment(use(f"{SUMS}:Sums"))).__name__ == "Sums"
-    assert type(load_environment(use("mgrpo.engine.environment.base:Environment"))) is Environment
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "from mgrpo.engine.environment.base import Environment\n"
-        "@dataclass\nclass Mine(Environment):\n    size: int = 1\n"
-    )
-    assert load_environment(use(f"{file}:Mine", size=3)).size == 3  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"environment\.options: \{'height': 3\} given: .*'height'"):
-        load_environment(use(f"{file}:Mine", height=3))
-
-
-def test_a_files_name_shadows_no_module(tmp_path):
-    (tmp_path / "logging.py").write_text(SUMS.read_text())
-    assert type(load_environment(use(f"{tmp_path}/logging.py:Sums"))).__name__ == "Sums"
-    assert sys.modules["logging"] is logging
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("Sums", r"environment\.use: 'Sums' given: expected file\.py:Class or package\.module:Class"),
-        (":Sums", r"environment\.use: ':Sums' given: expected file\.py:Class"),
-        ("nowhere.py:Sums", r"environment\.use: nowhere\.py is no file, expected a Python file"),
-        ("no.such.package:Sums", r"environment\.use: 'no\.such\.package' given: No module named"),
-        (".relative:Sums", r"environment\.use: '\.relative' given"),
-        (f"{SUMS}:Nope", r"environment\.use: 'Nope' in .*environment\.py is None: expected a subclass of Environment"),
-        (f"{SUMS}:Answer", r"environment\.use: 'Answer' in .* is <class .*: expected a subclass of Environment"),
-        (f"{SUMS}:", r"environment\.use: '' in .* expected a subclass of Environment"),
-    ],
-)
-def test_an_environment_that_cannot_be_found_is_a_value_error(target, message):
-    with pytest.raises(ValueError, match=message):
-        load_environment(use(target))

@@ -1,17 +1,14 @@
-"""The rollout worker beside trainers that are played by the test: the gate, the weights, and each rollout once.
+"""Test the rollout worker, while the test plays the trainers: how far it runs ahead, its weights, each rollout once.
 
-The worker asks between steps whether to stop; in answering, the test does what the trainers would have done meanwhile.
+Between steps the worker asks whether to stop; each time, the test does what the trainers would have done meanwhile.
 """
 
 from __future__ import annotations
 
-import copy
 import errno
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,173 +17,42 @@ import numpy as np
 import pytest
 import torch
 
-from mgrpo.engine.config.schema import Config, parse_config
+from cases.worker import STEPS, Flaky, K, Q, World, logprobs
+from mgrpo.engine.environment.loader import load_environment
 from mgrpo.engine.inference.in_process import InProcessSampler
-from mgrpo.engine.model.attention import Packed, hidden_states
-from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.rollout import episodes as rollout_module
 from mgrpo.engine.rollout import worker as worker_module
 from mgrpo.engine.rollout.curriculum import load_tasks, pick
-from mgrpo.engine.rollout.episodes import Episodes, Job, load_environment
-from mgrpo.engine.rollout.weight_loader import Heartbeat
+from mgrpo.engine.rollout.episodes import Episodes, Job
 from mgrpo.engine.rollout.worker import Worker
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.trajectories import TrajectoryWriter, read
 from mgrpo.engine.run.weights import DamagedWeightsError, GapError, probe_tokens, publish_weights
-from mgrpo.engine.store.groups import CallRecord, Lease, Publication, RolloutRecord, Store
-from toy import make_model, raw_config
+from mgrpo.engine.store import CallRecord, Lease, Publication, RolloutRecord, Store
+from mgrpo.engine.store.queries import Queries
+from mgrpo.engine.system import retry
+from mgrpo.engine.types import INITIAL_WEIGHTS
 
-Q, K, STEPS = 3, 2, 2
 FEW = {"dtype": "float32", "device": "cpu", "concurrency": 3}  # episodes side by side
-ENVIRONMENT = '''
-from mgrpo.engine.environment.base import Environment
-from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
-
-class Chatty(Environment):
-    """Whatever the untrained main agent writes is a request to its clerk, twice."""
-
-    def tasks(self, split):
-        return [Task(f"{split} {i}", {}) for i in range(7)]
-
-    def prompt(self, call):
-        return f"{call.agent} {call.task.id}\\n"
-
-    def parse(self, call, text):
-        return (Delegate("clerk", text),) if call.agent == "main" and len(call.turns) < 2 else Answer(text)
-
-    def score(self, episode):
-        return Score(True, float(len(episode.main.turns) == 3), tuple(CallScore(True, 0.5) for _ in episode.calls))
-'''
-
-
-class World:
-    """A run's directory and store, and the trainers of its agents: each step they add a little noise to the weights."""
-
-    def __init__(self, folder: Path, sampling: dict[str, Any] | None = None, **changes: Any) -> None:
-        make_model(folder / "model")
-        (folder / "chatty.py").write_text(ENVIRONMENT)
-        raw = raw_config(folder, **{"topology": "local", "steps": STEPS, "queries_per_step": Q, **changes})
-        for agent in raw["agents"].values():
-            agent |= {"max_turns": 4, "max_context": 128, "max_new_tokens": 6}
-        raw |= {"environment": {"use": f"{folder}/chatty.py:Chatty"}, "eval": {"questions": 3}}
-        raw |= {"sampling": sampling or {}, "algorithm": {"rollouts": K}, "store": {"lease": 30.0}}
-        self.config: Config = parse_config(raw)
-        self.run_dir = Path(self.config.run_dir)
-        self.weights = f"{self.run_dir}/weights"
-        self.run_dir.mkdir()
-        self.url = f"sqlite:///{self.run_dir}/store.db"
-        self.store = Store(self.url, "run")
-        self.store.begin_run(list(self.config.agents), K, "same")
-        self.steps = dict.fromkeys(self.config.agents, -1)
-        self.asked = 0
-        self.base = load_model("main", self.config.agents["main"], self.config.compute)
-        for name in self.config.agents:
-            self.store.hold(f"trainer:{name}", name, 1000.0)
-
-    def tensors(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        """As the trainer holds them after `step` steps."""
-        noise = torch.Generator().manual_seed(100 * step + len(name))
-        named = self.base.named_parameters()
-        return {key: p.detach() + step * 0.05 * torch.randn(p.shape, generator=noise) for key, p in named}
-
-    def model(self, name: str, step: int) -> Any:
-        model = copy.deepcopy(self.base).requires_grad_(False)
-        parameters = dict(model.named_parameters())
-        for key, tensor in self.tensors(name, step).items():
-            parameters[key].copy_(tensor)
-        return model
-
-    def samplers(self, step: int) -> dict[str, InProcessSampler]:
-        tokenizer, agents = load_tokenizer("main", self.config.agents["main"]), self.config.agents
-        return {n: InProcessSampler(self.model(n, step), tokenizer, agents[n], 16, 10 * step, step) for n in agents}
-
-    def publish(self, name: str, step: int, **changes: Any) -> Publication:
-        file, checksum, size = publish_weights(self.weights, name, 10 * step, self.tensors(name, step))
-        probe = tuple(logprobs(self.model(name, step), probe_tokens(self.config.seed, 257, 128)))
-        row = {"trained": step * Q, "file": file, "checksum": checksum, "size": size, "probe": probe}
-        publication = Publication(agent=name, step=step, **{"version": 10 * step, **row, **changes})
-        self.store.publish(publication, name)
-        if step in (0, self.config.steps):
-            self.store.open_evaluation(step)
-        self.steps[name] = step
-        return publication
-
-    def train(self) -> None:
-        """Each agent that finds the groups of a step takes it, and publishes."""
-        for name, step in self.steps.items():
-            if step < 0:
-                self.publish(name, 0)
-            elif step < self.config.steps:
-                groups = self.store.claim(name, Q, name, at_least=Q).groups
-                if groups:
-                    self.store.ack(name, [group.query for group in groups], name)
-                    self.publish(name, step + 1)
-
-    def __call__(self) -> bool:
-        self.asked += 1
-        if self.asked % 4 == 1:
-            self.train()
-        return False
-
-    def worker(self, name: str = "w", store: Store | None = None) -> Worker:
-        return Worker(self.config, name, store or Store(self.url, "run"), self.run_dir)
-
-    def take(self, worker: str, count: int, lease: float = 30.0) -> list[Lease]:
-        return self.store.take(worker, count, ahead=Q, total=STEPS * Q, task_of=str, lease=lease)
-
-    @property
-    def calls(self) -> list[CallRecord]:
-        return [call for query in range(self.opened) for call in self.store.calls_of(query)]
-
-    @property
-    def opened(self) -> int:
-        return sum(self.store.accounting()["main"].values())
-
-    def check(self, queries: int = STEPS * Q) -> None:
-        """Every query has its K rollouts, each with its main call, and all tokens are there, as sampled."""
-        assert self.opened >= queries
-        for query in range(self.opened):
-            assert [r.rollout for r in self.store.rollouts_of(query)] == list(range(K))
-            mains = [c.rollout for c in self.store.calls_of(query) if c.agent == "main"]
-            assert mains == list(range(K))
-        trajectories = read(f"{self.run_dir}/trajectories", [call.position for call in self.calls])
-        for call, trajectory in zip(self.calls, trajectories, strict=True):
-            assert (call.tokens, call.actions) == (len(trajectory), trajectory.sampled.sum())
-            assert all(getattr(call, name) == getattr(trajectory, name) for name in ("version", "version_last", "step"))
-            assert trajectory.sampled[call.rows] and not trajectory.sampled[call.rows + 1 :].any()
-            said = trajectory.tokens.tobytes() + trajectory.sampled.tobytes()
-            assert call.digest == blake2b(said, digest_size=16).hexdigest()
-            assert call.sampler_digest == blake2b(said + trajectory.logprobs.tobytes(), digest_size=16).hexdigest()
-        assert not any(self.store.balance()["violations"].values())
-
-
-@torch.no_grad()
-def logprobs(model: Any, tokens: list[int]) -> list[float]:
-    """As a trainer computes them: packed."""
-    ids = torch.tensor(tokens)
-    layout = Packed(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    hidden = hidden_states(model, ids, torch.arange(len(ids)), layout)
-    logps = (hidden @ model.get_output_embeddings().weight.T).float().log_softmax(-1)
-    return logps[:-1].gather(1, ids[1:, None])[:, 0].tolist()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Nobody waits for long, and in vain for no more than a moment."""
+    """Shorten all waiting."""
     monkeypatch.setattr(worker_module, "IDLE", (0.001, 0.01))
-    monkeypatch.setattr(worker_module, "RETRY", (0.001, 0.001))
+    monkeypatch.setattr(retry, "PAUSES", (0.001, 0.001))
     monkeypatch.setattr(worker_module, "LOOK", 0.02)
     monkeypatch.setattr(worker_module, "FLUSH", 0.05)
 
 
 class Amid:
-    """When first a clerk is asked, in the middle of main's calls, the trainers publish step 1."""
+    """Let the trainers publish step 1 when a clerk is first asked, in the middle of main's calls."""
 
     def __init__(self, world: World, worker: Worker, **changes: Any) -> None:
-        self.world, self.clerk, self.changes, self.done = world, worker.arrivals.samplers["clerk"], changes, False
+        self.world, self.clerk, self.changes, self.done = world, worker.loader.samplers["clerk"], changes, False
 
     def __call__(self) -> bool:
-        if self.clerk.slots and min(self.world.steps.values()) == 0 and 0 in self.world.store.evaluations():
+        if self.clerk.slots and min(self.world.steps.values()) == 0 and 0 in self.world.store.roles.evaluations():
             for name in self.world.config.agents:
                 self.world.publish(name, 1, **self.changes)
             self.done = True
@@ -209,12 +75,12 @@ def test_as_many_queries_are_opened_as_the_gate_lets_and_more_when_it_opens(tmp_
     seen: list[int] = []
 
     def stop() -> bool:
-        """No trainer comes on until the worker has had nothing to do for a while."""
+        """Let no trainer go on until the worker has been idle for a while."""
         if min(world.steps.values()) < 0:
             world.train()
         if seen[-60:] == [(max_staleness + 1) * Q] * 60:
             return world()
-        seen.append(world.store.accounting().get("main", {}).get("sealed", 0))
+        seen.append(world.store.audit.balance()["agents"].get("main", {}).get("sealed", 0))
         assert len(seen) < 5000, seen[-1]
         return False
 
@@ -242,7 +108,7 @@ def test_episodes_that_come_and_go_are_those_of_a_batch(tmp_path, monkeypatch):
         queries = range(step * Q, (step + 1) * Q)
         jobs = [Job(q, k, pick(tasks, world.config.seed, q)) for q in queries for k in range(K)]
         for rollout in Episodes(world.config, environment, dict(world.samplers(step))).run(jobs):
-            calls = [c for c in world.store.calls_of(rollout.job.query) if c.rollout == rollout.job.rollout]
+            calls = [c for c in world.store.groups.calls_of(rollout.job.query) if c.rollout == rollout.job.rollout]
             recorded = read(f"{world.run_dir}/trajectories", [c.position for c in sorted(calls, key=order)])
             for mine, other in zip(recorded, rollout.trajectories, strict=True):
                 assert other is not None and np.array_equal(mine.tokens, other.tokens)
@@ -258,12 +124,12 @@ def test_new_weights_wait_for_the_end_of_episodes(tmp_path):
     worker = world.worker()
     amid = Amid(world, worker)
     worker.run(amid)
-    world.check(Q)  # step 1 was published for nothing
+    world.check(Q)  # nothing was sampled with the weights of step 1
     assert amid.done and {call.step for call in world.calls} == {0, 1}
     assert all(call.version == call.version_last for call in world.calls)
     for query in range(world.opened):
         for rollout in range(K):
-            assert len({c.step for c in world.store.calls_of(query) if c.rollout == rollout}) == 1
+            assert len({c.step for c in world.store.groups.calls_of(query) if c.rollout == rollout}) == 1
 
 
 def test_new_weights_between_turns_sample_what_follows_and_nothing_before(tmp_path):
@@ -290,7 +156,7 @@ def test_new_weights_between_turns_sample_what_follows_and_nothing_before(tmp_pa
 
 
 def turns(sampled: np.ndarray) -> list[np.ndarray]:
-    """The indices of each stretch of sampled tokens."""
+    """Return the indices of each stretch of sampled tokens."""
     at = np.flatnonzero(sampled)
     return np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
 
@@ -313,7 +179,7 @@ def damage(world: World, publication: Publication, how: str) -> None:
 )
 def test_a_damaged_file_is_refused_and_the_old_weights_stay(tmp_path, monkeypatch, how, error):
     world = World(tmp_path)
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(retry, "PATIENCE", 0.0)
     real = world.publish
     monkeypatch.setattr(
         world, "publish", lambda name, step: damage(world, real(name, step), how) if step else real(name, 0)
@@ -321,8 +187,8 @@ def test_a_damaged_file_is_refused_and_the_old_weights_stay(tmp_path, monkeypatc
     worker = world.worker()
     with pytest.raises(error, match=r"(main|clerk)/v10"):
         worker.run(world)
-    for name, sampler in worker.arrivals.samplers.items():
-        assert (sampler.version, sampler.weights_step) == (0, 0)
+    for name, sampler in worker.loader.samplers.items():
+        assert sampler.version == INITIAL_WEIGHTS
         assert all(torch.equal(p, world.tensors(name, 0)[key]) for key, p in sampler.model.named_parameters())
 
 
@@ -357,7 +223,7 @@ def test_weights_of_another_model_are_refused_by_the_name_of_what_does_not_fit(t
         real(name, step, file=file, checksum=checksum, size=size)
 
     monkeypatch.setattr(world, "publish", publish)
-    message = r"'model\.norm\.weight' is \(\(7,\), torch\.float32\): expected \(\(32,\), torch\.float32\)"
+    message = r"weight 'model\.norm\.weight' is float32 \[7\]: expected float32 \[32\]"
     with pytest.raises(ValueError, match=message):
         world.worker().run(world)
 
@@ -377,7 +243,7 @@ def test_a_probe_is_made_of_every_nth_version_only(tmp_path):
     amid = Amid(world, worker, probe=(9.0,) * 31)
     worker.run(amid)
     world.check(Q)
-    assert amid.done and set(worker.arrivals.loads.values()) == {STEPS + 1}
+    assert amid.done and set(worker.loader.loads.values()) == {STEPS + 1}
 
 
 def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path, monkeypatch):
@@ -387,7 +253,7 @@ def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path
     worker = world.worker()
     worker.run(world)
     world.check()
-    assert worker.arrivals.loads == {"main": STEPS + 1, "clerk": 1}
+    assert worker.loader.loads == {"main": STEPS + 1, "clerk": 1}
     assert all(call.step == call.query // Q for call in world.calls)
 
 
@@ -395,14 +261,14 @@ def test_a_frozen_agents_weights_are_loaded_once_and_their_step_goes_on(tmp_path
 
 
 def test_the_rows_say_how_long_the_samplers_took_for_rollouts(tmp_path, monkeypatch):
-    """By a clock that only a sampler's step moves: an evaluation's steps are not among them."""
+    """Only a sampler's step moves the clock here; the steps of an evaluation are not counted."""
     world = World(tmp_path)
     worker, seconds, clock = world.worker(), Counter[bool](), SimpleNamespace(monotonic=lambda: seconds.total())
     monkeypatch.setattr(rollout_module, "time", clock)
     step = InProcessSampler.step
 
     def counted(self):
-        seconds[worker.heartbeat.evaluating] += 1
+        seconds[worker.evaluating] += 1
         return step(self)
 
     monkeypatch.setattr(InProcessSampler, "step", counted)
@@ -415,7 +281,7 @@ def test_the_rows_say_how_long_the_samplers_took_for_rollouts(tmp_path, monkeypa
 def test_evaluations_are_greedy_and_of_the_weights_of_their_step(tmp_path):
     world = World(tmp_path)
     world.worker().run(world)
-    results = world.store.evaluations()
+    results = world.store.roles.evaluations()
     assert list(results) == [0, STEPS] and all(result["eval/questions"] == 3 for result in results.values())
     rows = read_metrics(world.run_dir / "workers" / "w" / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/held_out_accuracy" in row] == [0, STEPS]
@@ -430,42 +296,17 @@ def test_an_evaluation_whose_weights_are_gone_is_made_with_the_newest(tmp_path):
     for publication in first:
         damage(world, publication, "gone")
     world.worker().run(world)
-    assert list(world.store.evaluations()) == [0, STEPS]
+    assert list(world.store.roles.evaluations()) == [0, STEPS]
 
 
 def test_an_evaluation_that_no_trainer_lived_to_open_is_made(tmp_path, monkeypatch):
     world = World(tmp_path)
-    monkeypatch.setattr(world.store, "open_evaluation", lambda step: None)
+    monkeypatch.setattr(world.store.roles, "open_evaluation", lambda step: None)
     world.worker().run(world)
-    assert list(world.store.evaluations()) == [0, STEPS]
+    assert list(world.store.roles.evaluations()) == [0, STEPS]
 
 
 # ---- what goes wrong
-
-
-class Flaky(Store):
-    """Fails now and then, before or after it has done what it was asked to."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, "run")
-        self.random, self.failures = np.random.default_rng(0), 0
-        for name in ("publications", "take", "record", "give_back", "extend", "evaluations"):
-            setattr(self, name, self._flaky(getattr(self, name)))
-        for name in ("take_evaluation", "finish_evaluation", "open_evaluation"):
-            setattr(self, name, self._flaky(getattr(self, name)))
-
-    def _flaky(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before, after = self.random.random(2) < 0.25
-            self.failures += before or after
-            if before:
-                raise OSError(errno.EIO, "store: connection refused")
-            result = method(*args, **kwargs)
-            if after:
-                raise OSError(errno.EIO, "store: connection lost")
-            return result
-
-        return call
 
 
 @pytest.mark.parametrize("switch", ["episode", "turn"])
@@ -474,19 +315,19 @@ def test_a_store_that_fails_now_and_then_gets_everything_once(tmp_path, switch):
     store = Flaky(world.url)
     world.worker(store=store).run(world)
     world.check()
-    assert store.failures > 20 and list(world.store.evaluations()) == [0, STEPS]
+    assert store.failures > 20 and list(world.store.roles.evaluations()) == [0, STEPS]
 
 
 def test_a_store_that_stays_away_ends_the_worker_with_its_error(tmp_path, monkeypatch):
     world = World(tmp_path)
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(retry, "PATIENCE", 0.05)
     store, tries = Store(world.url, "run"), []
 
     def record(*_: Any) -> None:
         tries.append(1)
         raise OSError(errno.EIO, "store: connection refused")
 
-    monkeypatch.setattr(store, "record", record)
+    monkeypatch.setattr(store.queries, "record", record)
     with pytest.raises(OSError, match="connection refused"):
         world.worker(store=store).run(world)
     assert len(tries) > 3 and [lease.query for lease in world.take("another", 9)] == list(range(Q))
@@ -502,7 +343,7 @@ def test_a_full_disk_gives_the_queries_back_and_is_waited_for(tmp_path, monkeypa
         return real(self, trajectories)
 
     def stop() -> bool:
-        if 0 < len(full) < 4 and not lent:  # while it waits, another may have its queries
+        if 0 < len(full) < 4 and not lent:  # while it waits, another worker may take its queries
             lent.extend(world.take("another", 1, lease=0.0))
         return world()
 
@@ -527,9 +368,9 @@ def test_stopped_it_drops_what_runs_and_gives_its_queries_back(tmp_path):
 
     worker.episodes.stream = stream  # type: ignore[method-assign]
     worker.run(lambda: world() or running[-3:] == [Q * K] * 3)
-    assert running[-1] == Q * K and not any(sampler.slots for sampler in worker.arrivals.samplers.values())
+    assert running[-1] == Q * K and not any(sampler.slots for sampler in worker.loader.samplers.values())
     assert [(lease.query, lease.missing) for lease in world.take("another", 9)] == [(q, [0, 1]) for q in range(Q)]
-    world.store.give_back("another")
+    world.store.queries.give_back("another")
     world.worker().run(world)
     world.check()
 
@@ -537,26 +378,26 @@ def test_stopped_it_drops_what_runs_and_gives_its_queries_back(tmp_path):
 def test_what_a_killed_worker_had_is_sampled_anew_and_what_it_recorded_stands(tmp_path):
     world = World(tmp_path)
     world.train()
-    world.take("w", 1)  # killed while its lease still held; this one comes back under its name
+    world.take("w", 1)  # killed while its lease was valid; a new worker of the same name starts
     world.take("other", 1, lease=0.0)
-    world.store.record([RolloutRecord(1, 0, "failed", False, 0.0, 1.0, "as it was")], [])
+    world.store.queries.record([RolloutRecord(1, 0, "failed", False, 0.0, 1.0, "as it was")], [])
     world.worker().run(world)
-    statuses = [[r.status for r in world.store.rollouts_of(query)] for query in range(STEPS * Q)]
+    statuses = [[r.status for r in world.store.groups.rollouts_of(query)] for query in range(STEPS * Q)]
     assert statuses == [
         ["failed" if (query, k) == (1, 0) else "scored" for k in range(K)] for query in range(STEPS * Q)
     ]
-    assert {call.rollout for call in world.store.calls_of(1)} == {1}
+    assert {call.rollout for call in world.store.groups.calls_of(1)} == {1}
 
 
 def test_two_workers_take_no_more_than_their_share_of_a_step_at_a_time(tmp_path, monkeypatch):
     world = World(tmp_path, {"workers": 2})
-    take, asked = Store.take, set[int]()
+    take, asked = Queries.take, set[int]()
 
-    def noted(store: Store, worker: str, count: int, **named: Any) -> list[Lease]:
+    def noted(queries: Queries, worker: str, count: int, **named: Any) -> list[Lease]:
         asked.add(count)
-        return take(store, worker, count, **named)
+        return take(queries, worker, count, **named)
 
-    monkeypatch.setattr(Store, "take", noted)
+    monkeypatch.setattr(Queries, "take", noted)
     workers = [world.worker(name) for name in ("a", "b")]
     lock = threading.Lock()
 
@@ -582,32 +423,13 @@ def test_a_name_is_held_by_one_process_at_a_time(tmp_path):
     world.worker("a")
 
 
-def test_signs_of_life_go_on_when_one_fails():
-    beaten, evaluated = threading.Semaphore(0), threading.Event()
-
-    class Silent:
-        def extend(self, worker: str, lease: float) -> int:
-            assert (worker, lease) == ("w", 0.03)
-            beaten.release()
-            raise OSError("away")
-
-        def take_evaluation(self, worker: str, lease: float) -> None:
-            raise AssertionError("not after a failure, nor when nothing is evaluated")
-
-    heartbeat = Heartbeat(Silent(), "w", 0.03)  # type: ignore[arg-type]
-    heartbeat.start()
-    assert all(beaten.acquire(timeout=10) for _ in range(3))
-    heartbeat.end()
-
-    class Heard(Silent):
-        def extend(self, worker: str, lease: float) -> int:
-            return 1
-
-        def take_evaluation(self, worker: str, lease: float) -> None:
-            evaluated.set()
-
-    heartbeat = Heartbeat(Heard(), "w", 0.03)  # type: ignore[arg-type]
-    heartbeat.evaluating = True
-    heartbeat.start()
-    assert evaluated.wait(10)
-    heartbeat.end()
+def test_leases_are_extended_and_while_it_evaluates_that_of_the_evaluation_too(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    worker, extended = world.worker(), []
+    monkeypatch.setattr(worker.store.queries, "extend", lambda *args: extended.append(("queries", *args)))
+    monkeypatch.setattr(worker.store.roles, "take_evaluation", lambda *args: extended.append(("evaluation", *args)))
+    assert worker.heartbeat.seconds == world.config.store.lease / 3
+    worker.heartbeat.beat()
+    worker.evaluating = True
+    worker.heartbeat.beat()
+    assert extended == [("queries", "w", 30.0), ("queries", "w", 30.0), ("evaluation", "w", 30.0)]

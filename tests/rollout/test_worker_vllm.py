@@ -1,4 +1,4 @@
-"""The rollout worker whose agents are sampled by servers: no rollout lost or counted twice, the weights as recorded."""
+"""Test a rollout worker with vLLM servers: each rollout counts once, and the recorded weights are those used."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from typing import Any
 
 import msgspec
 import pytest
-from test_worker import STEPS, Flaky, K, Q, World
 
+from cases.worker import STEPS, Flaky, K, Q, World
 from fake_vllm import FakeVLLM, logps, truth
 from mgrpo.engine.config.schema import VLLMConfig
-from mgrpo.engine.inference.vllm import router as fleet
+from mgrpo.engine.inference.vllm import router
 from mgrpo.engine.model.causal_lm import load_tokenizer
 from mgrpo.engine.rollout import worker as worker_module
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.run.weights import GapError, probe_tokens
-from mgrpo.engine.store.groups import Publication
+from mgrpo.engine.store import Publication
+from mgrpo.engine.system import retry
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 VERSIONS = [10 * step for step in range(STEPS + 1)]
 
 
 class Served(World):
-    """A world whose agents have two servers each; what is published is put into those of `updated`, a moment later."""
+    """A world whose agents have two servers each; those in `updated` get published weights a moment later."""
 
     def __init__(self, folder: Path, sampling: dict[str, Any] | None = None, **options: Any) -> None:
         served, pace = options.pop("served", ("main", "clerk")), options.pop("pace", 0.0)
         super().__init__(folder, sampling, **options)
         tokenizer = load_tokenizer("main", self.config.agents["main"])
-        self.fakes = {name: [FakeVLLM(tokenizer, label=None, pace=pace) for _ in range(2)] for name in served}
+        self.fakes = {name: [FakeVLLM(tokenizer, weights=NO_WEIGHTS, pace=pace) for _ in range(2)] for name in served}
         agents = {
             name: msgspec.structs.replace(agent, vllm=self._section(name) if name in served else None)
             for name, agent in self.config.agents.items()
@@ -50,12 +52,12 @@ class Served(World):
         tokens = probe_tokens(self.config.seed, 257, 128)
         probe = tuple(float(logps(10 * step, tokens[:n], 1.0, 1.0, 257)[tokens[n]]) for n in range(1, len(tokens)))
         publication = super().publish(name, step, **{"probe": probe} | changes)
-        threading.Timer(0.05, self.push, (name, 10 * step, step)).start()
+        threading.Timer(0.05, self.push, (name, WeightsVersion(10 * step, step))).start()
         return publication
 
-    def push(self, name: str, version: int, step: int) -> None:
+    def push(self, name: str, version: WeightsVersion) -> None:
         for fake in self.fakes[name]:
-            fake.update(version, step)
+            fake.update(version)
 
     def check(self, queries: int = STEPS * Q) -> None:
         super().check(queries)
@@ -73,10 +75,10 @@ class Served(World):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "IDLE", (0.001, 0.01))
-    monkeypatch.setattr(worker_module, "RETRY", (0.001, 0.001))
+    monkeypatch.setattr(retry, "PAUSES", (0.001, 0.001))
     monkeypatch.setattr(worker_module, "LOOK", 0.02)
     monkeypatch.setattr(worker_module, "FLUSH", 0.05)
-    monkeypatch.setattr(fleet, "TICK", 0.01)
+    monkeypatch.setattr(router, "TICK", 0.01)
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_on_policy_every_call_is_sampled_by_the_weights_of_its_step(served):
     world.worker().run(world)
     world.check()
     assert all(c.step == c.query // Q and c.version == c.version_last == 10 * c.step for c in world.calls)
-    assert list(world.store.evaluations()) == [0, STEPS]
+    assert list(world.store.roles.evaluations()) == [0, STEPS]
     assert all(fake.requests and not fake.running for fakes in world.fakes.values() for fake in fakes)
     rows = [row for row in read_metrics(world.run_dir / "workers/w/metrics.jsonl") if "rollouts/scored" in row]
     assert [row["rollouts/scored"] for row in rows] == [Q * K] * STEPS
@@ -119,7 +121,7 @@ def test_weights_that_come_amid_turns_are_recorded_as_spans(served):
 
     def stop() -> bool:
         """Step 1 is published while turns run."""
-        if min(world.steps.values()) == 0 and world.fakes["clerk"][0].running and 0 in world.store.evaluations():
+        if min(world.steps.values()) == 0 and world.fakes["clerk"][0].running and 0 in world.store.roles.evaluations():
             for name in world.config.agents:
                 world.publish(name, 1)
             done.append(1)
@@ -131,14 +133,14 @@ def test_weights_that_come_amid_turns_are_recorded_as_spans(served):
 
 
 def kill_and_start(fake: FakeVLLM) -> None:
-    """Its process dies, and another begins, which has none of the trainer's weights until it gets them."""
+    """Replace the server's process by a new one, which lacks the trainer's weights until they are sent."""
     fake.kill()
-    label, fake.label = fake.label, None
+    weights, fake.weights = fake.weights, NO_WEIGHTS
     time.sleep(0.1)
     fake.start()
     time.sleep(0.1)
-    if label and fake.label is None:
-        fake.update(*label)
+    if fake.weights == NO_WEIGHTS:
+        fake.update(weights)
 
 
 def go_deaf(fake: FakeVLLM) -> None:
@@ -149,7 +151,7 @@ def go_deaf(fake: FakeVLLM) -> None:
 
 @pytest.mark.parametrize("how", [kill_and_start, go_deaf])
 def test_servers_that_die_or_hang_among_episodes_cost_no_rollout(served, how, monkeypatch):
-    monkeypatch.setattr(fleet, "ASK", 0.3)
+    monkeypatch.setattr(router, "ASK", 0.3)
     world = served(pace=0.003)
     threads: list[threading.Thread] = []
 
@@ -164,7 +166,7 @@ def test_servers_that_die_or_hang_among_episodes_cost_no_rollout(served, how, mo
     for thread in threads:
         thread.join()
     world.check()
-    assert threads and {r.status for q in range(world.opened) for r in world.store.rollouts_of(q)} == {"scored"}
+    assert threads and {r.status for q in range(world.opened) for r in world.store.groups.rollouts_of(q)} == {"scored"}
 
 
 def test_a_store_that_fails_now_and_then_gets_everything_once(served):
@@ -172,7 +174,7 @@ def test_a_store_that_fails_now_and_then_gets_everything_once(served):
     store = Flaky(world.url)
     world.worker(store=store).run(world)
     world.check()
-    assert store.failures > 20 and list(world.store.evaluations()) == [0, STEPS]
+    assert store.failures > 20 and list(world.store.roles.evaluations()) == [0, STEPS]
 
 
 def test_a_server_whose_weights_are_not_the_trainers_ends_the_run_by_the_probe(served):
@@ -197,7 +199,7 @@ def test_when_no_server_comes_back_the_worker_ends_with_their_urls(served):
         return world()
 
     url = world.fakes["clerk"][0].url
-    with pytest.raises(fleet.NoServerError, match=rf"agents\.clerk\.vllm: no server for 0\.3 s: {url}"):
+    with pytest.raises(router.NoServerError, match=rf"agents\.clerk\.vllm: no server for 0\.3 s: {url}"):
         world.worker().run(stop)
     assert [lease.query for lease in world.take("another", 9)] == list(range(Q))
 
@@ -214,13 +216,13 @@ def test_stopped_it_ends_the_turns_on_the_servers(served):
 
 
 def test_weights_that_did_not_move_are_of_the_newest_step(served, monkeypatch):
-    """A frozen agent's version stays; its servers are told nothing, and its calls are not stale all the same."""
+    """A frozen agent keeps its version: its servers are sent nothing, and still its calls are not stale."""
     world = served()
     real = World.publish
 
     def publish(name: str, step: int) -> Any:
         if name == "clerk" and step:
-            first = world.store.publications(0)["clerk"]
+            first = world.store.roles.publications(0)["clerk"]
             same = {"file": first.file, "checksum": first.checksum, "size": first.size, "probe": first.probe}
             return real(world, name, step, version=0, **same)
         return Served.publish(world, name, step)

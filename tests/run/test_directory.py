@@ -1,4 +1,4 @@
-"""The run directory: one holder, no half-written file taken for a whole one, and a clear word when the disk is full."""
+"""Test the run directory: one holder, no half-written file taken for a whole one, clear messages on a full disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from sqlalchemy import make_url
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from mgrpo.engine.run import directory as run_module
-from mgrpo.engine.run.directory import RunDirectory, read_metrics
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.tensorboard import Boards
-from mgrpo.engine.store.groups import Store
+from mgrpo.engine.store import Store
+from mgrpo.engine.store.open import sqlite_url
+from mgrpo.engine.system import files
 
 
 @pytest.fixture
@@ -64,9 +66,9 @@ def names(run: RunDirectory) -> list[str]:
 def test_a_fresh_directory_then_refused_then_resumed(tmp_path):
     path = tmp_path / "deep" / "run?é%20"
     run = RunDirectory(path, resume=False)
-    store = Store(run.store_url, "run")
+    store = Store(sqlite_url(run.store), "run")
     store.close()
-    assert (path / "store.db").is_file() and make_url(run.store_url).database == str(path / "store.db")
+    assert (path / "store.db").is_file() and make_url(sqlite_url(run.store)).database == str(path / "store.db")
     assert run.trajectories.is_dir() and run.checkpoints.is_dir() and run.latest_checkpoint() is None
     run.close()
     RunDirectory(path, resume=False).close()  # nothing has begun: not a run yet
@@ -279,7 +281,7 @@ def test_only_the_last_are_kept_in_the_order_of_stages_and_steps(run):
         assert run.latest_checkpoint() == run.checkpoints / name
     assert names(run) == ["rl-00009", "rl-00010", "rl-100000"]
     (run.checkpoints / "notes.txt").write_text("the user's")
-    run.save_checkpoint("rl-00009", content("anew"), keep=3)  # rewound: what lay ahead goes
+    run.save_checkpoint("rl-00009", content("anew"), keep=3)  # rewound: the later checkpoints are deleted
     assert names(run) == ["notes.txt", "rl-00009"]
     assert (run.checkpoints / "rl-00009/agents/main/model.bin").read_text() == "anew"
 
@@ -365,26 +367,13 @@ def test_other_errors_pass_through_and_leave_nothing(run, error):
     assert (run.checkpoints / "rl-00001/agents/main/model.bin").read_text() == "good"
 
 
-def write_torch(folder: Path) -> None:
-    torch.save(torch.zeros(200_000), folder / "optimizer.pt")
-
-
-def write_safetensors(folder: Path) -> None:
-    save_file({"weight": torch.zeros(200_000)}, folder / "model.safetensors")
-
-
-def write_plain(folder: Path) -> None:
-    (folder / "model.bin").write_bytes(b"x" * 800_000)
-
-
 FULL = """
 import resource, sys
-sys.path.insert(0, sys.argv[2])
-import test_directory
+from cases import checkpoint_writers
 from mgrpo.engine.run.directory import RunDirectory
 run = RunDirectory(sys.argv[1], resume=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # Python ignores SIGXFSZ: a write fails with EFBIG
-for writer in (test_directory.write_torch, test_directory.write_safetensors, test_directory.write_plain):
+for writer in (checkpoint_writers.write_torch, checkpoint_writers.write_safetensors, checkpoint_writers.write_plain):
     try:
         run.save_checkpoint("rl-00002", writer, keep=1)
     except OSError as error:
@@ -393,10 +382,10 @@ for writer in (test_directory.write_torch, test_directory.write_safetensors, tes
 
 
 def test_a_full_disk_for_real_however_the_writer_says_it(run):
-    """torch and safetensors report it by errors of their own."""
+    """Errors of torch and safetensors for a full disk are translated."""
     run.save_checkpoint("rl-00001", content("good"), keep=1)
     run.close()
-    command = [sys.executable, "-c", FULL, str(run.path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", FULL, str(run.path)]
     child = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     lines = child.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["write_torch", "write_safetensors", "write_plain"]
@@ -426,10 +415,10 @@ for step in range(1, 9):
 
 
 def test_rows_are_logged_again_when_there_is_room_and_stand_there_once(run):
-    """Torn at many places, in TensorBoard's files and in ours."""
+    """Files are torn at many places, both TensorBoard's and ours."""
     run.close()
     child = subprocess.run([sys.executable, "-c", ROWS, str(run.path)], check=True, capture_output=True, text=True)
-    failed = [(line.split()[0], "cannot tell TensorBoard" in line) for line in child.stdout.splitlines()]
+    failed = [(line.split()[0], "cannot write for TensorBoard" in line) for line in child.stdout.splitlines()]
     assert [step for step, _ in failed] == [str(step) for step in range(1, 9) for _ in range(3)]
     assert [board for _, board in failed[::3]] == [True] * 8 and [board for _, board in failed[2::3]] == [False] * 8
     assert [row["step"] for row in read_metrics(run.metrics)] == list(range(9))
@@ -454,7 +443,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old(run, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module, "fsync", full)
+    monkeypatch.setattr(files, "fsync", full)
     with pytest.raises(OSError, match=r"No space left.*config\.json"):
         run.write_config("new")
     assert run.config.read_text() == "old" and not list(run.path.glob(".tmp-*"))
@@ -486,7 +475,7 @@ def test_kill_9_leaves_a_good_latest_checkpoint(tmp_path, announced):
     run = RunDirectory(tmp_path, resume=True)
     latest = run.latest_checkpoint()
     assert latest is not None and int(latest.name[3:]) >= int(lines[-1])
-    for name in names(run):  # no .tmp- is left, and all that is left is whole
+    for name in names(run):  # no .tmp- is left, and everything else is whole
         assert len(list(run.open_checkpoint(run.checkpoints / name).rglob("*"))) == 22
     run.close()
 
@@ -495,6 +484,6 @@ def test_tensorboards_files_of_one_second_keep_their_order(tmp_path: Path):
     boards = Boards(tmp_path)
     for step in range(2):
         boards.show({"stage": "rl", "step": step, "main/reward": 1.0})
-        boards.rewind(step, "rl")  # its file ends; the next one takes rows of it back
+        boards.rewind(step, "rl")  # its file ends; the next one removes rows of it
     seconds = sorted(int(path.name.split(".")[3]) for path in tmp_path.glob("rl/events.*"))
     assert len(seconds) == 2 and seconds[0] < seconds[1]

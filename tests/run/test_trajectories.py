@@ -1,4 +1,4 @@
-"""Trajectory files: what is appended is read back bit for bit, whatever was killed, torn, full or hostile meanwhile."""
+"""Test that trajectories are read back bit for bit despite kills, torn files, full disks and hostile names."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_local_columns_are_views_into_the_file(tmp_path):
 
 def test_no_writer_appends_to_the_file_of_another(tmp_path):
     one = TrajectoryWriter(str(tmp_path), "main")
-    other = TrajectoryWriter(str(tmp_path), "main")  # opens lazily, so both believe 0 to be free
+    other = TrajectoryWriter(str(tmp_path), "main")  # opens lazily, so both take 0 to be free
     rows = [trajectory(n, seed=n) for n in (3, 4, 5, 6)]
     positions = [writer.append([row])[0] for writer, row in zip([one, other, one, other], rows, strict=True)]
     later = TrajectoryWriter(str(tmp_path), "main").append([rows[0]])
@@ -123,7 +123,7 @@ def test_wrong_dtypes_are_our_own_bug(tmp_path):
 def test_positions_outside_the_root_are_refused(tmp_path, file):
     root = tmp_path / "root"
     TrajectoryWriter(str(root), "main").append([trajectory(3)])
-    TrajectoryWriter(str(tmp_path), "main").append([trajectory(3)])  # what "../main-00000.arrow" would reach
+    TrajectoryWriter(str(tmp_path), "main").append([trajectory(3)])  # the file that "../main-00000.arrow" would reach
     with pytest.raises(ValueError, match="file: expected a path below"):
         read(str(root), [Position(file, len(trajectories.HEADER), 0)])
 
@@ -212,14 +212,14 @@ def test_no_space_names_the_file_and_rolls(tmp_path, monkeypatch):
     writer = TrajectoryWriter(str(tmp_path), "main")
     rows = [trajectory(20, seed=n) for n in range(3)]
     first = writer.append([rows[0]])
-    written = trajectories._write_all
+    written = trajectories.write_all
 
     def half(file, data):
         written(file, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories, "_write_all", half)
+        patch.setattr(trajectories, "write_all", half)
         for name in ("main-00000.arrow", "main-00001.arrow"):  # in a record batch, then in a new file's header
             with pytest.raises(OSError, match="No space left") as raised:
                 writer.append([rows[1]])
@@ -238,7 +238,7 @@ def test_a_failed_write_is_not_tried_again_at_close(tmp_path, monkeypatch):
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trajectories, "_write_all", full)
+    monkeypatch.setattr(trajectories, "write_all", full)
     with pytest.raises(OSError, match="No space left"):
         writer.append([trajectory(4)])
     writer.close()
@@ -297,7 +297,7 @@ def test_kill_9_loses_nothing_that_was_announced(tmp_path):
     assert TrajectoryWriter(str(tmp_path), "main").append([trajectory(1)])[0].file not in used
 
 
-# ---- several writers of one name, and what may go
+# ---- several writers of one name, and removal
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -1,4 +1,4 @@
-"""Published weights: what is written is read back bit for bit by the library too, or there is no such file."""
+"""Test that published weights are read back bit for bit, by the library too, or that there is no file at all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """To the bit, NaN included."""
+    """Compare tensors bit by bit, including NaN."""
     return left.keys() == right.keys() and all(
         left[key].dtype == right[key].dtype
         and left[key].shape == right[key].shape
@@ -110,7 +110,7 @@ def test_another_dtype_is_refused_by_name(root):
 
 @pytest.mark.parametrize("room", [0, 1, 8, 100, 400])
 def test_a_full_disk_leaves_no_file_and_the_next_try_succeeds(root, monkeypatch, room):
-    real, left = weights_module._write_all, [room]
+    real, left = weights_module.write_all, [room]
 
     def write(file, data) -> None:
         part = min(len(data), left[0])
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_no_file_and_the_next_try_succeeds(root, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_module, "_write_all", write)
+        patch.setattr(weights_module, "write_all", write)
         with pytest.raises(OSError, match=r"cannot write weights: No space left on device: '.*main/v4-") as caught:
             publish_weights(root, "main", 4, tensors())
     assert caught.value.errno == errno.ENOSPC and files(root) == []
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_no_file(tmp_path, monkeyp
     assert files(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("fails", range(4))  # of three forced early, and the last
+@pytest.mark.parametrize("fails", range(4))  # three forced early, and the last
 def test_an_error_of_the_disk_that_it_tells_once_leaves_no_file(tmp_path, monkeypatch, fails):
     real, calls = os.fsync, itertools.count()
 
@@ -165,8 +165,8 @@ def test_a_file_that_takes_a_part_of_each_write_gets_all_of_it(tmp_path, monkeyp
         def write(self, data) -> int:
             return self.file.write(data[:7])
 
-    real = weights_module._write_all
-    monkeypatch.setattr(weights_module, "_write_all", lambda file, data: real(Narrow(file), data))
+    real = weights_module.write_all
+    monkeypatch.setattr(weights_module, "write_all", lambda file, data: real(Narrow(file), data))
     narrow = publish_weights(str(tmp_path), "main", 0, tensors())
     assert narrow[1:] == whole[1:] and same(load_weights(str(tmp_path), *narrow), tensors())
 
@@ -189,7 +189,7 @@ def test_a_torn_longer_or_altered_file_is_refused(data):
 def test_a_file_of_something_else_is_no_safetensors_even_with_its_own_checksum(tmp_path):
     for data in (b"", b"\x80\x04K\x01.", b"\xff" * 64, json.dumps({"a": 1}).encode()):
         (tmp_path / "x").write_bytes(data)
-        with pytest.raises(DamagedWeightsError, match="weights x: no safetensors"):
+        with pytest.raises(DamagedWeightsError, match="weights x: not in the safetensors format"):
             load_weights(str(tmp_path), "x", hashlib.sha256(data).hexdigest(), len(data))
 
 
@@ -213,7 +213,7 @@ def test_old_files_go_but_the_newest_two_and_those_named(root):
     other = publish_weights(root, "clerk", 0, tensors()).file
     fs, directory = fsspec.url_to_fs(root)
     left = ["main/.tmp-v9-01234567.safetensors", "main/v5-01234567.safetensors.part"]
-    for name in left:  # by writers that were killed
+    for name in left:  # left by writers that were killed
         fs.pipe_file(f"{directory}/{name}", b"half")
     assert sorted(remove_old(root, "main", [written[1]])) == sorted([written[0], written[2], *left])
     assert files(root) == sorted([other, written[1], written[3], written[4]])

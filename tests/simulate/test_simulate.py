@@ -1,4 +1,4 @@
-"""The simulated run against cases worked out by hand, limits of queueing, a naive model, and the real gate."""
+"""Test the simulated run against cases worked out by hand, limits of queueing, a naive model, and the real gate."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from mgrpo.engine.cli import main as cli
 from mgrpo.engine.config.schema import Config, dump_config, parse_config
 from mgrpo.engine.rollout import worker
 from mgrpo.engine.run.trajectories import Position
-from mgrpo.engine.simulate import events, parts, simulate
-from mgrpo.engine.simulate import fit as measure
-from mgrpo.engine.simulate.processor_sharing import Sharing
+from mgrpo.engine.simulate import events, fit, simulate
+from mgrpo.engine.simulate.processor_sharing import ProcessorSharing
 from mgrpo.engine.simulate.workload import EpisodeCost, Skewed, TrainerCost, WorkerCost, Workload, read_workload
-from mgrpo.engine.store.groups import CallRecord, Publication, RolloutRecord, Store
-from mgrpo.engine.training import leader as leader
+from mgrpo.engine.store import CallRecord, Publication, RolloutRecord, Store
+from mgrpo.engine.training import leader
 
 ONE = {"main": 1}
 
@@ -43,7 +42,7 @@ def config(agents: Sequence[str] = ("main",), **changes: Any) -> Config:
 
 
 def workload(actions: Sequence[float], *trainers: TrainerCost, pause: float = 0.0, **rates: float) -> Workload:
-    """Every query's episodes are drawn from `actions`; each agent trains on 100 tokens of each."""
+    """Make a workload whose episodes have `actions` sampled tokens; each agent trains on 100 tokens of each."""
     of = np.array(actions, np.float64)
     episodes = EpisodeCost(of, np.full(len(of), pause), np.full((len(trainers), len(of)), 100.0), [0, len(of)])
     names = ["main", "sub"][: len(trainers)]
@@ -56,8 +55,8 @@ def workload(actions: Sequence[float], *trainers: TrainerCost, pause: float = 0.
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everyone looks into the store all the time: what is left is the work."""
-    monkeypatch.setattr(parts, "IDLE", (1e-9, 1e-9))
+    """Let all processes look into the store all the time, so that only the work takes time."""
+    monkeypatch.setattr(events, "IDLE", (1e-9, 1e-9))
     for name in ("WORKER_LOOK", "TRAINER_LOOK", "FLUSH"):
         monkeypatch.setattr(events, name, 1e-9)
 
@@ -66,7 +65,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def naive_ends(work: Sequence[tuple[float, float]], step: float, row: float) -> list[float]:
-    """When episodes (begin, tokens) end: from event to event, each one's tokens taken off by hand."""
+    """Return when episodes (begin, tokens) end, by subtracting each one's tokens from event to event."""
     left, now, ends = [tokens for _, tokens in work], 0.0, [0.0] * len(work)
     waiting, running = set(range(len(work))), set[int]()
     while waiting or running:
@@ -92,7 +91,7 @@ def naive_ends(work: Sequence[tuple[float, float]], step: float, row: float) -> 
     st.sampled_from([0.25, 1.0]),
 )
 def test_episodes_share_a_worker_as_if_each_token_were_counted(work, step, row):
-    sharing, ends = Sharing[int](step, row), [0.0] * len(work)
+    sharing, ends = ProcessorSharing[int](step, row), [0.0] * len(work)
     order = sorted(range(len(work)), key=lambda i: work[i][0])
     now = 0.0
     while order or len(sharing):
@@ -111,7 +110,7 @@ def test_episodes_share_a_worker_as_if_each_token_were_counted(work, step, row):
 
 
 def test_a_stopped_worker_decodes_nothing_and_goes_on_where_it_was():
-    sharing = Sharing[str](1.0, 0.0)
+    sharing = ProcessorSharing[str](1.0, 0.0)
     sharing.add(10, "a")
     sharing.settle(4.0)
     sharing.stopped = True
@@ -131,7 +130,7 @@ def test_on_policy_a_step_is_the_sum_of_its_parts(at_once):
         [100], TrainerCost(rate=80, overhead=7, publish=3, efficiency=1, kept=0.5), step_seconds=0.02, row_seconds=0.01,
         pause=2.0, load_seconds=5.0, record_seconds=0.5,
     )  # fmt: skip
-    made = events.Run(config(), work, 1, ONE, 6).run()
+    made = events.Simulation(config(), work, 1, ONE, 6).run()
     sampled, trained = 100 * (0.02 + 8 * 0.01) + 2.0 + 0.5, 7 + 8 * 50 / 80 + 3
     assert made.step_seconds == pytest.approx(5 + sampled + trained, rel=1e-6)
     assert made.workers_busy == pytest.approx(10 / (5 + sampled + trained), rel=1e-6)
@@ -141,16 +140,16 @@ def test_on_policy_a_step_is_the_sum_of_its_parts(at_once):
 
 def test_on_policy_the_slower_agent_is_waited_for(at_once):
     work = workload([100], TrainerCost(rate=1e9, overhead=2), TrainerCost(rate=1e9, overhead=11), step_seconds=0.1)
-    made = events.Run(config(("main", "sub")), work, 1, {"main": 1, "sub": 1}, 6).run()
+    made = events.Simulation(config(("main", "sub")), work, 1, {"main": 1, "sub": 1}, 6).run()
     assert made.step_seconds == pytest.approx(10 + 11, rel=1e-6)
     assert made.trainers_busy["main"] == pytest.approx(2 / 21, rel=1e-5)
 
 
 @pytest.mark.parametrize("overhead", [3.0, 20.0])
 def test_running_ahead_a_step_is_the_slower_of_sampling_and_training(at_once, overhead):
-    """While a worker drains before each new weights, one step's episodes run at a time."""
+    """A worker drains before it loads new weights, so that the episodes of one step run at a time."""
     work = workload([100], TrainerCost(rate=1e9, overhead=overhead), step_seconds=0.1)
-    made = events.Run(config(sampling={"max_staleness": 1, "timeout": 1e6}), work, 1, ONE, 40).run()
+    made = events.Simulation(config(sampling={"max_staleness": 1, "timeout": 1e6}), work, 1, ONE, 40).run()
     assert made.step_seconds == pytest.approx(max(10.0, overhead), rel=1e-6)
     assert made.staleness_worst == 1
 
@@ -158,29 +157,29 @@ def test_running_ahead_a_step_is_the_slower_of_sampling_and_training(at_once, ov
 @pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("overhead", [3.0, 20.0])
 def test_little_s_law_holds_for_steps_in_flight(at_once, overhead, ahead):
-    """New weights come between turns, nothing slows anything: 1 + ahead steps are on their way at once."""
+    """New weights come between turns and nothing slows anything, so that 1 + ahead steps are in flight at once."""
     work = workload([100], TrainerCost(rate=1e9, overhead=overhead), step_seconds=0.1)
     turns = config(sampling={"max_staleness": ahead, "switch": "turn", "timeout": 1e6})
-    made = events.Run(turns, work, 1, ONE, 60).run()
+    made = events.Simulation(turns, work, 1, ONE, 60).run()
     assert made.step_seconds == pytest.approx(max(overhead, (10 + overhead) / (1 + ahead)), rel=0.02)
 
 
 def test_a_saturated_worker_decodes_at_its_peak(at_once):
-    """Slots are always taken: the rate is that of all slots, whatever the episodes' lengths."""
+    """All slots are always in use: the rate is that of all slots for any lengths of episodes."""
     work = workload([50, 100, 400], TrainerCost(rate=1e9), step_seconds=0.3, row_seconds=0.1)
     full = config(
         sampling={"max_staleness": 30, "switch": "turn", "timeout": 1e6},
         compute={"concurrency": 6, "max_tokens": 10**9},
     )
-    made = events.Run(full, work, 1, ONE, 300).run()
+    made = events.Simulation(full, work, 1, ONE, 300).run()
     assert made.workers_busy == pytest.approx(1.0, abs=1e-6)
-    assert 0.9 < made.workers_full < 1.1  # K at a time come: now 5, now 7
+    assert 0.9 < made.workers_full < 1.1  # K begin at a time, so that sometimes 5 and sometimes 7 run
     assert made.rollouts_per_second == pytest.approx(made.workers_full * 6 / (0.9 * 550 / 3), rel=0.03)
 
 
-def test_more_workers_than_queries_are_of_no_use(at_once):
+def test_more_workers_than_queries_do_not_help(at_once):
     work = workload([100], TrainerCost(rate=1e9, overhead=5), step_seconds=0.01, row_seconds=0.01)
-    few, many = (events.Run(config(), work, count, ONE, 6).run() for count in (4, 64))
+    few, many = (events.Simulation(config(), work, count, ONE, 6).run() for count in (4, 64))
     assert few.step_seconds == pytest.approx(5 + 100 * 0.03, rel=1e-6)
     assert many.step_seconds == pytest.approx(few.step_seconds, rel=1e-6)
     assert many.workers_busy == pytest.approx(few.workers_busy * 4 / 64, rel=1e-5)
@@ -188,48 +187,48 @@ def test_more_workers_than_queries_are_of_no_use(at_once):
 
 def test_an_episode_is_cut_at_the_timeout(at_once):
     work = workload([1e12], TrainerCost(rate=1e9, overhead=5), step_seconds=0.01)
-    made = events.Run(config(sampling={"timeout": 60.0}), work, 1, ONE, 4).run()
+    made = events.Simulation(config(sampling={"timeout": 60.0}), work, 1, ONE, 4).run()
     assert made.step_seconds == pytest.approx(65, rel=1e-6)
     assert made.cut == 1.0
 
 
-def test_what_had_ended_before_the_timeout_is_not_cut(at_once, monkeypatch):
-    """Half of the episodes; they are recorded only when the last of their worker's has gone."""
+def test_an_episode_that_ended_before_the_timeout_is_not_cut(at_once, monkeypatch):
+    """Half of the episodes end in time; they are recorded only when the last of their worker's has ended."""
     monkeypatch.setattr(events, "FLUSH", 1e9)
     work = workload([100, 1e12], TrainerCost(rate=1e9, overhead=5), step_seconds=0.01)
-    made = events.Run(config(sampling={"timeout": 60.0}), work, 1, ONE, 100).run()
+    made = events.Simulation(config(sampling={"timeout": 60.0}), work, 1, ONE, 100).run()
     assert made.cut == pytest.approx(0.5, abs=0.08)
     assert made.rollouts_per_second * made.step_seconds == pytest.approx(8)
 
 
 def test_each_agent_s_weights_are_loaded(at_once):
     work = workload([100], *[TrainerCost(rate=1e9, overhead=2)] * 2, step_seconds=0.1, load_seconds=3.0)
-    made = events.Run(config(("main", "sub")), work, 1, {"main": 1, "sub": 1}, 6).run()
+    made = events.Simulation(config(("main", "sub")), work, 1, {"main": 1, "sub": 1}, 6).run()
     assert made.step_seconds == pytest.approx(10 + 2 + 2 * 3, rel=1e-6)
 
 
-def test_what_is_too_stale_expires_and_is_sampled_anew(at_once):
-    """One in ten episodes takes far longer than a step: its group is too old when it is whole."""
+def test_a_group_that_is_too_stale_expires_and_another_is_sampled(at_once):
+    """One in ten episodes takes far longer than a step: its group is too old when it is complete."""
     work = workload([10] * 9 + [2000], TrainerCost(rate=1e9, overhead=5), step_seconds=0.01)
     stale = config(sampling={"max_staleness": 1, "switch": "turn", "timeout": 1e6})
-    made = events.Run(stale, work, 4, ONE, 100).run()
+    made = events.Simulation(stale, work, 4, ONE, 100).run()
     assert made.expired > 0.05 and made.staleness_worst == 1
     patient = config(sampling={"max_staleness": 50, "switch": "turn", "timeout": 1e6})
-    assert events.Run(patient, work, 4, ONE, 100).run().expired == 0
+    assert events.Simulation(patient, work, 4, ONE, 100).run().expired == 0
 
 
 def test_groups_without_advantage_are_replaced_on_request(at_once):
-    """Half of them: twice the queries. They come in turns, as the gate opens by one for each that is dropped."""
+    """Half of the groups are dropped, so that twice the queries are needed; the gate opens by one for each drop."""
     work = workload([100], TrainerCost(rate=1e9, overhead=5, zero_std=0.5), step_seconds=0.01)
     refill = config(sampling={"refill_zero_std": True, "timeout": 1e6})
-    made = events.Run(refill, work, 1, ONE, 300).run()
+    made = events.Simulation(refill, work, 1, ONE, 300).run()
     assert made.expired == pytest.approx(0.5, abs=0.05)
     assert made.step_seconds > 5 + 1
 
 
 def test_processes_look_as_often_as_the_real_ones_do():
     assert (leader.LOOK, worker.LOOK, worker.FLUSH, worker.IDLE) == (
-        parts.TRAINER_LOOK, parts.WORKER_LOOK, parts.FLUSH, parts.IDLE,
+        events.TRAINER_LOOK, events.WORKER_LOOK, events.FLUSH, events.IDLE,
     )  # fmt: skip
 
 
@@ -238,13 +237,13 @@ def test_processes_look_as_often_as_the_real_ones_do():
 )
 def test_an_idle_worker_looks_at_doubling_intervals(now, then):
     """After 0.02, 0.04, … seconds; from 0.3 on every 0.2 seconds."""
-    assert parts.next_look(0.0, now) == pytest.approx(then)
-    assert parts.next_look(5.0, 5.0 + now) == pytest.approx(5.0 + then)
+    assert events.next_look(0.0, now) == pytest.approx(then)
+    assert events.next_look(5.0, 5.0 + now) == pytest.approx(5.0 + then)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not():
     work = workload([10, 100, 1000], TrainerCost(rate=1e9, overhead=1), step_seconds=0.01)
-    first, again, other = (events.Run(config(seed=seed), work, 2, ONE, 10).run() for seed in (1, 1, 2))
+    first, again, other = (events.Simulation(config(seed=seed), work, 2, ONE, 10).run() for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -252,10 +251,10 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not():
 
 
 class Gate:
-    """The part of `Run` that decides how many queries may be opened."""
+    """The part of `Simulation` that decides how many queries may be opened."""
 
     def __init__(self, counts: Sequence[tuple[int, int]], ahead: int, batch: int) -> None:
-        self.run = events.Run(
+        self.run = events.Simulation(
             config(("main", "sub"), queries_per_step=batch, sampling={"max_staleness": ahead}),
             workload([1], TrainerCost(rate=1), TrainerCost(rate=1), step_seconds=1.0), 1, {"main": 1, "sub": 1}, 1,
         )  # fmt: skip
@@ -267,13 +266,13 @@ class Gate:
 @given(steps=st.tuples(st.integers(0, 3), st.integers(0, 3)), ahead=st.integers(0, 3), batch=st.integers(1, 4))
 def test_the_gate_lets_in_as_many_queries_as_the_store(tmp_path_factory, steps, ahead, batch):
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('gate')}/store.db", "run")
-    store.begin_run(["main", "sub"], 2, "print")
+    store.roles.begin_run(["main", "sub"], 2, "print")
     for name, last in zip(("main", "sub"), steps, strict=True):
-        store.hold(f"trainer:{name}", "me", 1000)
+        store.roles.hold(f"trainer:{name}", "me", 1000)
         for step in range(last + 1):
             file = {"file": "w", "checksum": "c", "size": 1}
-            store.publish(Publication(agent=name, step=step, version=step, trained=step * batch, **file), "me")
-    leases = store.take("w", 1000, ahead=(ahead + 1) * batch, total=10**6, task_of=str, lease=1000)
+            store.roles.publish(Publication(agent=name, step=step, version=step, trained=step * batch, **file), "me")
+    leases = store.queries.take("w", 1000, ahead=(ahead + 1) * batch, total=10**6, task_of=str, lease=1000)
     gate = Gate([(last * batch, 0) for last in steps], ahead, batch)
     assert gate.run._room() == len(leases)
     store.close()
@@ -346,7 +345,7 @@ def test_a_workload_file_is_what_it_says(toml):
         ("rate = 5000\noverhead", "rate = 0\noverhead", "agents"),
         ("[agents.sub]", "[agents.other]", r"agents: \['main', 'other'\] given: expected \['main', 'sub'\]"),
         ("context", "contxt", "contxt"),
-        ("step_seconds = 0.01\nrow_seconds = 0.001", "step_seconds = 0\nrow_seconds = 0", "both 0"),
+        ("step_seconds = 0.01\nrow_seconds = 0.001", "step_seconds = 0\nrow_seconds = 0", "0 given for both"),
         ("[worker]", "[worker", "workload.toml"),
     ],
 )
@@ -370,8 +369,8 @@ def test_episodes_of_a_query_are_drawn_from_one_query():
 # ---- measured from a run
 
 
-def columns(groups: Sequence[tuple[int, float, float]], worker: str = "w") -> measure.Columns:
-    """Lots of (how many, tokens, seconds) one after the other; each lot is one query."""
+def columns(groups: Sequence[tuple[int, float, float]], worker: str = "w") -> fit.Columns:
+    """Make columns of lots of (episodes, tokens, seconds) that ran one after the other; each lot is one query."""
     begins = np.cumsum([0.0, *(seconds + 1 for _, _, seconds in groups)])
     sizes = [count for count, _, _ in groups]
     return {
@@ -385,23 +384,23 @@ def columns(groups: Sequence[tuple[int, float, float]], worker: str = "w") -> me
 
 def test_a_worker_s_rates_and_the_pauses_are_recovered():
     lots = [(n, k, 3.0 + k * (0.2 + n * 0.05)) for n, k in [(1, 100), (2, 300), (8, 50), (8, 400), (5, 10), (3, 0)]]
-    (step, row), pause_N = measure._rates(columns(lots), np.zeros(27, int))
+    (step, row), pause_N = fit._rates(columns(lots), np.zeros(27, int))
     assert (step, row) == pytest.approx((0.2, 0.05))
     assert pause_N == pytest.approx(3.0)
 
 
 def test_a_slower_hour_of_the_machine_is_no_straggler():
-    """The same episodes at half the speed in every other step."""
+    """The same episodes run at half the speed in every other step."""
     lots = [(n, k, (1 + i % 2) * (k * (0.2 + n * 0.05))) for i in range(8) for n, k in [(1, 100), (4, 300), (8, 50)]]
     ended = columns(lots)
-    (step, row), pause_N = measure._rates(ended, ended["query"] // 3)
-    fitted_N = ended["actions"] * (step + measure._beside(ended) * row)
+    (step, row), pause_N = fit._rates(ended, ended["query"] // 3)
+    fitted_N = ended["actions"] * (step + fit._beside(ended) * row)
     assert fitted_N[:13] == pytest.approx(1.5 * ended["seconds"][:13], rel=1e-6)
     assert pause_N.max() == pytest.approx(0, abs=1e-6)
 
 
-def test_what_one_number_of_episodes_cannot_tell_is_put_on_the_rows():
-    (step, row), _ = measure._rates(columns([(4, 100, 40.0), (4, 300, 120.0)]), np.zeros(8, int))
+def test_if_the_same_number_of_episodes_always_ran_the_rows_get_all_the_time():
+    (step, row), _ = fit._rates(columns([(4, 100, 40.0), (4, 300, 120.0)]), np.zeros(8, int))
     assert (step, row) == pytest.approx((0.0, 0.1))
 
 
@@ -411,7 +410,7 @@ def test_least_squares_is_the_best_without_negative_parts(seed):
     """No point of a fine grid around it is better."""
     random = np.random.default_rng(seed)
     given_NC, wanted_N = random.normal(size=(12, 3)), random.normal(size=12)
-    best = np.array(measure.least_squares(given_NC, wanted_N))
+    best = np.array(fit.least_squares(given_NC, wanted_N))
     assert (best >= 0).all()
     error = ((given_NC @ best - wanted_N) ** 2).sum()
     for other in np.maximum(best + random.normal(size=(200, 3)) * 10.0 ** -random.integers(0, 5, (200, 1)), 0):
@@ -423,17 +422,17 @@ STEPS, Q, K = 4, 2, 2
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Config:
-    """The directory of a run of 4 steps of 2 x 2 episodes with a sub-agent's call each, made by hand."""
+    """Write the directory of a run of 4 steps of 2 x 2 episodes with one call of a sub-agent each."""
     made = config(("main", "sub"), run_dir=str(tmp_path), topology="local", steps=STEPS, queries_per_step=Q)
     store = Store(f"sqlite:///{tmp_path}/store.db", "local")
-    store.begin_run(["main", "sub"], K, "print")
+    store.roles.begin_run(["main", "sub"], K, "print")
     for name in made.agents:
-        store.hold(f"trainer:{name}", "me", 1000)
-        store.publish(Publication(agent=name, step=0, version=0, trained=0, file="w", checksum="c", size=1), "me")
-    leases = store.take("w", 100, ahead=100, total=STEPS * Q, task_of=str, lease=1000)
+        store.roles.hold(f"trainer:{name}", "me", 1000)
+        store.roles.publish(Publication(agent=name, step=0, version=0, trained=0, file="w", checksum="c", size=1), "me")
+    leases = store.queries.take("w", 100, ahead=100, total=STEPS * Q, task_of=str, lease=1000)
     for lease in leases:
         for k in range(K):
-            store.record(
+            store.queries.record(
                 [RolloutRecord(lease.query, k, "scored", True, 1.0, 6.0)],
                 [call(name, lease.query, k, actions) for name, actions in (("main", 40), ("sub", 20))],
             )
@@ -453,14 +452,14 @@ def call(agent: str, query: int, rollout: int, actions: int) -> CallRecord:
 
 
 def trainer_row(step: int, tokens: float) -> dict[str, Any]:
-    """0.5 s and 0.01 s a token in the passes, 0.25 s around them, 2 s to publish."""
+    """Make a row of 0.5 s and 0.01 s per token in the passes, 0.25 s around them and 2 s to publish."""
     passes = 0.5 + 0.01 * tokens
     times = {"time/forward_backward": passes, "time/publish": 2.0, "time/waiting": 7.0, "time/step": passes + 9.25}
     return {"stage": "rl", "step": step, "tokens_trained": tokens, "zero_std": 0.25} | times
 
 
 def worker_row(step: int) -> dict[str, Any]:
-    """A window of 10 s."""
+    """Make a row of 10 s."""
     counts = {"rollouts/scored": Q * K, "rollouts/unscored": 0, "rollouts/failed": 0}
     times = {"perf/rollouts_per_second": Q * K / 10, "time/waiting": 3.0, "time/weights": 0.8}
     return {"stage": "rl", "step": step, "main/version": step, "sub/version": step} | counts | times
@@ -472,8 +471,8 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def test_a_run_is_measured_from_its_store_and_metrics(finished):
-    """Of its first step nothing is taken."""
-    made = measure.measure(finished)
+    """Its first step is left out."""
+    made = fit.measure(finished)
     assert made.episodes.actions_N.tolist() == [60.0] * 12
     assert made.episodes.rows_AN.tolist() == [[80.0] * 12, [40.0] * 12]
     assert made.episodes.edges == [0, 2, 4, 6, 8, 10, 12]
@@ -489,21 +488,21 @@ def test_a_run_is_measured_from_its_store_and_metrics(finished):
 
 def test_the_rate_is_that_of_one_of_the_ranks(finished):
     agents = {name: msgspec.structs.replace(agent, ranks=4) for name, agent in finished.agents.items()}
-    made = measure.measure(msgspec.structs.replace(finished, agents=agents))
+    made = fit.measure(msgspec.structs.replace(finished, agents=agents))
     assert made.trainers["main"].rate == pytest.approx(25)
 
 
-def test_what_was_measured_can_be_simulated(finished):
-    made = measure.measure(finished)
-    step = events.Run(finished, made, 1, {"main": 1, "sub": 1}, 6).run().step_seconds
-    trained = 0.75 + 2.0 + 3.0  # of main's 300 tokens in the mean
+def test_a_measured_workload_can_be_simulated(finished):
+    made = fit.measure(finished)
+    step = events.Simulation(finished, made, 1, {"main": 1, "sub": 1}, 6).run().step_seconds
+    trained = 0.75 + 2.0 + 3.0  # main's 300 tokens on average
     sampled = 60 * 4 * made.worker.row_seconds + made.worker.record_seconds + 2 * 0.4
-    assert sampled + trained < step < sampled + trained + 1.2  # and looks into the store
+    assert sampled + trained < step < sampled + trained + 1.2  # the rest is looking into the store
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path):
+def test_a_directory_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a decoupled run that has taken two rl steps"):
-        measure.measure(config(run_dir=str(tmp_path)))
+        fit.measure(config(run_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="expected a TOML file, or the directory of a run"):
         simulate.load(config(), tmp_path)
 
@@ -520,7 +519,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
         ({"slow": 500.0}, "training sub"),
     ],
 )
-def test_what_takes_most_of_a_step_is_the_bottleneck(changes, bottleneck):
+def test_the_largest_part_of_a_step_is_the_bottleneck(changes, bottleneck):
     slow = changes.pop("slow", 1.0)
     work = workload(
         [100], TrainerCost(rate=1e6), TrainerCost(rate=1e6, overhead=slow), **{"step_seconds": 0.01} | changes
@@ -530,14 +529,17 @@ def test_what_takes_most_of_a_step_is_the_bottleneck(changes, bottleneck):
     assert max(plan.saved.values()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_stragglers_are_named_when_they_are_what_is_waited_for():
+def test_stragglers_are_named_when_a_step_waits_for_them():
     work = workload([10] * 15 + [5000], TrainerCost(rate=1e6), step_seconds=0.01)
     plan = simulate.best_plan(config(queries_per_step=16), work, 8, 10)
     assert plan.bottleneck == "stragglers"
 
 
 def test_gpus_go_where_the_work_is():
-    """All time is sampling's, then all is training's. Few slots: else who looks first takes more than its share."""
+    """First all the time is sampling, then all is training.
+
+    There are few slots, because otherwise the first worker to look takes more than its share.
+    """
     light, heavy = TrainerCost(rate=1e9, efficiency=1), TrainerCost(rate=10, efficiency=1)
     batch = config(queries_per_step=56, compute={"max_tokens": 100, "concurrency": 8})
     sampling = simulate.best_plan(batch, workload([100], light, row_seconds=0.04), 16, 4)
@@ -607,7 +609,7 @@ def test_the_command_prints_a_table_and_json_and_draws(monkeypatch, capsys, file
         (["--gpus", "8", "--workload", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_told_in_one_line(monkeypatch, capsys, file, toml, arguments, message):
+def test_mistakes_are_reported_in_one_line(monkeypatch, capsys, file, toml, arguments, message):
     given = arguments if "--workload" in arguments else [*arguments, "--workload", toml]
     assert command(monkeypatch, file, *given) == 1
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The store between workers and trainers: leases, the gate, fencing, staleness; random histories against a model."""
+"""Test the store between workers and trainers: leases, the gate, fencing, staleness, and random histories."""
 
 from __future__ import annotations
 
@@ -20,40 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from cases.decoupled_store import AGENTS, K, Q, balanced, begin, episode, finish, publication, take
 from mgrpo.bench.postgres import PASSWORD
-from mgrpo.engine.run.trajectories import Position
-from mgrpo.engine.store.groups import CallRecord, FencedError, Publication, RolloutRecord, Store
+from mgrpo.engine.store import FencedError, Store
 from mgrpo.engine.store.tables import Claim, Lease
 from postgres import Connect
-
-AGENTS = ("main", "search")
-K, Q = 3, 2  # rollouts per query, queries per step
-
-
-def episode(query: int, rollout: int, step: int = 0, subs: int = 1) -> tuple[list[RolloutRecord], list[CallRecord]]:
-    def call(agent: str, number: int) -> CallRecord:
-        position = Position(f"{agent}-{query:05d}.arrow", 8 * rollout, number)
-        expert = None if agent == "main" else 0.5
-        facts = (90, 30, 2, False, "answer", position, step, 9, 89, "ab", "cd")
-        return CallRecord(agent, query, rollout, number, True, expert, 3, *facts)
-
-    ended = RolloutRecord(query, rollout, "scored", True, 0.5, 1.25)
-    return [ended], [call("main", 0), *(call("search", n) for n in range(subs))]
-
-
-def publication(agent: str, step: int, file: str = "w.safetensors") -> Publication:
-    checksum, probe = "00ff", (-1.5, -0.25)
-    return Publication(
-        agent=agent, step=step, version=2 * step, trained=Q * step, file=file, checksum=checksum, size=8, probe=probe
-    )
-
-
-def begin(store: Store, holder: str = "me") -> Store:
-    store.begin_run(AGENTS, K, "print")
-    for agent in AGENTS:
-        store.hold(f"trainer:{agent}", holder, 1000)
-        store.publish(publication(agent, 0), holder)
-    return store
 
 
 @pytest.fixture
@@ -61,31 +32,8 @@ def store(connect: Connect) -> Store:
     return begin(connect())
 
 
-def take(
-    store: Store,
-    worker: str = "w",
-    count: int = 99,
-    ahead: int = 2 * Q,
-    total: int = 99,
-    lease: float = 60,
-    loaded: dict[str, int] | None = None,
-) -> list[Lease]:
-    return store.take(
-        worker, count, ahead=ahead, total=total, task_of=lambda q: f"task {q}", lease=lease, loaded=loaded
-    )
-
-
-def finish(store: Store, query: int, step: int = 0) -> None:
-    for rollout in range(K):
-        store.record(*episode(query, rollout, step))
-
-
 def set_clock(store: Store, seconds: float) -> None:
-    store.now = sa.literal(seconds, sa.Double)
-
-
-def balanced(store: Store) -> bool:
-    return not any(store.balance()["violations"].values())
+    store.database.now = sa.literal(seconds, sa.Double)
 
 
 # ---- runs and roles
@@ -94,92 +42,95 @@ def balanced(store: Store) -> bool:
 def test_a_run_is_begun_once_and_not_as_another(connect):
     store = connect()
     for _ in range(2):
-        store.begin_run(AGENTS, K, "print")
+        store.roles.begin_run(AGENTS, K, "print")
     for other, key in (
         ((AGENTS[::-1], K, "print"), "agents"),
         ((AGENTS, 9, "print"), "rollouts"),
         ((AGENTS, K, "x"), "fingerprint"),
     ):
-        with pytest.raises(ValueError, match=f"run 'run': {key}: .* given: expected .*, as it was begun with"):
-            store.begin_run(*other)
-    connect("another").begin_run(["main"], 2, "x")
+        with pytest.raises(ValueError, match=f"run 'run': {key}: .* given: expected .*, as when the run was created"):
+            store.roles.begin_run(*other)
+    connect("another").roles.begin_run(["main"], 2, "x")
 
 
 def test_nothing_is_taken_of_a_run_that_was_not_begun(connect):
-    with pytest.raises(ValueError, match="run 'run' is not there, expected `mgrpo store init` before"):
+    with pytest.raises(ValueError, match="no run 'run': expected `mgrpo store init` before"):
         take(connect())
 
 
 def test_a_role_is_held_by_one_until_it_lapses(connect):
     store = connect()
     set_clock(store, 1000)
-    store.hold("launcher", "a", 60)
+    store.roles.hold("launcher", "a", 60)
     with pytest.raises(ValueError, match="launcher of run 'run' is held by a for another 60 s"):
-        store.hold("launcher", "b", 60)
-    connect("other run").hold("launcher", "b", 60)
+        store.roles.hold("launcher", "b", 60)
+    connect("other run").roles.hold("launcher", "b", 60)
     set_clock(store, 1050)
-    store.hold("launcher", "a", 60)  # renewed
+    store.roles.hold("launcher", "a", 60)  # renewed
     set_clock(store, 1100)
     with pytest.raises(ValueError, match="held by a for another 10 s"):
-        store.hold("launcher", "b", 60)
+        store.roles.hold("launcher", "b", 60)
     set_clock(store, 1111)
-    store.hold("launcher", "b", 60)
-    store.release_role("launcher", "a")  # no longer its own
+    store.roles.hold("launcher", "b", 60)
+    store.roles.release("launcher", "a")  # not its role any more
     with pytest.raises(ValueError, match="held by b"):
-        store.hold("launcher", "a", 60)
-    store.release_role("launcher", "b")
-    store.hold("launcher", "a", 60)
+        store.roles.hold("launcher", "a", 60)
+    store.roles.release("launcher", "b")
+    store.roles.hold("launcher", "a", 60)
 
 
 def test_a_role_is_kept_also_when_it_lapsed_but_not_once_another_had_it(connect):
     store = connect()
     set_clock(store, 1000)
-    store.hold("trainer:main", "a", 60)
+    store.roles.hold("trainer:main", "a", 60)
     set_clock(store, 1100)
-    store.keep("trainer:main", "a", 60)
+    store.roles.keep("trainer:main", "a", 60)
     with pytest.raises(ValueError, match="held by a for another 60 s"):
-        store.hold("trainer:main", "b", 60)
+        store.roles.hold("trainer:main", "b", 60)
     set_clock(store, 1161)
-    store.hold("trainer:main", "b", 60)
-    for leaves in (lambda: set_clock(store, 1300), lambda: store.release_role("trainer:main", "b")):
-        leaves()  # b's weights stand, a's do not
+    store.roles.hold("trainer:main", "b", 60)
+    for leaves in (lambda: set_clock(store, 1300), lambda: store.roles.release("trainer:main", "b")):
+        leaves()  # the weights of b count, those of a do not
         with pytest.raises(FencedError, match="trainer:main of run 'run' is no longer held by a"):
-            store.keep("trainer:main", "a", 60)
+            store.roles.keep("trainer:main", "a", 60)
 
 
 def test_deadlines_are_on_the_databases_clock(connect, monkeypatch):
     store = connect()
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    store.hold("launcher", "a", 0.02)
+    store.roles.hold("launcher", "a", 0.02)
     time.sleep(0.05)
-    store.hold("launcher", "b", 60)
+    store.roles.hold("launcher", "b", 60)
     with pytest.raises(ValueError, match=r"held by b for another (59|60) s"):
-        store.hold("launcher", "a", 60)
+        store.roles.hold("launcher", "a", 60)
 
 
 def test_a_trainer_that_was_replaced_writes_nothing(store):
     take(store)
     finish(store, 0)
     finish(store, 1)
-    store.claim("main", 1, "me")
-    store.release_role("trainer:main", "me")
-    store.hold("trainer:main", "you", 1000)
-    before = store.balance()
+    store.groups.claim("main", 1, "me")
+    store.roles.release("trainer:main", "me")
+    store.roles.hold("trainer:main", "you", 1000)
+    before = store.audit.balance()
     writes: list[Callable[[], object]] = [
-        lambda: store.claim("main", 1, "me"),
-        lambda: store.ack("main", [0], "me"),
-        lambda: store.ack("main", [0]),
-        lambda: store.refill("main", [0], "me"),
-        lambda: store.release("main", "me"),
-        lambda: store.publish(publication("main", 1), "me"),
-        lambda: store.rewind("main", 0, "me"),
+        lambda: store.groups.claim("main", 1, "me"),
+        lambda: store.groups.ack("main", [0], "me"),
+        lambda: store.groups.ack("main", [0]),
+        lambda: store.groups.refill("main", [0], "me"),
+        lambda: store.groups.release("main", "me"),
+        lambda: store.roles.publish(publication("main", 1), "me"),
+        lambda: store.roles.rewind("main", 0, "me"),
     ]
     for write in writes:
         with pytest.raises(FencedError, match="trainer:main of run 'run' is held by you, no longer by"):
             write()
-    assert store.balance() == before and store.publications()["main"].step == 0
-    store.ack("main", [0], "you")
-    assert [g.query for g in store.claim("search", 9, "me").groups] == [0, 1]  # the other agent's role is untouched
+    assert store.audit.balance() == before and store.roles.publications()["main"].step == 0
+    store.groups.ack("main", [0], "you")
+    assert [g.query for g in store.groups.claim("search", 9, "me").groups] == [
+        0,
+        1,
+    ]  # the other agent's role is untouched
 
 
 # ---- weights and evaluations
@@ -187,33 +138,33 @@ def test_a_trainer_that_was_replaced_writes_nothing(store):
 
 def test_publications_are_replaced_rewound_and_found_by_step(store):
     for step in (1, 2, 2):
-        store.publish(publication("main", step), "me")
-    assert store.publications() == {"main": publication("main", 2), "search": publication("search", 0)}
-    store.rewind("main", 1, "me")
-    store.publish(publication("main", 1, "again"), "me")
-    assert store.publications()["main"].file == "again"
-    assert store.publications(0) == {agent: publication(agent, 0) for agent in AGENTS}
-    assert store.publications(2) == {}
+        store.roles.publish(publication("main", step), "me")
+    assert store.roles.publications() == {"main": publication("main", 2), "search": publication("search", 0)}
+    store.roles.rewind("main", 1, "me")
+    store.roles.publish(publication("main", 1, "again"), "me")
+    assert store.roles.publications()["main"].file == "again"
+    assert store.roles.publications(0) == {agent: publication(agent, 0) for agent in AGENTS}
+    assert store.roles.publications(2) == {}
 
 
 def test_a_step_is_evaluated_once_when_all_agents_have_published_it(store):
-    store.publish(publication("main", 1), "me")
-    assert [store.open_evaluation(step) for step in (0, 1)] == [True, False]
-    store.publish(publication("search", 1), "me")
-    assert [store.open_evaluation(1) for _ in range(2)] == [True, True]
+    store.roles.publish(publication("main", 1), "me")
+    assert [store.roles.open_evaluation(step) for step in (0, 1)] == [True, False]
+    store.roles.publish(publication("search", 1), "me")
+    assert [store.roles.open_evaluation(1) for _ in range(2)] == [True, True]
     set_clock(store, 1000)
-    assert [store.take_evaluation(worker, 60) for worker in "abc"] == [0, 1, None]
+    assert [store.roles.take_evaluation(worker, 60) for worker in "abc"] == [0, 1, None]
     set_clock(store, 1050)
-    assert store.take_evaluation("a", 60) == 0  # its own, extended
+    assert store.roles.take_evaluation("a", 60) == 0  # its own lease, extended
     set_clock(store, 1070)
-    assert [store.take_evaluation(worker, 60) for worker in "cb"] == [1, None]
-    assert not store.finish_evaluation(1, "b", {"eval/held_out_accuracy": 0.0})  # c has it by now
-    assert store.finish_evaluation(1, "c", {"eval/held_out_accuracy": 0.5})
-    assert not store.finish_evaluation(1, "c", {"eval/held_out_accuracy": 0.7})
-    assert store.open_evaluation(1) and store.take_evaluation("c", 60) is None
-    assert store.evaluations() == {1: {"eval/held_out_accuracy": 0.5}}
-    store.rewind("main", 0, "me")  # the weights that were evaluated are lost
-    assert store.evaluations() == {} and not store.open_evaluation(1)
+    assert [store.roles.take_evaluation(worker, 60) for worker in "cb"] == [1, None]
+    assert not store.roles.finish_evaluation(1, "b", {"eval/held_out_accuracy": 0.0})  # c has it by now
+    assert store.roles.finish_evaluation(1, "c", {"eval/held_out_accuracy": 0.5})
+    assert not store.roles.finish_evaluation(1, "c", {"eval/held_out_accuracy": 0.7})
+    assert store.roles.open_evaluation(1) and store.roles.take_evaluation("c", 60) is None
+    assert store.roles.evaluations() == {1: {"eval/held_out_accuracy": 0.5}}
+    store.roles.rewind("main", 0, "me")  # the weights that were evaluated are lost
+    assert store.roles.evaluations() == {} and not store.roles.open_evaluation(1)
 
 
 # ---- leases and the gate
@@ -224,91 +175,91 @@ def test_workers_get_queries_in_order_and_each_its_own(store):
     assert first == [Lease(q, f"task {q}", [0, 1, 2]) for q in (0, 1, 2)]
     assert second == [Lease(3, "task 3", [0, 1, 2])]
     assert take(store, "a") == take(store, "a", 0) == []
-    assert [store.extend(worker, 60) for worker in "abc"] == [3, 1, 0]
-    assert store.accounting()["main"]["open"] == 2 * Q
+    assert [store.queries.extend(worker, 60) for worker in "abc"] == [3, 1, 0]
+    assert store.audit.status()["agents"]["main"]["open"] == 2 * Q
 
 
 def test_a_lapsed_lease_goes_to_another_for_what_is_missing(store):
     set_clock(store, 1000)
     take(store, "a", 2)
-    store.record(*episode(0, 1))
+    store.queries.record(*episode(0, 1))
     set_clock(store, 1059)
-    assert store.extend("a", 30) == 2
+    assert store.queries.extend("a", 30) == 2
     set_clock(store, 1088)
     assert take(store, "b", ahead=2) == []
     set_clock(store, 1090)
     assert take(store, "b", ahead=2, count=1) == [Lease(0, "task 0", [0, 2])]
-    assert store.extend("a", 60) == 1  # it has lost one
-    store.record(*episode(0, 0))  # of the worker that came back after all: the first record stands
-    store.record(*episode(0, 0, step=5))
-    store.record(*episode(0, 2))
-    assert len(store.calls_of(0)) == 2 * K and {c.step for c in store.calls_of(0)} == {0}
+    assert store.queries.extend("a", 60) == 1  # it has lost one
+    store.queries.record(*episode(0, 0))  # of the worker that came back: the first record counts
+    store.queries.record(*episode(0, 0, step=5))
+    store.queries.record(*episode(0, 2))
+    assert len(store.groups.calls_of(0)) == 2 * K and {c.step for c in store.groups.calls_of(0)} == {0}
     set_clock(store, 9000)
-    assert take(store, "c", ahead=2) == [Lease(1, "task 1", [0, 1, 2])]  # the sealed one is nobody's
+    assert take(store, "c", ahead=2) == [Lease(1, "task 1", [0, 1, 2])]  # nobody gets the sealed one
     assert balanced(store)
 
 
 def test_what_is_given_back_can_be_taken_at_once(store):
     take(store, "a", 2)
     take(store, "b", 2)
-    store.give_back("a")
-    assert store.extend("a", 60) == 0
+    store.queries.give_back("a")
+    assert store.queries.extend("a", 60) == 0
     assert [lease.query for lease in take(store, "c")] == [0, 1]
 
 
 def test_who_has_old_weights_gets_nothing_before_it_has_the_new(store):
-    """Else one could sample with old weights what their successors' publication has just let it take."""
+    """Otherwise a worker could sample with old weights the queries that newer weights have just let it take."""
     gate = {"ahead": Q, "total": 99, "task_of": str, "lease": 60}
-    store.publish(publication(AGENTS[0], 1), "me")
+    store.roles.publish(publication(AGENTS[0], 1), "me")
     old = dict.fromkeys(AGENTS, 0)
-    assert store.take("w", 99, **gate, loaded=old) == store.take("w", 99, **gate, loaded={}) == []
-    assert len(store.take("w", 99, **gate, loaded=old | {AGENTS[0]: 1})) == Q
+    assert store.queries.take("w", 99, **gate, loaded=old) == store.queries.take("w", 99, **gate, loaded={}) == []
+    assert len(store.queries.take("w", 99, **gate, loaded=old | {AGENTS[0]: 1})) == Q
 
 
 def test_the_gate_follows_the_slowest_agent_and_replaces_what_was_dropped(store):
     def opened(ahead: int, total: int) -> int:
         take(store, ahead=ahead, total=total)
-        return store.balance()["queries"]
+        return store.audit.balance()["queries"]
 
     assert opened(Q, 3 * Q) == Q
     for query in range(Q):
         finish(store, query)
-    assert [len(store.claim(agent, Q, "me").groups) for agent in AGENTS] == [Q, Q]
-    store.publish(publication("main", 1), "me")
+    assert [len(store.groups.claim(agent, Q, "me").groups) for agent in AGENTS] == [Q, Q]
+    store.roles.publish(publication("main", 1), "me")
     assert opened(Q, 3 * Q) == Q
-    store.publish(publication("search", 1), "me")
+    store.roles.publish(publication("search", 1), "me")
     assert opened(Q, 3 * Q) == 2 * Q
     finish(store, 2)
-    store.claim("main", 1, "me")
-    store.refill("main", [2], "me")  # one agent dropped one: the other is the slowest now
+    store.groups.claim("main", 1, "me")
+    store.groups.refill("main", [2], "me")  # one agent dropped a group: the other is the slowest now
     assert opened(Q, 3 * Q) == 2 * Q
     finish(store, 3)
-    assert store.claim("search", 2, "me", oldest_step=1).expired == [2, 3]
+    assert store.groups.claim("search", 2, "me", oldest_step=1).expired == [2, 3]
     assert opened(Q, 3 * Q) == 2 * Q + 1
-    assert opened(99, 3 * Q) == 3 * Q + 2  # at the end, as many more as the agent needs that dropped most
+    assert opened(99, 3 * Q) == 3 * Q + 2  # at the end, as many more as the agent needs that dropped the most
     for step in (2, 3):
-        store.publish(publication("search", step), "me")
+        store.roles.publish(publication("search", step), "me")
     assert opened(99, 3 * Q) == 3 * Q + 2
-    store.publish(publication("main", 3), "me")
+    store.roles.publish(publication("main", 3), "me")
     assert opened(99, 3 * Q) == 3 * Q + 2  # nobody needs more
 
 
 def test_an_agent_that_is_done_does_not_hold_up_the_other(store):
-    """It drops nothing any more, so that its count stays behind what another needs instead of what that one dropped."""
+    """It drops nothing any more, so its count must not limit what another agent needs to replace dropped groups."""
     take(store, ahead=9, total=Q)
     for query in range(Q):
         finish(store, query)
-    store.claim("main", Q, "me")
-    store.publish(publication("main", 1), "me")
-    assert store.claim("search", Q, "me", oldest_step=1).expired == [0, 1]
+    store.groups.claim("main", Q, "me")
+    store.roles.publish(publication("main", 1), "me")
+    assert store.groups.claim("search", Q, "me", oldest_step=1).expired == [0, 1]
     assert [lease.query for lease in take(store, ahead=Q, total=Q)] == [2, 3]
 
 
 def test_nothing_is_opened_before_all_agents_have_published(connect):
     store = connect()
-    store.begin_run(AGENTS, K, "print")
-    store.hold("trainer:main", "me", 100)
-    store.publish(publication("main", 0), "me")
+    store.roles.begin_run(AGENTS, K, "print")
+    store.roles.hold("trainer:main", "me", 100)
+    store.roles.publish(publication("main", 0), "me")
     assert take(store) == []
 
 
@@ -317,25 +268,25 @@ def test_an_overdue_query_goes_on_with_what_it_has_but_not_with_one(store):
     take(store, "a", 3)
     for query, ended in ((0, 2), (1, 1)):
         for rollout in range(ended):
-            store.record(*episode(query, rollout))
-    assert store.seal_overdue(600) == []
+            store.queries.record(*episode(query, rollout))
+    assert store.queries.seal_overdue(600) == []
     set_clock(store, 1601)
-    assert store.seal_overdue(600) == [0] and store.seal_overdue(600) == []
-    store.record(*episode(0, 2))  # late: counted, and nothing else
-    store.record(*episode(0, 1))  # delivered twice
-    store.record([*episode(0, 2)[0], *episode(1, 1)[0]], [])
-    books = store.balance()
+    assert store.queries.seal_overdue(600) == [0] and store.queries.seal_overdue(600) == []
+    store.queries.record(*episode(0, 2))  # late: it is only counted
+    store.queries.record(*episode(0, 1))  # delivered twice
+    store.queries.record([*episode(0, 2)[0], *episode(1, 1)[0]], [])
+    books = store.audit.balance()
     assert (books["late"], books["rollouts"]) == (2, 4) and balanced(store)
-    (group,) = store.claim("main", 9, "me").groups
+    (group,) = store.groups.claim("main", 9, "me").groups
     assert [r.rollout for r in group.rollouts] == [0, 1] and len(group.calls) == 2
-    take(store, "b", 9, ahead=3)  # who takes a query over gets the whole time for it
-    assert store.seal_overdue(600) == []
+    take(store, "b", 9, ahead=3)  # a worker that takes over a query has the whole time for it
+    assert store.queries.seal_overdue(600) == []
 
 
 def test_a_task_that_no_database_could_hold_is_refused_whole(store):
     with pytest.raises(ValueError, match=r"task of query 1: .* expected an id without NUL"):
-        store.take("w", 2, ahead=9, total=9, task_of=lambda q: "\0" * q, lease=1)
-    assert store.balance()["queries"] == 0
+        store.queries.take("w", 2, ahead=9, total=9, task_of=lambda q: "\0" * q, lease=1)
+    assert store.audit.balance()["queries"] == 0
 
 
 # ---- groups
@@ -345,14 +296,14 @@ def test_groups_with_calls_of_too_old_weights_expire_for_that_agent_alone(store)
     take(store)
     finish(store, 0, step=1)
     for rollout, (step, subs) in enumerate(((1, 0), (1, 2), (0, 0))):
-        store.record(*episode(1, rollout, step, subs))
+        store.queries.record(*episode(1, rollout, step, subs))
     finish(store, 2, step=1)
-    claim = store.claim("main", 9, "me", oldest_step=1)
+    claim = store.groups.claim("main", 9, "me", oldest_step=1)
     assert [group.query for group in claim.groups] == [0, 2] and claim.expired == [1]
-    claim = store.claim("search", 9, "me", oldest_step=1)
+    claim = store.groups.claim("search", 9, "me", oldest_step=1)
     assert [group.query for group in claim.groups] == [0, 1, 2] and claim.expired == []
-    assert store.claim("main", 9, "me", oldest_step=1) == Claim([], [])
-    counts = store.balance()["agents"]["main"]
+    assert store.groups.claim("main", 9, "me", oldest_step=1) == Claim([], [])
+    counts = store.audit.balance()["agents"]["main"]
     assert (counts["expired"], counts["refilled"], counts["leased"]) == (1, 0, 2)
 
 
@@ -360,25 +311,25 @@ def test_nothing_is_claimed_below_the_least_number_asked_for(store):
     take(store)
     finish(store, 0)
     finish(store, 1, step=1)
-    assert store.claim("main", 2, "me", at_least=3) == Claim([], [])
-    assert store.claim("main", 2, "me", oldest_step=1, at_least=2) == Claim(
+    assert store.groups.claim("main", 2, "me", at_least=3) == Claim([], [])
+    assert store.groups.claim("main", 2, "me", oldest_step=1, at_least=2) == Claim(
         [], [0]
-    )  # what is stale is gone all the same
-    assert [g.query for g in store.claim("main", 2, "me", at_least=1).groups] == [1]
+    )  # the stale ones have expired all the same
+    assert [g.query for g in store.groups.claim("main", 2, "me", at_least=1).groups] == [1]
 
 
 def test_a_trainers_successor_acks_what_the_checkpoint_has_and_releases_the_rest(store):
     take(store)
     for query in range(4):
         finish(store, query)
-    store.claim("main", 4, "me")
-    store.release_role("trainer:main", "me")
-    store.hold("trainer:main", "you", 100)
-    store.publish(publication("main", 1), "you")
+    store.groups.claim("main", 4, "me")
+    store.roles.release("trainer:main", "me")
+    store.roles.hold("trainer:main", "you", 100)
+    store.roles.publish(publication("main", 1), "you")
     for _ in range(2):
-        store.ack("main", [0, 2], "you")
-    assert [store.release("main", "you") for _ in range(2)] == [2, 0]
-    assert [g.query for g in store.claim("main", 9, "you").groups] == [1, 3]
+        store.groups.ack("main", [0, 2], "you")
+    assert [store.groups.release("main", "you") for _ in range(2)] == [2, 0]
+    assert [g.query for g in store.groups.claim("main", 9, "you").groups] == [1, 3]
     assert balanced(store)
 
 
@@ -386,32 +337,34 @@ def test_refill_is_idempotent_and_all_or_nothing(store):
     take(store)
     for query in range(3):
         finish(store, query)
-    store.claim("main", 2, "me")
+    store.groups.claim("main", 2, "me")
     with pytest.raises(ValueError, match="expired: expected query 2 of agent 'main' to be leased, it is sealed"):
-        store.refill("main", [0, 2], "me")
+        store.groups.refill("main", [0, 2], "me")
     for _ in range(2):
-        store.refill("main", [0], "me")
+        store.groups.refill("main", [0], "me")
     with pytest.raises(ValueError, match="acked: expected query 0 of agent 'main' to be leased, it is expired"):
-        store.ack("main", [0], "me")
-    counts = store.balance()["agents"]["main"]
+        store.groups.ack("main", [0], "me")
+    counts = store.audit.balance()["agents"]["main"]
     assert (counts["refilled"], counts["expired"], counts["leased"], counts["opened"]) == (1, 1, 1, 4)
 
 
-# ---- the books
+# ---- the audit
 
 
 def test_garbage_is_what_every_agent_has_finished_with(store):
     take(store)
     for query in range(3):
         finish(store, query)
-    store.publish(publication("main", 1), "me")
-    store.claim("main", 2, "me")
-    store.ack("main", [0], "me")
-    store.refill("main", [1], "me")
-    assert store.garbage() == ["main-00000.arrow", "main-00001.arrow"]
-    assert store.forget(["main-00000.arrow", "main-00002.arrow", "nowhere"]) == K  # what is not finished stays
-    assert store.garbage() == ["main-00001.arrow"]
-    assert {c.agent for c in store.calls_of(0)} == {"search"} and len(store.calls_of(2)) == 2 * K
+    store.roles.publish(publication("main", 1), "me")
+    store.groups.claim("main", 2, "me")
+    store.groups.ack("main", [0], "me")
+    store.groups.refill("main", [1], "me")
+    assert store.audit.garbage() == ["main-00000.arrow", "main-00001.arrow"]
+    assert (
+        store.audit.forget(["main-00000.arrow", "main-00002.arrow", "nowhere"]) == K
+    )  # calls that are not finished stay
+    assert store.audit.garbage() == ["main-00001.arrow"]
+    assert {c.agent for c in store.groups.calls_of(0)} == {"search"} and len(store.groups.calls_of(2)) == 2 * K
     assert balanced(store)
 
 
@@ -436,21 +389,21 @@ def test_the_balance_sees_every_kind_of_damage(store, kind):
     take(store)
     for query in range(3):
         finish(store, query)
-    store.record(*episode(3, 0))
-    store.publish(publication("main", 1), "me")
-    store.claim("main", 1, "me")
-    store.ack("main", [0], "me")
-    assert set(store.balance()["violations"]) == set(DAMAGE) and balanced(store)
-    with store._engine.begin() as db:
+    store.queries.record(*episode(3, 0))
+    store.roles.publish(publication("main", 1), "me")
+    store.groups.claim("main", 1, "me")
+    store.groups.ack("main", [0], "me")
+    assert set(store.audit.balance()["violations"]) == set(DAMAGE) and balanced(store)
+    with store.database.engine.begin() as db:
         db.exec_driver_sql(DAMAGE[kind])
-    assert store.balance()["violations"][kind] > 0
+    assert store.audit.balance()["violations"][kind] > 0
 
 
 # ---- random histories
 
 
 class Model(RuleBasedStateMachine):
-    """Workers, trainers, deaths and a clock against plain dictionaries, written from the rules, not from the code."""
+    """Compare workers, trainers, deaths and a clock with dictionaries, written from the rules, not from the code."""
 
     url = ""
 
@@ -507,7 +460,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.queries)
     @rule(data=st.data(), rollout=st.integers(0, K - 1), subs=st.integers(0, 2))
     def record(self, data, rollout, subs):
-        """By anyone: also by a worker that lost its lease, or again."""
+        """Record by any worker, even one that lost its lease, or a second time."""
         query = data.draw(st.sampled_from(sorted(self.queries)))
         self.record_one(query, rollout, data.draw(st.integers(0, min(self.step.values()))), subs)
 
@@ -519,7 +472,7 @@ class Model(RuleBasedStateMachine):
             self.record_one(query, rollout, min(self.step.values()), 1)
 
     def record_one(self, query: int, rollout: int, step: int, subs: int) -> None:
-        self.store.record(*episode(query, rollout, step, subs))
+        self.store.queries.record(*episode(query, rollout, step, subs))
         ended = self.queries[query]["ended"]
         if self.sealed(query):
             self.late += rollout not in ended
@@ -531,13 +484,13 @@ class Model(RuleBasedStateMachine):
     @rule(worker=workers)
     def extend(self, worker):
         mine = self.leased_by(worker)
-        assert self.store.extend(worker, 40) == len(mine)
+        assert self.store.queries.extend(worker, 40) == len(mine)
         for query in mine:
             self.queries[query]["until"] = self.clock + 40
 
     @rule(worker=workers)
     def give_back(self, worker):
-        self.store.give_back(worker)
+        self.store.queries.give_back(worker)
         for query in self.leased_by(worker):
             self.queries[query] |= {"worker": "", "until": 0}
 
@@ -548,7 +501,7 @@ class Model(RuleBasedStateMachine):
             for query, about in sorted(self.queries.items())
             if not self.sealed(query) and about["taken"] < self.clock - 60 and len(about["ended"]) >= 2
         ]
-        assert self.store.seal_overdue(60) == overdue
+        assert self.store.queries.seal_overdue(60) == overdue
         for query in overdue:
             self.seal(query)
 
@@ -558,10 +511,10 @@ class Model(RuleBasedStateMachine):
 
     @rule(agent=agents, age=st.integers(0, 2), refill=st.booleans())
     def train(self, agent, age, refill):
-        """Claims what is missing to a step's Q groups; when they are there, publishes."""
+        """Claim what is missing of the Q groups of a step; publish when all are there."""
         missing = Q - len(self.claimed[agent])
         oldest = max(self.step[agent] - age, 0)
-        got = self.store.claim(agent, missing, self.holder[agent], oldest_step=oldest)
+        got = self.store.groups.claim(agent, missing, self.holder[agent], oldest_step=oldest)
         sealed = sorted(q for q in self.queries if self.state[agent, q] == "sealed")
         stale = [q for q in sealed if any(self.sampled(agent, q, step) < oldest for step in self.queries[q]["ended"])]
         self.mark(agent, stale, "expired")
@@ -573,45 +526,45 @@ class Model(RuleBasedStateMachine):
         self.claimed[agent] += live
         if refill and self.claimed[agent]:
             useless = [self.claimed[agent].pop()]
-            self.store.refill(agent, useless, self.holder[agent])
+            self.store.groups.refill(agent, useless, self.holder[agent])
             self.mark(agent, useless, "refilled")
         if len(self.claimed[agent]) == Q and Q * self.step[agent] < self.total:
             self.step[agent] += 1
-            self.store.publish(publication(agent, self.step[agent]), self.holder[agent])
+            self.store.roles.publish(publication(agent, self.step[agent]), self.holder[agent])
             self.unacked[agent] += self.claimed[agent]
             self.claimed[agent] = []
 
     @rule(agent=agents)
     def checkpoint(self, agent):
-        self.store.ack(agent, self.unacked[agent], self.holder[agent])
+        self.store.groups.ack(agent, self.unacked[agent], self.holder[agent])
         self.saved[agent] = self.step[agent]
         self.keep(agent)
 
     @rule(agent=agents, wrote=st.booleans())
     def trainer_dies(self, agent, wrote):
-        """wrote: between the checkpoint and its ack."""
+        """Restart a trainer. wrote: it died between the checkpoint and its ack."""
         before, now = self.holder[agent], uuid.uuid4().hex
         with pytest.raises(ValueError, match="is held by"):
-            self.store.hold(f"trainer:{agent}", now, 1000)
+            self.store.roles.hold(f"trainer:{agent}", now, 1000)
         self.clock += 1001
         set_clock(self.store, self.clock)
-        self.store.hold(f"trainer:{agent}", now, 1000)
+        self.store.roles.hold(f"trainer:{agent}", now, 1000)
         other = next(name for name in AGENTS if name != agent)
-        self.store.hold(f"trainer:{other}", self.holder[other], 1000)
+        self.store.roles.hold(f"trainer:{other}", self.holder[other], 1000)
         self.holder[agent] = now
         if wrote:
             self.saved[agent] = self.step[agent]
-            self.store.ack(agent, self.unacked[agent], now)
+            self.store.groups.ack(agent, self.unacked[agent], now)
             self.keep(agent)
         lost = [q for q in self.queries if self.state[agent, q] == "leased"]
-        assert self.store.release(agent, now) == len(lost)
+        assert self.store.groups.release(agent, now) == len(lost)
         self.mark(agent, lost, "sealed")
         self.claimed[agent], self.unacked[agent] = [], []
-        self.store.rewind(agent, self.saved[agent], now)
+        self.store.roles.rewind(agent, self.saved[agent], now)
         self.step[agent] = self.saved[agent]
-        self.store.publish(publication(agent, self.step[agent], "anew"), now)
+        self.store.roles.publish(publication(agent, self.step[agent], "anew"), now)
         with pytest.raises(FencedError):
-            self.store.ack(agent, lost, before)
+            self.store.groups.ack(agent, lost, before)
 
     # -- what must hold
 
@@ -619,7 +572,7 @@ class Model(RuleBasedStateMachine):
     def agrees(self):
         if not hasattr(self, "store"):
             return
-        books = self.store.balance()
+        books = self.store.audit.balance()
         assert not any(books["violations"].values()), books
         assert (books["late"], books["queries"]) == (self.late, len(self.queries))
         assert books["rollouts"] == sum(len(about["ended"]) for about in self.queries.values())
@@ -628,9 +581,9 @@ class Model(RuleBasedStateMachine):
                 assert counts[state] == self.count(agent, state), (agent, state)
             assert counts["expired"] == self.count(agent, "expired", "refilled")
             assert len(self.trained[agent]) == len(set(self.trained[agent])) == counts["acked"]
-        assert {agent: p.step for agent, p in self.store.publications().items()} == self.step
+        assert {agent: p.step for agent, p in self.store.roles.publications().items()} == self.step
 
-    # -- the model's own
+    # -- parts of the model
 
     def sealed(self, query: int) -> bool:
         return self.state["main", query] != "open"
@@ -639,7 +592,7 @@ class Model(RuleBasedStateMachine):
         self.state |= {(agent, query): "sealed" for agent in AGENTS}
 
     def sampled(self, agent: str, query: int, rollout: int) -> float:
-        """The step of the weights that sampled the agent's calls; never stale without any."""
+        """Return the step of the weights that sampled the agent's calls; without calls it is never stale."""
         step, subs = self.queries[query]["ended"][rollout]
         return step if agent == "main" or subs else float("inf")
 

@@ -1,4 +1,4 @@
-"""The store's secrets, its TLS, what it refuses; a server that is gone for a while."""
+"""Test the secrets and the TLS of the store, what it refuses, and a server that is away for a while."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from test_store import AGENTS, episode
 
+from cases.store import AGENTS, episode
 from mgrpo.bench.postgres import PASSWORD, Cluster
-from mgrpo.engine.store import database
+from mgrpo.engine.store import Store, database
 from mgrpo.engine.store.database import read_password
-from mgrpo.engine.store.groups import Store
 
 SECRET = "hunter2-9f"
 REMOTE = "postgresql://me@db.example.org/runs"
 
 
 def texts(error: BaseException) -> str:
-    """All that a log could show of it."""
+    """Return every text of an error that a log could show."""
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
@@ -52,7 +51,7 @@ def test_a_url_with_a_password_is_refused_and_not_repeated(url):
         ("postgresql://me@host/runs?options=-csearch_path%3Devil", "url option 'options' given"),
         ("postgresql://me@host", "expected the database's name in the url"),
         ("sqlite:////tmp/x.db?mode=memory", "expected 'sqlite:///' and the path of a file"),
-        ("postgresql://me@host:port/runs", "this one cannot be read"),
+        ("postgresql://me@host:port/runs", "the url cannot be parsed"),
     ],
 )
 def test_urls_that_would_loosen_something_are_refused(url, message):
@@ -119,12 +118,12 @@ def test_a_certificate_that_is_given_is_verified(server: Cluster, monkeypatch):
         pytest.skip("no openssl to make a certificate with, or a server without TLS")
     url = server.url("postgres", "127.0.0.1")
     store = Store(url, "run", password=PASSWORD, tls="require")
-    with store._engine.begin() as db:
+    with store.database.engine.begin() as db:
         assert db.exec_driver_sql("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").scalar() is True
     store.close()
     monkeypatch.setenv("PGSSLROOTCERT", str(server.folder / "tls.crt"))
     Store(url, "run", password=PASSWORD, tls="require").close()
-    with pytest.raises(OSError, match="certificate"):  # it is not made out to that name
+    with pytest.raises(OSError, match="certificate"):  # it was issued for another name
         Store(url.replace("127.0.0.1", "localhost"), "run", password=PASSWORD, tls="require")
 
 
@@ -133,8 +132,8 @@ def test_the_password_is_in_no_message_log_or_representation(server: Cluster, ca
     with pytest.raises(OSError, match=r"store postgresql.*password authentication failed") as error:
         Store(server.create(), "run", password=SECRET)
     store = Store(server.create(), "run", password=PASSWORD)
-    store.open_queries([(0, "t")], AGENTS, 2, 0)
-    told = texts(error.value) + repr(vars(store)) + str(store._engine.url) + store.name + caplog.text
+    store.queries.open([(0, "t")], AGENTS, 2, 0)
+    told = texts(error.value) + repr(vars(store.database)) + str(store.database.engine.url) + store.name + caplog.text
     assert SECRET not in told and PASSWORD not in told
     store.close()
 
@@ -142,33 +141,33 @@ def test_the_password_is_in_no_message_log_or_representation(server: Cluster, ca
 def test_hostile_names_are_only_data(connect):
     name = "x'; DROP TABLE groups; --\"%s :run {}"
     store = connect(name)
-    store.begin_run([name], 2, name)
-    store.hold(f"trainer:{name}", name, 60)
-    store.open_queries([(0, name)], [name], 1, 0)
+    store.roles.begin_run([name], 2, name)
+    store.roles.hold(f"trainer:{name}", name, 60)
+    store.queries.open([(0, name)], [name], 1, 0)
     ended, _ = episode(0, 0)
-    store.record(ended, [])
-    (group,) = store.claim(name, 1, name).groups
-    assert group.task == name and store.accounting()[name]["leased"] == 1
+    store.queries.record(ended, [])
+    (group,) = store.groups.claim(name, 1, name).groups
+    assert group.task == name and store.audit.status()["agents"][name]["leased"] == 1
 
 
-# ---- a server that is gone
+# ---- a server that is away
 
 
 def test_a_lost_server_is_an_oserror_until_it_is_back(server: Cluster):
     store = Store(server.create(), "run", password=PASSWORD)
-    store.open_queries([(0, "t")], AGENTS, 2, 0)
+    store.queries.open([(0, "t")], AGENTS, 2, 0)
     for how in (signal.SIGINT, signal.SIGQUIT):
         server.stop(how)
         try:
             for _ in range(2):
                 with pytest.raises(OSError, match=r"store postgresql\+psycopg://mgrpo@/test_") as error:
-                    store.record(*episode(0, 0))
+                    store.queries.record(*episode(0, 0))
                 assert PASSWORD not in texts(error.value) and "\n" not in str(error.value)
         finally:
             server.start()
-        assert store.accounting()["main"]["open"] == 1
-    store.record(*episode(0, 0))
-    assert len(store.rollouts_of(0)) == 1
+        assert store.audit.status()["agents"]["main"]["open"] == 1
+    store.queries.record(*episode(0, 0))
+    assert len(store.groups.rollouts_of(0)) == 1
     store.close()
 
 
@@ -182,9 +181,9 @@ def test_deadlocks_are_tried_again_and_then_given_up(server: Cluster, monkeypatc
             db.exec_driver_sql("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'deadlock_detected'; END $$")
         return len(runs)
 
-    assert store._run(work, "write") == 5
+    assert store.database.transact(work, "write") == 5
     monkeypatch.setattr(database, "ATTEMPTS", 3)
     with pytest.raises(OSError, match="store postgresql"):
-        store._run(work, "write")
+        store.database.transact(work, "write")
     assert len(runs) == 8
     store.close()

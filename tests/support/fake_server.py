@@ -1,4 +1,4 @@
-"""A server's control endpoints without a server: it records the calls, takes weights over tcp and fails on demand."""
+"""Imitate a server's control endpoints: record the calls, receive weights over TCP, and fail on demand."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm import tcp_frames as wire
+from mgrpo.engine.inference.vllm import api, tcp_frames
+from mgrpo.engine.types import WeightsVersion
 
 TOKEN = "the token"
 
 
 class FakeServer:
-    """calls: the control endpoints in the order of their calls. fails: path -> what is done instead of answering."""
+    """Imitate one server.
+
+    calls: the control endpoints in the order of their calls. fails: for a path, a function called instead of
+    answering, which returns the status. misfit: the error that its check of a trainer's weights reports, "" for none.
+    weights: those of each worker, once installed.
+    """
 
     def __init__(self, workers: int = 1, token: str = TOKEN) -> None:
         self.calls: list[str] = []
         self.bodies: list[tuple[str, Any]] = []
-        self.fails: dict[str, Callable[[], int]] = {}  # returns a status
+        self.fails: dict[str, Callable[[], int]] = {}
         self.workers, self.token, self.version, self.misfit = workers, token, "0.32.0", ""
         self.acts = dict(self.ACTS)
-        self.label, self.paused, self.open = adapter.UNSET, False, False
+        self.label, self.paused, self.open = api.UNSET, False, False
         self.arriving: list[dict[str, Tensor]] = []
-        self.weights: list[dict[str, Tensor]] = []  # of each worker, once installed
+        self.weights: list[dict[str, Tensor]] = []
         self.threads: list[threading.Thread] = []
         self.url = ""
 
     def answer(self, path: str, body: Any, token: str) -> tuple[int, Any]:
         self.bodies.append((path, body))
-        if path not in (adapter.LABEL, adapter.VERSION) or body is not None:
+        if path not in (api.LABEL, api.VERSION) or body is not None:
             if token != f"Bearer {self.token}":
                 return 401, {"error": "no"}
             self.calls.append(path)
         if path in self.fails:
-            return self.fails[path](), {"error": "as told"}
+            return self.fails[path](), {"error": "failed on demand"}
         act = self.acts.get(path)
         return (404, {"error": "no such path"}) if act is None else act(self, body)
 
     def name(self, body: Any) -> tuple[int, Any]:
         if body is not None:
-            self.label = adapter.label(**body)
+            self.label = api.label(WeightsVersion(body["version"], body["step"]))
         return 200, {"label": self.label}
 
     def rpc(self, body: Any) -> tuple[int, Any]:
@@ -63,18 +68,19 @@ class FakeServer:
         return 200, {}
 
     def update(self, body: Any) -> tuple[int, Any]:
-        call = body["update_info"]
-        if "secret" in call:
-            self.threads = [threading.Thread(target=self.receive, args=(call,)) for _ in range(self.workers)]
+        request = body["update_info"]
+        if "secret" in request:
+            self.threads = [threading.Thread(target=self.receive, args=(request,)) for _ in range(self.workers)]
             for thread in self.threads:
                 thread.start()
         return 200, {}
 
-    def receive(self, call: Any) -> None:
-        with closing(create_connection((call["host"], call["port"]), call["timeout"])) as connection:
-            wire.send_secret(connection, call["secret"])
+    def receive(self, request: Any) -> None:
+        address = request["host"], request["port"]
+        with closing(create_connection(address, request["timeout"])) as connection:
+            tcp_frames.send_secret(connection, request["secret"])
             try:
-                self.arriving.append(dict(wire.receive_tensors(connection)))
+                self.arriving.append(dict(tcp_frames.receive_tensors(connection)))
             except OSError:
                 return
 
@@ -98,17 +104,17 @@ class FakeServer:
         return 200, {}
 
     ACTS: ClassVar[dict[str, Callable[[FakeServer, Any], tuple[int, Any]]]] = {
-        adapter.LABEL: name,
-        adapter.VERSION: lambda self, _: (200, {"version": self.version}),
-        adapter.WORLD: lambda self, _: (200, {"world_size": self.workers}),
-        adapter.WORKERS: rpc,
-        adapter.START: start,
-        adapter.UPDATE: update,
-        adapter.FINISH: finish,
-        adapter.PAUSE: pause,
-        adapter.RESUME: resume,
+        api.LABEL: name,
+        api.VERSION: lambda self, _: (200, {"version": self.version}),
+        api.WORLD: lambda self, _: (200, {"world_size": self.workers}),
+        api.WORKERS: rpc,
+        api.START: start,
+        api.UPDATE: update,
+        api.FINISH: finish,
+        api.PAUSE: pause,
+        api.RESUME: resume,
         **dict.fromkeys(
-            (adapter.INIT, adapter.SLEEP, adapter.WAKE_WEIGHTS, adapter.WAKE_CACHE, adapter.STOP),
+            (api.INIT, api.SLEEP, api.WAKE_WEIGHTS, api.WAKE_CACHE, api.STOP),
             lambda self, _: (200, {}),
         ),
     }
@@ -116,16 +122,18 @@ class FakeServer:
 
 @contextmanager
 def serve(fake: FakeServer) -> Iterator[FakeServer]:
+    """Serve a fake at a free port of the loopback interface."""
+
     class Handler(BaseHTTPRequestHandler):
         def do(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             body = json.loads(self.rfile.read(length)) if length else None
-            status, said = fake.answer(self.path, body, self.headers.get("Authorization", ""))
-            data = json.dumps(said).encode()
+            status, answer = fake.answer(self.path, body, self.headers.get("Authorization", ""))
+            data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            with suppress(BrokenPipeError):  # who asked has not waited
+            with suppress(BrokenPipeError):  # the client did not wait
                 self.wfile.write(data)
 
         do_GET = do_POST = do

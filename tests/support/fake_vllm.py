@@ -1,7 +1,7 @@
-"""A server that speaks what `serving/adapter.py` reads, over a toy distribution that is known exactly, and misbehaves.
+"""Imitate a vLLM server as `inference/vllm/api.py` expects it, with a known toy distribution, and misbehave on demand.
 
-The next token depends on the weights' version and on the two tokens before it. What is done wrong is listed in
-`misdeeds`, one for each request to come; `kill` and `start` are those of its process.
+The next token depends on the weights' version and on the two tokens before it. `misdeeds` lists what goes wrong, one
+entry for each request to come. `kill` and `start` imitate those of its process.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import numpy as np
 from aiohttp import web
 from transformers import PreTrainedTokenizerBase
 
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.types import INITIAL_WEIGHTS, NO_WEIGHTS, WeightsVersion
 
 EOS = 0
 
 
 @cache
 def logits(version: int, last: tuple[int, ...], vocabulary: int) -> np.ndarray:
-    """(V,) float64 of the token after `last`."""
+    """Return the logits of the token after `last`, (V,) float64."""
     return np.random.default_rng([version, *last]).normal(size=vocabulary) * 2
 
 
 def logps(version: int, tokens: list[int], temperature: float, top_p: float, vocabulary: int) -> np.ndarray:
-    """(V,) float64: log-probs of the token after `tokens`, -inf where top_p cuts."""
+    """Return the log-probs of the token after `tokens`, (V,) float64, -inf for tokens that top_p cuts."""
     scaled = logits(version, tuple(tokens[-2:]), vocabulary) / temperature
     out = scaled - np.logaddexp.reduce(scaled)
     if top_p < 1:
@@ -43,14 +44,15 @@ def logps(version: int, tokens: list[int], temperature: float, top_p: float, voc
     return out
 
 
-class Cut(Exception):
-    """The connection is cut here."""
+class CutError(Exception):
+    """Cut the connection here."""
 
 
 class FakeVLLM:
-    """One server, in a thread.
+    """Imitate one server in a thread.
 
-    pace: seconds a token; together: tokens a chunk; token: the secret, if one is needed; endless: it never says EOS.
+    pace: seconds per token. together: tokens per chunk. length: of the context. token: the secret, if one is needed.
+    endless: it never samples EOS. model_version: the version it really samples with, for one that it reports.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class FakeVLLM:
         tokenizer: PreTrainedTokenizerBase,
         *,
         vocabulary: int = 257,
-        label: tuple[int, int] | None = (0, 0),
+        weights: WeightsVersion = INITIAL_WEIGHTS,
         pace: float = 0.0,
         together: int = 1,
         length: int = 4096,
@@ -67,13 +69,8 @@ class FakeVLLM:
         endless: bool = False,
         model_version: Callable[[int], int] = lambda version: version,
     ):
-        self.tokenizer, self.vocabulary, self.label, self.pace, self.together = (
-            tokenizer,
-            vocabulary,
-            label,
-            pace,
-            together,
-        )
+        self.tokenizer, self.vocabulary, self.weights = tokenizer, vocabulary, weights
+        self.pace, self.together = pace, together
         self.length, self.vllm, self.token, self.model_version = length, vllm, token, model_version
         self.endless = endless
         self.random = np.random.default_rng()
@@ -82,7 +79,7 @@ class FakeVLLM:
         self.ids: list[str] = []
         self.connections: set[int] = set()
         self.running = self.most = self.aborted = 0
-        self.deaf = False  # answers nothing
+        self.deaf = False  # it does not answer
         self.port = 0
         self.start()
 
@@ -91,22 +88,23 @@ class FakeVLLM:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Also after `kill`, at the same port."""
+        """Start to listen; after `kill` at the same port."""
         self.loop, self.transports = asyncio.new_event_loop(), set()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self._do(self._listen())
 
     def kill(self) -> None:
+        """Cut all connections and stop listening."""
         self._do(self._die())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
-    def update(self, version: int, step: int) -> None:
-        """New weights, at once, in the middle of whatever runs."""
+    def update(self, version: WeightsVersion) -> None:
+        """Take new weights at once, also in the middle of turns."""
 
         async def put() -> None:
-            self.label = (version, step)
+            self.weights = version
 
         self._do(put())
 
@@ -114,11 +112,11 @@ class FakeVLLM:
         asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
     async def _listen(self) -> None:
-        app = web.Application(middlewares=[self._guard])
-        app.router.add_get(adapter.LABEL, self._label)
-        app.router.add_get(adapter.VERSION, self._version)
-        app.router.add_get(adapter.MODELS, self._models)
-        app.router.add_post(adapter.GENERATE, self._generate)
+        app = web.Application(middlewares=[self._check_token])
+        app.router.add_get(api.LABEL, self._get_label)
+        app.router.add_get(api.VERSION, self._version)
+        app.router.add_get(api.MODELS, self._models)
+        app.router.add_post(api.GENERATE, self._generate)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True)
@@ -133,7 +131,7 @@ class FakeVLLM:
         await self.runner.cleanup()
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _check_token(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.transports.add(request.transport)
         self.connections.add(id(request.transport))
         if self.deaf:
@@ -143,11 +141,11 @@ class FakeVLLM:
         return await handler(request)
 
     @property
-    def _text(self) -> str:
-        return adapter.label(*self.label) if self.label else adapter.UNSET
+    def _label(self) -> str:
+        return api.label(self.weights)
 
-    async def _label(self, _: web.Request) -> web.Response:
-        return web.json_response({"label": self._text})
+    async def _get_label(self, _: web.Request) -> web.Response:
+        return web.json_response({"label": self._label})
 
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": self.vllm})
@@ -160,12 +158,12 @@ class FakeVLLM:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
-        self.ids.append(request.headers.get(adapter.REQUEST_ID, ""))
+        self.ids.append(request.headers.get(api.REQUEST_ID, ""))
         self.running, self.most = self.running + 1, max(self.most, self.running + 1)
         misdeed = self.misdeeds.popleft() if self.misdeeds else ("", None)
         try:
             return await (self._stream if body.get("stream") else self._score)(request, body, misdeed)
-        except Cut:
+        except CutError:
             request.transport.abort()  # type: ignore[union-attr]
             return web.Response()
         except asyncio.CancelledError:
@@ -182,10 +180,10 @@ class FakeVLLM:
         value = self._logps(tokens, params["temperature"], 1.0)[wanted]
         content = [{"logprob": -1.0, "top_logprobs": [{"token_id": wanted, "logprob": float(value)}]}]
         choice = {"token_ids": [1], "logprobs": {"content": content}, "finish_reason": "length"}
-        return web.json_response({"choices": [choice]}, headers={adapter.LABEL_HEADER: self._text})
+        return web.json_response({"choices": [choice]}, headers={api.LABEL_HEADER: self._label})
 
     def _logps(self, tokens: list[int], temperature: float, top_p: float) -> np.ndarray:
-        version = self.label[0] if self.label else 0
+        version = 0 if self.weights == NO_WEIGHTS else self.weights.optimizer_steps
         return logps(self.model_version(version), tokens, temperature, top_p, self.vocabulary)
 
     async def _stream(self, request: web.Request, body: Any, misdeed: tuple[str, Any]) -> web.StreamResponse:
@@ -193,8 +191,8 @@ class FakeVLLM:
         if kind == "status":
             return web.json_response({"error": {"message": "not now"}}, status=what)
         await self._at(0, kind, what if kind in ("cut before headers", "hang before headers") else None)
-        written = self._text
-        headers = {adapter.LABEL_HEADER: what if kind == "header" else written, "Content-Type": "text/event-stream"}
+        written = self._label
+        headers = {api.LABEL_HEADER: what if kind == "header" else written, "Content-Type": "text/event-stream"}
         response = web.StreamResponse(headers=headers)
         response.enable_chunked_encoding()
         await response.prepare(request)
@@ -204,9 +202,9 @@ class FakeVLLM:
         async for token, logprob, finish in self._tokens(body):
             if kind in ("cut", "hang"):
                 await self._at(len(out), kind, what)
-            if self._text != written:
-                written = self._text
-                await response.write(f"{adapter.LABEL_COMMENT}{written}\n\n".encode())
+            if self._label != written:
+                written = self._label
+                await response.write(f"{api.LABEL_COMMENT}{written}\n\n".encode())
             if not spans or spans[-1][0] != written:
                 spans.append([written, len(out), len(out)])
             out.append(token)
@@ -229,7 +227,7 @@ class FakeVLLM:
                 )
                 await self._write(response, line, kind)
         if kind == "cut at the end":
-            raise Cut
+            raise CutError
         if kind == "hang at the end":
             await asyncio.sleep(1000)
         await response.write(b"data: [DONE]\n\n")
@@ -239,7 +237,7 @@ class FakeVLLM:
         return response
 
     async def _write(self, response: web.StreamResponse, line: bytes, kind: str) -> None:
-        """Torn apart, as networks do."""
+        """Write a line, in parts if it is to be torn as networks do."""
         if kind == "torn":
             for part in (line[:7], line[7:-1], line[-1:]):
                 await response.write(part)
@@ -252,7 +250,7 @@ class FakeVLLM:
             return
         await asyncio.sleep(0.001)
         if kind.startswith("cut"):
-            raise Cut
+            raise CutError
         await asyncio.sleep(1000)
 
     async def _tokens(self, body: Any):
@@ -286,7 +284,7 @@ def truth(
     vocabulary: int = 257,
     versions: Iterable[int] = range(10),
 ) -> np.ndarray:
-    """(A,) int: of which of the versions each sampled token's log-prob is; -1: of none."""
+    """Return the version that gives each sampled token its log-prob, (A,) int; -1 if none of `versions` does."""
     tokens, found = [int(token) for token in trajectory.tokens], []
     for at in np.flatnonzero(trajectory.sampled):
         values = {v: logps(v, tokens[:at], temperature, top_p, vocabulary)[tokens[at]] for v in versions}

@@ -1,8 +1,8 @@
-"""A run whose processes keep a journal and kill themselves where a test says so: `python faulty.py PLAN train FILE …`.
+"""Run `mgrpo` with processes that keep a journal and kill themselves at given points: `faulty.py PLAN train FILE …`.
 
-The launcher imports what its processes need, once, and forks them: so a restart costs little. They have their own
-process groups, logs and pipes as those of a launcher that executes them. PLAN is a JSON file; beside it lie the journal
-and a mark for each fault that has happened. Nothing in the engine knows of any of this.
+The launcher imports what its processes need once and forks them, so that a restart costs little. They have process
+groups, logs and pipes of their own, like those of a real launcher. PLAN is a JSON file; the journal and a mark for each
+fault that has happened are written beside it. The engine itself knows nothing of this.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
 
 BEAT = threading.RLock()
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that the launcher notes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that the launcher handles
 
 
 class Errands(Environment):
-    """Whatever the untrained main agent writes is a request to its clerk, twice; rewards are as good as random."""
+    """Take whatever the untrained main agent writes as a request to its clerk, twice; draw rewards at random."""
 
     def tasks(self, split):
         return [Task(f"{split} {i}", {}) for i in range(7)]
@@ -51,7 +51,7 @@ class Errands(Environment):
 
 
 class Bucket(AbstractFileSystem):
-    """An object store in a folder: whole files that are there at once, and nothing is appended to."""
+    """An object store in a folder: a file appears as a whole, and nothing can be appended to it."""
 
     protocol = "bucket"
     local = LocalFileSystem(auto_mkdir=True)
@@ -74,12 +74,15 @@ class Bucket(AbstractFileSystem):
 
 
 class Plan:
-    """faults: [{"who": a process, "method": "Class.name", "when": "before" or "after", "nth": call of its life}], and
-    "signal" if it is not to be SIGKILL; null: nothing ends, an OSError is raised. "within": also within a transaction.
+    """Read what is to go wrong in a run.
 
-    skew: by process, seconds that its clock is wrong; twice: processes that record everything twice; alone: trainers
-    that the launcher does not start; lone: whether a trainer's holder is its own, as on a cluster. locked: seconds that
-    SQLite's lock is waited for at a time.
+    faults: a list of {"who": a process, "method": "Class.name", "when": "before" or "after", "nth": the number of the
+    call in the process's life}. Each may have a "signal" in place of SIGKILL (null: an OSError is raised, and no
+    process ends) and "within": true, to happen also within a transaction.
+
+    skew: by process, the seconds by which its clock is wrong. twice: processes that record everything twice. alone:
+    trainers that the launcher does not start. lone: whether each trainer process has a holder of its own, as on a
+    cluster. locked: seconds to wait for SQLite's lock at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +96,7 @@ class Plan:
         self.locked: float = raw.get("locked", 60.0)
 
     def note(self, event: str, **what: Any) -> None:
-        """One line, whole: several processes append to the journal."""
+        """Append a line to the journal by one write, because several processes do."""
         line = json.dumps({"event": event, "pid": os.getpid(), **what}) + "\n"
         file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(file, line.encode())
@@ -101,7 +104,7 @@ class Plan:
 
 
 def act(plan: Plan, arguments: Sequence[str]) -> None:
-    """What `python -m mgrpo.engine` does, with faults."""
+    """Do what `python -m mgrpo.engine` does, with faults."""
     from mgrpo.engine.cli import main as cli
     from mgrpo.engine.system.process import die_with_launcher
 
@@ -116,19 +119,19 @@ def act(plan: Plan, arguments: Sequence[str]) -> None:
 
 
 def sabotage(plan: Plan, who: str) -> None:
-    from mgrpo.engine import sampler
+    """Change the classes of this process so that it notes what it does, and fails as planned."""
+    from mgrpo.engine.inference import in_process
     from mgrpo.engine.policy import policy
     from mgrpo.engine.rollout import worker
     from mgrpo.engine.run import directory as run
-    from mgrpo.engine.store import database
-    from mgrpo.engine.store import groups as store
+    from mgrpo.engine.store import database, groups, queries, roles
     from mgrpo.engine.training import decoupled as agent
     from mgrpo.engine.training import leader as leader
     from mgrpo.engine.training import trainer
 
     database.LOCKED = plan.locked
     fsspec.register_implementation("bucket", Bucket)
-    trainer.matmul_ceiling = lambda *_: 1.0  # takes a second, for one number in the metrics
+    trainer.matmul_ceiling = lambda *_: 1.0  # the real one takes a second, for one number of the metrics
     if plan.lone:
         leader._holder = lambda _: f"holder-{os.getpid()}"
     if who in plan.skew:
@@ -136,10 +139,12 @@ def sabotage(plan: Plan, who: str) -> None:
         time.time = lambda: true() + plan.skew[who]
     keep_journal(plan, who, agent.AgentProcess, trainer.AgentTrainer)
     if who in plan.twice:
-        record = store.Store.record
-        after(store.Store, "record", lambda _, *args: record(*args))
-    between_beats(store.Store)
-    classes = (leader.Leader, policy.Policy, run.RunDirectory, sampler.InProcessSampler, store.Store, worker.Worker)
+        record = queries.Queries.record
+        after(queries.Queries, "record", lambda _, *args: record(*args))
+    for owner, name in ((queries.Queries, "extend"), (roles.Roles, "keep")):
+        setattr(owner, name, guarded(getattr(owner, name)))
+    store = (groups.Groups, queries.Queries, roles.Roles)
+    classes = (leader.Leader, policy.Policy, run.RunDirectory, in_process.InProcessSampler, *store, worker.Worker)
     owners = {owner.__name__: owner for owner in classes}
     for number, fault in enumerate(plan.faults):
         if fault["who"] == who and not (plan.folder / f"fault-{number}").exists():
@@ -151,6 +156,8 @@ def sabotage(plan: Plan, who: str) -> None:
 
 
 def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
+    """Note each checkpoint that a trainer restores and each step that it takes."""
+
     def restored(saved: Any, *_: Any) -> None:
         plan.note("restored", who=who, step=saved.step if saved.stage == "rl" else 0)
 
@@ -162,7 +169,7 @@ def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
 
 
 def after(owner: type, name: str, then: Callable[..., Any]) -> None:
-    """Calls then(result, *arguments) after each call of a method."""
+    """Call then(result, *arguments) after each call of a method."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
@@ -174,12 +181,9 @@ def after(owner: type, name: str, then: Callable[..., Any]) -> None:
     setattr(owner, name, both)
 
 
-def between_beats(store: type) -> None:
-    for name in ("extend", "keep"):
-        setattr(store, name, guarded(getattr(store, name)))
-
-
 def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of the heartbeat during which no planned fault happens."""
+
     @functools.wraps(method)
     def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
         with BEAT:
@@ -189,7 +193,7 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fail_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]) -> None:
-    """Of claims only those count that brought something."""
+    """Call `end` before or after the nth call of a method. Of claims, only those that return groups are counted."""
     method, calls = getattr(owner, name), 0
 
     @functools.wraps(method)
@@ -206,27 +210,30 @@ def fail_at(owner: type, name: str, when: str, nth: int, end: Callable[[], None]
 
 
 def fail(mark: Path, number: int | None, between: AbstractContextManager[Any]) -> None:
-    """Between two beats: who is stopped within a transaction keeps SQLite's only lock, and all wait for him."""
+    """End this process between two heartbeats.
+
+    A process that is stopped within a transaction would keep SQLite's only lock, so that all others wait for it.
+    """
     with between:
         mark.touch()
         if number is None:
-            raise OSError(errno.EIO, "the server did all of it, and the reply was lost")
+            raise OSError(errno.EIO, "the server did all of it, but the reply was lost")
         os.kill(os.getpid(), number)
 
 
 class Forked:
-    """Stands in for subprocess.Popen in the supervisor: a copy of this process that acts as the command says."""
+    """Stand in for subprocess.Popen in the supervisor: fork this process, and do in the copy what the command says."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, pass_fds: Sequence[int], **_: Any
     ):
         self.returncode: int | None = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the copy has handlers of its own
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the copy has its own handlers
         self.pid = os.fork()
         if not self.pid:
             self._become(command, env, stdout.fileno(), pass_fds[0])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.setpgid(self.pid, self.pid)  # here too: it may not have got there before it is to be killed
+        os.setpgid(self.pid, self.pid)  # here too, because the copy may be killed before it does so itself
 
     def _become(self, command: Sequence[str], env: Mapping[str, str], out: int, lifeline: int) -> None:
         status = 1
@@ -255,15 +262,18 @@ class Forked:
             os._exit(status)
 
     def send_signal(self, number: int) -> None:
+        """Send a signal to the copy."""
         os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
+        """Wait for the copy to end, and return its status."""
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 
 
 def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
+    """Launch a run whose processes are forked. file: of the plan."""
     from mgrpo.engine.system import supervisor
     from mgrpo.engine.training import launcher as local
 
@@ -278,7 +288,7 @@ def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
 
 
 def warm(file: str) -> None:
-    """Everything that is imported late, before there is anything to fork."""
+    """Import what the engine imports late, before anything is forked."""
     import torch.utils.tensorboard  # noqa: F401
 
     from mgrpo.engine.config.schema import load_config

@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces on this machine, with a cable between them and PostgreSQL on the first."""
+"""Make two hosts of network namespaces on this machine, with a cable between them and PostgreSQL on the first."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CLONE_NEWNET = 0x40000000
 
 
 class Hosts:
-    """While it is open, this thread and what it starts are on the first host."""
+    """Two hosts: while they are open, this thread and the processes that it starts are on the first."""
 
     def __init__(self) -> None:
         self.names = [f"mgrpo-{os.getpid()}-{which}" for which in "ab"]
 
     def open(self) -> None:
-        """Raises CalledProcessError or OSError where that is not allowed."""
+        """Create both hosts and enter the first. Raises CalledProcessError or OSError if that is not allowed here."""
         for name in self.names:
             self._ip("netns", "add", name)
         self._ip(
@@ -36,6 +36,7 @@ class Hosts:
         _enter(f"/run/netns/{self.names[0]}")
 
     def close(self) -> None:
+        """Return to this machine's own network and delete both hosts."""
         if hasattr(self, "home"):
             _enter(f"/proc/self/fd/{self.home}")
             os.close(self.home)
@@ -44,11 +45,12 @@ class Hosts:
                 self._ip("netns", "delete", name)
 
     def on_the_second(self) -> list[str]:
-        """What a command begins with that is to run there."""
+        """Return the words that run the command after them on the second host."""
         return ["ip", "netns", "exec", self.names[1]]
 
     @contextmanager
     def cut(self) -> Iterator[None]:
+        """Disconnect the hosts for a while."""
         self._ip("-n", self.names[1], "link", "set", "cable", "down")
         yield
         self._ip("-n", self.names[1], "link", "set", "cable", "up")
@@ -58,7 +60,7 @@ class Hosts:
 
 
 class Server(Cluster):
-    """One that the other host can reach."""
+    """A PostgreSQL server that the second host can reach."""
 
     listens = f"127.0.0.1, {HERE}"
 

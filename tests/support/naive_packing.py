@@ -1,4 +1,4 @@
-"""The packer in plain Python, written to be read: what `mgrpo._packing` must give, number for number.
+"""Define the packer in plain, readable Python: `mgrpo._packing` must return the same numbers.
 
 Legend: R rollouts; N sequences of T tokens in all; B sequences in a batch of P rows; M micro-batches ("bins").
 """
@@ -21,14 +21,14 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(x: int) -> int:
-    """The output function of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Compute the output function of splitmix64 (Steele, Lea and Flood 2014)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & WORD
     return x ^ (x >> 31)
 
 
 def draws(seed: int, key: int) -> Callable[[int], int]:
-    """A function that gives the next number, uniform in [0, bound)."""
+    """Return a function that draws the next number, uniform in [0, bound)."""
     state = mix((mix((seed + GOLDEN) & WORD) + key) & WORD)
 
     def below(bound: int) -> int:
@@ -67,7 +67,7 @@ def trainable_rows(trajectories: Sequence[Sequence[bool]]) -> list[int]:
 
 
 def best_fit_decreasing(lengths: Sequence[int], cap: int, ids: Sequence[int] | None = None) -> list[list[int]]:
-    """Of the bins with the least room, the one that has it for the shortest time."""
+    """Pack best-fit decreasing; among bins with the least room, choose the one that reached it last."""
     bins: list[list[int]] = []
     room: list[int] = []
     latest: list[int] = []
@@ -86,7 +86,7 @@ def best_fit_decreasing(lengths: Sequence[int], cap: int, ids: Sequence[int] | N
 
 
 def added_up(numbers: Iterable[float]) -> float:
-    """One after another: Python's own sum rounds less."""
+    """Add the numbers one after another: Python's own sum rounds less."""
     return functools.reduce(operator.add, numbers, 0.0)
 
 
@@ -95,7 +95,7 @@ FEW, TRIES = 32, 8
 
 @dataclass(frozen=True)
 class Items:
-    """What is put into bins: sequences, or groups of them."""
+    """Hold what is put into bins: sequences, or groups of them."""
 
     rows: Sequence[int]
     costs: Sequence[float]
@@ -108,7 +108,7 @@ class Items:
 
 
 def halved(items: Items, bins: Sequence[list[int]], count: int) -> list[list[int]]:
-    """The dearest bin halved again and again."""
+    """Halve the most expensive bin repeatedly until there are `count` bins."""
     bins = list(bins)
     while len(bins) < count and any(len(ids) > 1 for ids in bins):
         m = max((m for m in range(len(bins)) if len(bins[m]) > 1), key=lambda m: (items.price(bins[m]), m))
@@ -121,7 +121,7 @@ def halved(items: Items, bins: Sequence[list[int]], count: int) -> list[list[int
 
 
 def dealt_anew(items: Items, bins: Sequence[list[int]], cap: int, count: int) -> list[list[int]] | None:
-    """Each item to the cheapest bin with room."""
+    """Put each item into the cheapest bin with room."""
     dealt: list[list[int]] = [[] for _ in range(count)]
     for n in sorted(itertools.chain(*bins), key=lambda n: -items.rows[n]):
         few = sorted(dealt, key=items.price)[:TRIES]
@@ -144,7 +144,7 @@ def even_out(items: Items, bins: list[list[int]], cap: int, count: int, ranks: i
 
 
 def pack(items: Items, ids: Sequence[int], cap: int, ranks: int, allow_empty: bool) -> list[list[int]]:
-    """One mini-batch."""
+    """Pack one mini-batch."""
     bins = items.dearest_first(best_fit_decreasing(items.rows, cap, ids))
     count = -(-max(len(bins), int(allow_empty or len(items.rows) > 0)) // ranks) * ranks
     few = min(-(-FEW // ranks) * ranks, count)
@@ -158,7 +158,7 @@ def pack(items: Items, ids: Sequence[int], cap: int, ranks: int, allow_empty: bo
 
 
 def deal_out(items: Items, parts: int, seed: int) -> list[list[int]]:
-    """The dearest item first to the cheapest mini-batch, those of nearly the same cost shuffled."""
+    """Put each item, most expensive first, into the cheapest mini-batch; shuffle those of nearly the same cost."""
 
     def key(n: int) -> tuple[int, int]:
         mantissa, exponent = math.frexp(items.costs[n])
@@ -181,7 +181,7 @@ def plan(
     seed: int = 0,
     allow_empty: bool = False,
 ) -> list[list[list[int]]]:
-    """By mini-batch, by micro-batch."""
+    """Return the plan by mini-batch and micro-batch."""
     names = range(len(lengths)) if groups is None else groups
     members = [[n for n in range(len(lengths)) if names[n] == name] for name in sorted(set(names))]
     price = [cost[0] * length + cost[1] * length * length for length in lengths]
@@ -194,7 +194,7 @@ def plan(
 
 
 def l2_bound(lengths: Sequence[int], cap: int) -> int:
-    """Martello and Toth (1990), as defined: the best over all limits below which small ones are left out."""
+    """Compute L2 of Martello and Toth (1990): the best bound over all limits below which items are ignored."""
 
     def bound(limit: int) -> int:
         alone = [rows for rows in lengths if rows > cap - limit]
@@ -218,7 +218,7 @@ def fill(
     live: str | None = None,
     narrow: bool = False,
 ) -> dict[str, Any]:
-    """`logprobs`: by output key. Sums of weights are exact where weights are small multiples of a power of two."""
+    """Fill one micro-batch.  logprobs: by output key.  Small multiples of a power of two give exact sums."""
     types = {**FILLED, **dict.fromkeys(IDS, np.int32 if narrow else np.int64), **dict.fromkeys(logprobs, np.float32)}
     out: dict[str, list[Any]] = {key: [] for key in types}
     lives, actions, weight_sum = [], 0, 0.0

@@ -1,4 +1,4 @@
-"""Prefix trees by plain dictionaries: what `tree_plan` and `tree_fill` are held to."""
+"""Define prefix trees with plain dictionaries; `tree_plan` and `tree_fill` are compared with these."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Prefix = tuple[int, ...]
 
 
 def prefixes(sequences: Sequence[Sequence[int]]) -> set[Prefix]:
-    """The distinct prefixes: each is one token of the trie."""
+    """Return the distinct prefixes: each is one token of the trie."""
     return {tuple(tokens[: i + 1]) for tokens in sequences for i in range(len(tokens))}
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences have in common."""
+    """Return the number of leading tokens that two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def next_fit(sequences: Sequence[Sequence[int]], cap: int) -> int:
-    """Micro-batches of one open row in the given order, closed when the next sequence does not fit: TRL's planner."""
+    """Count TRL's micro-batches: one open row in the given order, closed when the next sequence does not fit."""
     bins, row = 0, list[Sequence[int]]()
     for tokens in sequences:
         if not row or len(prefixes([*row, tokens])) > cap:
@@ -33,10 +33,15 @@ def next_fit(sequences: Sequence[Sequence[int]], cap: int) -> int:
 
 
 def fewest_tokens(sequences: Sequence[Sequence[int]], cap: int) -> int:
-    """Tokens that no packing does without: those after a prefix of d tokens have room for cap - d in each micro-batch,
-    and so many micro-batches hold the prefix. (The distinct prefixes are fewer: a cap may leave no way to them.)
+    """Return a lower bound on the tokens of any packing.
+
+    The tokens after a prefix of d tokens have room for cap - d in each micro-batch; this determines how many
+    micro-batches hold the prefix. (The distinct prefixes are fewer: a cap may make them impossible to reach.)
     """
-    held, after = Counter[Prefix](), Counter[Prefix]()  # held: micro-batches; after: tokens beyond, in all of these
+    held, after = (
+        Counter[Prefix](),
+        Counter[Prefix](),
+    )  # held: micro-batches with the prefix; after: tokens beyond it, in all of these
     for prefix in sorted(prefixes(sequences), key=len, reverse=True):
         held[prefix] = max(held[prefix], 1)
         if after[prefix]:
@@ -47,7 +52,7 @@ def fewest_tokens(sequences: Sequence[Sequence[int]], cap: int) -> int:
 
 
 def segment_ends(sequences: Sequence[Sequence[int]]) -> set[Prefix]:
-    """The prefixes at which a sequence ends, or from which sequences go on differently."""
+    """Return the prefixes at which a sequence ends, or after which sequences differ."""
     following: dict[Prefix, set[int]] = {}
     for tokens in sequences:
         for i in range(len(tokens) - 1):
@@ -59,7 +64,7 @@ def segment_ends(sequences: Sequence[Sequence[int]]) -> set[Prefix]:
 def prediction_rows(
     batch: Sequence[dict[str, Any]], logprobs: Sequence[str], *, merge: bool
 ) -> list[tuple[Prefix, int, int, float, float, tuple[bytes, ...]]]:
-    """(prefix, target, first trajectory, weight, advantage, bits of the log-probs) of every row.
+    """Return (prefix, target, first trajectory, weight, advantage, bits of the log-probs) of every row.
 
     `batch`: dictionaries of tokens, sampled, rows, advantage, weight, and each of `logprobs`.
     """

@@ -1,4 +1,4 @@
-"""Helpers of the kernel tests: random cases, errors against a float64 truth, and what an implementation may cost."""
+"""Help the kernel tests: random cases, errors against a float64 truth, and measures of cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgrpo.kernels import Objective
 
-# A kernel may be twice as wrong as plain torch in the same dtype, plus this share of the truth's largest value.
+# A kernel's error may be twice that of plain torch in the same dtype, plus this share of the truth's largest value.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 OBJECTIVES = st.builds(
@@ -27,7 +27,7 @@ OBJECTIVES = st.builds(
 
 
 def double(args: Any) -> Any:
-    """Every float tensor of a dict, list, tuple or alone, detached and in float64."""
+    """Detach every float tensor of a dict, list or tuple, or a single one, and convert it to float64."""
     if isinstance(args, dict):
         return {name: double(value) for name, value in args.items()}
     if isinstance(args, list | tuple):
@@ -36,7 +36,7 @@ def double(args: Any) -> Any:
 
 
 def error(got: Tensor, truth: Tensor) -> float:
-    """Largest absolute error as a share of the truth's largest absolute value."""
+    """Return the largest absolute error as a share of the truth's largest absolute value."""
     assert got.shape == truth.shape, (got.shape, truth.shape)
     if not truth.numel():
         return 0.0
@@ -45,19 +45,19 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def close(got: Tensor, truth: Tensor, tolerance: float = 1e-10) -> bool:
-    """Equal to a float64 truth, absolutely or relatively."""
+    """Return whether a tensor equals a float64 truth, absolutely or relatively."""
     assert got.shape == truth.shape, (got.shape, truth.shape)
     return bool(torch.isfinite(got).all()) and torch.allclose(got.double(), truth, rtol=tolerance, atol=tolerance)
 
 
 def within_rule(got: Tensor, plain: Tensor, truth: Tensor) -> bool:
-    """Error at most twice that of the plain version in the same dtype, plus the dtype's floor; else tells the worst."""
+    """Return whether the error is at most twice the plain version's plus the dtype's floor; print the worst if not."""
     good = error(got, truth) <= 2 * error(plain, truth) + FLOOR[plain.dtype]
     return good or tell_worst(got, plain, truth)
 
 
 def tell_worst(got: Tensor, plain: Tensor, truth: Tensor) -> bool:
-    """Print the element that is furthest off, for pytest to show.  False, so that it can end a condition."""
+    """Print the element with the largest error, for pytest to show; return False, so that it can end a condition."""
     got, plain, truth = (t.detach().double().flatten() for t in (got, plain, truth))
     at = int((got - truth).abs().nan_to_num(torch.inf).argmax())
     print(f"worst element {at}: {got[at]}, where plain torch gives {plain[at]} and the truth is {truth[at]}")
@@ -65,7 +65,7 @@ def tell_worst(got: Tensor, plain: Tensor, truth: Tensor) -> bool:
 
 
 def ragged(count: int, generator: torch.Generator) -> Tensor:
-    """Bounds of up to five sequences, some of them empty."""
+    """Return the bounds of up to five sequences, some of them empty."""
     cuts = torch.randint(count + 1, (4,), generator=generator).sort().values
     return torch.cat([torch.tensor([0]), cuts, torch.tensor([count])])
 
@@ -81,9 +81,9 @@ def loss_case(
     row_temperature: bool,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
-    """Random float64 inputs of `linear_grpo_loss`: the differentiable ones, the other positional ones, the keywords.
+    """Make random float64 inputs of `linear_grpo_loss`: differentiable ones, other positional ones, keywords.
 
-    A third of the rows is masked and a third has advantage 0; every row's values are sound.
+    A third of the rows is masked and a third has advantage 0; every row's values are valid.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -109,12 +109,12 @@ def loss_case(
 
 
 def gradients(loss: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Gradient of loss() with respect to each leaf."""
+    """Return the gradient of loss() with respect to each leaf."""
     return list(torch.autograd.grad(loss(), leaves, materialize_grads=True))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that torch held at once during the work, beyond those held before."""
+    """Return the most bytes that torch held at once during the work, beyond those held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -127,7 +127,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a GPU: the values of tensors, and sizes that depend on them."""
+    """Count the operations that make the host wait for a GPU: reads of values, and sizes that depend on values."""
 
     ALWAYS = ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "unique_dim", "_unique2")
 

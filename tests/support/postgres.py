@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
-from mgrpo.engine.store.groups import Store
+from mgrpo.engine.store import Store
 
 Connect = Callable[..., Store]
 
@@ -24,7 +24,7 @@ def server() -> Iterator[Cluster]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
-    """Opens one and the same new database, once of each kind, for a run."""
+    """Open the same new database for a run, as often as the test calls it; once of each kind."""
     url = f"sqlite:///{tmp_path}/store.db" if request.param == "sqlite" else request.getfixturevalue("server").create()
     opened: list[Store] = []
 

@@ -1,4 +1,4 @@
-"""A tiny untrained model with a byte-level tokenizer, and the config of a run of it, for tests in seconds."""
+"""Make a tiny untrained model with a byte-level tokenizer, and the config of a run of it, for tests of seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_model(folder: Path, tie: bool = True, seed: int = 0, **changes: Any) ->
 
 
 def raw_config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The dictionary of a run of `examples/sums` with the model in `folder`/model."""
+    """Return the config, as a dictionary, of a run of `examples/sums` with the model in `folder`/model."""
     agent = {"model": str(folder / "model"), "stop": ["\n"], "max_new_tokens": 12, "max_turns": 3, "max_context": 64}
     return {
         "run_dir": str(folder / "run"),
@@ -59,4 +59,5 @@ def raw_config(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def toy_config(folder: Path, **changes: Any) -> Config:
+    """Return the config of such a run."""
     return parse_config(raw_config(folder, **changes))

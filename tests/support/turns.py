@@ -1,4 +1,4 @@
-"""Sessions played side by side on servers, fake or real."""
+"""Play sessions side by side on servers, fake or real."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mgrpo.engine.inference.vllm.client import VLLMSampler
 def play(
     sampler: VLLMSampler, sessions: Sequence[Session], turns: int = 1, seconds: float = 30.0
 ) -> list[list[Completion]]:
-    """Turns of all sessions, with three tokens shown after each but the last. Raises TimeoutError after `seconds`."""
+    """Sample turns of all sessions, and show them three tokens between turns. Raises TimeoutError after `seconds`."""
 
     async def one(session: Session) -> list[Completion]:
         done = [await sampler.act(session)]

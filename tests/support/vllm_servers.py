@@ -1,4 +1,4 @@
-"""Real vLLM servers for tests, the trainer that feeds them, and what is asked of them."""
+"""Run real vLLM servers for tests, with a trainer that sends them weights, and send them requests."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm.server import free_ports, server_task, token, url
+from mgrpo.engine.inference.manifest import manifest_of
+from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.inference.vllm.server import free_ports, server_spec, token, url
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
 from mgrpo.engine.policy.policy import Policy
+from mgrpo.engine.types import WeightsVersion
 
 CONTEXT = 256
-START = 600.0  # seconds that a server may take to come up, on a machine that has much else to do
+START = 600.0  # seconds that a server may take to start, on a busy machine
 QUICK = ("--enforce-eager", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(1 << 27))
 
 
 class RunningServer:
-    """One server's processes, to be killed, stopped and started again at the same port."""
+    """Run one server's processes, which tests kill, stop and start again at the same port."""
 
     def __init__(self, model: Path, dtype: str, log: Path):
         self.port, self.log = free_ports(1)[0], log
         self.url = url(self.port)
-        self.task = server_task(
+        self.task = server_spec(
             "server",
             str(model),
             self.port,
@@ -58,13 +60,13 @@ class RunningServer:
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             with suppress(OSError):
-                if ask(self.url, "GET", adapter.HEALTH)[0] == 200:
+                if ask(self.url, "GET", api.HEALTH)[0] == 200:
                     return
             time.sleep(0.2)
         raise TimeoutError(self.log.read_text()[-4000:])
 
     def signal(self, number: int) -> None:
-        """To all its processes."""
+        """Send a signal to all its processes."""
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
@@ -75,7 +77,7 @@ class RunningServer:
 
 @contextmanager
 def running(*servers: RunningServer) -> Iterator[None]:
-    """Waits until they all answer; ends them all."""
+    """Wait until all servers answer, and end them at the end."""
     try:
         for server in servers:
             server.wait()
@@ -98,25 +100,25 @@ def ask(at: str, method: str, path: str, body: Any = None, timeout: float = 60.0
 
 
 def scores(at: str, tokens: Sequence[int], temperature: float = 1.0) -> list[float]:
-    """log p of each token but the first, by the server."""
+    """Return the server's log p of each token but the first."""
 
     def one(position: int) -> float:
-        status, body = ask(at, "POST", adapter.GENERATE, adapter.score_body(tokens, position, temperature))
+        status, body = ask(at, "POST", api.GENERATE, api.score_body(tokens, position, temperature))
         assert status == 200, body
-        return adapter.read_score(body, tokens[position])
+        return api.read_score(body, tokens[position])
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, range(1, len(tokens))))
 
 
 class Stream:
-    """A turn in a thread of its own: all its chunks, and for each the label that the guard had said by then."""
+    """Sample a turn in its own thread. Record all chunks, each with the last label of the stream before it."""
 
     def __init__(self, at: str, tokens: Sequence[int], **options: Any):
-        wanted = {"max_tokens": 100, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
+        defaults = {"max_tokens": 100, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
         self.at, self.prompt = at, list(tokens)
-        self.body = adapter.generate_body(tokens, **wanted | options)
-        self.chunks: list[tuple[str, adapter.Chunk]] = []
+        self.body = api.generate_body(tokens, **defaults | options)
+        self.chunks: list[tuple[str, api.Chunk]] = []
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.label, self.error = "", None
@@ -127,18 +129,18 @@ class Stream:
         host, _, port = self.at.removeprefix("http://").partition(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=120)
         try:
-            connection.request("POST", adapter.GENERATE, json.dumps(self.body), {"Content-Type": "application/json"})
+            connection.request("POST", api.GENERATE, json.dumps(self.body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             assert response.status == 200, response.read()
-            self.label = response.headers[adapter.LABEL_HEADER]
+            self.label = response.headers[api.LABEL_HEADER]
             for line in response:
-                self._take(adapter.read_line(line))
+                self._take(api.read_line(line))
         except (OSError, http.client.HTTPException) as error:
             self.error = error
         finally:
             connection.close()
 
-    def _take(self, chunk: adapter.Chunk | None) -> None:
+    def _take(self, chunk: api.Chunk | None) -> None:
         if chunk is None:
             return
         if chunk.label is not None:
@@ -149,26 +151,24 @@ class Stream:
         self.logprobs += chunk.logprobs
 
     @property
-    def last(self) -> adapter.Chunk:
+    def last(self) -> api.Chunk:
         self.thread.join(180)
         assert self.error is None and self.chunks, self.error
         return self.chunks[-1][1]
 
 
 class Trainer:
-    """A policy whose weights move a little at every step, in place of one that learns."""
+    """Hold a policy whose weights move a little at every step, in place of one that learns."""
 
     def __init__(self, model: Path, dtype: str, temperature: float = 1.0):
         self.folder = model
         agent = AgentConfig(model=str(model), temperature=temperature, max_context=CONTEXT)
         self.policy = Policy("main", agent, ComputeConfig(dtype=dtype, device="cpu"))
-        self.manifest = {
-            name: (tuple(param.shape), self.policy.dtype) for name, param in self.policy.masters.params.items()
-        }
+        self.manifest = manifest_of(self.policy.masters.params, self.policy.dtype)
 
     @torch.no_grad()
     def step(self, size: float) -> None:
-        """size: of the change, against the weights' own."""
+        """Move the weights at random. size: of the change, relative to the weights' standard deviation."""
         for weight in self.policy.masters.weights.values():
             weight += size * weight.std().nan_to_num(0.0) * torch.randn_like(weight)
         self.policy.masters.publish()
@@ -178,12 +178,15 @@ class Trainer:
         return Transfer([server.url for server in servers], token(), "tcp", self.manifest, timeout)
 
     def push(self, transfer: Transfer) -> list[str]:
-        return transfer.update(self.policy.full_weights(), self.policy.version, self.policy.version)
+        version = WeightsVersion(self.policy.version, self.policy.version)
+        return transfer.update(self.policy.full_weights(), version)
 
     @torch.no_grad()
     def rounding(self, tokens: Sequence[int]) -> float:
-        """The mean absolute difference of its log-probs to those of the same weights in float32, in nats: two ways of
-        rounding to bfloat16 are further apart than either is from the truth."""
+        """Return the mean absolute difference of its log-probs to those of the same weights in float32, in nats.
+
+        Two ways of rounding to bfloat16 are further apart than either is from the truth.
+        """
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         parameters = dict(model.named_parameters())
         for name, weight in self.policy.full_weights():
@@ -193,7 +196,7 @@ class Trainer:
         return float((truth_T - torch.tensor(self.policy.logprobs(tokens))).abs().mean())
 
     def gap(self, server: RunningServer, tokens: Sequence[int]) -> float:
-        """The mean absolute difference of the log-probs of trainer and server, in nats."""
+        """Return the mean absolute difference between the log-probs of trainer and server, in nats."""
         pairs = zip(
             self.policy.logprobs(tokens), scores(server.url, tokens, self.policy.agent.temperature), strict=True
         )

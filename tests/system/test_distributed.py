@@ -1,4 +1,4 @@
-"""Ranks as real processes: messages, agreement, what listens, and what becomes of the others when one stands still."""
+"""Test ranks in real processes: messages, agreement, listening ports, and what happens if one rank stands still."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def messages_arrive() -> None:
 
 
 def nothing_is_unpickled() -> None:
-    """Bytes that would run something if they were."""
+    """Pickle to bytes that would run something if they were loaded."""
 
     class Hostile:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ def ranks_agree_or_all_fail() -> None:
 
 
 def only_loopback_listens() -> None:
-    """But for rank 0's rendezvous, which torch opens."""
+    """Ignore the rendezvous of rank 0, which torch opens."""
     if distributed.rank():
         listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
         assert set(listening) == {"127.0.0.1"}

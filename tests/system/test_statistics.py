@@ -1,4 +1,4 @@
-"""Intervals against published figures, against the test they invert, and against their own coverage."""
+"""Test intervals against published figures, the test that they invert, and their own coverage."""
 
 from __future__ import annotations
 

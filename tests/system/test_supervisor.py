@@ -1,4 +1,4 @@
-"""Processes that fail, hang, are killed and are told to stop: the others go on, and none is left over."""
+"""Test processes that fail, hang, are killed or are asked to stop: the others go on, and none is left behind."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mgrpo.engine.system.process import AGAIN, Interrupted
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 
 MARK = "MGRPO_TEST_MARK"
-SECONDS = 60.0  # after which a test gives up waiting
+SECONDS = 60.0  # how long a test waits at most
 
 
 @pytest.fixture(autouse=True)
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Set in the environment of all that a test starts; whatever then still lives fails the test."""
+    """Set a mark in the environment of all that a test starts; a process that lives on fails the test."""
     name = uuid.uuid4().hex
     monkeypatch.setenv(MARK, name)
     yield name
@@ -43,7 +43,7 @@ def restarts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def survivors(name: str) -> list[int]:
-    """Processes with the mark that live on, given a moment: the kernel ends them in its own time."""
+    """Return the processes with the mark that still live after a moment, which the kernel needs to end them."""
     until = time.monotonic() + 5
     while (found := marked_processes(name)) and time.monotonic() < until:
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def survivors(name: str) -> list[int]:
 
 
 def marked_processes(name: str) -> list[int]:
-    """By the environment they were started with, zombies not counted."""
+    """Find processes by the environment that they were started with; zombies do not count."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -80,7 +80,7 @@ def supervised(folder: Path, *tasks: ProcessSpec, restarts: int = 0) -> tuple[Su
     return Supervisor(tasks, folder, restarts, told.append), told
 
 
-# a process that notes each of its starts in a file and then, the first time so often, fails in some way
+# a process that notes each of its starts in a file and then, the first few times, fails in some way
 FAILING = """
     import os, signal, sys
     path, times, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -253,7 +253,7 @@ def test_ranks_fail_together_and_start_together_elsewhere(tmp_path: Path):
     assert [(tmp_path / f"main-{rank}.txt").read_text().count("attempt") for rank in range(2)] == [2, 2]
 
 
-# ---- the end: none is left
+# ---- the end: no process is left
 
 
 def test_what_a_process_started_is_ended_with_it(tmp_path: Path, mark: str):
@@ -276,7 +276,7 @@ STUBBORN = """
 @pytest.mark.parametrize("ignored", [(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)], ids=len)
 def test_who_does_not_heed_is_killed(tmp_path: Path, mark: str, monkeypatch, ignored):
     monkeypatch.setattr(supervisor, "LAST_GRACE", 0.3)
-    before = signal.getsignal(signal.SIGINT)  # of a run in the background: ignored
+    before = signal.getsignal(signal.SIGINT)  # ignored, if the tests run in the background
     stubborn = ProcessSpec("stubborn", python(STUBBORN, tmp_path / "ready", *map(int, ignored)))
     supervisor_, told = supervised(tmp_path, stubborn)
 
@@ -299,7 +299,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str):
         wait_for((tmp_path / "ready").exists)
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: told)
-        os.kill(os.getpid(), signal.SIGTERM)  # this soon: the same request once more
+        os.kill(os.getpid(), signal.SIGTERM)  # this soon it counts as the same request
         time.sleep(2 * AGAIN)
         assert survivors(mark) != []
         os.kill(os.getpid(), signal.SIGINT)

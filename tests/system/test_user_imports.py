@@ -1,4 +1,4 @@
-"""Functions of the user's own, named in a config by import path: found, refused by name, and an advantage estimator."""
+"""Test functions of the user that a config names by import path: found, refused by name, and used as an estimator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgrpo.engine.batch.advantages import weigh
-from mgrpo.engine.batch.objective import objective
+from mgrpo.engine.batch.advantages import objective, weigh
 from mgrpo.engine.config.schema import AlgorithmConfig, RewardConfig, load_config
 from mgrpo.engine.run.trajectories import Position
-from mgrpo.engine.store.groups import CallRecord, Group, RolloutRecord
+from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.system.imports import load_function, takes
 
 ESTIMATORS = """
@@ -48,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def group(query: int, experts: list[list[float]]) -> Group:
-    """A query whose rollouts, all correct, made calls of these scores."""
+    """Make a query whose rollouts, all correct, made calls with these scores."""
     rollouts = [RolloutRecord(query, n, "scored", True, 1.0, 1.0 + query + n / 8) for n in range(len(experts))]
     calls = [
         CallRecord("sub", query, n, i, True, expert, 0, 9, 3, 1, False, "answer", Position("f", query, 9 * n + i))
@@ -66,16 +65,16 @@ def test_an_estimator_of_the_users_own_says_the_advantages_and_nothing_else(file
     groups = [group(0, [[0.0, 1.0], [], [0.5]]), group(1, [[], []]), group(2, [[1.0], [1.0]])]
     ours = weighted(groups)
     theirs = weighted(groups, advantage=f"{file}:against_best")
-    assert theirs.advantages == pytest.approx([-0.5, 0, -0.25, 0, 0])
-    for name in ("rewards", "multiplicities", "shares", "zero_std"):
+    assert theirs.adv == pytest.approx([-0.5, 0, -0.25, 0, 0])
+    for name in ("rewards", "multiplicities", "weight", "zero_std"):
         assert np.array_equal(getattr(theirs, name), getattr(ours, name))
     counted = weighted(groups, advantage=f"{file}:weighted")
-    assert counted.advantages == pytest.approx(ours.rewards * ours.multiplicities)
+    assert counted.adv == pytest.approx(ours.rewards * ours.multiplicities)
 
 
 def test_an_estimator_that_asks_is_told_whose_and_of_which_rollouts_they_are(file):
     groups = [group(0, [[0.0, 1.0], [], [0.5]]), group(2, [[1.0], [1.0]])]
-    assert weighted(groups, advantage=f"{file}:told").advantages.tolist() == [1.0, 1.0, 1.25, 3.0, 3.125]
+    assert weighted(groups, advantage=f"{file}:told").adv.tolist() == [1.0, 1.0, 1.25, 3.0, 3.125]
 
 
 def test_what_a_function_of_c_does_not_say_it_takes_it_is_not_given():
@@ -85,7 +84,7 @@ def test_what_a_function_of_c_does_not_say_it_takes_it_is_not_given():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", r"algorithm\.advantage: an array of shape \(1,\) given: expected \(2,\), one of each trajectory"),
+        ("short", r"algorithm\.advantage: an array of shape \(1,\) given: expected \(2,\), one for each trajectory"),
         ("broken", r"algorithm\.advantage: nan returned: expected finite advantages"),
         ("constant", r"algorithm\.advantage: 'constant' in .*mine\.py is 3: expected a function"),
         ("missing", r"algorithm\.advantage: 'missing' in .*mine\.py is None: expected a function"),
@@ -101,7 +100,7 @@ def test_an_estimator_that_does_not_serve_is_named(file, name, message):
     ("path", "message"),
     [
         ("mine", r"algorithm\.objective: 'mine' given: expected file\.py:function or package\.module:function"),
-        ("nowhere.py:f", r"algorithm\.objective: nowhere\.py is no file, expected a Python file"),
+        ("nowhere.py:f", r"algorithm\.objective: nowhere\.py is not a file: expected a Python file"),
         ("no.such.package:f", r"algorithm\.objective: 'no\.such\.package' given: No module named"),
         ("math:pi", r"algorithm\.objective: 'pi' in math is 3\.14\d*: expected a function"),
     ],

@@ -1,4 +1,4 @@
-"""What a trainer does with the servers of its agent: weights when they moved, and again to who was away."""
+"""Test a trainer with vLLM servers: weights are sent when they moved, and again to a server that was away."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ import pytest
 import torch
 
 from mgrpo.engine.config.schema import VLLMConfig
-from mgrpo.engine.inference.vllm import endpoints as place
+from mgrpo.engine.inference.vllm import endpoints
 from mgrpo.engine.inference.vllm.auth import TOKEN
-from mgrpo.engine.inference.vllm.endpoints import Place, announce, find, transfer_kind
-from mgrpo.engine.store.groups import Group
+from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, find, transfer_kind
+from mgrpo.engine.store import Group
 from mgrpo.engine.training import decoupled as agent_module
 from mgrpo.engine.training.decoupled import AgentProcess
 from mgrpo.engine.training.leader import StepGroups
+from mgrpo.engine.types import WeightsVersion
 from toy import make_model, toy_config
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
 
 class Transfer:
-    """In place of the real one: notes what it is given."""
+    """Stand in for the real transfer and note what it is given."""
 
     def __init__(self, urls: list[str], token: str, kind: str, manifest: Any):
         self.urls, self.token, self.kind, self.manifest = urls, token, kind, manifest
-        self.updates: list[tuple[int, int]] = []
+        self.updates: list[WeightsVersion] = []
         self.names: list[str] = []
         self.asleep = False
         self.away: list[str] = []
 
-    def update(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, step: int) -> list[str]:
-        self.updates.append((version, step))
-        self.names = [name for name, tensor in tensors if tuple(tensor.shape) == self.manifest[name][0]]
+    def update(self, tensors: Iterator[tuple[str, torch.Tensor]], version: WeightsVersion) -> list[str]:
+        self.updates.append(version)
+        self.names = [name for name, tensor in tensors if list(tensor.shape) == self.manifest[name][1]]
         assert all(name in self.manifest for name in self.names)
         self.asleep = False
         return self.urls
@@ -56,15 +57,15 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentProcess:
     monkeypatch.setenv(TOKEN, "secret")
     monkeypatch.setattr(agent_module, "Transfer", Transfer)
     monkeypatch.setattr(agent_module, "ASK", 0.0)
-    return AgentProcess(config, "main", Orders())  # type: ignore[arg-type]
+    return AgentProcess(config, "main", NoGroups())  # type: ignore[arg-type]
 
 
-class Orders:
-    """Rank 0's leader: nothing to train on for so many looks."""
+class NoGroups:
+    """Stand in for rank 0's leader: there is nothing to train on for so many polls."""
 
     empty = 3
 
-    def order(self, step: int) -> StepGroups:
+    def next_groups(self, step: int) -> StepGroups:
         self.empty -= 1
         return StepGroups() if self.empty >= 0 else StepGroups([Group(0, "a", 0, [], [])])
 
@@ -76,24 +77,24 @@ def test_weights_go_to_the_servers_when_they_moved_and_only_then(process: AgentP
     process._push(1)  # no optimizer step was made
     process.policy.version += 1
     process._push(2)
-    assert transfer.updates == [(0, 0), (1, 2)]
+    assert transfer.updates == [WeightsVersion(0, 0), WeightsVersion(1, 2)]
     assert transfer.names == [name for name, _ in process.policy.full_weights()] == list(transfer.manifest)
 
 
-def test_who_came_back_gets_them_again_while_the_trainer_waits_for_groups(process: AgentProcess):
+def test_a_server_that_came_back_gets_the_weights_while_the_trainer_waits_for_groups(process: AgentProcess):
     transfer: Any = process.servers.transfer  # type: ignore[union-attr]
     process._push(5)
     transfer.away = [URLS[1]]
-    assert process._next_groups(6).groups
-    assert transfer.updates == [(0, 5), (0, 5)], "under the name that those who were there have them by"
+    assert process._wait_for_groups(6).groups
+    assert transfer.updates == [WeightsVersion(0, 5)] * 2, "under the same version that the other servers have"
 
 
 def test_on_a_shared_gpu_the_servers_sleep_while_it_trains(process: AgentProcess):
     transfer: Any = process.servers.transfer  # type: ignore[union-attr]
-    process.servers.rest()  # type: ignore[union-attr]
+    process.servers.sleep()  # type: ignore[union-attr]
     assert not transfer.asleep
     transfer.kind = "ipc"
-    process.servers.rest()  # type: ignore[union-attr]
+    process.servers.sleep()  # type: ignore[union-attr]
     assert transfer.asleep
 
 
@@ -103,21 +104,21 @@ def test_without_the_token_or_a_place_it_does_not_begin(process: AgentProcess, m
         agent_module.Servers(process.config, "main", process.policy)
 
 
-# ---- where they are
+# ---- finding the servers
 
 
 def test_what_a_launcher_announces_is_found_but_what_the_config_names_comes_first(monkeypatch: pytest.MonkeyPatch):
     agent = msgspec.structs.replace(toy_config(Path("/nowhere")).agents["main"], vllm=VLLMConfig())
-    monkeypatch.delenv(place.PLACES, raising=False)
+    monkeypatch.delenv(endpoints.SERVERS, raising=False)
     with pytest.raises(ValueError, match=r"agents\.main\.vllm\.urls: \[\] given: expected the servers' URLs"):
         find("main", agent)
-    places = {"main": Place(URLS, "ipc"), "clerk": Place(URLS[:1], "tcp")}
-    for key, value in announce(places).items():
+    servers = {"main": Endpoints(URLS, "ipc"), "clerk": Endpoints(URLS[:1], "tcp")}
+    for key, value in announce(servers).items():
         monkeypatch.setenv(key, value)
-    assert find("main", agent) == places["main"] and announce({}) == {}
+    assert find("main", agent) == servers["main"] and announce({}) == {}
     for chosen, kind in (("auto", "tcp"), ("nccl", "nccl")):
         own = msgspec.structs.replace(agent, vllm=VLLMConfig(urls=["http://own:1"], transfer=chosen))
-        assert find("main", own) == Place(["http://own:1"], kind)
+        assert find("main", own) == Endpoints(["http://own:1"], kind)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model in this process: what they leave behind, and that every option trains end to end."""
+"""Train a tiny model in this process: check what a run leaves behind, and that every option works end to end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cases.launcher import Recording
 from mgrpo.engine.config.schema import Config, parse_config
-from mgrpo.engine.environment.base import Environment
-from mgrpo.engine.rollout.curriculum import WARMUP_QUERIES
-from mgrpo.engine.run.directory import RunDirectory, read_metrics
-from mgrpo.engine.store.groups import Store
-from mgrpo.engine.training import colocated as launch
+from mgrpo.engine.environment.loader import load_environment
+from mgrpo.engine.rollout.curriculum import WARMUP_QUERIES, pick
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.metrics import read_metrics
+from mgrpo.engine.store import Store
+from mgrpo.engine.training import colocated
 from toy import SUMS, make_model, raw_config
 
-Row = dict[str, Any]
-WARMUP = {"steps": 16, "episodes": 8, "lr": 2e-2}  # after it some of the toy's episodes are well-formed
+WARMUP = {"steps": 16, "episodes": 8, "lr": 2e-2}  # enough for some of the toy's episodes to be well-formed
 ODD_ENVIRONMENTS = f"""
 import itertools, sys
 sys.path.insert(0, {str(SUMS.parent)!r})
@@ -61,31 +62,13 @@ class Twins(Sums):
 """
 
 
-class Recording:
-    """A Display that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.stages: list[tuple[str, int, int]] = []
-        self.rows: list[Row] = []
-
-    def stage(self, name: str, first: int, steps: int) -> None:
-        self.stages.append((name, first, steps))
-
-    def row(self, row: Row) -> None:
-        self.rows.append(row)
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Run:
-    """A run that has ended: its configuration, what it showed and what it left."""
+    """Hold a finished run: its configuration, what it displayed and what it left on disk."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.config: Config = parse_config(raw)
         self.display = Recording()
-        launch.train(self.config, False, self.display)
+        colocated.train(self.config, False, self.display)
         self.path = Path(self.config.run_dir)
         self.rows = read_metrics(self.path / "metrics.jsonl")
         self.warmup = [row for row in self.rows if row["stage"] == "warmup"]
@@ -98,7 +81,7 @@ class Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_this_process() -> Iterator[None]:
-    """A run sets them for good."""
+    """Restore what a run sets for its whole process."""
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -122,7 +105,7 @@ def raw(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def taught(run: Run, folder: Path) -> Path:
-    """The folder, with models of both agents in it that the warm-up has taught already."""
+    """Return a folder with models of both agents that have already been through the warm-up."""
     for agent in ("main", "clerk"):
         shutil.copytree(folder / "model", folder / agent)
         save_file(run.weights("warmup-00016", agent), folder / agent / "model.safetensors", metadata={"format": "pt"})
@@ -200,13 +183,14 @@ def test_the_store_has_every_query_of_every_step_acked_once_by_each_agent(run: R
     store = Store(f"sqlite:///{run.path / 'store.db'}", run="colocated")
     config = run.config
     nothing_else = {"acked": config.steps * config.queries_per_step}
-    assert {a: {s: n for s, n in counts.items() if n} for a, counts in store.accounting().items()} == {
+    assert {a: {s: n for s, n in counts.items() if n} for a, counts in store.audit.status()["agents"].items()} == {
         agent: nothing_else for agent in config.agents
     }
     for query in range(config.steps * config.queries_per_step):
-        assert [record.rollout for record in store.rollouts_of(query)] == list(range(config.algorithm.rollouts))
-        assert [c.rollout for c in store.calls_of(query) if c.agent == "main"] == list(range(config.algorithm.rollouts))
-    assert store.rollouts_of(config.steps * config.queries_per_step) == []
+        everyone = list(range(config.algorithm.rollouts))
+        assert [record.rollout for record in store.groups.rollouts_of(query)] == everyone
+        assert [c.rollout for c in store.groups.calls_of(query) if c.agent == "main"] == everyone
+    assert store.groups.rollouts_of(config.steps * config.queries_per_step) == []
     store.close()
 
 
@@ -221,7 +205,7 @@ def test_evaluation_asks_at_the_start_when_due_and_at_the_end(run: Run):
 
 
 def script_logprob(model: Any, tokenizer: Any, question: str, answer: str) -> torch.Tensor:
-    """What transformers itself says of the main agent's tokens in a scripted episode."""
+    """Return the log-likelihood that transformers itself gives the main agent's tokens in a scripted episode."""
     parts = [(f"{question}\n", False), (f"ask {question}\n", True), (f"{answer}\n", False), (f"say {answer}\n", True)]
     ids = [token for text, _ in parts for token in tokenizer.encode(text)]
     sampled = torch.tensor([flag for text, flag in parts for _ in tokenizer.encode(text)])
@@ -233,9 +217,9 @@ def script_logprob(model: Any, tokenizer: Any, question: str, answer: str) -> to
 def test_the_warm_up_maximises_the_likelihood_that_transformers_gives_the_script(run: Run, folder: Path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    environment: Environment = launch.load_environment(run.config.environment)
+    environment = load_environment(run.config.environment)
     tasks = environment.tasks("train")
-    first = [launch.pick(tasks, run.config.seed, WARMUP_QUERIES + i) for i in range(WARMUP["episodes"])]
+    first = [pick(tasks, run.config.seed, WARMUP_QUERIES + i) for i in range(WARMUP["episodes"])]
     texts = [(task.data["question"], task.data["answer"]) for task in first]
     before = torch.cat([script_logprob(model, tokenizer, *text) for text in texts]).mean().item()
     assert run.warmup[0]["main/logprob_mean"] == pytest.approx(before, abs=1e-4)
@@ -282,7 +266,7 @@ def test_three_agents_train_side_by_side(folder: Path):
     run = Run(config)
     assert run.rl[-1]["clerk/calls_mean"] == run.rl[-1]["twin/calls_mean"] > 0
     store = Store(f"sqlite:///{run.path / 'store.db'}", run="colocated")
-    acked = {agent: states["acked"] for agent, states in store.accounting().items()}
+    acked = {agent: states["acked"] for agent, states in store.audit.status()["agents"].items()}
     assert acked == dict.fromkeys(config["agents"], 9)
     store.close()
     for agent in config["agents"]:
@@ -339,7 +323,7 @@ def test_a_step_without_a_scored_rollout_ends_the_run_with_the_first_reason(fold
 
 
 def test_a_score_that_is_no_number_leaves_the_rollout_unscored(folder: Path):
-    message = "step 0: none of 12 rollouts was scored; the first error: score: correct is nan, expected a finite number"
+    message = "step 0: none of 12 rollouts was scored; the first error: score: correct is nan: expected a finite number"
     with pytest.raises(ValueError, match=message):
         Run(odd(folder, "NanJudge"))
     run = Run(odd(folder, "EverySecondNan"))
@@ -355,7 +339,7 @@ def test_an_environment_without_tasks_is_refused(folder: Path, split: str):
 
 def test_a_run_directory_with_a_run_in_it_needs_resume(run: Run):
     with pytest.raises(ValueError, match=r"run_dir: .* holds a run; pass --resume to go on, or choose another run_dir"):
-        launch.train(run.config, False, Recording())
+        colocated.train(run.config, False, Recording())
 
 
 def test_a_run_directory_that_another_process_holds_is_refused(folder: Path):

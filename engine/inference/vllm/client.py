@@ -1,21 +1,21 @@
-"""Sampling by vLLM servers, over HTTP: tokens in, tokens and their log-probs out.
+"""Sample on vLLM servers over HTTP: send token ids, receive token ids and their log-probs.
 
-How episodes drive it. A sampler in this process computes when `Episodes` calls `step`; this one has none pending, ever.
-All its talking is done by an event loop in a thread of its own, so that streams are read, servers watched and hanging
-ones noticed while the main thread steps another agent's sampler, waits for the store or for the disk; connections live
-as long as the sampler, not as one stream of episodes. `act` hands a turn over and awaits its future: when it is done,
-that wakes the episodes' loop, which sleeps until then. Only the main thread touches a session: a turn is the thread's
-own until it is whole, so an episode that is given up in the middle of one leaves nothing half done.
+How episodes drive it. A sampler in this process computes when `Episodes` calls `step`; this one never has pending
+calls. All communication runs in an event loop in its own thread, so that streams are read, servers watched and hanging
+ones noticed while the main thread steps another agent's sampler or waits for the store or the disk. Connections live as
+long as the sampler. `act` hands a turn to the thread and awaits its future, which wakes the episodes' loop when the
+turn is complete. Only the main thread touches sessions, and only complete turns reach them: an episode that is given up
+in the middle of a turn leaves nothing half done.
 
-A turn is *streamed*, and outlives its server: when one dies, hangs or talks nonsense, the tokens that had come are a
-valid prefix, sampled by the weights that they are recorded with, and another server goes on after them, under a new
-request id. What a turn consists of is decided here, by the same `Ending` as in-process: a server that sends more than
-that, or anything that can be no token or no log-prob, is as good as dead. The random numbers are the servers' own: two
-runs of one seed differ, unlike in-process.
+A turn is *streamed*, and outlives its server. When a server dies, hangs or sends invalid data, the tokens received so
+far are a valid prefix, recorded with the weights that sampled them, and another server continues after them under a new
+request id. The same `Ending` as in-process decides where a turn ends. A server that sends more tokens than requested,
+or impossible tokens or log-probs, counts as dead. The servers draw their own random numbers, so unlike in-process, two
+runs with one seed differ.
 
-Departs from an ordinary client: the weights change while it samples. A turn is recorded with the oldest and the newest
-that had a part in it: by the server's own count where its stream came to an end, else by what the guard said before and
-in the stream, which can only make the span too wide.
+Unlike with an ordinary client, weights change while it samples. A turn is recorded with the oldest and the newest
+weights that had a part in it: exact, by the server's own count, if its stream came to an end; otherwise bounded by the
+labels in the header and in the stream, which can only make the span too wide.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.inference.sampler import Completion, Ending, Session, WeightsCheck
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.router import FAULTS, NoServerError, Router, Server
 from mgrpo.engine.inference.vllm.streamed_turn import InvalidTurnError, StreamedTurn, parsed, reason
 from mgrpo.engine.model.causal_lm import read_model_config
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
-DRAIN = 1.0  # seconds that a stream may take to close after its last token: then its connection can be used again
-LINE = 1 << 20  # bytes of a stream without an end of line
+DRAIN = 1.0  # seconds that a stream may take to close after its last token; only then is its connection used again
+LONGEST_LINE = 1 << 20  # bytes: the longest line of a stream
 R = TypeVar("R")
 
 
 class VLLMSampler:
-    """Samples one agent by the servers at `urls`, `concurrency` calls at a time. Starts a thread; `stop` ends it.
+    """Sample one agent on the servers at `urls`, with at most `concurrency` calls at a time.
 
-    version, weights_step: of the newest weights that a server in service has; -1 when there are none.
+    It starts a thread, which `stop` ends. replayed: tokens from which another server continued a turn.
     """
 
     pending = 0
@@ -55,22 +56,24 @@ class VLLMSampler:
         self.name, self.agent, self.tokenizer = name, agent, tokenizer
         self.vocabulary = int(read_model_config(name, agent)["vocab_size"])
         self.ending = Ending(tokenizer, agent.stop)
-        self.homes: dict[int, Server] = {}  # by id of a session
-        self.steps: dict[int, int] = {}  # rl step of a version, as published
-        self.replayed = 0  # tokens that another server went on from
+        self.homes: dict[int, Server] = {}  # the server with a session's cache, by the session's id
+        self.rl_steps: dict[int, int] = {}  # rl step of each published version, by its optimizer steps
+        self.replayed = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True, name=f"vllm-{name}")
         self.thread.start()
-        self.fleet, self.free = self.wait(self._open(urls, concurrency))
+        self.router, self.free = self.wait(self._open(urls, concurrency))
 
     async def _open(self, urls: Sequence[str], concurrency: int) -> tuple[Router, asyncio.Semaphore]:
         return Router(self.name, self.agent, urls), asyncio.Semaphore(concurrency)
 
     def wait(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine in the thread's event loop, and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def stop(self) -> None:
-        self.wait(self.fleet.close())
+        """Close all connections and end the thread."""
+        self.wait(self.router.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -78,40 +81,40 @@ class VLLMSampler:
     # ---- weights
 
     @property
-    def version(self) -> int:
-        return max((server.version for server in self.fleet.ready()), default=-1)
+    def version(self) -> WeightsVersion:
+        """The newest weights of any server in service; NO_WEIGHTS if there is none."""
+        return max((self._published(server.version) for server in self.router.ready()), default=NO_WEIGHTS)
 
-    @property
-    def weights_step(self) -> int:
-        return max((self._step(server.version, server.step) for server in self.fleet.ready()), default=-1)
+    def expect(self, version: WeightsVersion, check: WeightsCheck | None = None) -> None:
+        """Prefer servers with this published version, and record what they sample under its rl step.
 
-    def expect(self, version: int, step: int, proof: WeightsCheck | None = None) -> None:
-        """These were published: who has them is preferred, and what they sample is of that rl step.
-
-        proof: who has them, but has proved nothing since it came into service, gets no turn before it does; if it is
-        due, nobody does. Of one version the first counts. Raises NoServerError when none was there for vllm.patience
-        seconds, ValueError when one can never serve, and what the proof's judge raised.
+        check: a server with these weights that has passed no check since it came into service gets no turn before it
+        passes this one; if the check is due, no server does. For each version only the first check counts. Raises
+        NoServerError if no server was up for vllm.patience seconds, ValueError if one can never serve, and what the
+        check's judge raised.
         """
-        self.fleet.check_hope(self.loop.time())
-        if version != self.fleet.wanted:
-            self.fleet.proof, self.fleet.wanted = proof, version  # in this order: the loop's thread reads them
-        self.steps[version] = step
+        self.router.check_hope(self.loop.time())
+        if version.optimizer_steps != self.router.published:
+            self.router.check = check  # before `published`, because the thread reads both
+            self.router.published = version.optimizer_steps
+        self.rl_steps[version.optimizer_steps] = version.rl_steps
 
-    def _step(self, version: int, said: int) -> int:
-        """The rl step of a version: of weights that did not move, the server knows the first only."""
-        return self.steps.get(version, said)
+    def _published(self, version: WeightsVersion) -> WeightsVersion:
+        """Return the version with the rl step that published it last; for unchanged weights, servers know the first."""
+        steps = version.optimizer_steps
+        return WeightsVersion(steps, self.rl_steps.get(steps, version.rl_steps))
 
     def counts(self) -> dict[str, float]:
-        """For the metrics: servers in service, how often one was taken out, and tokens that another went on from."""
-        ready, faults = len(self.fleet.ready()), self.fleet.faults
+        """Return for the metrics how many servers are in service, their faults, and the replayed tokens."""
+        ready, faults = len(self.router.ready()), self.router.faults
         return {"servers": ready, "server_faults": faults, "tokens_replayed": self.replayed}
 
     # ---- turns
 
     async def act(self, session: Session) -> Completion:
-        """Sample until a stop string, the end-of-sequence token or a limit; the tokens are appended to the session.
+        """Sample until a stop string, the end-of-sequence token or a limit, and append the tokens to the session.
 
-        Raises NoServerError when none was there for vllm.patience seconds; ValueError when one refuses for good.
+        Raises NoServerError if no server was up for vllm.patience seconds, ValueError if one refuses permanently.
         """
         allowed = min(self.agent.max_new_tokens, self.agent.max_context - len(session.tokens))
         if allowed < 1:
@@ -119,51 +122,52 @@ class VLLMSampler:
         turn = StreamedTurn(list(session.tokens), allowed, self.ending, self.vocabulary)
         work = self._sample(turn, session.greedy, self.homes.get(id(session)))
         self.homes[id(session)] = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
-        (step, version), *newer = sorted((self._step(*label), label[0]) for label in turn.labels)
-        session.begin_turn(version, step)
+        oldest, *newer = sorted(map(self._published, turn.versions))
+        session.begin_turn(oldest)
         session.append(turn.tokens, [0.0] * len(turn.tokens) if session.greedy else turn.logprobs)
-        for step, version in newer:
-            session.begin_turn(version, step)
+        for version in newer:
+            session.begin_turn(version)
         return Completion(self.ending.text(turn.tokens), len(turn.tokens), truncated=not turn.stopped)
 
     def step(self) -> None:
+        """Fail, because no call is ever pending here."""
         raise AssertionError("step without pending calls")
 
     def close(self, session: Session) -> None:
-        """The session is over, perhaps in the middle of a turn."""
+        """End a session, perhaps in the middle of a turn."""
         self.homes.pop(id(session), None)
 
     async def _sample(self, turn: StreamedTurn, greedy: bool, home: Server | None) -> Server:
-        """The whole turn, by one server after another if need be. Returns the last."""
+        """Sample a whole turn, on several servers in succession if necessary. Return the last one."""
         spared: Server | None = None
         async with self.free:
-            since = self.fleet.now()  # when it last got on
+            since = self.router.now()  # when the turn last got a token
             while True:
-                server, had = await self.fleet.pick(home), len(turn.tokens)
+                server, had = await self.router.pick(home), len(turn.tokens)
                 home = server
                 try:
                     await self._stream(server, turn, greedy)
                     server.faults = 0
                 except (*FAULTS, InvalidTurnError) as error:
-                    since = self.fleet.now() if len(turn.tokens) > had else since
+                    since = self.router.now() if len(turn.tokens) > had else since
                     if turn.left and isinstance(error, aiohttp.ServerDisconnectedError) and spared is not server:
-                        spared = server  # as a rule it closed an idle connection just as that was used again
+                        spared = server  # most likely it closed an idle connection just as we used that again
                     elif turn.left:
                         self._failed(server, turn, error, since)
                 if turn.left == 0:
                     return server
 
     def _failed(self, server: Server, turn: StreamedTurn, error: Exception, since: float) -> None:
-        """The turn goes on elsewhere, unless it has not got on for too long."""
-        self.fleet.fault(server, reason(error))
+        """Take the server out of service. Raises NoServerError if the turn got no token for vllm.patience seconds."""
+        self.router.fault(server, reason(error))
         self.replayed += len(turn.tokens)
-        if self.fleet.now() - since > self.fleet.vllm.patience:
-            message = f"agents.{self.name}.vllm: a turn got no token for {self.fleet.vllm.patience:g} s"
+        if self.router.now() - since > self.router.vllm.patience:
+            message = f"agents.{self.name}.vllm: a turn got no token for {self.router.vllm.patience:g} s"
             raise NoServerError(f"{message}, last from {server.url}: {reason(error)}") from error
 
     async def _stream(self, server: Server, turn: StreamedTurn, greedy: bool) -> None:
-        """Stream what this server makes of the turn. Raises InvalidTurnError, or one of FAULTS, when it breaks off."""
-        body = adapter.generate_body(
+        """Continue the turn on this server. Raises InvalidTurnError or one of FAULTS if the stream breaks off."""
+        body = api.generate_body(
             turn.prompt + turn.tokens,
             max_tokens=turn.left,
             temperature=0.0 if greedy else self.agent.temperature,
@@ -171,46 +175,46 @@ class VLLMSampler:
             stop=self.agent.stop,
             eos=self.tokenizer.eos_token_id,
         )
-        headers = {adapter.REQUEST_ID: secrets.token_hex(16)}
-        with self.fleet.turn(server) as alarm:
-            async with alarm, self.fleet.post(server, adapter.GENERATE, body, headers) as response:
-                await self.fleet.check(response)
-                turn.begin(response.headers.get(adapter.LABEL_HEADER, ""))
+        headers = {api.REQUEST_ID: secrets.token_hex(16)}
+        with self.router.turn(server) as alarm:
+            async with alarm, self.router.post(server, api.GENERATE, body, headers) as response:
+                await self.router.check_status(response)
+                turn.begin(response.headers.get(api.LABEL_HEADER, ""))
                 try:
                     finish = await self._read(server, turn, response)
                 finally:
                     turn.settle()
                 turn.end(finish)
                 if finish:
-                    alarm.reschedule(self.fleet.now() + DRAIN)
+                    alarm.reschedule(self.router.now() + DRAIN)
                     await response.read()
 
     async def _read(self, server: Server, turn: StreamedTurn, response: aiohttp.ClientResponse) -> str | None:
-        """Returns why the server ended the turn; None if it did not."""
+        """Read a stream. Return why the server ended the turn, or None if it did not."""
         rest = b""
         async for data in response.content.iter_any():
-            server.heard = self.fleet.now()
+            server.heard = self.router.now()
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                chunk = parsed(adapter.read_line, line) or adapter.Chunk()
+                chunk = parsed(api.read_line, line) or api.Chunk()
                 turn.take(chunk)
                 if chunk.finish or not turn.left:
                     return chunk.finish
-            if len(rest) > LINE:
-                raise InvalidTurnError(f"a line of more than {LINE} bytes")
+            if len(rest) > LONGEST_LINE:
+                raise InvalidTurnError(f"a line of more than {LONGEST_LINE} bytes")
         return None
 
     # ---- a check of the weights
 
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """log p of each token but the first given those before it, at the agent's temperature, not cut to top_p.
+        """Return log p of each token but the first, given those before it, at the agent's temperature without top_p.
 
-        Raises ConnectionError when no server says so.
+        Raises ConnectionError if no server answers.
         """
         return self.wait(self._logprobs(tokens))
 
     async def _logprobs(self, tokens: Sequence[int]) -> list[float]:
         try:
-            return await self.fleet.scores(await self.fleet.pick(None), tokens)
+            return await self.router.scores(await self.router.pick(None), tokens)
         except (*FAULTS, InvalidTurnError) as error:
             raise ConnectionError(f"agents.{self.name}.vllm: log-probs: {reason(error)}") from error

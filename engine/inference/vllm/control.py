@@ -1,4 +1,4 @@
-"""A server seen from a trainer: its control endpoints, called with the token, one call at a time."""
+"""Control a server from a trainer: call its protected endpoints with the token, one call at a time."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.manifest import Manifest
+from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 log = logging.getLogger(__name__)
 
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server is never behind the user's web proxy
-
-Manifest = Mapping[str, tuple[Sequence[int], torch.dtype]]  # of each weight, by name
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's web proxy
 
 
 class ServerError(OSError):
-    """A server that answers with an error, not in time, or not at all."""
+    """Report a server that answers with an error, too late, or not at all."""
 
 
 class ServerControl:
-    """One server. timeout: seconds it may take to answer. Raises ValueError for a url that is none."""
+    """Control one server. timeout: seconds it may take to answer. Raises ValueError if `url` is invalid.
+
+    version: of its weights, as last seen. stalled: seconds between its last pause and the end of that.
+    """
 
     def __init__(self, url: str, token: str, timeout: float):
         parts = urlsplit(url)
@@ -37,67 +38,75 @@ class ServerControl:
             raise ValueError(f"server {url!r}: expected http://host:port")
         self.url, self.token, self.timeout = url.rstrip("/"), token, timeout
         self.host, self.port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
-        self.label = adapter.UNSET  # of its weights, when last seen
-        self.checked = False  # that it can take the trainer's weights
-        self.joined = False  # it has met the trainer, where the transfer needs that
+        self.version = NO_WEIGHTS
+        self.checked = False  # it was found able to take the trainer's weights
+        self.joined = False  # it is in the trainer's group, if the transfer needs one
         self.asleep = False
-        self.settled = False  # it took its weights from this very trainer, and goes on with them
-        self.stalled = 0.0  # seconds, from the last pause to the end of it
+        self.settled = False  # it got its weights from this trainer process, and samples with them
+        self.stalled = 0.0
 
     def look(self) -> None:
-        """See which weights it has. If no trainer has sent it any, it is one that was started again."""
-        self.label = str(self._call("GET", adapter.LABEL)["label"])
-        if self.label == adapter.UNSET:
+        """Ask which weights the server has. If no trainer has sent it any, it was restarted."""
+        label = str(self._call("GET", api.LABEL)["label"])
+        try:
+            self.version = api.read_label(label)
+        except ValueError as error:
+            raise ServerError(f"{self.url}: {error}") from error
+        if self.version == NO_WEIGHTS:
             self.checked = self.joined = self.asleep = self.settled = False
 
-    def name(self, version: int, step: int) -> None:
-        """Label the weights that it has, and read that back."""
-        wanted = adapter.label(version, step)
-        found = self.post(adapter.LABEL, {"version": version, "step": step})["label"]
-        if found != wanted:
-            raise ServerError(f"{self.url}: its engines call their weights {found}: expected {wanted}")
-        self.label = wanted
+    def name(self, version: WeightsVersion) -> None:
+        """Label the weights that the server now has. Raises ServerError if it then reports another label."""
+        body = {"version": version.optimizer_steps, "step": version.rl_steps}
+        found = self.post(api.LABEL, body)["label"]
+        if found != api.label(version):
+            raise ServerError(f"{self.url}: its engines report weights {found}: expected {version}")
+        self.version = version
 
     def check(self, manifest: Manifest, transfer: str) -> None:
-        """Raises ValueError for an unsupported version of vLLM, another model, or a server started for another use."""
+        """Check that the server can take these weights in this way.
+
+        Raises ValueError for an unsupported version of vLLM, another model, or a server started for another use.
+        """
         if self.checked:
             return
-        adapter.check_version(str(self._call("GET", adapter.VERSION)["version"]), self.url)
-        weights = {name: (str(dtype).removeprefix("torch."), list(shape)) for name, (shape, dtype) in manifest.items()}
-        asked = {"method": "check", "args": [json.dumps({"weights": weights, "transfer": transfer})]}
-        for found in self.post(adapter.WORKERS, asked)["results"]:
+        api.check_version(str(self._call("GET", api.VERSION)["version"]), self.url)
+        request = {"method": "check", "args": [json.dumps({"weights": manifest, "transfer": transfer})]}
+        for found in self.post(api.WORKERS, request)["results"]:
             if found:
                 raise ValueError(f"{self.url}: {found['error']}")
         self.checked = True
 
     def workers(self) -> int:
-        return int(self._call("GET", adapter.WORLD)["world_size"])
+        """Return the number of the server's worker processes."""
+        return int(self._call("GET", api.WORLD)["world_size"])
 
     def pause(self) -> None:
-        """Running calls are kept. It samples nothing until `resume`."""
+        """Stop sampling until `resume`. Running calls are kept."""
         self._paused = time.monotonic()
         if self.asleep:
-            self.post(adapter.WAKE_WEIGHTS)
-        self.post(adapter.PAUSE)
+            self.post(api.WAKE_WEIGHTS)
+        self.post(api.PAUSE)
 
     def resume(self) -> None:
+        """Go on sampling after `pause`."""
         if self.asleep:
-            self.post(adapter.WAKE_CACHE)
+            self.post(api.WAKE_CACHE)
             self.asleep = False
-        self.post(adapter.RESUME)
+        self.post(api.RESUME)
         self.stalled = time.monotonic() - self._paused
 
     def sleep(self) -> None:
-        """Give the GPU's memory back, until the next weights come."""
-        self.post(adapter.SLEEP)
+        """Free the GPU's memory until the next weights arrive."""
+        self.post(api.SLEEP)
         self.asleep, self.settled = True, False
 
     def stop(self) -> None:
-        """Have it end, as a failure."""
-        self.post(adapter.STOP)
+        """Make the server's process end with a failure."""
+        self.post(api.STOP)
 
     def own_address(self) -> str:
-        """This machine's, as the server sees it."""
+        """Return this machine's address, as the server sees it."""
         try:
             with socket.create_connection((self.host, self.port), self.timeout) as connection:
                 return str(connection.getsockname()[0])
@@ -105,11 +114,14 @@ class ServerControl:
             raise ServerError(f"{self.url}: {error}") from error
 
     def post(self, path: str, body: Any = None) -> dict[str, Any]:
-        """Raises ServerError, or ValueError for a mistake in how the server was started or is called."""
+        """Send a request and return the parsed response.
+
+        Raises ServerError, or ValueError if the server was started or is called in the wrong way.
+        """
         return self._call("POST", path, None if body is None else json.dumps(body).encode())
 
     def _call(self, method: str, path: str, data: bytes | None = None) -> dict[str, Any]:
-        headers = adapter.bearer(self.token) | ({"Content-Type": "application/json"} if data else {})
+        headers = api.bearer(self.token) | ({"Content-Type": "application/json"} if data else {})
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
         try:
             with DIRECT.open(request, timeout=self.timeout) as response:
@@ -122,27 +134,27 @@ class ServerControl:
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
         if error.code == 401:
-            return ValueError(f"{self.url}: the token is wrong: expected that of the server")
+            return ValueError(f"{self.url}: the token is wrong: expected the server's")
         if error.code == 404:
-            return ValueError(f"{self.url} has no {path}: expected a server that `adapter.arguments` start")
+            return ValueError(f"{self.url} has no {path}: expected a server that was started by `api.arguments`")
         return ServerError(f"{self.url}{path}: status {error.code}: {error.read(500).decode(errors='replace')}")
 
 
 def each(
     act: Callable[[ServerControl], object], servers: Iterable[ServerControl], level: int = logging.WARNING
 ) -> list[ServerControl]:
-    """Do it with all servers at a time; those with which it went well. The others are left out, which is logged.
+    """Call act(server) for all servers at the same time, and return those for which it succeeded.
 
-    Raises the ValueError of the first for which there is one, when all are done.
+    An OSError is logged, and its server left out. When all calls have ended, raises the first ValueError, if any.
     """
     servers = list(servers)
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         futures = [pool.submit(act, server) for server in servers]
-    well = []
+    succeeded = []
     for server, future in zip(servers, futures, strict=True):
         try:
             future.result()
-            well.append(server)
+            succeeded.append(server)
         except OSError as error:
             log.log(level, "server left out: %s", error)
-    return well
+    return succeeded

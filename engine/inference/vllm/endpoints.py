@@ -1,6 +1,6 @@
-"""Where an agent's servers are and how new weights get there: what launcher, trainers and workers must agree on.
+"""Find an agent's servers, and the way new weights reach them, for the launcher, trainers and workers.
 
-The launcher of a local run starts servers at ports that are free, and says in the environment where; elsewhere the
+The launcher of a local run starts servers at free ports and passes their URLs on in the environment. In other runs the
 config names them.
 """
 
@@ -13,18 +13,18 @@ import msgspec
 
 from mgrpo.engine.config.schema import AgentConfig
 
-PLACES = "MGRPO_SERVERS"  # of the environment: of each agent its Place, as JSON
+SERVERS = "MGRPO_SERVERS"  # environment variable with the Endpoints of each agent, as JSON
 
 
-class Place(msgspec.Struct, frozen=True):
-    """urls: of all its servers. transfer: "tcp", "nccl" or "ipc"."""
+class Endpoints(msgspec.Struct, frozen=True):
+    """Hold the URLs of all servers of an agent. transfer: "tcp", "nccl" or "ipc"."""
 
     urls: list[str]
     transfer: str
 
 
 def transfer_kind(chosen: str, trainer: set[str], servers: set[str]) -> str:
-    """How weights get from a trainer's GPUs to those of its servers. Empty sets: they compute on CPUs."""
+    """Return how weights get from a trainer's GPUs to those of its servers. An empty set stands for CPUs."""
     if chosen != "auto":
         return chosen
     if not trainer or not servers:
@@ -32,18 +32,18 @@ def transfer_kind(chosen: str, trainer: set[str], servers: set[str]) -> str:
     return "ipc" if trainer & servers else "nccl"
 
 
-def announce(places: Mapping[str, Place]) -> dict[str, str]:
-    """The environment in which `find` finds them."""
-    return {PLACES: msgspec.json.encode(places).decode()} if places else {}
+def announce(endpoints: Mapping[str, Endpoints]) -> dict[str, str]:
+    """Return the environment variables that tell `find` where servers are."""
+    return {SERVERS: msgspec.json.encode(endpoints).decode()} if endpoints else {}
 
 
-def find(name: str, agent: AgentConfig) -> Place:
-    """Raises ValueError if neither the config nor a launcher says where its servers are."""
+def find(name: str, agent: AgentConfig) -> Endpoints:
+    """Return an agent's servers. Raises ValueError if neither the config nor a launcher names them."""
     assert agent.vllm is not None
     if agent.vllm.urls:
         chosen = agent.vllm.transfer
-        return Place(agent.vllm.urls, "tcp" if chosen == "auto" else chosen)
-    places = msgspec.json.decode(os.environ.get(PLACES, "{}"), type=dict[str, Place])
-    if name not in places:
-        raise ValueError(f"agents.{name}.vllm.urls: [] given: expected the servers' URLs, or a launcher's {PLACES}")
-    return places[name]
+        return Endpoints(agent.vllm.urls, "tcp" if chosen == "auto" else chosen)
+    endpoints = msgspec.json.decode(os.environ.get(SERVERS, "{}"), type=dict[str, Endpoints])
+    if name not in endpoints:
+        raise ValueError(f"agents.{name}.vllm.urls: [] given: expected the servers' URLs, or {SERVERS} from a launcher")
+    return endpoints[name]

@@ -1,13 +1,15 @@
-"""The vLLM servers behind one agent: which of them are in service, and which takes the next turn.
+"""Route turns to the vLLM servers of one agent, and keep track of which servers are in service.
 
-A task per server asks it, TICK by TICK, which weights it has. Only servers with the newest weights are given turns: one
-that missed an update, or has just started and has none of the trainer's, waits until the trainer has brought it up to
-date; and one that says that it has the published ones must prove it by its log-probs, each time that it comes into
-service and as often as is due. Whatever goes wrong with a server is a *fault*: it is taken out of service, its running
-turns are given to others, and it is asked again after a pause that doubles. A turn goes to the server that holds the
-cache of those before it, unless that has far more than another, and else to the one with the fewest.
+One task per server asks every TICK seconds which weights the server has. Only servers with the newest weights get
+turns. A server that missed an update, or has just started with its initial weights, waits until the trainer has sent it
+the newest. A server that reports the published weights must confirm them by its log-probs each time it comes into
+service, and as often as a check is due.
 
-All of it runs in the event loop of the sampler's thread, but what is said to be for any.
+Every failure of a server is a *fault*: the server is taken out of service, its running turns move to others, and it is
+asked again after a pause that doubles. A turn goes to the server that holds the cache of the session's earlier turns,
+unless that server is much busier than another; a new session goes to the least busy server.
+
+Everything here runs in the event loop of the sampler's thread, except where a docstring says "any thread".
 """
 
 from __future__ import annotations
@@ -26,74 +28,84 @@ import msgspec
 
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.inference.sampler import WeightsCheck
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.inference.vllm.streamed_turn import InvalidTurnError, parsed, reason
 from mgrpo.engine.run.weights import GapError
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
-TICK = 0.1  # seconds between two looks at a server
-ASK = 10.0  # seconds that a server may take to say which weights it has
-SLACK = 16  # turns that a server may have beyond twice as many as another, and still be given its own
-LONGEST = 5.0  # seconds between two tries to reach one that is out of service
-FAULTS = (aiohttp.ClientError, OSError)  # of a connection; OSError includes TimeoutError
+TICK = 0.1  # seconds between two requests for a server's version
+ASK = 10.0  # seconds that a server may take to answer such a request
+SLACK = 16  # a session stays on its server until that has more than 2x + SLACK the turns of the least busy one
+LONGEST = 5.0  # seconds: the longest pause before a server that is out of service is asked again
+FAULTS = (aiohttp.ClientError, OSError)  # raised by connections; OSError includes TimeoutError
 
 log = logging.getLogger(__name__)
 
 
 class NoServerError(RuntimeError):
-    """None was in service for as long as one may wait: no OSError, that one would wait for once more."""
+    """Report that no server was in service for vllm.patience seconds. No OSError, since callers retry those."""
 
 
-class Moved(InvalidTurnError):
-    """It has other weights than those it was asked about."""
+class MovedError(InvalidTurnError):
+    """Report that a server answered with other weights than those it was asked about."""
 
 
 @dataclass(eq=False)
 class Server:
-    """One server, as it was last heard of."""
+    """Hold what is known of one server.
+
+    up: it is in service, provided its weights are the newest. fits: its vLLM and its context length were checked.
+    verified: the last check that it passed since it came into service. heard: when it last sent a token, or was first
+    asked for one. faults: their number since its last complete turn. due: when to ask it again. why: its last fault.
+    turns: timeouts of the turns that it runs.
+    """
 
     url: str
-    up: bool = False  # in service, if its weights are the newest too
-    fits: bool = False  # its vLLM and its longest context were looked at
-    version: int = -1  # of its weights; -1: none of the trainer's
-    step: int = -1
-    proved: WeightsCheck | None = None  # since it came into service, the last that it gave
-    heard: float = 0.0  # when it last said a token, or was first asked for one
-    faults: int = 0  # since it last ended a turn
-    due: float = 0.0  # when to ask it again
+    up: bool = False
+    fits: bool = False
+    version: WeightsVersion = NO_WEIGHTS
+    verified: WeightsCheck | None = None
+    heard: float = 0.0
+    faults: int = 0
+    due: float = 0.0
     why: str = "not reached yet"
-    turns: set[asyncio.Timeout] = field(default_factory=set)  # that run there
+    turns: set[asyncio.Timeout] = field(default_factory=set)
 
-    def label(self, known: tuple[int, int] | None) -> None:
-        self.version, self.step = known or (-1, -1)
-        self.proved = self.proved if known else None  # else it was started again
+    def saw(self, version: WeightsVersion) -> None:
+        """Record the version that the server reports. NO_WEIGHTS means that it was restarted."""
+        self.version = version
+        if version == NO_WEIGHTS:
+            self.verified = None
 
 
 class Router:
-    """All servers of one agent. To be made and used in one event loop.
+    """Hold all servers of one agent. Create and use it in one event loop.
 
-    name: the agent's; urls: without a path.
+    name: of the agent. urls: without a path. published: optimizer steps of the version that was published last, -1
+    before the first; check: of that version. error: why no server can help any more. lost: since when none was up.
     """
 
     def __init__(self, name: str, agent: AgentConfig, urls: Sequence[str]) -> None:
         assert agent.vllm is not None
         self.name, self.agent, self.vllm = name, agent, agent.vllm
         self.servers = [Server(url.rstrip("/")) for url in urls]
-        self.wanted = -1  # the version that was published last
-        self.proof: WeightsCheck | None = None  # of that version
-        self.error: Exception | None = None  # no other server would help
+        self.published = -1
+        self.check: WeightsCheck | None = None
+        self.error: Exception | None = None
         self.faults = 0
         self.changed = asyncio.Event()
         token = os.environ.get(TOKEN)
         self.http = aiohttp.ClientSession(
-            headers=adapter.bearer(token) if token else {},
+            headers=api.bearer(token) if token else {},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=ASK),
             connector=aiohttp.TCPConnector(limit=0),
         )
-        self.lost: float | None = self.now()  # since when no server was up
+        self.lost: float | None = self.now()
         self.watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     async def close(self) -> None:
+        """End the tasks and all connections."""
         for watch in self.watches:
             watch.cancel()
         await asyncio.gather(*self.watches, return_exceptions=True)
@@ -101,26 +113,29 @@ class Router:
 
     @staticmethod
     def now() -> float:
+        """Return the event loop's time in seconds."""
         return asyncio.get_running_loop().time()
 
     # ---- which server
 
     def ready(self) -> list[Server]:
-        """Those up with the weights that were published last, or else the newest. For any thread."""
-        up = [server for server in self.servers if server.up and server.version >= 0 and not self.doubts(server)]
-        versions = {server.version for server in up}
-        best = self.wanted if self.wanted in versions else max(versions, default=-1)
-        return [server for server in up if server.version == best]
+        """Return the servers up with the weights published last or, if there are none, the newest. For any thread."""
+        up = [s for s in self.servers if s.up and s.version != NO_WEIGHTS and not self.unverified(s)]
+        steps = {server.version.optimizer_steps for server in up}
+        best = self.published if self.published in steps else max(steps, default=-1)
+        return [server for server in up if server.version.optimizer_steps == best]
 
-    def doubts(self, server: Server) -> bool:
-        """Whether it must prove first that it has the weights that it says."""
-        proof, owed = self.proof, server.version == self.wanted and server.proved is not self.proof
-        return owed and proof is not None and (proof.due or server.proved is None)
+    def unverified(self, server: Server) -> bool:
+        """Return whether the server's weights still need to be verified. For any thread."""
+        check = self.check
+        if check is None or server.version.optimizer_steps != self.published or server.verified is check:
+            return False
+        return check.due or server.verified is None
 
     async def pick(self, home: Server | None) -> Server:
-        """The server for a turn: `home`, which holds its cache, if it is ready and has not far more than another.
+        """Return the server for a turn: `home`, which holds its cache, if ready and not much busier than another.
 
-        Waits while none is; raises as `check_hope`.
+        Waits while no server is ready. Raises what `check_hope` raises.
         """
         while True:
             self.check_hope(self.now())
@@ -130,7 +145,10 @@ class Router:
             await self.changed.wait()
 
     def check_hope(self, now: float) -> None:
-        """Raise NoServerError if none was up in vllm.patience seconds, ValueError or GapError if waiting is useless."""
+        """Raise NoServerError if no server was up for vllm.patience seconds, other errors if waiting is useless.
+
+        Those are ValueError for a server that can never serve, and GapError for one with wrong weights.
+        """
         if self.error:
             raise self.error
         if self.lost is not None and now - self.lost > self.vllm.patience:
@@ -139,7 +157,7 @@ class Router:
 
     @contextmanager
     def turn(self, server: Server) -> Iterator[asyncio.Timeout]:
-        """A turn that runs there: TimeoutError when the server turns out to hang."""
+        """Register a turn on a server while it runs. Raises TimeoutError in it when the server is found to hang."""
         if not server.turns:
             server.heard = self.now()
         alarm = asyncio.timeout(None)
@@ -149,83 +167,88 @@ class Router:
         finally:
             server.turns.discard(alarm)
 
-    # ---- what a server says of itself
+    # ---- the state of a server
 
     async def _watch(self, server: Server) -> None:
+        """Keep what is known of a server up to date."""
         while True:
             if server.turns and self.now() - server.heard > self.vllm.timeout:
                 self._hangs(server)
             if server.up or self.now() >= server.due:
                 await self._ask(server)
-            if server.up and self.doubts(server):
-                await self._prove(server)
-            self.changed.set()  # also that who waits looks at the clock
+            if server.up and self.unverified(server):
+                await self._verify(server)
+            self.changed.set()  # in any case, so that waiting turns check how long they have waited
             self.changed.clear()
             await asyncio.sleep(TICK)
 
     def _hangs(self, server: Server) -> None:
+        """Take a server that hangs out of service, and let its turns time out."""
         self.fault(server, f"no token for {self.vllm.timeout:g} s")
         for alarm in server.turns:
             alarm.reschedule(self.now())
 
     async def _ask(self, server: Server) -> None:
+        """Ask a server which weights it has, and put it in service if it answers."""
         began = self.now()
         try:
             async with asyncio.timeout(ASK):
                 if not server.fits:
-                    await self._fits(server)
-                server.label(adapter.read_label(str((await self._get(server, adapter.LABEL))["label"])))
+                    await self._check_fit(server)
+                server.saw(api.read_label(str((await self._get(server, api.LABEL))["label"])))
         except (*FAULTS, InvalidTurnError, LookupError, TypeError) as error:
             if not server.up:
                 server.why = reason(error)
                 self._pause(server)
-            elif server.heard < began or not server.turns:  # else it is busy with what it was asked before
+            elif server.heard < began or not server.turns:  # else it is only busy with turns
                 self.fault(server, reason(error))
         except ValueError as error:
             self.error = self.error or error
         else:
-            self._greet(server)
+            self._serves(server)
 
-    async def _prove(self, server: Server) -> None:
-        proof = self.proof
-        assert proof is not None
+    async def _verify(self, server: Server) -> None:
+        """Check a server's weights by its log-probs."""
+        check = self.check
+        assert check is not None
         try:
-            proof.judge(server.url, await self.scores(server, proof.tokens))
-            server.proved = proof
-        except Moved:
-            pass  # what it has now is to be looked at first
+            check.judge(server.url, await self.scores(server, check.tokens))
+            server.verified = check
+        except MovedError:
+            pass  # first ask which weights it has now
         except (*FAULTS, InvalidTurnError) as error:
             self.fault(server, reason(error))
         except (ValueError, GapError) as error:
             self.error = self.error or error
 
     async def scores(self, server: Server, tokens: Sequence[int]) -> list[float]:
-        """Return log p of each token but the first, by the weights that the server is known to have.
+        """Return log p of each token but the first, with the weights that the server is known to have.
 
         Raises InvalidTurnError or one of FAULTS.
         """
-        label = adapter.label(server.version, server.step)
+        label = api.label(server.version)
         async with asyncio.timeout(self.vllm.timeout):
             return await asyncio.gather(*(self._score(server, label, tokens, at) for at in range(1, len(tokens))))
 
     async def _score(self, server: Server, label: str, tokens: Sequence[int], position: int) -> float:
-        body = adapter.score_body(tokens, position, self.agent.temperature)
-        async with self.post(server, adapter.GENERATE, body) as response:
-            await self.check(response)
-            said = await response.read()
-        if response.headers.get(adapter.LABEL_HEADER) != label:
-            raise Moved(f"{server.url}: other weights meanwhile")
-        return float(parsed(lambda body: adapter.read_score(json.loads(body), tokens[position]), said))
+        body = api.score_body(tokens, position, self.agent.temperature)
+        async with self.post(server, api.GENERATE, body) as response:
+            await self.check_status(response)
+            data = await response.read()
+        if response.headers.get(api.LABEL_HEADER) != label:
+            raise MovedError(f"{server.url}: its weights have changed")
+        return float(parsed(lambda body: api.read_score(json.loads(body), tokens[position]), data))
 
-    def _greet(self, server: Server) -> None:
+    def _serves(self, server: Server) -> None:
+        """Put a server in service."""
         if not server.up:
             log.log(logging.WARNING if server.faults else logging.INFO, "%s: in service", server.url)
         server.up, self.lost = True, None
 
-    async def _fits(self, server: Server) -> None:
-        """Raises ValueError for a server that could never do."""
-        adapter.check_version((await self._get(server, adapter.VERSION))["version"], server.url)
-        model = (await self._get(server, adapter.MODELS))["data"][0]
+    async def _check_fit(self, server: Server) -> None:
+        """Check a server's vLLM and its context length. Raises ValueError if it can never serve this agent."""
+        api.check_version((await self._get(server, api.VERSION))["version"], server.url)
+        model = (await self._get(server, api.MODELS))["data"][0]
         if model["max_model_len"] < self.agent.max_context:
             raise ValueError(
                 f"{server.url}: --max-model-len {model['max_model_len']}: expected at least "
@@ -235,43 +258,43 @@ class Router:
 
     async def _get(self, server: Server, path: str) -> Any:
         async with self.http.get(server.url + path) as response:
-            await self.check(response)
+            await self.check_status(response)
             try:
                 return json.loads(await response.read())
             except ValueError as error:
                 raise InvalidTurnError(f"{path}: {error}") from error
 
     def post(self, server: Server, path: str, body: Any, headers: dict[str, str] | None = None) -> Any:
-        """A response, as a context."""
-        given = {"Content-Type": "application/json", **(headers or {})}
-        return self.http.post(server.url + path, data=msgspec.json.encode(body), headers=given)
+        """Return a context manager that posts a request and gives the response."""
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        return self.http.post(server.url + path, data=msgspec.json.encode(body), headers=headers)
 
-    async def check(self, response: aiohttp.ClientResponse) -> None:
-        """Raise InvalidTurnError for a status that another server or later try may not have, else ValueError."""
+    async def check_status(self, response: aiohttp.ClientResponse) -> None:
+        """Check a status. Raises InvalidTurnError if another server or a later try may succeed, ValueError if not."""
         status = response.status
         if status == 200:
             return
-        said = (await response.content.read(500)).decode(errors="replace")
+        text = (await response.content.read(500)).decode(errors="replace")
         if status in (401, 403):
-            raise ValueError(f"{response.url}: {status}: expected another token in the environment's {TOKEN}")
+            raise ValueError(f"{response.url}: {status}: expected another token in the environment variable {TOKEN}")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise InvalidTurnError(f"status {status}: {said}")
-        raise ValueError(f"agents.{self.name}.vllm: {response.url}: status {status}: {said}")
+            raise InvalidTurnError(f"status {status}: {text}")
+        raise ValueError(f"agents.{self.name}.vllm: {response.url}: status {status}: {text}")
 
-    # ---- what goes wrong
+    # ---- faults
 
     def fault(self, server: Server, why: str) -> None:
-        """Out of service, until it is asked again and answers. Of all the turns that notice, the first counts."""
+        """Take a server out of service until it answers again. If several turns notice a fault, the first counts."""
         if not server.up:
             return
         log.warning("%s: out of service: %s", server.url, why)
-        server.up, server.fits, server.proved, server.why = False, False, None, why
+        server.up, server.fits, server.verified, server.why = False, False, None, why
         self.faults += 1
         self._pause(server)
         if not any(server.up for server in self.servers):
             self.lost = self.now()
 
     def _pause(self, server: Server) -> None:
-        """Before it is asked again."""
+        """Set when to ask the server again."""
         server.due = self.now() + min(TICK * 2.0 ** min(server.faults, 30), LONGEST)
         server.faults += 1

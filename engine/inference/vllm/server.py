@@ -1,4 +1,4 @@
-"""A server of our own: its command as a task of the supervisor, or in place of this process; its port, its token."""
+"""Start vLLM servers: as a process of the supervisor, or in place of this process; choose their ports and token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-from mgrpo.engine.inference.vllm import api as adapter
+from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.system.supervisor import ProcessSpec
 
@@ -17,39 +17,41 @@ HOST = "127.0.0.1"
 
 
 def token() -> str:
-    """That of this run's servers, from the environment, where it is put if it is not there: children inherit it."""
+    """Return the token of this run's servers from the environment, which children inherit. Make it if missing."""
     return os.environ.setdefault(TOKEN, secrets.token_urlsafe(32))
 
 
 def new_seed() -> int:
+    """Return a random seed for a server."""
     return secrets.randbelow(2**31)
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports of the loopback interface that nobody listens at."""
+    """Return that many free ports of the loopback interface."""
     with ExitStack() as held:
         listeners = [held.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
 
 
 def url(port: int) -> str:
+    """Return the URL of a server on this machine."""
     return f"http://{HOST}:{port}"
 
 
 def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
-    """Run `adapter.arguments` in place of this process: a server for trainers elsewhere, which must know its token.
+    """Replace this process by the server of `api.arguments`, for trainers elsewhere, which must know its token.
 
-    Raises ValueError when this environment has no vLLM that is supported, no token, or transfer is none.
+    Raises ValueError if this environment has no supported vLLM or no token, or if there is no such transfer.
     """
-    adapter.installed()
-    adapter.check_transfer(transfer)
+    api.installed()
+    api.check_transfer(transfer)
     if not os.environ.get(TOKEN):
-        raise ValueError(f"{TOKEN} is not set: expected the token that trainers give for it")
-    command = adapter.arguments(model, transfer=transfer, seed=new_seed(), **options)
-    os.execve(command[0], command, os.environ | adapter.environment(transfer))
+        raise ValueError(f"{TOKEN} is not set: expected the token that trainers will send")
+    command = api.arguments(model, transfer=transfer, seed=new_seed(), **options)
+    os.execve(command[0], command, os.environ | api.environment(transfer))
 
 
-def server_task(
+def server_spec(
     name: str,
     model: str,
     port: int,
@@ -63,18 +65,19 @@ def server_task(
     extra: Sequence[str] = (),
     settings: Mapping[str, str] | None = None,
 ) -> ProcessSpec:
-    """A server on this machine, to be started and watched. It begins, and begins again, with the model's own weights.
+    """Describe a server on this machine for the supervisor. Each start of it begins with the model's own weights.
 
-    gpus: those it may use, as CUDA_VISIBLE_DEVICES names them; none: its command decides. settings: more of its
-    environment. Raises ValueError when this environment has no vLLM that is supported, or too few gpus are named.
+    gpus: the GPUs it may use, as CUDA_VISIBLE_DEVICES names them; if empty, its command decides. settings: further
+    environment variables. Raises ValueError if this environment has no supported vLLM, or if the number of GPUs differs
+    from tensor_parallel * data_parallel.
     """
-    adapter.installed()
+    api.installed()
     if gpus and len(gpus) != tensor_parallel * data_parallel:
         raise ValueError(
-            f"server {name}: {len(gpus)} gpus: expected tensor_parallel * data_parallel = "
+            f"server {name}: {len(gpus)} gpus given: expected tensor_parallel * data_parallel = "
             f"{tensor_parallel * data_parallel}"
         )
-    command = adapter.arguments(
+    command = api.arguments(
         model,
         host=HOST,
         port=port,
@@ -87,5 +90,5 @@ def server_task(
         extra=extra,
     )
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    environment = adapter.environment(transfer) | visible | dict(settings or {}) | {TOKEN: token()}
+    environment = api.environment(transfer) | visible | dict(settings or {}) | {TOKEN: token()}
     return ProcessSpec(name, command, lambda attempt: [environment], service=True)

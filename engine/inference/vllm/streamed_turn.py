@@ -1,8 +1,8 @@
-"""A turn while servers sample it: what is kept of what they say, and when it is whole.
+"""Collect a turn while servers sample it, validate what they stream, and decide when it is complete.
 
-What they say is not trusted: what can be no token or no log-prob, or is more than was asked for, is an
-`InvalidTurnError`, and what came before it stays. The same `Ending` decides as in the in-process sampler, over the
-whole turn: a stop string that one server began and another ended is noticed here only.
+Servers are not trusted. A token or log-prob that is impossible, or more tokens than were requested, raises
+InvalidTurnError; what came before stays valid. The same `Ending` as in the in-process sampler is applied to the whole
+turn, so a stop string that one server began and another completed is found here, and only here.
 """
 
 from __future__ import annotations
@@ -13,54 +13,57 @@ from typing import TypeVar
 
 from mgrpo.engine.inference.sampler import Ending
 from mgrpo.engine.inference.vllm.api import Chunk, StreamError, read_label
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, StreamError)  # what reading nonsense raises
-ROUNDING = 1e-3  # by which a log-prob may be above 0
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, StreamError)  # raised by parsing invalid data
+ROUNDING = 1e-3  # nats by which rounding may lift a log-prob above 0
 
-Label = tuple[int, int]  # of weights: version, rl step
 R = TypeVar("R")
 
 
 class InvalidTurnError(Exception):
-    """What a server did that it must not."""
+    """Report an answer of a server that is invalid or incomplete."""
 
 
 class StreamedTurn:
-    """Tokens after `prompt`, at most `allowed`. vocabulary: how many ids there are."""
+    """Collect at most `allowed` tokens that follow `prompt`.
+
+    vocabulary: the number of token ids. versions: of all weights that had, or may have had, a part in the turn.
+    """
 
     def __init__(self, prompt: list[int], allowed: int, ending: Ending, vocabulary: int) -> None:
         self.prompt, self.allowed, self.ending, self.vocabulary = prompt, allowed, ending, vocabulary
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.labels: set[Label] = set()  # of the weights that had, or may have had, a part in it
+        self.versions: set[WeightsVersion] = set()
         self.stopped = False
-        self._before: set[Label] = set()  # of the servers before this one
-        self._said: set[Label] = set()  # by this one
+        self._earlier: set[WeightsVersion] = set()  # named by the servers before this one
+        self._current: set[WeightsVersion] = set()  # named by this server so far
 
     @property
     def left(self) -> int:
-        """Tokens that may still come."""
+        """The number of tokens that may still come."""
         return 0 if self.stopped else self.allowed - len(self.tokens)
 
     def begin(self, label: str) -> None:
-        """A server goes on with it, with those weights."""
-        self._before, self._said = set(self.labels), {_read(label)}
+        """Begin the part of a server whose weights have that label. Raises InvalidTurnError for an invalid label."""
+        self._earlier, self._current = set(self.versions), {_version(label)}
 
     def take(self, chunk: Chunk) -> None:
-        """What it said. Raises InvalidTurnError, and keeps nothing of it, if it is not to be believed."""
+        """Append a chunk. If it is invalid, raise InvalidTurnError and keep nothing of it."""
         self._check(chunk)
         if chunk.label is not None:
-            self._said.add(_read(chunk.label))
+            self._current.add(_version(chunk.label))
         self.tokens += chunk.tokens
         self.logprobs += map(float, chunk.logprobs)
         if chunk.tokens:
-            self.labels |= self._said
-        if chunk.spans is not None:  # of all its tokens, exactly
-            self.labels = self._before | {_read(label) for label, begin, end in chunk.spans if begin < end}
+            self.versions |= self._current
+        if chunk.spans is not None:  # these are exact for all tokens of this server
+            self.versions = self._earlier | {_version(label) for label, begin, end in chunk.spans if begin < end}
 
     def _check(self, chunk: Chunk) -> None:
         if len(chunk.tokens) > self.left:
-            raise InvalidTurnError(f"{len(chunk.tokens)} tokens more: expected at most {self.left}")
+            raise InvalidTurnError(f"{len(chunk.tokens)} more tokens: expected at most {self.left}")
         for token in chunk.tokens:
             if type(token) is not int or not 0 <= token < self.vocabulary:
                 raise InvalidTurnError(f"token {token!r}: expected an id below {self.vocabulary}")
@@ -69,16 +72,16 @@ class StreamedTurn:
                 raise InvalidTurnError(f"log-prob {logprob!r}: expected a number of at most 0")
 
     def settle(self) -> None:
-        """The server says no more: what came after the turn's end is dropped."""
+        """Drop the tokens after the end of the turn, when the server sends no more."""
         length = self.ending.length(self.tokens)
         if length is not None:
             del self.tokens[length:], self.logprobs[length:]
             self.stopped = True
 
     def end(self, finish: str | None) -> None:
-        """The server's own word for why it ended; None: it broke off.
+        """Check that the turn is complete. finish: why the server ended the stream; None if it broke off.
 
-        Raises InvalidTurnError unless the turn is whole; ValueError when the server's context is too short for it.
+        Raises InvalidTurnError if the turn is incomplete, ValueError if the server's context is too short for it.
         """
         if self.left == 0:
             return
@@ -89,26 +92,27 @@ class StreamedTurn:
             )
         if finish != "stop" or not self.tokens:
             raise InvalidTurnError(f"a stream ended with {finish!r} after {len(self.tokens)} of {self.allowed} tokens")
-        self.stopped = True  # by a stop string that its decoding shows and ours does not
+        self.stopped = True  # the server's decoding found a stop string that ours does not show
 
 
 def reason(error: BaseException) -> str:
+    """Return the kind and the text of an error in one line."""
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-def parsed(parse: Callable[[bytes], R], said: bytes) -> R:
-    """Raises InvalidTurnError for what the adapter cannot read."""
+def parsed(parse: Callable[[bytes], R], data: bytes) -> R:
+    """Return parse(data). Raises InvalidTurnError if `data` cannot be parsed."""
     try:
-        return parse(said)
+        return parse(data)
     except MALFORMED as error:
-        raise InvalidTurnError(f"{said[:100]!r}: {reason(error)}") from error
+        raise InvalidTurnError(f"{data[:100]!r}: {reason(error)}") from error
 
 
-def _read(label: str) -> Label:
+def _version(label: str) -> WeightsVersion:
     try:
-        known = read_label(label)
+        version = read_label(label)
     except ValueError as error:
         raise InvalidTurnError(str(error)) from error
-    if known is None:
-        raise InvalidTurnError("its weights are none that a trainer has sent")
-    return known
+    if version == NO_WEIGHTS:
+        raise InvalidTurnError("the server has weights that no trainer has sent")
+    return version

@@ -1,12 +1,12 @@
-"""Weights on a TCP connection from a trainer to a server's worker: frames, one per tensor, then an end.
+"""Send weights over a TCP connection from a trainer to a server's worker: a frame per tensor, then an end mark.
 
-A frame is a length (4 bytes, big-endian), as many bytes of JSON `[name, dtype, shape]`, and the tensor's own bytes; a
-length of 0 is the end, and a stream without one was cut off. The worker calls, and says a secret first that it was told
-over the server's guarded HTTP: whoever else calls is turned away.
+A frame is a length (4 bytes, big-endian), as many bytes of JSON `[name, dtype, shape]`, and the bytes of the tensor. A
+length of 0 is the end mark; a stream without it was cut off. The worker connects to the trainer and first sends a
+secret, which it received over the server's protected HTTP endpoints. Connections without the secret are closed.
 
-Departs from a gloo process group, which was the other choice for CPUs: a group must be formed again whenever a server
-starts again, one dead member holds up all, and its store listens on every interface without asking who calls. Here each
-worker's connection stands and fails alone. It is no encryption: between machines, as with NCCL, use a private network.
+The alternative for CPUs was a gloo process group. But a group must be formed again whenever a server restarts, one dead
+member blocks all others, and its store listens on every interface and lets anyone in. Here the connections of workers
+are independent and fail alone. Nothing is encrypted: between machines, use a private network, as with NCCL.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ import torch
 from torch import Tensor
 
 LENGTH = struct.Struct(">I")
-LONGEST = 1 << 16  # bytes of a frame's JSON
+MOST_BYTES = 1 << 16  # of the JSON in a frame
 
 
 def send_tensor(connection: socket.socket, name: str, tensor: Tensor) -> None:
-    """tensor: any dtype, on any device. Raises OSError."""
+    """Send one tensor, of any dtype and on any device. Raises OSError if the connection fails."""
     head = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode()
     connection.sendall(LENGTH.pack(len(head)) + head)
     connection.sendall(_bytes(tensor.detach().cpu().contiguous()))
 
 
 def send_end(connection: socket.socket) -> None:
+    """Send the end mark. Raises OSError if the connection fails."""
     connection.sendall(LENGTH.pack(0))
 
 
 def receive_tensors(connection: socket.socket) -> Iterator[tuple[str, Tensor]]:
-    """Up to the end, on the CPU. Raises ConnectionError when the stream is cut off, ValueError for what is no frame."""
+    """Receive named tensors on the CPU up to the end mark.
+
+    Raises ConnectionError if the stream is cut off, ValueError if a frame is invalid.
+    """
     while length := LENGTH.unpack(_exactly(connection, LENGTH.size))[0]:
-        if length > LONGEST:
-            raise ValueError(f"a frame's head of {length} bytes: expected at most {LONGEST}")
+        if length > MOST_BYTES:
+            raise ValueError(f"a frame's JSON has {length} bytes: expected at most {MOST_BYTES}")
         name, dtype, shape = json.loads(_exactly(connection, length))
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         _fill(connection, _bytes(tensor))
@@ -47,11 +51,12 @@ def receive_tensors(connection: socket.socket) -> Iterator[tuple[str, Tensor]]:
 
 
 def send_secret(connection: socket.socket, secret: str) -> None:
+    """Send the secret. Raises OSError if the connection fails."""
     connection.sendall(secret.encode())
 
 
 def knows_secret(connection: socket.socket, secret: str) -> bool:
-    """Whether the caller says it. Raises OSError when it says too little."""
+    """Return whether the other side sends the secret. Raises OSError if it sends too few bytes."""
     return hmac.compare_digest(_exactly(connection, len(secret.encode())), secret.encode())
 
 
@@ -70,5 +75,5 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
+    """Return the memory of a contiguous CPU tensor as bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data

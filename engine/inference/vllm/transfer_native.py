@@ -1,10 +1,11 @@
-"""Weights to servers by vLLM's own engines, `nccl` between GPUs and `ipc` on one; vLLM is then installed here too.
+"""Send weights to servers by vLLM's own engines: `nccl` between GPUs, `ipc` on one GPU. They need vLLM installed here.
 
-The servers are paused for all of it, as their weights change while they come. If it breaks off in the middle their
-weights are neither the old nor the new ones: they are told to end, and whoever watches them starts them again.
+The servers are paused during the whole transfer, because their weights change while they arrive. If it fails in the
+middle, their weights are neither the old nor the new ones. They are then told to stop, and their supervisor restarts
+them.
 
-NCCL knows no dead member: the group is formed anew when servers have come or gone, but one that dies during a broadcast
-holds up the trainer. Has not run on a GPU: what is tested is which calls are made, and in which order.
+NCCL does not notice a dead member. The group is formed again when servers have come or gone, but a server that dies
+during a broadcast blocks the trainer. This module has not run on a GPU: tests check the calls it makes and their order.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm.control import Manifest, ServerControl, each
+from mgrpo.engine.inference.manifest import Manifest
+from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.inference.vllm.control import ServerControl, each
+from mgrpo.engine.types import WeightsVersion
 
 log = logging.getLogger(__name__)
 
-BUFFER = 1 << 28  # bytes that travel together, unless one tensor has more
+BUFFER = 1 << 28  # bytes sent together; more if a single tensor is larger
 
 
-class Native:
-    """The trainer's end. kind: nccl or ipc. Of several trainer ranks the first has one, and only with nccl."""
+class NativeTransfer:
+    """Send weights from the trainer. kind: nccl or ipc. With several trainer ranks, only nccl works, from rank 0."""
 
     def __init__(self, kind: str, manifest: Manifest):
         self.kind, self.manifest = kind, manifest
         self.members: list[ServerControl] = []
-        self.client = Client([])
+        self.client = SyncClient([])
         self.engine: Any = None
 
-    def carry(
-        self, servers: Sequence[ServerControl], tensors: Iterator[tuple[str, Tensor]], version: int, step: int
+    def send_weights(
+        self, servers: Sequence[ServerControl], tensors: Iterator[tuple[str, Tensor]], version: WeightsVersion
     ) -> list[ServerControl]:
-        """Bring weights to all servers; those that have them now: none, with a warning, if it failed with one."""
+        """Send weights to all servers, and return those that have them now: none, with a warning, if one fails."""
         paused = each(ServerControl.pause, servers)
         if not paused:
             return []
@@ -53,13 +56,13 @@ class Native:
         except OSError as error:
             log.warning("no server has new weights: %s", error)
         finally:
-            fit = paused if whole else self._unharmed()
-            named = each(lambda server: server.name(version, step), paused if whole else [])
-            each(ServerControl.resume, fit)
+            usable = paused if whole else self._unharmed()
+            named = each(lambda server: server.name(version), paused if whole else [])
+            each(ServerControl.resume, usable)
         return named
 
     def _unharmed(self) -> list[ServerControl]:
-        """After a failure: the servers, if none had begun. Else they are told to end."""
+        """Return the servers after a failure if no update had begun; otherwise stop them and return none."""
         servers, self.members = self.members, []
         if not self.client.begun:
             return servers
@@ -67,21 +70,22 @@ class Native:
         return []
 
     def _join(self, servers: list[ServerControl]) -> None:
-        """Meet the servers' workers, unless they are those met last."""
+        """Form a group with the servers' workers, unless it is the last group."""
         if servers == self.members and all(server.joined for server in servers):
             return
         self.members = servers
-        self.client = Client(servers)
-        self.engine = _trainer_engine(self._meeting(), self.client, _source(self.manifest, iter(())))
+        self.client = SyncClient(servers)
+        self.engine = _trainer_engine(self._init_info(), self.client, _source(self.manifest, iter(())))
         for server in servers:
             server.joined = True
 
-    def _meeting(self) -> Any:
+    def _init_info(self) -> Any:
+        """Return what vLLM's engine needs to form a group."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        largest = max(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in self.manifest.values())
-        size = max(BUFFER, largest)
+        sizes = [getattr(torch, dtype).itemsize * torch.Size(shape).numel() for dtype, shape in self.manifest.values()]
+        size = max(BUFFER, *sizes)
         if self.kind == "ipc":
             return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=size)
         address = self.members[0].own_address()
@@ -96,59 +100,59 @@ class Native:
         )
 
 
-class Client:
-    """What vLLM's engine calls, done with all servers at a time: its `VLLMWeightSyncClient`."""
+class SyncClient:
+    """Pass the calls of vLLM's engine on to all servers at the same time, as its `VLLMWeightSyncClient`."""
 
     def __init__(self, servers: Sequence[ServerControl]):
         self.servers = list(servers)
         self.workers = [server.workers() for server in servers]
-        self.begun = False  # an update, that has not been finished
+        self.begun = False  # an update was begun and has not been finished
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offsets = {server: 1 + sum(self.workers[:i]) for i, server in enumerate(self.servers)}
-        ranked = "rank_offset" in init_info  # of a group of ranks, in which the trainer is the first
+        ranked = "rank_offset" in init_info  # there is a group of ranks, and the trainer is the first
 
         def init(server: ServerControl) -> None:
             info = init_info | ({"rank_offset": offsets[server]} if ranked else {})
-            server.post(adapter.INIT, {"init_info": info})
+            server.post(api.INIT, {"init_info": info})
 
         self._all(init)
 
     def start_weight_update(self) -> None:
         self.begun = True
-        self._all(lambda server: server.post(adapter.START))
+        self._all(lambda server: server.post(api.START))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         handles = update_info.get("ipc_handles")
-        if handles is not None:  # JSON has no room for them
+        if handles is not None:  # JSON cannot hold them
             pickled = base64.b64encode(pickle.dumps(handles)).decode()
             rest = {key: value for key, value in update_info.items() if not key.startswith("ipc_handles")}
             update_info = rest | {"ipc_handles_pickled": pickled}
-        self._all(lambda server: server.post(adapter.UPDATE, {"update_info": update_info}))
+        self._all(lambda server: server.post(api.UPDATE, {"update_info": update_info}))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all(lambda server: server.post(adapter.FINISH))
+        self._all(lambda server: server.post(api.FINISH))
         self.begun = False
 
     def _all(self, act: Callable[[ServerControl], object]) -> None:
-        """Raises what the first raised with which it failed."""
+        """Call act(server) for all servers at the same time. Raises the first error."""
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(act, self.servers))
 
 
-def _trainer_engine(meeting: Any, client: Client, source: Any) -> Any:
+def _trainer_engine(init_info: Any, client: SyncClient, source: Any) -> Any:
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-    return WeightTransferTrainerFactory.trainer_init(meeting, client=client, source=source)
+    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
 
 
 def _source(manifest: Manifest, tensors: Iterator[tuple[str, Tensor]]) -> Any:
-    """The weights of one update as vLLM's engines ask for them, on the GPU."""
+    """Wrap the weights of one update for vLLM's engines, which expect them on the GPU."""
     from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 
     class Source(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, dtype, tuple(shape)) for name, (shape, dtype) in manifest.items()]
+            return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in manifest.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in tensors:

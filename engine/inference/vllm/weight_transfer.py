@@ -1,58 +1,57 @@
-"""New weights into an agent's running servers: the trainer's side of vLLM's weight transfer.
+"""Send new weights to an agent's running servers: the trainer's side of vLLM's weight transfer.
 
-Running calls are kept, never aborted: a server that was paused goes on with them, and computes their keys and values
-again by the new weights. One way is chosen for all servers (`adapter.TRANSFERS`):
+Running calls are kept, never aborted: a paused server continues them afterwards, and computes their keys and values
+again with the new weights. All servers use the same way (`api.TRANSFERS`):
 
-tcp   a worker calls back and takes them while it samples (`serving/stream.py`); the pause is for the loading alone.
-nccl  vLLM's own, between GPUs: one broadcast to all servers, which are paused for it (`serving/native.py`).
-ipc   vLLM's own, for servers on the GPU of the trainer, which is one process.
+tcp   Each worker connects back and receives while it samples (`transfer_tcp`); the pause covers only the loading.
+nccl  vLLM's own way between GPUs (`transfer_native`): one broadcast to all servers, which are paused for it.
+ipc   vLLM's own way for servers on the GPU of the trainer, which is a single process.
 
-A server that does not answer is left out and keeps its weights and their label. Once it answers again, or was started
-again, it is among those that `behind` lists; as are all servers for a trainer that was itself started again, since the
-one before it may have left them paused.
+A server that does not answer is left out, and keeps its weights and their label. When it answers again, or was
+restarted, `behind` lists it. For a trainer that was itself restarted, `behind` lists all servers, since its predecessor
+may have left them paused.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm import transfer_tcp as stream
-from mgrpo.engine.inference.vllm.control import Manifest, ServerControl, each
-from mgrpo.engine.inference.vllm.transfer_native import Native
-
-LOOK = 0.5  # seconds between two looks at servers that start
+from mgrpo.engine.inference.manifest import Manifest
+from mgrpo.engine.inference.vllm import api, transfer_tcp
+from mgrpo.engine.inference.vllm.control import ServerControl, each
+from mgrpo.engine.inference.vllm.transfer_native import NativeTransfer
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 
 class Transfer:
-    """Brings the weights of one agent to its servers.
+    """Send the weights of one agent to its servers.
 
-    manifest: of each weight, by the name that `update` will be given, its shape and dtype. timeout: seconds that a
-    server may take to answer, or to take in some of a tensor. Raises ValueError for a kind or a url that is none.
+    kind: one of api.TRANSFERS. manifest: describes the weights under the names that `update` will get. timeout: seconds
+    that a server may take to answer, or to receive a part of a tensor. Raises ValueError for an unknown kind or an
+    invalid URL.
     """
 
     def __init__(self, urls: Sequence[str], token: str, kind: str, manifest: Manifest, timeout: float = 60.0):
-        adapter.check_transfer(kind)
+        api.check_transfer(kind)
         self.servers = [ServerControl(url, token, timeout) for url in urls]
         self.kind, self.manifest = kind, manifest
-        self.carry = stream.carry if kind == "tcp" else Native(kind, manifest).carry
-        self.newest = adapter.UNSET
+        self.send_weights = transfer_tcp.send_weights if kind == "tcp" else NativeTransfer(kind, manifest).send_weights
+        self.newest = NO_WEIGHTS
 
-    def update(self, tensors: Iterable[tuple[str, Tensor]], version: int, step: int) -> list[str]:
-        """Bring weights to every server that lacks them; returns the urls of those that took them.
+    def update(self, tensors: Iterable[tuple[str, Tensor]], version: WeightsVersion) -> list[str]:
+        """Send weights to every server that lacks them. Return the URLs of the servers that took them.
 
-        tensors, one at a time, are used up whatever happens: gathering them may be a collective. Raises ValueError for
-        a server with another model, another token or an unsupported version; all else is a warning.
+        tensors: always consumed to the end, since gathering each may be a collective. Raises ValueError if a server has
+        another model, another token or an unsupported version. All other failures are logged as warnings.
         """
-        self.newest = adapter.label(version, step)
+        self.newest = version
         rest = iter(tensors)
         try:
             ready = each(lambda server: server.check(self.manifest, self.kind), self._lacking())
-            settled = self.carry(ready, rest, version, step)
+            settled = self.send_weights(ready, rest, version)
         finally:
             for _ in rest:
                 pass
@@ -62,32 +61,20 @@ class Transfer:
 
     @property
     def stalled(self) -> float:
-        """Seconds that the last updates kept a server from sampling, of the one that waited longest."""
+        """The longest time in seconds that a server's last update kept it from sampling."""
         return max((server.stalled for server in self.servers), default=0.0)
 
     def behind(self) -> list[str]:
-        """Urls of the servers that answer, but have not the newest weights: `update` would bring them.
+        """Return the URLs of the servers that answer but lack the newest weights, which `update` would send.
 
-        None that sleeps: it is to wake for the next weights only.
+        Sleeping servers are not listed, because only the next weights shall wake them.
         """
         return [server.url for server in self._lacking(logging.DEBUG) if not server.asleep]
 
-    def wait(self, seconds: float) -> list[str]:
-        """Until all servers answer, as they do once they have loaded their model, but no longer than so many seconds.
-
-        Returns the urls of those that do not.
-        """
-        until = time.monotonic() + seconds
-        while len(answering := each(ServerControl.look, self.servers, logging.DEBUG)) < len(self.servers):
-            if time.monotonic() > until:
-                break
-            time.sleep(LOOK)
-        return [server.url for server in self.servers if server not in answering]
-
     def sleep(self) -> None:
-        """The servers give their GPU's memory back. The next `update` wakes them."""
+        """Make the servers free their GPU's memory. The next `update` wakes them."""
         each(ServerControl.sleep, self.servers)
 
     def _lacking(self, level: int = logging.WARNING) -> list[ServerControl]:
         answering = each(ServerControl.look, self.servers, level)
-        return [server for server in answering if server.label != self.newest or not server.settled]
+        return [server for server in answering if server.version != self.newest or not server.settled]

@@ -1,11 +1,11 @@
-"""Inside a vLLM worker: new weights arrive while it samples, and are put in while it pauses.
+"""Receive new weights inside a vLLM worker while it samples, and load them while it is paused.
 
-The transfer engine `tcp` receives in a thread, into memory of its own, and touches the model only when all of it is
-there: an update that breaks off leaves the old weights whole, and a server is paused for as long as the loading takes,
-not for as long as the network does. That costs the weights' size once more in main memory.
+The transfer engine `tcp` receives in a thread, into its own memory, and touches the model only after everything has
+arrived. An update that fails in the middle thus leaves the old weights whole, and a server is paused only for the
+loading, not for the network. This costs the size of the weights once more in main memory.
 
-Loaded as a worker extension (`--worker-extension-cls`), which registers the engine and adds `check`, for servers that
-use vLLM's own engines (`nccl`, `ipc`) too.
+This is a worker extension (`--worker-extension-cls`). It registers that engine and adds `check`, also for servers that
+use vLLM's own engines (`nccl`, `ipc`).
 """
 
 from __future__ import annotations
@@ -29,81 +29,71 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from mgrpo.engine.inference.vllm import tcp_frames as wire
+from mgrpo.engine.inference.manifest import Manifest, manifest_of, misfit
+from mgrpo.engine.inference.vllm import tcp_frames
 from mgrpo.engine.system.process import keep_memory
-
-Manifest = dict[str, tuple[str, list[int]]]  # of each weight its dtype, without "torch.", and its shape
 
 
 class Extension:
-    """Methods that every worker of a server has beside vLLM's own, to be called by `/collective_rpc`."""
+    """Add methods to every worker of a server, to be called by `/collective_rpc`."""
 
     vllm_config: Any
     weight_transfer_engine: Any
     _weight_update_active: bool
 
     def check(self, text: str) -> dict[str, str]:
-        """Whether a trainer's weights and way of sending them (JSON) fit this server: {}, or {"error": …}."""
+        """Check that a trainer's weights and way of sending them (JSON) fit this server. Return {} or {"error": …}."""
         given, config = json.loads(text), self.vllm_config.model_config
-        ways = {"logprobs_mode": config.logprobs_mode, "transfer": self.vllm_config.weight_transfer_config.backend}
-        for key, way in {"logprobs_mode": "processed_logprobs", "transfer": given["transfer"]}.items():
-            if ways[key] != way:
-                return {"error": f"it was started with {key} {ways[key]!r}: expected {way!r}"}
-        wanted = expected(config.hf_config, str(config.dtype).removeprefix("torch."))
-        if error := misfit(wanted, given["weights"]):
+        found = {"logprobs_mode": config.logprobs_mode, "transfer": self.vllm_config.weight_transfer_config.backend}
+        for key, value in {"logprobs_mode": "processed_logprobs", "transfer": given["transfer"]}.items():
+            if found[key] != value:
+                return {"error": f"the server was started with {key} {found[key]!r}: expected {value!r}"}
+        manifest = expected(config.hf_config, config.dtype)
+        if error := misfit(manifest, given["weights"]):
             return {"error": error}
-        self.weight_transfer_engine.wanted = wanted
+        self.weight_transfer_engine.expected = manifest
         return {}
 
     def abandon(self) -> None:
-        """Give up an update that was left open. Nothing of it is in the model: only for the engine `tcp`."""
+        """Abandon an update that was left open. Only for the engine `tcp`, which has loaded nothing of it yet."""
         assert isinstance(self.weight_transfer_engine, ReceiveEngine)
         self.weight_transfer_engine.arriving = None
         self._weight_update_active = False
 
 
-def expected(config: PretrainedConfig, dtype: str) -> Manifest:
-    """What a trainer of this model sends: the parameters as transformers names them, a tied head not among them."""
+def expected(config: PretrainedConfig, dtype: torch.dtype) -> Manifest:
+    """Describe what a trainer of this model sends: its parameters under transformers' names, without a tied head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name: (dtype, list(parameter.shape)) for name, parameter in model.named_parameters()}
-
-
-def misfit(wanted: Manifest, given: Manifest) -> str:
-    """Empty if they are the same, else a sentence about the first weight, by name, that is not."""
-    for name in sorted(wanted.keys() | given.keys()):
-        one, other = (list(of[name]) if name in of else None for of in (wanted, given))
-        if one != other:
-            return f"weight {name!r} is {other}: expected {one}, as the server's model has"
-    return ""
+    return manifest_of(dict(model.named_parameters()), dtype)
 
 
 @dataclass
 class Begin(WeightTransferInitInfo):
-    """Nothing is agreed on beforehand."""
+    """Hold nothing: this engine needs no agreement before the first update."""
 
 
 @dataclass
 class FetchRequest(WeightTransferUpdateInfo):
-    """Whom to call for the weights, and what to say."""
+    """Say where to fetch weights, and with which secret. timeout: seconds without a byte."""
 
     host: str
     port: int
     secret: str
-    timeout: float  # seconds without a byte
+    timeout: float
 
 
 class ReceiveEngine(WeightTransferEngine):
-    """The engine `tcp`."""
+    """Implement the transfer engine `tcp`."""
 
     init_info_cls, update_info_cls = Begin, FetchRequest
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        keep_memory()  # a set of weights comes and goes with every update
+        keep_memory()  # a whole set of weights is allocated and freed in every update
         self.thread = ThreadPoolExecutor(1, "weights")
         self.arriving: Future[dict[str, Tensor]] | None = None
-        self.wanted: Manifest = {}  # as long as no trainer was found to fit
+        self.expected: Manifest = {}  # empty until `check` has accepted a trainer
 
     def init_transfer_engine(self, init_info: Begin) -> None:
         pass
@@ -112,21 +102,20 @@ class ReceiveEngine(WeightTransferEngine):
         self.arriving = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Returns at once. Departs from the base class, which would wait for an accelerator."""
+        """Begin to receive and return at once, unlike the base class, which would wait for an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: FetchRequest) -> None:
         self.arriving = self.thread.submit(_receive, update_info)
 
     def finish_weight_update(self) -> None:
-        """Load what arrived. Raises what receiving it raised, or ValueError if it does not fit: the model is as it was.
+        """Load what arrived. Raises what receiving raised, or ValueError on a misfit; the model is then unchanged.
 
-        A process that could not load all of it ends: nothing may be sampled by a half.
+        If loading fails, this process exits, so that nothing is sampled with a half-loaded model.
         """
         assert self.arriving is not None, "finish_weight_update before update_weights"
         tensors, whole = self.arriving.result(), False
-        given = {name: (str(of.dtype).removeprefix("torch."), list(of.shape)) for name, of in tensors.items()}
-        if error := misfit(self.wanted, given):
+        if error := misfit(self.expected, manifest_of(tensors)):
             raise ValueError(error)
         try:
             load(self.model, self.model_config, tensors)
@@ -141,15 +130,15 @@ class ReceiveEngine(WeightTransferEngine):
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _receive(call: FetchRequest) -> dict[str, Tensor]:
-    with closing(socket.create_connection((call.host, call.port), call.timeout)) as connection:
-        wire.send_secret(connection, call.secret)
-        return dict(wire.receive_tensors(connection))
+def _receive(request: FetchRequest) -> dict[str, Tensor]:
+    with closing(socket.create_connection((request.host, request.port), request.timeout)) as connection:
+        tcp_frames.send_secret(connection, request.secret)
+        return dict(tcp_frames.receive_tensors(connection))
 
 
 @torch.no_grad()
 def load(model: Any, config: Any, tensors: dict[str, Tensor]) -> None:
-    """Put a whole set of weights into a model that runs, in the memory that it has them in."""
+    """Load a whole set of weights into a running model, in place."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -158,7 +147,7 @@ def load(model: Any, config: Any, tensors: dict[str, Tensor]) -> None:
     finalize_layerwise_reload(model, config)
     tied = getattr(config.hf_config, "tie_word_embeddings", False)
     if tied and model.lm_head.weight.device.type == "cpu":
-        # It came with the embedding; the CPU's packed copy of it is made anew by nobody else.
+        # The tied head came with the embedding, but nothing else renews the CPU's packed copy of it.
         dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 

@@ -1,4 +1,4 @@
-"""The sampler that asks servers, against ones that die, hang and lie: each turn is whole, exact, and there once."""
+"""Test the client against servers that die, hang and lie: each turn is complete, exact, and recorded once."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_in_process import FRAGMENTS, RAGGED
 
+from cases.ragged_tokenizer import FRAGMENTS, RAGGED
 from fake_vllm import EOS, FakeVLLM, logps, truth
 from mgrpo.engine.config.schema import AgentConfig, VLLMConfig
 from mgrpo.engine.inference.sampler import Completion, Ending, Session, WeightsCheck
-from mgrpo.engine.inference.vllm import router as fleet_module
+from mgrpo.engine.inference.vllm import router
 from mgrpo.engine.inference.vllm.api import Chunk
 from mgrpo.engine.inference.vllm.client import VLLMSampler
 from mgrpo.engine.inference.vllm.router import NoServerError
 from mgrpo.engine.inference.vllm.streamed_turn import InvalidTurnError, StreamedTurn
 from mgrpo.engine.model.causal_lm import load_tokenizer
 from mgrpo.engine.run.weights import GapError
+from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 from toy import make_model
 from turns import play
 
@@ -34,7 +35,7 @@ TOKEN = "a-token-of-the-servers"
 
 
 class Kit:
-    """A toy model's folder, servers and samplers; all end with the test."""
+    """Hold a toy model's folder, and servers and samplers that end with the test."""
 
     def __init__(self, folder: Path) -> None:
         self.model = str(folder)
@@ -53,7 +54,7 @@ class Kit:
         urls = [server.url for server in servers]
         sampler = VLLMSampler("main", config, self.tokenizer, urls, concurrency)
         self.samplers.append(sampler)
-        wait_for(lambda: sampler.fleet.error is not None or all(server.up for server in sampler.fleet.servers))
+        wait_for(lambda: sampler.router.error is not None or all(server.up for server in sampler.router.servers))
         return sampler
 
     def end(self) -> None:
@@ -70,8 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
-    monkeypatch.setattr(fleet_module, "TICK", 0.02)
-    monkeypatch.delenv(fleet_module.TOKEN, raising=False)
+    monkeypatch.setattr(router, "TICK", 0.02)
+    monkeypatch.delenv(router.TOKEN, raising=False)
     kit = Kit(folder)
     yield kit
     kit.end()
@@ -84,7 +85,7 @@ def session(seed: int, length: int = 9, greedy: bool = False) -> Session:
 
 
 def check(sampler: VLLMSampler, sessions: Sequence[Session], done: Sequence[Sequence[Completion]]) -> None:
-    """Every turn ended where it must, and every token's log-prob is the toy's own after exactly those before it."""
+    """Check where every turn ended, and that each token's log-prob is the toy's, given exactly the tokens before it."""
     agent = sampler.agent
     for one, completions in zip(sessions, done, strict=True):
         trajectory = one.trajectory()
@@ -105,16 +106,18 @@ def check(sampler: VLLMSampler, sessions: Sequence[Session], done: Sequence[Sequ
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.8)])
 @pytest.mark.parametrize("together", [1, 5])
-def test_turns_are_sampled_and_recorded_as_the_servers_distribution_says(kit, temperature, top_p, together):
-    sampler = kit.sampler(kit.serve(label=(3, 1), together=together), temperature=temperature, top_p=top_p)
+def test_turns_are_recorded_with_the_distribution_of_the_servers(kit, temperature, top_p, together):
+    sampler = kit.sampler(
+        kit.serve(weights=WeightsVersion(3, 1), together=together), temperature=temperature, top_p=top_p
+    )
     sessions = [session(seed) for seed in range(20)]
     check(sampler, sessions, play(sampler, sessions, turns=3))
-    assert all((one.version, one.version_last, one.weights_step) == (3, 3, 1) for one in sessions)
+    assert all(one.oldest == one.newest == WeightsVersion(3, 1) for one in sessions)
     assert len({tuple(one.tokens[9:]) for one in sessions}) > 10
-    assert sampler.fleet.faults == 0
+    assert sampler.router.faults == 0
 
 
-def test_a_greedy_session_takes_the_likeliest_token_and_records_no_choice(kit):
+def test_a_greedy_session_takes_the_likeliest_token_with_log_prob_0(kit):
     sampler = kit.sampler(kit.serve(), temperature=0.7)
     one = session(0, greedy=True)
     play(sampler, [one])
@@ -123,13 +126,13 @@ def test_a_greedy_session_takes_the_likeliest_token_and_records_no_choice(kit):
     assert set(one.logprobs) == {0.0}
 
 
-def test_hundreds_of_turns_at_once_are_balanced_within_the_limit_over_connections_that_are_kept(kit):
+def test_hundreds_of_turns_are_balanced_within_the_limit_and_reuse_connections(kit):
     servers = [kit.serve() for _ in range(3)]
     sampler = kit.sampler(*servers, concurrency=96)
     sessions = [session(seed) for seed in range(256)]
     check(sampler, sessions, play(sampler, sessions, turns=2, seconds=120))
     assert sum(len(server.requests) for server in servers) == 512
-    assert max(server.most for server in servers) <= 60 and sampler.fleet.faults == 0
+    assert max(server.most for server in servers) <= 60 and sampler.router.faults == 0
     assert sum(len(server.connections) for server in servers) < 256
 
 
@@ -142,7 +145,7 @@ def test_a_call_returns_to_the_server_that_holds_its_cache(kit):
     assert not begun[0] & begun[1] and min(map(len, begun)) >= 3
 
 
-# ---- what servers do wrong
+# ---- faults of servers
 
 
 def lie(change: dict[str, Any], after: int = 0) -> tuple[str, Callable[[dict[str, Any], int], Any]]:
@@ -167,7 +170,7 @@ MISDEEDS = {
     **{f"status {code}": ("status", code) for code in (408, 409, 429, 500, 502, 503, 504)},
     "no header": ("header", ""),
     "nonsense header": ("header", "newest"),
-    "weights that nobody sent": ("header", "default"),
+    "weights that no trainer sent": ("header", "default"),
     "NaN": lie(scores(math.nan), 1),
     "null": lie(scores(None), 1),
     "above 0": lie(scores(0.5), 1),
@@ -196,7 +199,7 @@ MISDEEDS = {
 
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)
-def test_whatever_a_server_does_wrong_once_every_turn_is_whole_and_exact(kit, misdeed):
+def test_whatever_a_server_does_wrong_every_turn_is_complete_and_exact(kit, misdeed):
     servers = [kit.serve(), kit.serve()]
     for server in servers:
         server.misdeeds.extend([("", None), MISDEEDS[misdeed], ("", None), MISDEEDS[misdeed]])
@@ -207,7 +210,7 @@ def test_whatever_a_server_does_wrong_once_every_turn_is_whole_and_exact(kit, mi
     assert len({request for server in servers for request in server.ids}) == sum(len(s.ids) for s in servers)
 
 
-def test_what_had_come_before_a_server_died_is_gone_on_from_and_not_asked_for_again(kit):
+def test_a_turn_continues_from_the_tokens_received_before_a_server_died(kit):
     servers = [kit.serve(endless=True), kit.serve(endless=True)]
     for server in servers:
         server.misdeeds.append(("cut", 5))
@@ -221,7 +224,7 @@ def test_what_had_come_before_a_server_died_is_gone_on_from_and_not_asked_for_ag
     assert all(one.tokens[: len(body["token_ids"])] == body["token_ids"] for body in asked)
 
 
-def test_a_server_that_is_killed_among_many_turns_loses_none(kit):
+def test_a_server_killed_during_many_turns_loses_none(kit):
     servers = [kit.serve(pace=0.004) for _ in range(2)]
     sampler = kit.sampler(*servers)
     sessions = [session(seed) for seed in range(64)]
@@ -237,7 +240,7 @@ def test_a_server_that_is_killed_among_many_turns_loses_none(kit):
     assert sampler.replayed > 0
 
 
-def test_when_all_servers_are_dead_turns_wait_for_one_to_come_back(kit):
+def test_turns_wait_while_all_servers_are_dead(kit):
     server = kit.serve(pace=0.004)
     sampler = kit.sampler(server)
     sessions = [session(seed) for seed in range(8)]
@@ -253,7 +256,7 @@ def test_when_all_servers_are_dead_turns_wait_for_one_to_come_back(kit):
         check(sampler, sessions, play(sampler, sessions, turns=2))
 
 
-def test_when_no_server_comes_back_the_error_names_them_and_what_is_wrong(kit):
+def test_when_no_server_returns_the_error_names_them_and_their_faults(kit):
     servers = [kit.serve(), kit.serve()]
     sampler = kit.sampler(*servers, patience=0.3)
     play(sampler, [session(0)])
@@ -266,10 +269,10 @@ def test_when_no_server_comes_back_the_error_names_them_and_what_is_wrong(kit):
         play(sampler, [session(1)])
 
 
-def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit, monkeypatch):
+def test_the_only_server_is_named_if_it_always_lies(kit, monkeypatch):
     server = kit.serve()
     server.misdeeds.extend([lie(scores(math.nan))] * 1000)
-    monkeypatch.setattr(fleet_module, "LONGEST", 0.02)
+    monkeypatch.setattr(router, "LONGEST", 0.02)
     message = (
         rf"agents\.main\.vllm: a turn got no token for 0\.5 s, last from {server.url}: InvalidTurnError: log-prob nan"
     )
@@ -277,7 +280,7 @@ def test_a_server_that_always_lies_is_named_when_there_is_no_other(kit, monkeypa
         play(kit.sampler(server, patience=0.5), [session(1)])
 
 
-def test_a_server_that_is_too_busy_for_a_while_is_waited_for(kit):
+def test_a_server_that_is_busy_for_a_while_is_waited_for(kit):
     server = kit.serve()
     server.misdeeds.extend([("status", 503)] * 12)
     sampler = kit.sampler(server)
@@ -285,54 +288,54 @@ def test_a_server_that_is_too_busy_for_a_while_is_waited_for(kit):
     assert len(server.requests) == 13
 
 
-def test_a_server_that_stays_silent_while_another_turn_of_its_gets_tokens_does_not_hang(kit):
+def test_a_server_that_sends_tokens_of_any_turn_does_not_hang(kit):
     server = kit.serve(endless=True, pace=0.1)
     sampler = kit.sampler(server, timeout=0.5, stop=[])
     sessions = [session(seed) for seed in range(3)]
     server.misdeeds.extend([("", None), ("", None), ("slow", 0.9)])
     check(sampler, sessions, play(sampler, sessions))
-    assert sampler.fleet.faults == 0 and len(server.requests) == 3
+    assert sampler.router.faults == 0 and len(server.requests) == 3
 
 
-def test_a_deaf_server_is_taken_out_and_its_turns_go_elsewhere(kit, monkeypatch):
-    monkeypatch.setattr(fleet_module, "ASK", 0.3)
+def test_a_deaf_server_is_taken_out_of_service_and_its_turns_move(kit, monkeypatch):
+    monkeypatch.setattr(router, "ASK", 0.3)
     servers = [kit.serve(pace=0.004), kit.serve(pace=0.004)]
     sampler = kit.sampler(*servers, timeout=0.5)
     play(sampler, [session(0)])
     servers[1].deaf = True
     sessions = [session(seed) for seed in range(1, 9)]
     check(sampler, sessions, play(sampler, sessions, turns=2))
-    assert [server.up for server in sampler.fleet.servers] == [True, False]
+    assert [server.up for server in sampler.router.servers] == [True, False]
 
 
-# ---- what is the user's to mend, said at once
+# ---- mistakes of the user, which are errors at once
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"token": TOKEN}, r"401: expected another token in the environment's MGRPO_SERVER_TOKEN"),
+        ({"token": TOKEN}, r"401: expected another token in the environment variable MGRPO_SERVER_TOKEN"),
         ({"vllm": "0.11.2"}, r"is vLLM 0\.11\.2: expected 0\.32"),
         ({"length": 100}, r"--max-model-len 100: expected at least agents\.main\.max_context = 256"),
     ],
 )
 def test_a_server_that_can_never_serve_is_an_error_at_once(kit, options, message):
     sampler = kit.sampler(kit.serve(), kit.serve(**options))
-    wait_for(lambda: sampler.fleet.error is not None)
+    wait_for(lambda: sampler.router.error is not None)
     with pytest.raises(ValueError, match=message):
         play(sampler, [session(0)])
     with pytest.raises(ValueError, match=message):
-        sampler.expect(1, 1)
+        sampler.expect(WeightsVersion(1, 1))
 
 
-def test_the_token_is_that_of_the_environment(kit, monkeypatch):
-    monkeypatch.setenv(fleet_module.TOKEN, TOKEN)
+def test_the_token_comes_from_the_environment(kit, monkeypatch):
+    monkeypatch.setenv(router.TOKEN, TOKEN)
     sampler = kit.sampler(kit.serve(token=TOKEN))
     check(sampler, [one := session(0)], play(sampler, [one]))
 
 
 @pytest.mark.parametrize(("status", "message"), [(400, "status 400.*not now"), (401, "another token"), (404, "404")])
-def test_a_request_that_is_refused_for_good_is_an_error_and_not_tried_again(kit, status, message):
+def test_a_permanently_refused_request_is_an_error_and_not_retried(kit, status, message):
     server = kit.serve()
     server.misdeeds.append(("status", status))
     with pytest.raises(ValueError, match=message):
@@ -340,7 +343,7 @@ def test_a_request_that_is_refused_for_good_is_an_error_and_not_tried_again(kit,
     assert len(server.requests) == 1
 
 
-def test_a_servers_context_that_ends_before_ours_is_an_error(kit):
+def test_a_server_with_a_shorter_context_is_an_error(kit):
     server = kit.serve(endless=True)
     server.misdeeds.append(lie({"finish_reason": "length"}, 2))
     with pytest.raises(ValueError, match=r"after 12 tokens of context: expected room for 21, a larger --max-model-len"):
@@ -350,26 +353,30 @@ def test_a_servers_context_that_ends_before_ours_is_an_error(kit):
 # ---- weights
 
 
-def test_weights_that_change_in_a_turn_are_recorded_as_its_span(kit):
-    server = kit.serve(endless=True, pace=0.01, label=(2, 1))
+def test_weights_that_change_during_a_turn_are_recorded_as_its_span(kit):
+    server = kit.serve(endless=True, pace=0.01, weights=WeightsVersion(2, 1))
     sampler = kit.sampler(server, stop=[], max_new_tokens=40)
     sessions = [session(seed) for seed in range(64)]
 
     def update() -> None:
         while server.running < 64:
             time.sleep(0.001)
-        server.update(5, 2)
+        server.update(WeightsVersion(5, 2))
 
     with beside(update):
         check(sampler, sessions, play(sampler, sessions))
-    spans = {(one.version, one.version_last, one.weights_step) for one in sessions}
-    assert (2, 5, 1) in spans and sampler.fleet.faults == 0
-    exact = [truth(one.trajectory()) for one in sessions]
-    assert {(v.min(), v.max()) for v in exact} == {(version, last) for version, last, _ in spans}
+    spans = {(str(one.oldest), str(one.newest)) for one in sessions}
+    assert ("2/1", "5/2") in spans and sampler.router.faults == 0
+    for one in sessions:
+        versions = truth(one.trajectory())
+        assert (versions.min(), versions.max()) == (one.oldest.optimizer_steps, one.newest.optimizer_steps)
 
 
-def test_a_stream_that_broke_off_is_recorded_with_all_weights_it_may_have_seen(kit):
-    servers = [kit.serve(endless=True, pace=0.01, label=(2, 1)), kit.serve(endless=True, pace=0.01, label=(2, 1))]
+def test_a_broken_stream_is_recorded_with_all_weights_it_may_have_seen(kit):
+    servers = [
+        kit.serve(endless=True, pace=0.01, weights=WeightsVersion(2, 1)),
+        kit.serve(endless=True, pace=0.01, weights=WeightsVersion(2, 1)),
+    ]
     for server in servers:
         server.misdeeds.append(("cut", 30))
     sampler = kit.sampler(*servers, stop=[], max_new_tokens=40)
@@ -379,86 +386,85 @@ def test_a_stream_that_broke_off_is_recorded_with_all_weights_it_may_have_seen(k
             time.sleep(0.001)
         time.sleep(0.05)
         for server in servers:
-            server.update(5, 2)
+            server.update(WeightsVersion(5, 2))
 
     one = session(3)
     with beside(update):
         check(sampler, [one], play(sampler, [one]))
-    assert (one.version, one.version_last, one.weights_step) == (2, 5, 1)
+    assert (one.oldest, one.newest) == (WeightsVersion(2, 1), WeightsVersion(5, 2))
 
 
 def test_a_server_that_missed_an_update_gets_no_turns_until_it_has_it(kit):
-    servers = [kit.serve(label=(1, 1)), kit.serve(label=(2, 2))]
+    servers = [kit.serve(weights=WeightsVersion(1, 1)), kit.serve(weights=WeightsVersion(2, 2))]
     sampler = kit.sampler(*servers)
-    wait_for(lambda: sampler.version == 2)
+    wait_for(lambda: sampler.version == WeightsVersion(2, 2))
     sessions = [session(seed) for seed in range(6)]
     check(sampler, sessions, play(sampler, sessions))
-    assert not servers[0].requests and {one.version for one in sessions} == {2}
-    servers[0].update(2, 2)
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    assert not servers[0].requests and {one.oldest for one in sessions} == {WeightsVersion(2, 2)}
+    servers[0].update(WeightsVersion(2, 2))
+    wait_for(lambda: len(sampler.router.ready()) == 2)
 
 
-def test_a_server_that_comes_back_with_old_weights_waits_for_the_trainer(kit):
-    servers = [kit.serve(label=(2, 2)), kit.serve(label=(2, 2))]
+def test_a_restarted_server_waits_for_the_trainer(kit):
+    servers = [kit.serve(weights=WeightsVersion(2, 2)), kit.serve(weights=WeightsVersion(2, 2))]
     sampler = kit.sampler(*servers)
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    wait_for(lambda: len(sampler.router.ready()) == 2)
     servers[1].kill()
-    servers[1].label = None  # as one starts
+    servers[1].weights = NO_WEIGHTS  # as after a start
     servers[1].start()
-    wait_for(lambda: len(sampler.fleet.ready()) == 1)
+    wait_for(lambda: len(sampler.router.ready()) == 1)
     play(sampler, [session(seed) for seed in range(6)])
     assert not servers[1].requests
-    assert (sampler.version, sampler.weights_step) == (2, 2)
+    assert sampler.version == WeightsVersion(2, 2)
 
 
-def test_servers_that_no_trainer_has_written_to_are_waited_for(kit):
-    server = kit.serve(label=None)
+def test_turns_wait_for_servers_that_have_no_weights_of_a_trainer(kit):
+    server = kit.serve(weights=NO_WEIGHTS)
     sampler = kit.sampler(server, patience=0.2)
-    assert sampler.version == -1
+    assert sampler.version == NO_WEIGHTS
 
     def update() -> None:
         time.sleep(0.5)
-        server.update(0, 0)
+        server.update(WeightsVersion(0, 0))
 
     with beside(update):
         check(sampler, [one := session(0)], play(sampler, [one]))
 
 
-def test_a_run_that_was_rewound_goes_back_when_the_published_version_is_there(kit):
-    servers = [kit.serve(label=(7, 3)), kit.serve(label=(7, 3))]
+def test_after_a_rewind_the_published_older_version_is_used(kit):
+    servers = [kit.serve(weights=WeightsVersion(7, 3)), kit.serve(weights=WeightsVersion(7, 3))]
     sampler = kit.sampler(*servers)
-    wait_for(lambda: sampler.version == 7)
-    sampler.expect(4, 2)
-    assert sampler.version == 7
-    servers[0].update(4, 2)
-    wait_for(lambda: sampler.version == 4)
+    wait_for(lambda: sampler.version == WeightsVersion(7, 3))
+    sampler.expect(WeightsVersion(4, 2))
+    assert sampler.version == WeightsVersion(7, 3)
+    servers[0].update(WeightsVersion(4, 2))
+    wait_for(lambda: sampler.version == WeightsVersion(4, 2))
     play(sampler, [session(seed) for seed in range(4)])
     assert len(servers[0].requests) == 4 and not servers[1].requests
 
 
-def test_weights_that_did_not_move_are_of_the_step_that_was_published_last(kit):
-    sampler = kit.sampler(kit.serve(label=(0, 0)))
-    sampler.expect(0, 6)
-    wait_for(lambda: sampler.version == 0)
-    assert sampler.weights_step == 6
+def test_unchanged_weights_have_the_rl_step_that_was_published_last(kit):
+    sampler = kit.sampler(kit.serve(weights=WeightsVersion(0, 0)))
+    sampler.expect(WeightsVersion(0, 6))
+    wait_for(lambda: sampler.version == WeightsVersion(0, 6))
     play(sampler, [one := session(0)])
-    assert (one.version, one.weights_step) == (0, 6)
+    assert one.oldest == one.newest == WeightsVersion(0, 6)
 
 
 PROBE = np.random.default_rng(0).integers(1, 257, size=20).tolist()
 
 
 def expected(version: int, temperature: float = 1.0) -> list[float]:
-    """Log-probs of PROBE but its first token."""
+    """Return the log-probs of PROBE but its first token."""
     return [logps(version, PROBE[:n], temperature, 1.0, 257)[PROBE[n]] for n in range(1, len(PROBE))]
 
 
 class Judge:
-    """Of one version's proofs: who gave any, and what they were."""
+    """Judge the log-probs of one version, and keep which server sent which."""
 
     def __init__(self, version: int, due: bool = True) -> None:
         self.version, self.heard = version, list[tuple[str, Sequence[float]]]()
-        self.proof = WeightsCheck(PROBE, self, due)
+        self.check = WeightsCheck(PROBE, self, due)
 
     def __call__(self, who: str, logprobs: Sequence[float]) -> None:
         self.heard.append((who, logprobs))
@@ -467,16 +473,16 @@ class Judge:
 
 
 def asked_since(server: FakeVLLM, before: int) -> list[bool]:
-    """Of the requests that it got: whether each is a turn."""
+    """Return for each later request of a server whether it is a turn."""
     return [bool(request.get("stream")) for request in server.requests[before:]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_every_server_is_asked_for_its_proof_at_the_agents_temperature(kit, temperature):
-    servers = [kit.serve(label=(2, 1)), kit.serve(label=(2, 1))]
+def test_every_server_is_verified_at_the_agents_temperature(kit, temperature):
+    servers = [kit.serve(weights=WeightsVersion(2, 1)), kit.serve(weights=WeightsVersion(2, 1))]
     sampler, heard = kit.sampler(*servers, temperature=temperature, top_p=0.5), list[tuple[str, Sequence[float]]]()
-    sampler.expect(2, 1, WeightsCheck(PROBE, lambda who, logprobs: heard.append((who, logprobs)), True))
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    sampler.expect(WeightsVersion(2, 1), WeightsCheck(PROBE, lambda who, logprobs: heard.append((who, logprobs)), True))
+    wait_for(lambda: len(sampler.router.ready()) == 2)
     assert {who for who, _ in heard} == {server.url for server in servers} and len(heard) == 2
     for _, logprobs in heard:
         np.testing.assert_allclose(logprobs, expected(2, temperature))
@@ -484,68 +490,68 @@ def test_every_server_is_asked_for_its_proof_at_the_agents_temperature(kit, temp
 
 
 @pytest.mark.parametrize("restarted", [True, False])
-def test_a_server_that_comes_back_proves_its_weights_before_it_gets_a_turn(kit, restarted):
-    """However seldom others do; also one that had only been out of reach."""
-    server, other = kit.serve(label=(2, 1)), kit.serve(label=(2, 1))
+def test_a_returning_server_is_verified_before_it_gets_a_turn(kit, restarted):
+    """It is checked even if no check is due, and even if it was only out of reach."""
+    server, other = kit.serve(weights=WeightsVersion(2, 1)), kit.serve(weights=WeightsVersion(2, 1))
     sampler = kit.sampler(server, other)
-    sampler.expect(2, 1, (first := Judge(2)).proof)
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
-    sampler.expect(3, 2, (second := Judge(3, due=False)).proof)
+    sampler.expect(WeightsVersion(2, 1), (first := Judge(2)).check)
+    wait_for(lambda: len(sampler.router.ready()) == 2)
+    sampler.expect(WeightsVersion(3, 2), (second := Judge(3, due=False)).check)
     for one in (server, other):
-        one.update(3, 2)
-    wait_for(lambda: sampler.version == 3 and len(sampler.fleet.ready()) == 2)
+        one.update(WeightsVersion(3, 2))
+    wait_for(lambda: sampler.version == WeightsVersion(3, 2) and len(sampler.router.ready()) == 2)
     assert len(first.heard) == 2 and not second.heard
     before = len(server.requests)
     server.kill()
-    wait_for(lambda: len(sampler.fleet.ready()) == 1)
-    server.label = None if restarted else (3, 2)
+    wait_for(lambda: len(sampler.router.ready()) == 1)
+    server.weights = NO_WEIGHTS if restarted else WeightsVersion(3, 2)
     server.start()
     if restarted:
-        server.update(3, 2)
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+        server.update(WeightsVersion(3, 2))
+    wait_for(lambda: len(sampler.router.ready()) == 2)
     check(sampler, sessions := [session(seed) for seed in range(8)], play(sampler, sessions))
     assert [who for who, _ in second.heard] == [server.url]
     turns = asked_since(server, before)
     assert turns == [False] * (len(PROBE) - 1) + [True] * (len(turns) - len(PROBE) + 1) and turns[-1]
 
 
-def test_a_server_that_comes_back_with_other_weights_than_it_says_gets_no_turn(kit):
-    server, other = kit.serve(label=(2, 1)), kit.serve(label=(2, 1), pace=0.01)
+def test_a_returning_server_with_other_weights_than_it_reports_gets_no_turn(kit):
+    server, other = kit.serve(weights=WeightsVersion(2, 1)), kit.serve(weights=WeightsVersion(2, 1), pace=0.01)
     sampler = kit.sampler(server, other)
-    sampler.expect(2, 1, Judge(2).proof)
-    wait_for(lambda: len(sampler.fleet.ready()) == 2)
+    sampler.expect(WeightsVersion(2, 1), Judge(2).check)
+    wait_for(lambda: len(sampler.router.ready()) == 2)
     server.kill()
-    wait_for(lambda: len(sampler.fleet.ready()) == 1)
+    wait_for(lambda: len(sampler.router.ready()) == 1)
     server.model_version, before = lambda version: version + 1, len(server.requests)
     server.start()
-    wait_for(lambda: sampler.fleet.error is not None)
-    for act in (lambda: play(sampler, [session(0)]), lambda: sampler.expect(2, 1)):
+    wait_for(lambda: sampler.router.error is not None)
+    for act in (lambda: play(sampler, [session(0)]), lambda: sampler.expect(WeightsVersion(2, 1))):
         with pytest.raises(GapError, match=f"{server.url} lies"):
             act()
     assert not any(asked_since(server, before))
 
 
-def test_a_server_that_fails_amid_its_proof_gives_another(kit):
-    server = kit.serve(label=(2, 1))
+def test_a_server_that_fails_during_its_check_is_checked_again(kit):
+    server = kit.serve(weights=WeightsVersion(2, 1))
     sampler = kit.sampler(server)
     server.misdeeds.extend([("", None)] * 5 + [("status", 500)])
-    sampler.expect(2, 1, (judge := Judge(2)).proof)
+    sampler.expect(WeightsVersion(2, 1), (judge := Judge(2)).check)
     wait_for(lambda: bool(judge.heard))
     check(sampler, [one := session(0)], play(sampler, [one]))
-    assert sampler.fleet.faults == 1 and len(judge.heard) == 1
+    assert sampler.router.faults == 1 and len(judge.heard) == 1
 
 
-def test_a_proof_by_other_weights_than_asked_for_is_none(kit):
-    """It moved on, and we have not heard of it."""
-    server = kit.serve(label=(2, 1))
+def test_log_probs_of_other_weights_than_expected_are_not_used(kit):
+    """The server got new weights, and the router does not know it yet."""
+    server = kit.serve(weights=WeightsVersion(2, 1))
     sampler = kit.sampler(server)
-    known = sampler.fleet.servers[0]
+    known = sampler.router.servers[0]
 
     async def ask() -> None:
-        known.version = 1
-        await sampler.fleet.scores(known, PROBE)
+        known.version = WeightsVersion(1, 1)
+        await sampler.router.scores(known, PROBE)
 
-    with pytest.raises(fleet_module.Moved):
+    with pytest.raises(router.MovedError):
         sampler.wait(ask())
 
 
@@ -560,8 +566,8 @@ def test_a_proof_by_other_weights_than_asked_for_is_none(kit):
     st.lists(st.integers(1, 4), min_size=1, max_size=12),
     st.integers(0, 12),
 )
-def test_a_turn_ends_where_it_would_in_process_however_it_is_cut_into_chunks(tokens, stop, allowed, sizes, broken):
-    """`broken`: chunks after which a server dies and another goes on."""
+def test_a_turn_ends_as_in_process_for_any_division_into_chunks(tokens, stop, allowed, sizes, broken):
+    """broken: the number of chunks after which a server dies and another continues."""
     turn = StreamedTurn([1, 2], allowed, Ending(RAGGED, stop), 18)
     turn.begin("0/0")
     begin, chunks = 0, 0
@@ -581,7 +587,7 @@ def test_a_turn_ends_where_it_would_in_process_however_it_is_cut_into_chunks(tok
     assert len(turn.logprobs) == len(turn.tokens) and turn.stopped == bool(ends)
 
 
-def test_nothing_of_a_chunk_that_is_not_believed_is_kept():
+def test_nothing_of_an_invalid_chunk_is_kept():
     turn = StreamedTurn([1], 5, Ending(RAGGED, []), 18)
     turn.begin("0/0")
     turn.take(Chunk([3, 4], [-1.0, -2.0]))
@@ -590,7 +596,7 @@ def test_nothing_of_a_chunk_that_is_not_believed_is_kept():
     assert (turn.tokens, turn.logprobs) == ([3, 4], [-1.0, -2.0])
 
 
-def test_a_context_without_room_adds_nothing_and_asks_nobody(kit):
+def test_a_full_context_adds_nothing_and_sends_no_request(kit):
     server = kit.serve()
     sampler = kit.sampler(server, max_context=9)
     assert play(sampler, [session(0)]) == [[Completion("", 0, truncated=True)]]
@@ -598,13 +604,13 @@ def test_a_context_without_room_adds_nothing_and_asks_nobody(kit):
 
 
 @pytest.mark.parametrize(("max_context", "tokens"), [(12, 3), (21, 12), (99, 12)])
-def test_limits_of_the_turn_and_of_the_context(kit, max_context, tokens):
+def test_the_limits_of_turn_and_context_end_a_turn(kit, max_context, tokens):
     sampler = kit.sampler(kit.serve(endless=True), stop=[], max_context=max_context)
     (done,) = play(sampler, [session(2)])
     assert (done[0].tokens, done[0].truncated) == (tokens, True)
 
 
-def test_a_turn_that_is_given_up_stops_the_server_and_leaves_the_session_as_it_was(kit):
+def test_an_abandoned_turn_is_aborted_on_the_server_and_leaves_the_session_unchanged(kit):
     server = kit.serve(endless=True, pace=0.05)
     sampler = kit.sampler(server, stop=[], max_new_tokens=500)
     one = session(0)
@@ -619,14 +625,14 @@ def test_a_turn_that_is_given_up_stops_the_server_and_leaves_the_session_as_it_w
     asyncio.run(give_up())
     assert one.tokens == before and len(one.trajectory()) == 9
     wait_for(lambda: server.aborted == 1 and server.running == 0)
-    assert not sampler.homes and sampler.fleet.faults == 0
-    wait_for(lambda: not sampler.fleet.servers[0].turns)
+    assert not sampler.homes and sampler.router.faults == 0
+    wait_for(lambda: not sampler.router.servers[0].turns)
     check(sampler := kit.sampler(server), [two := session(1)], play(sampler, [two]))
 
 
 @contextmanager
 def beside(work: Callable[[], None]) -> Iterator[None]:
-    """In another thread; what it raises is raised here."""
+    """Run `work` in another thread meanwhile. Raises what it raises."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:

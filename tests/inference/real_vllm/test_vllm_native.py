@@ -1,6 +1,6 @@
-"""vLLM's own trainer engines as `native.py` drives them: the real classes, with the GPU's part cut out.
+"""Test `transfer_native` with vLLM's own trainer engines, whose GPU part is replaced.
 
-What is left to a GPU: the broadcast itself, the handles of its memory, and what the workers make of either.
+Not covered without a GPU: the broadcast itself, the handles of the GPU's memory, and what the workers do with either.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from fake_server import TOKEN, FakeServer, serve
-from mgrpo.engine.inference.vllm import api as adapter
-from mgrpo.engine.inference.vllm.transfer_native import BUFFER, Client
+from mgrpo.engine.inference.manifest import manifest_of
+from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.inference.vllm.transfer_native import BUFFER, SyncClient
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
+from mgrpo.engine.types import WeightsVersion
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 from vllm.distributed.weight_transfer import VLLMWeightSyncClient, ipc_engine, nccl_engine
@@ -26,9 +28,9 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk
 pytestmark = pytest.mark.vllm
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
-MANIFEST = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in WEIGHTS.items()}
-UPDATE = [adapter.START, adapter.UPDATE, adapter.FINISH, adapter.LABEL, adapter.RESUME]
-FIRST = [adapter.WORKERS, adapter.PAUSE, adapter.WORLD, adapter.INIT, *UPDATE]
+MANIFEST = manifest_of(WEIGHTS)
+UPDATE = [api.START, api.UPDATE, api.FINISH, api.LABEL, api.RESUME]
+FIRST = [api.WORKERS, api.PAUSE, api.WORLD, api.INIT, *UPDATE]
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def bodies(server: FakeServer, path: str) -> list[Any]:
     return [body for called, body in server.bodies if called == path]
 
 
-def test_our_client_is_one_to_vllm():
-    assert isinstance(Client([]), VLLMWeightSyncClient)
+def test_our_client_meets_vllms_protocol():
+    assert isinstance(SyncClient([]), VLLMWeightSyncClient)
 
 
 def test_nccl(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch):
@@ -55,15 +57,15 @@ def test_nccl(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "_post_send_sync", lambda self: None)
     transfer = Transfer([server.url for server in servers], TOKEN, "nccl", MANIFEST)
     for version in (1, 2):
-        assert len(transfer.update(WEIGHTS.items(), version, version)) == 2
+        assert len(transfer.update(WEIGHTS.items(), WeightsVersion(version, version))) == 2
     (info,) = infos
     assert (info.rank, info.world_size, info.packed_buffer_size_bytes) == (0, 1 + 3, BUFFER)
     for server, offset in zip(servers, (1, 3), strict=True):
-        assert server.calls == [*FIRST, adapter.PAUSE, *UPDATE] and not server.paused
-        (told,) = (body["init_info"] for body in bodies(server, adapter.INIT))
-        assert (told["rank_offset"], told["world_size"], told["packed"]) == (offset, 4, True)
-        assert (told["master_address"], told["master_port"]) == (info.master_address, info.master_port)
-        for body in bodies(server, adapter.UPDATE):
+        assert server.calls == [*FIRST, api.PAUSE, *UPDATE] and not server.paused
+        (sent_info,) = (body["init_info"] for body in bodies(server, api.INIT))
+        assert (sent_info["rank_offset"], sent_info["world_size"], sent_info["packed"]) == (offset, 4, True)
+        assert (sent_info["master_address"], sent_info["master_port"]) == (info.master_address, info.master_port)
+        for body in bodies(server, api.UPDATE):
             found = body["update_info"]
             assert (found["names"], found["dtype_names"]) == (["a", "b.weight"], ["float32", "bfloat16"])
             assert found["shapes"] == [[2, 3], [4]]
@@ -88,12 +90,12 @@ def test_ipc(servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "_post_send_sync", staticmethod(lambda: None))
     monkeypatch.setattr(ipc_engine, "packed_ipc_producer", producer)
     transfer = Transfer([server.url for server in servers], TOKEN, "ipc", MANIFEST)
-    assert len(transfer.update(WEIGHTS.items(), 1, 1)) == 2
+    assert len(transfer.update(WEIGHTS.items(), WeightsVersion(1, 1))) == 2
     for server in servers:
         assert server.calls == FIRST and not server.paused
-        assert bodies(server, adapter.INIT) == [{"init_info": {"packed": True}}]
-        (body,) = bodies(server, adapter.UPDATE)
-        found = ipc_engine.IPCWeightTransferUpdateInfo  # what a worker reads it with
+        assert bodies(server, api.INIT) == [{"init_info": {"packed": True}}]
+        (body,) = bodies(server, api.UPDATE)
+        found = ipc_engine.IPCWeightTransferUpdateInfo  # the class by which a worker reads it
         monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         assert found(**body["update_info"]).ipc_handles == {"gpu-1": (1, b"handle")}
         assert pickle.loads(base64.b64decode(body["update_info"]["ipc_handles_pickled"])) == {"gpu-1": (1, b"handle")}

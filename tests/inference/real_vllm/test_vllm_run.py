@@ -1,4 +1,4 @@
-"""Whole runs whose agents are sampled by real vLLM servers, started, watched and updated as a user's would be."""
+"""Test whole runs on real vLLM servers, which are started, watched and updated as in a user's run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from mgrpo.engine.config.schema import dump_config, read_dump
 from mgrpo.engine.report.metrics import read_rows
-from mgrpo.engine.run.directory import read_metrics
+from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.store.open import open_store
 from toy import make_model, toy_config
 
@@ -36,7 +36,7 @@ from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
 
 class Dice(Environment):
-    """Whatever main writes first is a request to its clerk; about every other text is right."""
+    """Pass the first text of main on to its clerk as a request. About every second text is correct."""
 
     def tasks(self, split):
         return [Task(f"{split} {i}", {}) for i in range(7)]
@@ -54,7 +54,7 @@ class Dice(Environment):
 
 
 def begin(folder: Path, **changes: Any) -> tuple[subprocess.Popen[bytes], Any]:
-    """`mgrpo train`, both agents sampled by a server each."""
+    """Start `mgrpo train` with a server for each of the two agents."""
     make_model(folder / "model", tie=False, **SIZES)
     (folder / "dice.py").write_text(ENVIRONMENT)
     changes |= {"environment": {"use": f"{folder}/dice.py:Dice"}}
@@ -80,20 +80,20 @@ def logs(folder: Path) -> str:
 
 
 def check(folder: Path, config: Any) -> None:
-    """Every rollout of every step is there once, trained on, and sampled by the weights of its step."""
+    """Check that every rollout of every step exists once, was trained on, and has the weights of its step."""
     rows = [row for row in read_rows(folder / "run", config) if row["stage"] == "rl" and "main/reward_mean" in row]
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert any("eval/held_out_accuracy" in row for row in read_metrics(folder / "run/workers/worker-0/metrics.jsonl"))
     with closing(open_store(config)) as store:
-        assert not any(store.balance()["violations"].values())
+        assert not any(store.audit.balance()["violations"].values())
         for query in range(STEPS * config.queries_per_step):
-            rollouts = store.rollouts_of(query)
+            rollouts = store.groups.rollouts_of(query)
             assert [r.rollout for r in rollouts] == list(range(config.algorithm.rollouts))
             assert {r.status for r in rollouts} == {"scored"}
-            assert all(call.step == query // config.queries_per_step for call in store.calls_of(query))
-        calls = [call for query in range(STEPS * config.queries_per_step) for call in store.calls_of(query)]
+            assert all(call.step == query // config.queries_per_step for call in store.groups.calls_of(query))
+        calls = [call for query in range(STEPS * config.queries_per_step) for call in store.groups.calls_of(query)]
     for agent in config.agents:
-        assert len({call.version for call in calls if call.agent == agent}) >= 10, "the servers' weights stood still"
+        assert len({call.version for call in calls if call.agent == agent}) >= 10, "the servers' weights did not change"
         own = read_metrics(folder / "run/agents" / agent / "metrics.jsonl")
         gaps = [row["gap_mean"] for row in own if row["stage"] == "rl" and row.get("tokens_trained")]
         assert len(gaps) >= 10 and max(gaps) < 0.002, gaps
@@ -108,11 +108,11 @@ def test_a_whole_run_updates_both_agents_servers_at_every_step(tmp_path: Path):
     check(tmp_path, config)
 
 
-def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path: Path):
+def test_a_killed_server_is_restarted_and_the_run_continues(tmp_path: Path):
     process, config = begin(tmp_path)
 
     def kill() -> None:
-        """The clerk's server, in the fourth step."""
+        """Kill the clerk's server in the fourth step."""
         metrics = tmp_path / "run/agents/clerk/metrics.jsonl"
         while process.poll() is None:
             if metrics.exists() and len([r for r in read_metrics(metrics) if r["stage"] == "rl"]) >= 4:
@@ -131,7 +131,7 @@ def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path: 
 
 
 def server_of(folder: Path, agent: str) -> int:
-    """The number of the server's process, by what it says of where it listens."""
+    """Return the process group of an agent's server, found by the port in its log."""
     ports = {
         int(found[1])
         for found in re.finditer(r"http://127\.0\.0\.1:(\d+)", (folder / f"run/logs/server-{agent}-0.txt").read_text())

@@ -1,4 +1,4 @@
-"""The sampler on real vLLM servers: what it records is what the trainer computes, through updates and deaths."""
+"""Test the sampler on real vLLM servers: it records what the trainer computes, through updates and crashes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from mgrpo.engine.config.schema import AgentConfig, VLLMConfig
 from mgrpo.engine.inference.sampler import Session, WeightsCheck
 from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.types import WeightsVersion
 from toy import make_model
 from turns import play
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.vllm
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
 EXACT = 0.002  # nats, mean, in fp32
-SECONDS = 240.0  # that turns may take
+SECONDS = 240.0  # for a round of turns
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def new_session(seed: int, greedy: bool = False) -> Session:
 
 
 def gap(trainer: Trainer, session: Session) -> float:
-    """Mean absolute difference of a session's log-probs and the trainer's, over what was sampled."""
+    """Return the mean absolute difference between a session's log-probs and the trainer's, over sampled tokens."""
     truth = np.array([0.0, *trainer.policy.logprobs(session.tokens)])
     sampled = np.array(session.sampled)
     return float(np.abs(truth - np.array(session.logprobs))[sampled].mean())
@@ -76,13 +77,14 @@ def test_turns_are_recorded_as_the_trainer_computes_them(world, temperature):
     assert len(trainer.push(trainer.transfer(*servers))) == 2
     sampler = sampler_of(model, servers, temperature=temperature)
     try:
-        until(lambda: len(sampler.fleet.ready()) == 2)
+        until(lambda: len(sampler.router.ready()) == 2)
         sessions = [new_session(seed) for seed in range(24)]
         done = play(sampler, sessions, turns=3, seconds=SECONDS)
         gaps = [gap(trainer, session) for session in sessions]
         assert max(gaps) < EXACT
-        assert all(session.version == session.version_last == trainer.policy.version for session in sessions)
-        assert len({tuple(session.tokens) for session in sessions}) == 24 and sampler.fleet.faults == 0
+        version = WeightsVersion(trainer.policy.version, trainer.policy.version)
+        assert all(session.oldest == session.newest == version for session in sessions)
+        assert len({tuple(session.tokens) for session in sessions}) == 24 and sampler.router.faults == 0
         for completion in (one for all_of in done for one in all_of):
             assert "\n" not in completion.text[:-1] and (completion.tokens == 24 or not completion.truncated)
         greedy = [new_session(3, greedy=True) for _ in range(2)]
@@ -94,7 +96,7 @@ def test_turns_are_recorded_as_the_trainer_computes_them(world, temperature):
         sampler.stop()
 
 
-def test_an_update_and_a_death_amid_64_turns_lose_none_and_are_recorded(world):
+def test_an_update_and_a_crash_during_64_turns_lose_none_and_are_recorded(world):
     model, servers = world
     trainer = Trainer(model, "float32")
     trainer.policy.version = 20
@@ -104,7 +106,7 @@ def test_an_update_and_a_death_amid_64_turns_lose_none_and_are_recorded(world):
     updated: list[str] = []
 
     def disturb() -> None:
-        until(lambda: sum(len(server.turns) for server in sampler.fleet.servers) == 64)
+        until(lambda: sum(len(server.turns) for server in sampler.router.servers) == 64)
         time.sleep(0.5)
         trainer.step(0.05)
         updated.extend(trainer.push(transfer))
@@ -112,32 +114,33 @@ def test_an_update_and_a_death_amid_64_turns_lose_none_and_are_recorded(world):
 
     thread = threading.Thread(target=disturb)
     try:
-        until(lambda: len(sampler.fleet.ready()) == 2)
+        until(lambda: len(sampler.router.ready()) == 2)
         sessions = [new_session(seed) for seed in range(64)]
         thread.start()
         done = play(sampler, sessions, seconds=SECONDS)
         thread.join()
-        assert len(updated) == 2 and sampler.fleet.faults > 0
+        assert len(updated) == 2 and sampler.router.faults > 0
         for (completion,) in done:
             assert completion.tokens == 120 or not completion.truncated
-        spans = {(session.version, session.version_last) for session in sessions}
-        assert spans <= {(20, 20), (20, 21), (21, 21)} and (20, 21) in spans
-        come_back(servers[1], sampler, trainer, transfer)
+        old, new = WeightsVersion(20, 20), WeightsVersion(21, 21)
+        spans = {(session.oldest, session.newest) for session in sessions}
+        assert spans <= {(old, old), (old, new), (new, new)} and (old, new) in spans
+        restart(servers[1], sampler, trainer, transfer)
     finally:
         sampler.stop()
 
 
-def come_back(server: RunningServer, sampler: VLLMSampler, trainer: Trainer, transfer: Transfer) -> None:
-    """It has the weights that others have proved, and proves them too."""
+def restart(server: RunningServer, sampler: VLLMSampler, trainer: Trainer, transfer: Transfer) -> None:
+    """Restart a server, which gets the weights that others were verified with and must be verified too."""
     heard: list[tuple[str, Sequence[float]]] = []
     tokens = new_session(0).tokens
-    proof = WeightsCheck(tokens, lambda who, logprobs: heard.append((who, logprobs)), due=False)
-    sampler.expect(21, 21, proof)
+    check = WeightsCheck(tokens, lambda who, logprobs: heard.append((who, logprobs)), due=False)
+    sampler.expect(WeightsVersion(21, 21), check)
     server.kill()
     server.start()
     server.wait()
     assert trainer.push(transfer) == [server.url]
-    until(lambda: len(sampler.fleet.ready()) == 2)
+    until(lambda: len(sampler.router.ready()) == 2)
     assert server.url in {who for who, _ in heard}
     for _, logprobs in heard:
         np.testing.assert_allclose(logprobs, trainer.policy.logprobs(tokens), atol=5e-3)

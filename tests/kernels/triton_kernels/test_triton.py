@@ -1,4 +1,4 @@
-"""Triton without a GPU: the kernels' tests under the interpreter, and what each kernel costs a GPU once compiled."""
+"""Test Triton without a GPU: the kernels under the interpreter, and the cost of each compiled kernel on a GPU."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 BEHAVIOUR = sorted(str(path) for path in Path(__file__).parent.glob("test_triton_*.py"))
-THREADS, REGISTERS = 512, 65_536  # of a program of ours; of an SM
+THREADS, REGISTERS = 512, 65_536  # threads of one program; registers of an SM
 
 pytest.importorskip("triton")
 compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -27,7 +27,7 @@ def test_kernels_behave_under_the_interpreter(record_property):
     record_property("measured", f"under the interpreter: {done.stdout.splitlines()[-1]}")
 
 
-# Of each variant of the row kernel: dtypes of logits, bias and gradient, its optional vectors, and its switches.
+# Variants of the row kernel: dtypes of logits, bias and gradient, optional vectors, and switches.
 OBJECTIVE = "advantages_L weights_L old_L sampler_L ref_L"
 ROW_VARIANTS = {
     "log-prob": ("fp32", None, None, "", {}),
@@ -52,7 +52,7 @@ SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_
 
 
 def row_source(logits, bias, gradient, optional, switches, block):
-    """The row kernel with these arguments, of which buffers and sizes are multiples of 16 as real ones are."""
+    """Return the row kernel with these arguments; buffers and sizes are multiples of 16 as in real calls."""
     from mgrpo.kernels.triton.rows import row_kernel
 
     types = {"logits_CV": f"*{logits}", "row_stride": "i64", "targets_L": "*i64", "start": "i32", "vocabulary": "i32"}
@@ -71,7 +71,7 @@ def row_source(logits, bias, gradient, optional, switches, block):
 
 
 def group_source(weighted, leave_one_out, to_tokens, tile):
-    """The group kernel of float32 rewards."""
+    """Return the group kernel for float32 rewards."""
     from mgrpo.kernels.triton.advantages import group_kernel
 
     outputs = {"values_R": "*fp32", "mean_G": "*fp32", "std_G": "*fp32", "zero_std_G": "*u8", "problems": "*i32"}
@@ -85,7 +85,7 @@ def group_source(weighted, leave_one_out, to_tokens, tile):
 
 
 def source(kernel, types, constants, even):
-    """What triton compiles: a kernel, the types or values of its arguments, and which are multiples of 16."""
+    """Return what triton compiles: a kernel, the types or values of its arguments, and which are multiples of 16."""
     from triton.compiler import ASTSource
 
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -95,7 +95,7 @@ def source(kernel, types, constants, even):
 
 
 def compiled(source, capability, warps):
-    """The compiled kernel, and its registers a thread, spilled bytes (stack and local) and shared bytes."""
+    """Compile; return the kernel, its registers per thread, spilled bytes (stack and local) and shared bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -119,7 +119,7 @@ def cost(name, capability, registers, spilled, shared):
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability, record_property):
-    from mgrpo.kernels.triton.epilogue import launch_settings
+    from mgrpo.kernels.triton.rows import launch_settings
 
     block, warps = launch_settings(151_936)
     assert warps * 32 == THREADS
@@ -147,21 +147,22 @@ def test_the_group_kernel_spills_nothing(capability, record_property):
 
 @compiled_only
 def test_logits_move_128_bits_at_a_time_and_cost_one_exponential_each():
-    from mgrpo.kernels.triton.epilogue import launch_settings
+    from mgrpo.kernels.triton.rows import launch_settings
 
     block, warps = launch_settings(151_936)
     per_thread = block // (32 * warps)
     ptx = compiled(row_source(*ROW_VARIANTS["log-prob"], block), 90, warps)[0].asm["ptx"]
     assert ptx.count("ld.global.v4.b32") == per_thread // 4
-    assert len(re.findall(r"ex2\.approx", ptx)) == 2 * per_thread  # of the loop, and of the lanes put together
+    assert len(re.findall(r"ex2\.approx", ptx)) == 2 * per_thread  # in the loop, and where the lanes are combined
     ptx = compiled(row_source(*ROW_VARIANTS["token loss"], block), 90, warps)[0].asm["ptx"]
     assert ptx.count("ld.global.v4.b32") == 2 * per_thread // 4 and ptx.count("st.global.v4.b32") == per_thread // 8
 
 
 @compiled_only
 def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
-    """Lengths and temperatures as constants would mean a compilation a batch; what is autotuned runs several times, and
-    so may not write in place."""
+    """Check the arguments: constant lengths or temperatures would need a compilation per batch, and an autotuned kernel
+    runs several times, so it could not write in place.
+    """
     from triton.runtime import JITFunction
 
     from mgrpo.kernels.triton.advantages import group_kernel
@@ -178,7 +179,7 @@ def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
 @compiled_only
 @pytest.mark.parametrize("vocabulary", [1, 7, 100, 4096, 49_152, 151_936, 2**20])
 def test_launch_settings_fit_any_vocabulary(vocabulary):
-    from mgrpo.kernels.triton.epilogue import launch_settings
+    from mgrpo.kernels.triton.rows import launch_settings
 
     block, warps = launch_settings(vocabulary)
     assert block & (block - 1) == warps & (warps - 1) == 0 and 1 <= warps <= 16
@@ -189,7 +190,7 @@ def test_launch_settings_fit_any_vocabulary(vocabulary):
     ("total", "size", "lengths"),
     [
         (8192, 1104, [1024] * 8),
-        (1030, 1104, [640, 390]),  # not 1024 and 6, which cost two passes over the weights for 6 rows
+        (1030, 1104, [640, 390]),  # not 1024 and 6: those 6 rows would cost another pass over the weights
         (6000, 1104, [1024] * 5 + [880]),
         (640, 276, [256, 256, 128]),
         (20, 7, [7, 7, 6]),
@@ -206,7 +207,7 @@ def test_chunks_are_whole_tiles_of_a_matmul(total, size, lengths):
 
 
 def test_the_largest_shape_stays_below_three_gigabytes():
-    """bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
+    """Add up bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
     from mgrpo.kernels.triton.linear_head import GRADIENT_BYTES, LOGITS_BYTES, tiled_slices, whole_tiles
 
     rows, width, vocabulary = 8192, 4096, 151_936

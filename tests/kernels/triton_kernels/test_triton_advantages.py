@@ -1,4 +1,4 @@
-"""Group advantages in one launch against the definition in float64."""
+"""Compare group advantages in one launch with the definition in float64."""
 
 import math
 
@@ -26,7 +26,7 @@ def flat(groups):
 
 
 def assert_equals_definition(rewards, offsets, weights=None, *, tolerance=2e-6, **settings):
-    """float64 rewards take the plain path, which is the definition."""
+    """Return the definition: float64 rewards take the plain path."""
     got = group_advantages(rewards, offsets, weights, **settings)
     truth = group_advantages(rewards.double(), offsets, weights, **settings)
     assert got.values_R.dtype == got.mean_G.dtype == got.std_G.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_equal_rewards_of_any_size_have_no_advantage(reward):
 
 
 def test_a_large_offset_loses_no_precision():
-    """A one-pass variance in float32 would be off by more than its value."""
+    """Use rewards whose one-pass variance in float32 would be wrong by more than its value."""
     small, offsets = placed([torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([0, 4])])
     one, other = (group_advantages(small + shift, offsets) for shift in (0.0, 2.0**20))
     torch.testing.assert_close(one.values_R, other.values_R, rtol=1e-6, atol=0)

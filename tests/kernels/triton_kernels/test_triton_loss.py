@@ -1,4 +1,4 @@
-"""The losses with the row kernel against the definition in float64, and against the plain path."""
+"""Compare the losses with the row kernel with the definition in float64, and with the plain path."""
 
 from dataclasses import replace
 
@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import DEVICE, INTERPRETED, as_good, kernels_take_the_tensors, placed, skip_unless_kernels_run
 
-from mgrpo.kernels import Objective, grpo_loss, linear_grpo_loss
-from mgrpo.kernels import dispatch as device
+from mgrpo.kernels import Objective, dispatch, grpo_loss, linear_grpo_loss
 from mgrpo.kernels.reference import grpo_loss_ref, linear_grpo_loss_ref, row_losses_ref
 from numerics import OBJECTIVES, double, error, gradients, loss_case, peak_bytes
 
@@ -21,14 +20,14 @@ FULL = {"kl_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}
 
 
 def case_of(*sizes, dtype=torch.float32, **settings):
-    """Differentiable leaves, the other positional inputs and the keywords, on the device."""
+    """Return differentiable leaves, the other positional inputs and the keywords, on the device."""
     settings = {"off_policy": True, "bias": False, "row_temperature": False} | settings
     heads, others, keywords = loss_case(*sizes, **settings)
     return placed(heads, dtype), placed(others, torch.float32), placed(keywords, torch.float32)
 
 
 def assert_as_good_as_plain(function, plain, case, objective, *, scale=1.0, **more):
-    """Loss and gradients of the kernels, of plain torch in the same dtype, and of that in float64."""
+    """Return loss and gradients of the kernels, of plain torch in the same dtype, and of plain torch in float64."""
     heads, others, keywords = case
     bias = keywords.pop("bias_V", None)
     runs = []
@@ -64,7 +63,7 @@ def test_fused_loss_is_as_good_as_plain(case, objective, chunk_rows):
 
 
 def by_rule(loss):
-    """A loss whose token objective is the definition, written as a caller's rule."""
+    """Compute a loss whose token objective is the definition, written as a caller's rule."""
 
     def rule(rows, objective):
         now, weighed = (rows.logprobs, rows.entropies), (rows.advantages, rows.weights)
@@ -116,7 +115,7 @@ def test_chunks_of_a_longer_vocabulary(dtype, importance):
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too large for the interpreter")
 @pytest.mark.parametrize("vocabulary", [49_152, 50_021, 129_920, 151_936])
 def test_chunks_of_real_vocabularies(vocabulary):
-    """Default chunks: several blocks of logits to a chunk, and several chunks."""
+    """Use default chunks: several blocks of logits per chunk, and several chunks."""
     case = case_of(5, 2000, vocabulary, 128, dtype=torch.bfloat16, row_temperature=True, scale=0.1)
     assert_as_good_as_plain(linear_grpo_loss, linear_grpo_loss_ref, case, Objective(**FULL), scale=1 / 3)
 
@@ -132,8 +131,8 @@ def test_everything_reported_equals_the_plain_path(objective):
     heads, others, keywords = case_of(9, 30, 97, bias=True, row_temperature=True)
     got = linear_grpo_loss(*heads, *others, objective, **keywords, chunk_rows=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "interpreted", False)
-        patch.setattr(device, "_has_triton", lambda: False)
+        patch.setattr(dispatch, "interpreted", False)
+        patch.setattr(dispatch, "_has_triton", lambda: False)
         plain = linear_grpo_loss(*heads, *others, objective, **keywords, chunk_rows=8)
     assert got.metrics.keys() == plain.metrics.keys()
     for name, value in plain.metrics.items():
@@ -181,7 +180,7 @@ def test_nothing_to_learn_gives_a_zero_gradient_that_flows(count, importance):
 
 
 def test_far_off_policy_rows_overflow_nothing():
-    """Ratios of e^800 and e^-800 with either sign of the advantage, and a sampler as far off."""
+    """Use ratios of e^800 and e^-800 with either sign of the advantage, and a sampler as far off."""
     logits = torch.zeros(6, 5, device=DEVICE).requires_grad_()
     advantages, old = placed([torch.tensor([1.0, -1, 0, 1, -1, 1]), torch.tensor([-800.0, -800, -800, 800, 800, -1])])
     inputs = (placed(torch.zeros(6, dtype=torch.int64)), advantages, torch.ones(6, device=DEVICE))
@@ -193,7 +192,7 @@ def test_far_off_policy_rows_overflow_nothing():
 
 
 def test_bf16_weight_gradients_do_not_stall_over_many_chunks():
-    """300 equal additions: a bf16 sum stops growing after 256 of them, a seventh short."""
+    """Add 300 equal terms: a bf16 sum stops growing after 256 of them, and loses a seventh."""
     count = 300
     hidden, weight = placed([torch.ones(count, 2), torch.zeros(3, 2)], torch.bfloat16)
     args = placed([torch.zeros(count, dtype=torch.int64), torch.ones(count), torch.full((count,), 1 / count)])

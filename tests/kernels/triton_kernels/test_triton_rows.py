@@ -1,4 +1,4 @@
-"""The row kernel, through the public functions, against the definition in float64."""
+"""Compare the row kernel, through the public functions, with the definition in float64."""
 
 import math
 
@@ -26,13 +26,13 @@ def random_rows(seed, count, vocabulary, dtype=torch.float32, spread=1.0):
 
 
 def mixed(logprobs, entropy):
-    """A scalar in which every row's log-prob and entropy has its own weight."""
+    """Return a scalar in which every row's log-prob and entropy has its own weight."""
     at = torch.arange(1, len(logprobs) + 1, dtype=logprobs.dtype, device=logprobs.device)
     return (logprobs * at.cos()).sum() + (entropy * at.sin()).sum()
 
 
 def assert_as_good_as_plain(kernel, plain, leaves):
-    """Values and gradients of two functions of the leaves, whose truth is the second one's in float64."""
+    """Return values and gradients of two functions of the leaves; the truth is the second one in float64."""
     runs = []
     for function, args in ((kernel, leaves), (plain, leaves), (plain, double(leaves))):
         args = [arg.detach().requires_grad_() for arg in args]
@@ -72,7 +72,7 @@ def test_any_vocabulary(vocabulary, dtype):
 
 @pytest.mark.parametrize("vocabulary", [1, 65, 4097, 50_021])
 def test_no_phantom_columns(vocabulary):
-    """All logits far below 0: padding columns of 0, or a running maximum that starts at 0, would win the softmax."""
+    """Use logits far below 0: padding columns of 0, or a running maximum that starts at 0, would dominate."""
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=DEVICE)
     got, entropy = token_logprob(torch.full((3, vocabulary), -500.0, device=DEVICE), targets)
     expected = torch.full_like(got, -math.log(vocabulary))
@@ -138,9 +138,9 @@ def test_only_one_of_the_two_results_used():
 
 
 def test_offsets_past_two_to_the_31():
-    """Three rows 2^30 elements apart: a 32-bit product of row and stride would wrap at the third."""
+    """Use three rows 2^30 elements apart: a 32-bit product of row and stride would wrap at the third."""
     stride, vocabulary = 2**30, 70
-    # Not filled: on a CPU its pages exist only where they are touched.
+    # Not filled: on a CPU only the pages that are touched exist.
     storage = torch.empty(2 * stride + vocabulary, dtype=torch.bfloat16, device=DEVICE)
     logits, (values, targets) = storage.as_strided((3, vocabulary), (stride, 1)), random_rows(4, 3, vocabulary)
     logits.copy_(values)
@@ -167,7 +167,10 @@ def test_linear_logprob_is_as_good_as_plain(dtype, with_bias):
 
 
 def test_logits_stay_in_float32_between_matmul_and_softmax():
-    """The main source of trainer-sampler mismatch: log-probs from bf16 inputs are far better than bf16 logits allow."""
+    """Check that log-probs from bf16 inputs are far more exact than bf16 logits allow.
+
+    Such logits are the main source of mismatch between trainer and sampler.
+    """
     g = torch.Generator().manual_seed(6)
     hidden, weight = placed([torch.randn(12, 64, generator=g), torch.randn(300, 64, generator=g)], torch.bfloat16)
     targets = torch.randint(300, (12,), generator=g).to(DEVICE)
@@ -186,7 +189,7 @@ def test_more_rows_than_a_grid_has_in_y():
 
 @gpu_only
 def test_more_logits_than_two_to_the_31():
-    """The gradient too, over the logits: a third buffer of 4 GiB would add nothing."""
+    """Write the gradient over the logits: a third buffer of 4 GiB would add nothing."""
     leaf = torch.randn(2**31 // 151_936 + 3, 151_936, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
     targets = torch.randint(151_936, (len(leaf),), device=DEVICE)
     logits = leaf * 1

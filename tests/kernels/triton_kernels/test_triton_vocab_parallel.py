@@ -1,8 +1,9 @@
-"""A head split by vocabulary, with the row kernel; on a GPU all ranks share it."""
+"""Test a head split by vocabulary, with the row kernel; on a GPU all ranks share it."""
 
 import pytest
-from test_kernels_vocab_parallel import everything, run_ranks
 from triton_cases import DEVICE, INTERPRETED, skip_unless_kernels_run
+
+from cases.vocab_parallel import everything, run_ranks
 
 skip_unless_kernels_run()
 pytestmark = pytest.mark.gpu

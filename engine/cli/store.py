@@ -1,0 +1,153 @@
+"""Run `mgrpo store …`: create a run's store, inspect it, and delete trajectories that nobody will read again.
+
+A store is named by the run's TOML file or by its own URL. With a URL every run in the store is shown, and the password
+comes from the environment only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from mgrpo.engine.config.schema import load_config, read_dump
+from mgrpo.engine.run.directory import RunDirectory, RunPaths, root_of
+from mgrpo.engine.run.trajectories import below
+from mgrpo.engine.store import Store
+from mgrpo.engine.store.database import read_password
+from mgrpo.engine.store.open import begin, location, open_store, sqlite_file
+
+
+def init(file: Path) -> str:
+    """Create the tables and the run, and return a line that says so."""
+    config = load_config(file)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    with closing(open_store(config)) as store:
+        begin(store, config)
+        return f"{store.name}: run {store.run!r} of {', '.join(config.agents)} is ready"
+
+
+def status(target: str) -> str:
+    """Describe each run: the states of its groups, who holds what, and violated invariants."""
+    with _stores(target) as stores:
+        return "\n".join(_status(store) for store in stores) or f"{target}: no run"
+
+
+def dump(target: str) -> None:
+    """Print every row as a line of JSON."""
+    with _stores(target) as stores:
+        for store in stores:
+            store.audit.dump(print)
+
+
+def collect(target: str, run_dir: Path | None = None) -> str:
+    """Delete the trajectory files that every agent has finished with, and forget the calls in them.
+
+    run_dir: needed if the target is the URL of a server. Raises ValueError while the run is alive, because a worker may
+    be appending to one of the files, and for a file outside the run.
+    """
+    folder = run_dir or _run_dir(target)
+    root = _trajectories(target, folder)
+    fs, directory = fsspec.url_to_fs(root)
+    if not fs.isdir(directory):
+        raise ValueError(f"gc: {folder} given: expected a run directory with trajectories, in {root}")
+    run = RunDirectory(folder, resume=True)  # holds the lock that colocated and local runs hold
+    try:
+        with _stores(target) as stores:
+            own = "://" not in target or sqlite_file(target) == run.store  # other databases may hold other runs
+            mine = [store for store in stores if own or store.run == folder.name]
+            return "\n".join(_collect(store, root) for store in mine) or f"{target}: no run {folder.name!r}"
+    finally:
+        run.close()
+
+
+def _run_dir(target: str) -> Path:
+    if "://" not in target:
+        return Path(load_config(target).run_dir)
+    file = sqlite_file(target)
+    if file is None:
+        raise ValueError("gc: expected --run-dir: the url of a server does not say where the trajectories are")
+    return file.parent
+
+
+def _trajectories(target: str, folder: Path) -> str:
+    """Return the folder of the trajectories, from the run's file or, for a URL, its copy in the run directory."""
+    if "://" not in target:
+        return root_of(load_config(target), "trajectories")
+    run = RunPaths(folder)
+    if not run.config.exists():
+        return str(run.trajectories)
+    return root_of(read_dump(run.config.read_text()), "trajectories", folder)
+
+
+def _collect(store: Store, root: str) -> str:
+    _check_idle(store)
+    names = store.audit.garbage()
+    freed = remove(root, names)
+    return f"run {store.run}: {len(names)} files of {store.audit.forget(names)} calls deleted, {freed} bytes"
+
+
+def remove(root: str, names: list[str]) -> int:
+    """Delete trajectory files below the root, a local path or fsspec URL, and return how many bytes they had.
+
+    Ignore those that are gone already. Unlike `trajectories.remove`, delete the last file of each writer too, because
+    nobody writes any more. Raises ValueError, and deletes none, if one is not below the root.
+    """
+    fs, directory = fsspec.url_to_fs(root)
+    there = [path for path in [below(directory, name) for name in names] if fs.exists(path)]
+    freed = sum(fs.size(path) or 0 for path in there)
+    for path in there:
+        fs.rm_file(path)
+    return freed
+
+
+def _status(store: Store) -> str:
+    found, counts = store.audit.status(), store.audit.balance()
+    lines = [f"run {store.run}: {counts['queries']} queries, {counts['rollouts']} rollouts, {counts['calls']} calls"]
+    for agent, states in counts["agents"].items():
+        told = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+        published = found["publications"].get(agent)
+        lines.append(f"  {agent}: {told}" + (f"; step {published['step']} published" if published else ""))
+    for role, held in found["roles"].items():
+        lines.append(f"  {role} is held by {held['holder']}, {_left(held['seconds'])}")
+    for worker, held in found["leases"].items():
+        lines.append(f"  worker {worker} has {held['queries']} queries, {_left(held['seconds'])}")
+    wrong = [f"{count} {kind}" for kind, count in counts["violations"].items() if count]
+    return "\n".join([*lines, f"  violations: {', '.join(wrong) or 'none'}"])
+
+
+def _left(seconds: float) -> str:
+    return f"for another {seconds:.0f} s" if seconds > 0 else f"lapsed {-seconds:.0f} s ago"
+
+
+def _check_idle(store: Store) -> None:
+    found = store.audit.status()
+    held: dict[str, dict[str, Any]] = {**found["roles"], **found["leases"]}
+    alive = [name for name, about in held.items() if about["seconds"] > 0]
+    if alive:
+        raise ValueError(f"gc: run {store.run!r} is alive ({', '.join(alive)}): stop it first")
+
+
+@contextmanager
+def _stores(target: str) -> Iterator[list[Store]]:
+    """Open the run of a TOML file, or every run at a URL. Never creates a store that is not there."""
+    with ExitStack() as stack:
+        if "://" not in target:
+            config = load_config(target)
+            _check_there(location(config)[0])
+            yield [stack.enter_context(closing(open_store(config)))]
+            return
+        _check_there(target)
+        password = read_password()
+        with closing(Store(target, "", password=password)) as store:
+            runs = store.audit.runs()
+        yield [stack.enter_context(closing(Store(target, run, password=password))) for run in runs]
+
+
+def _check_there(url: str) -> None:
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        raise ValueError(f"store: {url} is not there")

@@ -1,0 +1,1 @@
+"""Hold what tests of several files share, a module a subject."""

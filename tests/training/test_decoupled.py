@@ -1,0 +1,84 @@
+"""Test how an agent's trainer publishes: it waits for a full disk, and writes a file only if the weights moved."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgrpo.engine.run.weights import Published, load_weights
+from mgrpo.engine.system import retry
+from mgrpo.engine.training.decoupled import AgentProcess
+from toy import make_model, toy_config
+
+
+class NotingLeader:
+    """Stand in for rank 0's leader: note in which order it is called, and with what."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.publications: list[tuple[int, int, Published]] = []
+
+    def finish_pruning(self) -> None:
+        self.events.append("pruned")
+
+    def publish(self, step: int, version: int, file: Published, probe: list[float]) -> None:
+        assert len(probe) == 31  # log-probs of all probe tokens but the first
+        self.events.append("published")
+        self.publications.append((step, version, file))
+
+
+@pytest.fixture
+def leader() -> NotingLeader:
+    return NotingLeader()
+
+
+@pytest.fixture
+def process(tmp_path: Path, leader: NotingLeader, monkeypatch: pytest.MonkeyPatch) -> AgentProcess:
+    monkeypatch.setattr(retry, "PAUSES", (0.001, 0.001))
+    make_model(tmp_path / "model")
+    return AgentProcess(toy_config(tmp_path, topology="local"), "main", leader)  # type: ignore[arg-type]
+
+
+def test_a_new_file_is_written_only_if_the_weights_moved(process: AgentProcess, leader: NotingLeader, tmp_path: Path):
+    process.publish(0)
+    process.publish(1)  # no optimizer step was made
+    process.policy.version += 1
+    process.publish(2)
+    assert [(step, version) for step, version, _ in leader.publications] == [(0, 0), (1, 0), (2, 1)]
+    first, again, last = (file for _, _, file in leader.publications)
+    assert first == again != last
+    written = load_weights(f"{tmp_path}/run/weights", *last)
+    assert written.keys() == dict(process.policy.full_weights()).keys()
+    assert leader.events == ["pruned", "published", "published", "pruned", "published"]
+
+
+def test_a_full_disk_is_waited_for_and_the_store_hears_of_the_file_that_is_whole(
+    process: AgentProcess, leader: NotingLeader, monkeypatch: pytest.MonkeyPatch
+):
+    publish, failures = process.policy.publish, [OSError(errno.ENOSPC, "No space left on device")] * 3
+
+    def full_at_first(root: str) -> Any:
+        if failures:
+            raise failures.pop()
+        return publish(root)
+
+    monkeypatch.setattr(process.policy, "publish", full_at_first)
+    process.publish(0)
+    assert not failures and len(leader.publications) == 1
+
+
+def test_a_disk_that_stays_full_ends_the_trainer_and_the_store_hears_nothing(
+    process: AgentProcess, leader: NotingLeader, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retry, "PATIENCE", 0.01)
+
+    def full(root: str) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(process.policy, "publish", full)
+    with pytest.raises(OSError, match="No space left"):
+        process.publish(0)
+    assert not leader.publications

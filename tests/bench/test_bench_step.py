@@ -66,7 +66,7 @@ def one_thread():
 def widen(patch: pytest.MonkeyPatch) -> None:
     """Keep everything in float64: the norms of transformers round to float32, and so does `pack`."""
     patch.setattr(LlamaRMSNorm, "forward", lambda n, x: F.rms_norm(x, n.weight.shape, n.weight, n.variance_epsilon))
-    patch.setattr(trainer_module, "pack", wide_pack)
+    patch.setattr(trainer_module, "pack_calls", wide_pack)
     patch.setattr(trainer_module, "matmul_ceiling", lambda *_: 1.0)  # measuring it takes seconds
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.inference.check import check_sampler
 from mgrpo.engine.inference.kv_cache import CachedLayout, KVCache
 from mgrpo.engine.inference.manifest import manifest_of, misfit
 from mgrpo.engine.inference.sampler import Completion, Ending, Session
-from mgrpo.engine.model.attention import hidden_states
-from mgrpo.engine.model.causal_lm import output_head
+from mgrpo.engine.model.attention import hidden_states, output_head
+from mgrpo.engine.model.causal_lm import logit_scale
 from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
 
 NO_PROMPT = b""  # marks a slot whose prompt must not be copied; a real prompt has at least one token
@@ -66,7 +67,8 @@ class InProcessSampler:
         self.cached: dict[int, int] = {}  # number of tokens that each used slot holds
         self.prompts: dict[int, bytes] = {}  # prompt at the start of each used slot
         self.ending = Ending(tokenizer, agent.stop)
-        self.cache = KVCache(model, concurrency, agent.max_context)
+        check_sampler(model)
+        self.cache = KVCache(concurrency, agent.max_context)
 
     @property
     def pending(self) -> int:
@@ -99,7 +101,7 @@ class InProcessSampler:
     def release_cache(self) -> None:
         """Free the cache's memory between rollouts, since the weights that computed its content will change."""
         assert not self.pending and not self.slots
-        self.cache = KVCache(self.model, self.concurrency, self.agent.max_context)
+        self.cache = KVCache(self.concurrency, self.agent.max_context)
 
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor], version: WeightsVersion) -> bool:
@@ -125,9 +127,9 @@ class InProcessSampler:
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """Return log p of each token but the first, given those before it, at the agent's temperature without top_p."""
-        cache = KVCache(self.model, 1, len(tokens))
+        cache = KVCache(1, len(tokens))
         cache.reserve(len(tokens))
-        layout = CachedLayout(cache, [0], [0], [len(tokens)])
+        layout = CachedLayout(cache, [0], [0], [len(tokens)], self.model.device)
         ids_T = torch.tensor(tokens, device=self.model.device)
         logits_TV = self._logits(hidden_states(self.model, ids_T, layout.positions_T, layout)[:-1])
         logps_TV = (logits_TV / self.agent.temperature).log_softmax(-1)
@@ -143,7 +145,7 @@ class InProcessSampler:
         starts = [self.cached[slot] for slot in slots]
         new = [row.session.tokens[start:] for row, start in zip(rows, starts, strict=True)]
         self.cache.reserve(max(len(row.session.tokens) for row in rows))
-        layout = CachedLayout(self.cache, slots, starts, [len(ids) for ids in new])
+        layout = CachedLayout(self.cache, slots, starts, [len(ids) for ids in new], self.model.device)
         ids_T = torch.tensor([token for ids in new for token in ids], device=self.model.device)
         hidden_TH = hidden_states(self.model, ids_T, layout.positions_T, layout)
         last_R = torch.tensor([len(ids) for ids in new], device=ids_T.device).cumsum(0) - 1
@@ -160,7 +162,7 @@ class InProcessSampler:
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
         head = output_head(self.model)
-        return F.linear(hidden_RH, head.weight, head.bias).float()
+        return F.linear(hidden_RH, head.weight, head.bias).float() * logit_scale(self.model)
 
     def _admit(self) -> None:
         """Give waiting calls a slot. A call whose prompt is computed in this step waits for the next, to copy it."""

@@ -10,51 +10,57 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from mgrpo.engine.model.attention import Local, Rule, UnsupportedAttentionError
 
 
 class KVCache:
-    """Hold the keys and the values of S calls, (layers, S, G, C, D) each, in the model's dtype.
+    """Hold keys and values of S calls: per layer k (S, G, C, D) and v (S, G, C, E), made when the layer first attends.
 
     S is fixed and C doubles as needed up to `most_tokens`. The allocator thus gets few requests, of sizes that repeat,
-    and can use the memory of the last step's attention again.
+    and can use the memory of the last step's attention again. A layer's heads and sizes are those of the keys and
+    values that it passes.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, most_tokens: int):
-        self.most_tokens = most_tokens
-        config = model.config
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        parameter = next(model.parameters())
-        self.k = parameter.new_empty(config.num_hidden_layers, slots, groups, 0, head_dim)
-        self.v = self.k.clone()
+    def __init__(self, slots: int, most_tokens: int):
+        self.slots, self.most_tokens, self.room = slots, most_tokens, 0
+        self.layers: dict[int, list[Tensor]] = {}
 
     def reserve(self, tokens: int) -> None:
         """Make room for calls of up to that many tokens."""
-        layers, slots, groups, have, head_dim = self.k.shape
-        if tokens <= have:
+        if tokens <= self.room:
             return
         assert tokens <= self.most_tokens
-        room = min(max(128, 2 * have, tokens), self.most_tokens)
-        for name in "kv":
-            # Zeros, because attention also reads masked positions, and 0 * NaN would be NaN.
-            new = self.k.new_zeros(layers, slots, groups, room, head_dim)
-            new[:, :, :, :have] = getattr(self, name)
-            setattr(self, name, new)
+        self.room = min(max(128, 2 * self.room, tokens), self.most_tokens)
+        for held in self.layers.values():
+            held[:] = [self._grown(old) for old in held]
+
+    def layer(self, index: int, k_GTD: Tensor, v_GTE: Tensor) -> list[Tensor]:
+        """Return the keys and values of a layer; it is made for heads and sizes like those of k and v."""
+        if index not in self.layers:
+            empty = [x.new_empty(self.slots, x.shape[0], 0, x.shape[2]) for x in (k_GTD, v_GTE)]
+            self.layers[index] = [self._grown(old) for old in empty]
+        return self.layers[index]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of one slot to another."""
-        self.k[:, target, :, :tokens] = self.k[:, source, :, :tokens]
-        self.v[:, target, :, :tokens] = self.v[:, source, :, :tokens]
+        for held in self.layers.values():
+            for x in held:
+                x[target, :, :tokens] = x[source, :, :tokens]
+
+    def _grown(self, old: Tensor) -> Tensor:
+        slots, groups, have, size = old.shape
+        # Zeros, because attention also reads masked positions, and 0 * NaN would be NaN.
+        new = old.new_zeros(slots, groups, self.room, size)
+        new[:, :, :have] = old
+        return new
 
 
 class CachedLayout:
     """Lay out the attention of one step: call r adds counts[r] tokens to the starts[r] tokens in slots[r]."""
 
-    def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int]):
-        self.cache, self.counts = cache, counts
-        device = cache.k.device
+    def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int], device: torch.device):
+        self.cache, self.counts, self.seen = cache, counts, set[int]()
         self.slots_T = torch.tensor(slots, device=device).repeat_interleave(torch.tensor(counts, device=device))
         self.positions_T = torch.cat(
             [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
@@ -76,38 +82,82 @@ class CachedLayout:
             return
         self.length = int(positions.max()) + 1
         low, high = int(slots.min()), int(slots.max()) + 1
-        # Read the slots in place if most of their range is in use, otherwise gather them.
+        # read the slots in place when most of the range is in use; gather them otherwise
         self.span = slice(low, high) if high - low < 2 * len(slots) else None
         rows = high - low if self.span else len(slots)
         self.row_S = slots - low if self.span else torch.arange(len(slots), device=slots.device)
         lengths = torch.ones(rows, dtype=torch.long, device=slots.device)
         lengths[self.row_S] = positions + 1
-        self.mask_S11C = (torch.arange(self.length, device=slots.device) < lengths[:, None])[:, None, None]
+        self.last_S = lengths - 1
+        self.masks: dict[Local, Tensor] = {}
 
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        """Store one layer's new keys and values, and return what its queries attend to, (T, A, D)."""
-        k_SGCD, v_SGCD = self.cache.k[layer], self.cache.v[layer]
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
+        """Add the new keys and values to the layer's, and attend to them; (T, A, E).
+
+        Raises UnsupportedAttentionError if a layer attends twice in a step: the second would overwrite the first.
+        """
+        if layer in self.seen:
+            raise UnsupportedAttentionError("attends more than once in a layer")
+        self.seen.add(layer)
+        k_SGCD, v_SGCE = self.cache.layer(layer, k_GTD, v_GTE)
         k_SGCD[self.slots_T, :, self.positions_T] = k_GTD.transpose(0, 1)
-        v_SGCD[self.slots_T, :, self.positions_T] = v_GTD.transpose(0, 1)
-        out_TAD = torch.empty_like(q_ATD.transpose(0, 1), memory_format=torch.contiguous_format)
+        v_SGCE[self.slots_T, :, self.positions_T] = v_GTE.transpose(0, 1)
+        out_TAE = q_ATD.new_empty(q_ATD.shape[1], q_ATD.shape[0], v_GTE.shape[2])
         if len(self.single_T):
-            out_TAD[self.single_T] = self._attend_singles(q_ATD.transpose(0, 1)[self.single_T], k_SGCD, v_SGCD, scale)
-        groups = k_GTD.shape[0]
+            out_TAE[self.single_T] = self._attend_singles(q_ATD.transpose(0, 1)[self.single_T], k_SGCD, v_SGCE, rule)
         for slot, start, a, b in self.chunks:
-            q_GMD, count = q_ATD[:, a:b].reshape(groups, -1, q_ATD.shape[2]), b - a
-            k_GCD, v_GCD = k_SGCD[slot, :, : start + count], v_SGCD[slot, :, : start + count]
-            mask_NC = torch.ones(count, start + count, dtype=torch.bool, device=q_ATD.device).tril(start)
-            mask_MC = mask_NC.repeat(q_ATD.shape[0] // groups, 1)
-            out = F.scaled_dot_product_attention(q_GMD[None], k_GCD[None], v_GCD[None], mask_MC, scale=scale)
-            out_TAD[a:b] = out.view(q_ATD.shape[0], count, -1).transpose(0, 1)
-        return out_TAD
+            k_GCD, v_GCE = k_SGCD[slot, :, : start + b - a], v_SGCE[slot, :, : start + b - a]
+            out_TAE[a:b] = self._attend_chunk(q_ATD[:, a:b], k_GCD, v_GCE, start, rule)
+        return out_TAE
 
-    def _attend_singles(self, q_RAD: Tensor, k_SGCD: Tensor, v_SGCD: Tensor, scale: float) -> Tensor:
-        """Attend with one query per call: heads that share a key-value head are the rows of one small attention."""
+    def _attend_chunk(self, q_AND: Tensor, k_GCD: Tensor, v_GCE: Tensor, start: int, rule: Rule) -> Tensor:
+        """Attend from the N new tokens of one call to its C tokens, of which they are the last; (N, A, E)."""
+        heads, count, size = q_AND.shape
+        groups, keys, _ = k_GCD.shape
+        q_GMD = q_AND.reshape(groups, -1, size)
+        queries_N = torch.arange(start, start + count, device=q_AND.device)
+        mask_MC = visible(queries_N, keys, rule.local).repeat(heads // groups, 1)
+        out = masked_attention(q_GMD[None], k_GCD[None], v_GCE[None], mask_MC, rule, count)
+        return out.view(heads, count, -1).transpose(0, 1)
+
+    def _attend_singles(self, q_RAD: Tensor, k_SGCD: Tensor, v_SGCE: Tensor, rule: Rule) -> Tensor:
+        """Attend with one query per call: the heads that share a key-value head are the rows of one small attention."""
         (rows, heads, head_dim), groups = q_RAD.shape, k_SGCD.shape[1]
         index = self.span if self.span is not None else self.slots_T[self.single_T]
-        k, v = k_SGCD[index, :, : self.length], v_SGCD[index, :, : self.length]
+        k, v = k_SGCD[index, :, : self.length], v_SGCE[index, :, : self.length]
         q = q_RAD.new_zeros(len(k), groups, heads // groups, head_dim)
         q[self.row_S] = q_RAD.view(rows, groups, heads // groups, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, self.mask_S11C, scale=scale)
-        return out[self.row_S].view(rows, heads, head_dim)
+        if rule.local not in self.masks:
+            self.masks[rule.local] = visible(self.last_S, self.length, rule.local)[:, None, None]
+        out = masked_attention(q, k, v, self.masks[rule.local], rule, 1)
+        return out[self.row_S].view(rows, heads, -1)
+
+
+def visible(queries_N: Tensor, keys: int, local: Local) -> Tensor:
+    """Return (N, C) bool: whether a query at each of these positions attends to each of so many keys."""
+    keys_C, queries_N1 = torch.arange(keys, device=queries_N.device), queries_N[:, None]
+    mask_NC = keys_C <= queries_N1
+    if local.window is not None:
+        mask_NC &= keys_C > queries_N1 - local.window
+    if local.chunk is not None:
+        mask_NC &= keys_C >= queries_N1 // local.chunk * local.chunk
+    return mask_NC
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, per_head: int) -> Tensor:
+    """Attend under a mask: q (…, G, M, D), k (…, G, C, D), v (…, G, C, E) -> (…, G, M, E).
+
+    M rows are the heads that share a key-value head, per_head queries of each.
+    """
+    if rule.plain:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=rule.scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul((q * rule.scale).to(wide), k.to(wide).transpose(-1, -2))
+    if rule.softcap is not None:
+        scores = (scores / rule.softcap).tanh() * rule.softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if rule.sinks_A is None:
+        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    sinks_GM = rule.sinks_A.to(wide).view(k.shape[-3], -1).repeat_interleave(per_head, -1)
+    sinks = sinks_GM[..., None].expand(*scores.shape[:-1], 1)
+    return torch.matmul(torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(v.dtype), v)

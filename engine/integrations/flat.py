@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgrpo.engine.model.attention import Packed, hidden_states
-from mgrpo.engine.model.causal_lm import lay_out, output_head
+from mgrpo.engine.model.attention import Packed, hidden_states, output_head
+from mgrpo.engine.model.causal_lm import lay_out, logit_scale
 
 
 class Flat(NamedTuple):
@@ -70,7 +70,10 @@ def run_flat(model: PreTrainedModel) -> None:
             return forward(*args, **kwargs)
         head = output_head(self)
         hidden_PH = hidden_states(self, flat.input_ids, flat.positions, flat.layout)
-        return work(hidden_PH.to(head.weight.dtype), head.weight, head.bias)
+        scale = logit_scale(self)  # of what the head gives: its input and bias times the factor give the same
+        bias_V = head.bias if head.bias is None or scale == 1 else head.bias * scale
+        hidden_PH = hidden_PH if scale == 1 else hidden_PH * scale
+        return work(hidden_PH.to(head.weight.dtype), head.weight, bias_V)
 
     either.__wrapped__ = type(model).forward  # type: ignore[attr-defined]  # trainers read its signature
     model.forward = types.MethodType(either, model)

@@ -5,30 +5,76 @@ model's forward: `Packed` for training (sequences side by side, no padding), or 
 many calls against a key-value cache). A forward without a layout, such as the caller's `generate`, runs and is masked
 as with "sdpa".
 
-Legend: T tokens of the flat row, A query heads, G key-value heads, D head size, H hidden size, B sequences.
+A layer's mask is the one that the model asks for: sliding windows and chunks are applied within each sequence, and a
+model with any other mask is refused. The check at start (probe.py) finds out which of the two a model has, and calls
+`register_local_kind`.
+
+Legend: T tokens of the flat row, A query heads, G key-value heads, D head size, E that of the values, H hidden size,
+B sequences.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from mgrpo.engine.model.cpu_attention import buckets, causal_attention
+from mgrpo.engine.model.cpu_attention import Bucket, Scores, buckets, causal_attention
 
-# Whether a layout decides which tokens attend to which: then no mask is made.
+LocalKind = Literal["window", "chunk"]
+
+UNREAD = ("position_bias", "block_mask")  # arguments of the interface that no layout applies
+# Whether a layout decides which tokens attend to which: then a mask is only a description.
 _laid_out: ContextVar[bool] = ContextVar("laid_out", default=False)
+_local_kinds: dict[str, LocalKind] = {}  # by model_type: what a layer that sees only near keys does
+
+
+class UnsupportedAttentionError(Exception):
+    """Report that a model needs attention that cannot be computed exactly here."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Describe a mask narrower than the causal one.
+
+    window: a token attends to so many tokens, itself the last of them. chunk: to those since the last multiple of it.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Say how one layer attends.
+
+    Scores are multiplied by scale and, with a softcap c, become c * tanh(score / c). local: which keys are near enough.
+    sinks (A,): of each head the score of a further key whose value is zero.
+    """
+
+    scale: float
+    local: Local = field(default_factory=Local)
+    softcap: float | None = None
+    sinks_A: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's fused kernels compute it."""
+        return self.softcap is None and self.sinks_A is None
 
 
 class Layout(Protocol):
-    """Decide how the tokens of one flat row attend: q (A, T, D), k and v (G, T, D) -> (T, A, D)."""
+    """Decide how the tokens of one flat row attend: q (A, T, D), k (G, T, D), v (G, T, E) -> (T, A, E), contiguous."""
 
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor: ...
 
 
 class Packed:
@@ -37,35 +83,57 @@ class Packed:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
-        self.buckets = [] if cu_seqlens.is_cuda else buckets(cu_seqlens.diff().tolist())
+        self._cut: dict[int | None, Any] = {}
 
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        """Return the attention's output (T, A, D)."""
+    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
+        """Return the attention's output (T, A, E)."""
         if q_ATD.is_cuda:
-            return self._attend_cuda(q_ATD, k_GTD, v_GTD, scale)
+            return self._attend_cuda(q_ATD, k_GTD, v_GTE, rule)
         repeat = q_ATD.shape[0] // k_GTD.shape[0]
-        k_ATD, v_ATD = k_GTD.repeat_interleave(repeat, 0), v_GTD.repeat_interleave(repeat, 0)
-        return causal_attention(q_ATD, k_ATD, v_ATD, scale, self.buckets).transpose(0, 1)
+        k_ATD, v_ATE = k_GTD.repeat_interleave(repeat, 0), v_GTE.repeat_interleave(repeat, 0)
+        scores = Scores(rule.scale, rule.local.window, rule.softcap)
+        out_ATE = causal_attention(q_ATD, k_ATD, v_ATE, scores, self._buckets(rule.local.chunk), rule.sinks_A)
+        return out_ATE.transpose(0, 1).contiguous()
 
-    def _attend_cuda(self, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def _attend_cuda(self, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
+        if not rule.plain:
+            raise UnsupportedAttentionError("has soft-capped attention or sinks, for which there is no kernel on a GPU")
+        cu_seqlens, longest = self._bounds(rule.local.chunk)
+        size, own = q_ATD.shape[2], v_GTE.shape[2]
         out_TAD = varlen_attn(
             q_ATD.transpose(0, 1).contiguous(),
             k_GTD.transpose(0, 1).contiguous(),
-            v_GTD.transpose(0, 1).contiguous(),
-            self.cu_seqlens,
-            self.cu_seqlens,
-            self.max_seqlen,
-            self.max_seqlen,
-            scale=scale,
-            window_size=(-1, 0),  # causal
+            F.pad(v_GTE, (0, size - own)).transpose(0, 1).contiguous(),
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=rule.scale,
+            window_size=(-1 if rule.local.window is None else rule.local.window - 1, 0),
             enable_gqa=True,
         )
         assert isinstance(out_TAD, Tensor)
-        return out_TAD
+        return out_TAD[:, :, :own].contiguous()
+
+    def _buckets(self, chunk: int | None) -> list[Bucket]:
+        if chunk not in self._cut:
+            lengths = self.cu_seqlens.diff().tolist()
+            self._cut[chunk] = buckets(lengths if chunk is None else _chunks(lengths, chunk))
+        found: list[Bucket] = self._cut[chunk]
+        return found
+
+    def _bounds(self, chunk: int | None) -> tuple[Tensor, int]:
+        """Return cu_seqlens and the length of the longest sequence; each chunk counts as a sequence."""
+        if chunk is None or chunk >= self.max_seqlen:
+            return self.cu_seqlens, self.max_seqlen
+        if chunk not in self._cut:
+            lengths = torch.tensor([0, *_chunks(self.cu_seqlens.diff().tolist(), chunk)])
+            self._cut[chunk] = lengths.cumsum(0).to(self.cu_seqlens)
+        return self._cut[chunk], chunk
 
 
-class UnsupportedAttentionError(Exception):
-    """Report that a model needs more than plain causal attention."""
+def _chunks(lengths: list[int], chunk: int) -> list[int]:
+    return [min(chunk, length - begin) for length in lengths for begin in range(0, length, chunk)]
 
 
 def attention(
@@ -73,42 +141,82 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Local | None,
     *,
-    scaling: float,
+    scaling: float | None = None,
     layout: Layout | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Implement the attention interface of transformers: (1, heads, T, D) in, (1, T, heads, D) out.
+    """Implement the attention interface of transformers: (1, heads, T, D) in, (1, T, heads, E) out.
 
-    Raises UnsupportedAttentionError for soft-capping and sinks.
+    Raises UnsupportedAttentionError for what a layout cannot compute.
     """
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedAttentionError("has attention with soft-capping or sinks")
     if layout is None:
+        if softcap is not None or s_aux is not None:
+            raise UnsupportedAttentionError("has attention with soft-capping or sinks")
         sdpa: Any = AttentionInterface()["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **rest)
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError("attends to later tokens")
+    if isinstance(attention_mask, Tensor):
+        raise UnsupportedAttentionError("has a mask of its own")
+    if unread := {name for name in UNREAD if rest.get(name) is not None}:
+        raise UnsupportedAttentionError(f"hands its attention {', '.join(sorted(unread))}")
     layer = module.layer_idx
     assert isinstance(layer, int)
-    out_TAD = layout.attend(layer, query[0], key[0], value[0], scaling)
-    return out_TAD.unsqueeze(0), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, attention_mask or Local(), softcap, s_aux)
+    return layout.attend(layer, query[0], key[0], value[0], rule).unsqueeze(0), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _laid_out.get() else sdpa_mask(*args, **kwargs)
+def _mask(*args: Any, **kwargs: Any) -> Tensor | Local | None:
+    """Return a description of the mask that a model asks for; None: plain causal. Without a layout, sdpa's mask."""
+    if not _laid_out.get():
+        return sdpa_mask(*args, **kwargs)
+    size = kwargs.get("local_size")
+    if size is None:
+        return None
+    kind = _local_kinds.get(kwargs["config"].model_type)
+    return Local(chunk=size) if kind == "chunk" else Local(window=size)
+
+
+def register_local_kind(model_type: str, kind: LocalKind) -> None:
+    """Set what layers of this type of model do that see near keys only; without it, they have sliding windows."""
+    _local_kinds[model_type] = kind
 
 
 AttentionInterface.register("mgrpo", attention)
 AttentionMaskInterface.register("mgrpo", _mask)
 
 
+def output_head(model: PreTrainedModel, whose: str = "model") -> nn.Linear:
+    """Return the layer that turns hidden states into logits. Raises ValueError if the model has none."""
+    head: nn.Linear | None = model.get_output_embeddings()
+    if head is None:
+        kind = type(model).__name__
+        raise ValueError(f"{whose}: {kind} given: expected a causal LM, with a head over its vocabulary")
+    return head
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal LM that makes the hidden states, without its head."""
+    base = model.base_model
+    if base is not model:
+        return base
+    inner = getattr(model, "model", None)  # a class whose base_model_prefix names no attribute
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedAttentionError("has no backbone of its own")
+    return inner
+
+
 def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
     """Return the last hidden states (T, H) of the flat row, before the head."""
     before = _laid_out.set(True)
     try:
-        out = model.base_model(
+        out = backbone(model)(
             input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
         )
     finally:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -24,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
-from mgrpo.engine.model.attention import Layout, Packed, UnsupportedAttentionError, attention, hidden_states
+from mgrpo.engine.model.attention import Layout, attention, hidden_states, output_head
+from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
 from mgrpo.engine.model.sharding import local
 from mgrpo.engine.system.distributed import mesh, ranks
 
@@ -40,6 +40,10 @@ class Actor(nn.Module):
         super().__init__()
         self.model = model
 
+    def temperature(self, temperature: float) -> float:
+        """Return by what the head's output is divided: the policy's temperature and the model's own logit scale."""
+        return temperature / logit_scale(self.model)
+
     def forward(
         self,
         input_ids_T: Tensor,
@@ -53,13 +57,10 @@ class Actor(nn.Module):
         return work(hidden_TH, head.weight, head.bias)
 
 
-def output_head(model: PreTrainedModel, whose: str = "model") -> nn.Linear:
-    """Return the layer that turns hidden states into logits. Raises ValueError if the model has none."""
-    head: nn.Linear | None = model.get_output_embeddings()
-    if head is None:
-        kind = type(model).__name__
-        raise ValueError(f"{whose}: {kind} given: expected a causal LM, with a head over its vocabulary")
-    return head
+def logit_scale(model: PreTrainedModel) -> float:
+    """Return the factor between the head's output and the model's logits, which the check at start found."""
+    scale: float = getattr(model, "mgrpo_logit_scale", 1.0)
+    return scale
 
 
 def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
@@ -168,12 +169,6 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         raise ValueError(
             f"agents.{name}.max_context: {agent.max_context} given: expected at most the model's {context}"
         )
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and agent.max_context > window:
-        raise ValueError(
-            f"agents.{name}.max_context: {agent.max_context} given: expected at most {window}, the model's sliding "
-            "window: attention with a window is not supported"
-        )
     return config
 
 
@@ -201,12 +196,14 @@ def load_model(
     loading: dict[str, Any] = loaded[1]
     if loading["missing_keys"]:  # transformers would fill them with random numbers
         raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
-    _without_dropout(model)
+    without_dropout(model)
     nn.Module.to(model, device)
     model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
     if compute.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _probe(f"agents.{name}.model", model)
+    model.mgrpo_logit_scale = check_exact(
+        f"agents.{name}.model", model, training=compute.activation_checkpointing, longest=agent.max_context
+    )
     return model
 
 
@@ -240,14 +237,14 @@ def lay_out(model: PreTrainedModel) -> None:
     `load_model` refuses; its attention is then what it was.
     """
     _require_model(model)
-    before = model.config._attn_implementation
+    before, dropout = model.config._attn_implementation, without_dropout(model)
     model.set_attn_implementation("mgrpo")
     try:
-        _probe("model", model)
+        model.mgrpo_logit_scale = check_exact("model", model)
     except ValueError:
         model.set_attn_implementation(before)
+        with_dropout(dropout)
         raise
-    _without_dropout(model)
 
 
 def _require_model(model: object) -> None:
@@ -269,6 +266,9 @@ def frozen_copy(
         split(kept, actor.model.device, dtype, group, master=False)
         for param, weight in zip(kept.parameters(), masters.values(), strict=True):
             local(param).copy_(local(weight))
+        buffers = dict(kept.named_buffers())
+        for name, value in actor.named_buffers():  # of routers, say, which no parameter holds
+            buffers[name].copy_(value)
     return kept.requires_grad_(False)
 
 
@@ -277,47 +277,6 @@ def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
     made.tie_weights()
-    _without_dropout(made)
+    made.mgrpo_logit_scale = logit_scale(model)
+    without_dropout(made)
     return made.eval()
-
-
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Remove dropout, so that the trainer sees the distribution that the sampler saw."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-class _Watched(Packed):
-    """Count the layers that use our attention."""
-
-    layers = 0
-
-    def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        self.layers += 1
-        return super().attend(layer, q_ATD, k_GTD, v_GTD, scale)
-
-
-@torch.no_grad()
-def _probe(whose: str, model: PreTrainedModel) -> None:
-    """Compare the logits of four tokens, to refuse models that scale or cap logits or attend in another way.
-
-    Raises ValueError, with `whose` before the model's class, for such a model and for one without a head.
-    """
-    head = output_head(model, whose)
-    ids_T = torch.arange(1, 5, device=model.device) % model.config.vocab_size
-    positions_T = torch.arange(4, device=model.device)
-    layout = _Watched(torch.tensor([0, 4], dtype=torch.int32, device=model.device), 4)
-    what = f"{whose}: {type(model).__name__}"
-    try:
-        out = model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout)
-        if layout.layers < model.config.num_hidden_layers:
-            raise UnsupportedAttentionError("has layers without plain attention")
-    except (UnsupportedAttentionError, TypeError) as error:
-        raise ValueError(f"{what} {error}: expected plain causal attention in every layer") from error
-    ours_TV = F.linear(hidden_states(model, ids_T, positions_T, layout), head.weight, head.bias)
-    if not torch.allclose(ours_TV, out.logits[0], rtol=1e-2, atol=1e-2):
-        raise ValueError(
-            f"{what} changes its logits after the head (scaling or soft-capping): "
-            "expected a model whose logits are head(hidden states)"
-        )

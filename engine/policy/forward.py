@@ -56,7 +56,7 @@ def grpo(
             ref_logprobs_N=ref_P,
             cu_seqlens=batch.cu_seqlens_B1,
             bias_V=bias_V,
-            temperature=temperature,
+            temperature=actor.temperature(temperature),
         )
 
     loss: Loss = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
@@ -70,7 +70,11 @@ def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
 
     def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Rows:
         return linear_logprob(
-            hidden_PH[live_L], weight_VH, batch.targets_P[live_L], bias_V=bias_V, temperature=temperature
+            hidden_PH[live_L],
+            weight_VH,
+            batch.targets_P[live_L],
+            bias_V=bias_V,
+            temperature=actor.temperature(temperature),
         )
 
     found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)

@@ -272,7 +272,7 @@ def test_a_released_cache_keeps_nothing_of_old_weights(tmp_path, through):
     sampler = kit.sampler()
     run(sampler, [new_session(0, prompt(0, 40))])
     sampler.release_cache()
-    assert sampler.cache.k.numel() == sampler.cache.v.numel() == 0
+    assert not sampler.cache.layers
     for model in (kit.model, kit.plain):
         with torch.no_grad():
             model.model.layers[0].self_attn.k_proj.weight.mul_(-1)
@@ -559,17 +559,18 @@ def test_greedy_and_sampled_rows_may_be_mixed():
     assert logps[1] == pytest.approx(float((logits_RV[0] / 5).log_softmax(-1)[0]), abs=1e-6)
 
 
-def test_a_growing_cache_keeps_its_content_and_stays_within_the_context(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
-    cache = KVCache(model, slots=3, most_tokens=300)
+def test_a_growing_cache_keeps_its_content_and_stays_within_the_context():
+    cache = KVCache(slots=3, most_tokens=300)
     cache.reserve(5)
-    held = [torch.randn_like(x) for x in (cache.k, cache.v)]
-    cache.k.copy_(held[0])
-    cache.v.copy_(held[1])
+    shapes = {0: ((2, 7, 8), (2, 7, 8)), 1: ((1, 7, 12), (1, 7, 4))}  # layers may differ in heads and sizes
+    held = {layer: cache.layer(layer, *map(torch.randn, sizes)) for layer, sizes in shapes.items()}
+    for tensors in held.values():
+        for x in tensors:
+            x.normal_()
+    before = {layer: [x.clone() for x in tensors] for layer, tensors in held.items()}
     cache.reserve(129)
-    for grown, before in zip((cache.k, cache.v), held, strict=True):
-        assert grown.shape[:3] == before.shape[:3] and 129 <= grown.shape[3] <= 300
-        assert torch.equal(grown[:, :, :, : before.shape[3]], before)
-        assert not grown[:, :, :, before.shape[3] :].any()
+    for layer, (k, v) in before.items():
+        for old, grown in zip((k, v), cache.layer(layer, k[0], v[0]), strict=True):
+            assert grown.shape[:2] == old.shape[:2] and 129 <= grown.shape[2] <= 300 and grown.shape[3] == old.shape[3]
+            assert torch.equal(grown[:, :, : old.shape[2]], old) and not grown[:, :, old.shape[2] :].any()
     cache.reserve(300)
-    assert cache.k.shape[3] == 300

@@ -1,4 +1,4 @@
-"""Attention on a CPU against its definition: one sequence at a time, explicit softmax, autograd, float64."""
+"""The CPU's attention against the definition: one sequence at a time, explicit softmax, autograd, float64."""
 
 from __future__ import annotations
 
@@ -11,32 +11,43 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mgrpo.engine.model import cpu_attention as attention
-from mgrpo.engine.model.cpu_attention import buckets, causal_attention
+from mgrpo.engine.model.cpu_attention import Scores, buckets, causal_attention
 
+PLAIN = Scores(0.3)
 Lengths = st.lists(st.integers(1, 12) | st.integers(30, 40), min_size=1, max_size=9)
 
 
-def definition(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, scale: float, lengths: list[int]) -> Tensor:
+def definition(
+    q_ATD: Tensor, k_ATD: Tensor, v_ATE: Tensor, scores: Scores, lengths: list[int], sinks_A: Tensor | None = None
+) -> Tensor:
+    """Attend as transformers' eager code does: all scores, the cap, the mask, the sink's column, softmax."""
     outs = []
-    for q, k, v in zip(*(x.split(lengths, 1) for x in (q_ATD, k_ATD, v_ATD)), strict=True):
-        later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(later, float("-inf"))
-        outs.append(scores.softmax(-1) @ v)
+    for q, k, v in zip(*(x.split(lengths, 1) for x in (q_ATD, k_ATD, v_ATE)), strict=True):
+        all_ALL = q @ k.transpose(1, 2) * scores.scale
+        if scores.softcap is not None:
+            all_ALL = (all_ALL / scores.softcap).tanh() * scores.softcap
+        back_LL = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        hidden_LL = (back_LL < 0) | (back_LL >= (scores.window or q.shape[1]))
+        all_ALL = all_ALL.masked_fill(hidden_LL, float("-inf"))
+        if sinks_A is not None:
+            all_ALL = torch.cat([all_ALL, sinks_A.view(-1, 1, 1).expand(*all_ALL.shape[:2], 1)], -1)
+        outs.append(all_ALL.softmax(-1)[..., : q.shape[1]] @ v)
     return torch.cat(outs, 1)
 
 
 def inputs(lengths: list[int], dtype: torch.dtype, seed: int = 0, size: float = 1.0) -> list[Tensor]:
-    """Return q, k, v and an upstream gradient."""
+    """q, k, v and an upstream gradient."""
     generator = torch.Generator().manual_seed(seed)
     shape = (3, sum(lengths), 8)
     return [(size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(4)]
 
 
-def run(attend: object, tensors: list[Tensor], *rest: object) -> list[Tensor]:
-    """Return the output and the gradients of q, k and v."""
+def run(attend: object, tensors: list[Tensor], *rest: object, scores: Scores = PLAIN) -> list[Tensor]:
+    """Return the output and the gradients of q, k and v, and of the sinks if they are among the rest."""
     q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
-    out = attend(q, k, v, 0.3, *rest)  # type: ignore[operator]
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
+    out = attend(q, k, v, scores, *rest)  # type: ignore[operator]
+    sinks = [x for x in rest if isinstance(x, Tensor)]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v, *sinks), tensors[3])]
 
 
 @settings(max_examples=40)
@@ -47,6 +58,27 @@ def test_output_and_gradients_equal_the_definition(lengths: list[int], seed: int
         found = run(causal_attention, tensors, buckets(lengths))
     for ours, truth in zip(found, run(definition, tensors, lengths), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * max(1.0, size**3))
+
+
+@settings(max_examples=60)
+@given(
+    Lengths,
+    st.none() | st.integers(1, 45),
+    st.none() | st.sampled_from([0.5, 5.0]),
+    st.booleans(),
+    st.sampled_from([3, 8]),
+    st.sampled_from([1, 5, 8, attention.BLOCK]),
+)
+def test_windows_caps_sinks_and_narrow_values_equal_the_definition(
+    lengths: list[int], window: int | None, softcap: float | None, sinks: bool, values: int, block: int
+) -> None:
+    q, k, v, dout = inputs(lengths, torch.float64)
+    tensors, scores = [q, k, v[..., :values], dout[..., :values]], Scores(0.3, window, softcap)
+    given_A = [torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)] if sinks else []
+    with mock.patch.object(attention, "BLOCK", block):
+        found = run(causal_attention, tensors, buckets(lengths), *given_A, scores=scores)
+    for ours, truth in zip(found, run(definition, tensors, lengths, *given_A, scores=scores), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("lengths", [[40, 7, 33, 21, 1, 38], [3 * attention.BLOCK + 1, 2 * attention.BLOCK]])

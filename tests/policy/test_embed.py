@@ -129,7 +129,9 @@ def test_old_and_reference_log_probs_come_with_the_batch(folder: Path) -> None:
 
 
 def test_without_any_reference_a_kl_term_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"kl_coef > 0 given: expected keep_reference\(\) before, or packed ref_logprobs"):
+    with pytest.raises(
+        ValueError, match=r"kl_coef > 0 given: expected keep_reference\(\) before, or packed ref_logprobs"
+    ):
         policy_of(folder).forward_backward(packed(), Objective(kl_coef=0.1))
 
 

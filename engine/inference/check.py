@@ -1,0 +1,55 @@
+"""Hold the in-process sampler to the model before it samples: a prefill, then token by token, against the model itself.
+
+The same small copy of the config as the trainer's check uses (model/probe.py), in float64: two calls of different
+lengths side by side, one of them longer than any window, so that every way in which the cache attends is seen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from mgrpo.engine.inference.kv_cache import CachedLayout, KVCache
+from mgrpo.engine.model.attention import UnsupportedAttentionError, hidden_states, output_head
+from mgrpo.engine.model.causal_lm import logit_scale
+from mgrpo.engine.model.probe import SMALL, Comparison, small_copy
+
+LENGTHS, PREFILLED = (53, 31), (24, 7)  # tokens of the two calls, and how many of each are there at the start
+CHECKED = "mgrpo_sampler_checked"  # set on a model that has passed
+
+
+@torch.no_grad()
+def check_sampler(model: PreTrainedModel) -> None:
+    """Compare the sampler's log-probs with the model's own. Raises ValueError if it cannot sample the model exactly."""
+    if getattr(model, CHECKED, False):
+        return
+    small = small_copy(model)
+    if small is not None:
+        what = f"sampler: {type(model).__name__}"
+        comparison = Comparison(what, small, LENGTHS, SMALL)
+        try:
+            found = _sampled(small, comparison.ids, logit_scale(model))
+        except (UnsupportedAttentionError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{what} {error}: expected attention that a key-value cache can carry") from error
+        comparison.require(found, comparison.own(), "keeps more from token to token than keys and values")
+    setattr(model, CHECKED, True)
+
+
+def _sampled(model: PreTrainedModel, calls: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
+    """Return the log-probs of each call's tokens but the first, as steps of the sampler compute them."""
+    cache, counts = KVCache(len(calls), max(map(len, calls))), list(PREFILLED)
+    cache.reserve(max(map(len, calls)))
+    found: list[list[torch.Tensor]] = [[] for _ in calls]
+    starts = [0] * len(calls)
+    while live := [i for i, ids in enumerate(calls) if starts[i] < len(ids)]:
+        new = [counts[i] if starts[i] == 0 else 1 for i in live]
+        layout = CachedLayout(cache, live, [starts[i] for i in live], new, model.device)
+        ids_T = torch.cat([calls[i][starts[i] : starts[i] + n] for i, n in zip(live, new, strict=True)])
+        hidden_TH = hidden_states(model, ids_T, layout.positions_T, layout)
+        head = output_head(model)
+        logps_TV = (F.linear(hidden_TH, head.weight, head.bias) * scale).log_softmax(-1)
+        for i, rows in zip(live, logps_TV.split(new), strict=True):
+            found[i].append(rows)
+            starts[i] += len(rows)
+    return [torch.cat(rows)[:-1].gather(-1, ids[1:, None])[:, 0] for rows, ids in zip(found, calls, strict=True)]

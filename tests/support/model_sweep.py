@@ -1,0 +1,228 @@
+"""Try every kind of causal LM that transformers can build tiny: exact, or refused by name; never wrong, never a crash.
+
+    python tests/support/model_sweep.py [MODEL_TYPE …]
+
+Of each kind a tiny model with random weights in float64 is taken over by a `Policy`. Log-probs over packed rows, their
+gradient, and log-probs of the in-process sampler's cache are compared with the model's own forward on each sequence
+alone, by code that shares nothing with the engine's own check. Ends with a table, and status 1 if any kind was wrong
+or crashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mgrpo.engine.batch.packing import pack
+from mgrpo.engine.inference.in_process import InProcessSampler  # noqa: F401  (its check is what is tried)
+from mgrpo.engine.policy.policy import Policy
+
+LENGTHS, CAP, TEMPERATURE, NEAR = (40, 3, 17, 29), 64, 0.7, 8
+LIMIT = 1e-3  # nats, and of a gradient's largest entry; norms of many kinds cast to float32
+TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+LARGEST = 5_000_000  # weights of what is called tiny
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "sliding_window": NEAR,
+    "attention_chunk_size": NEAR,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "shared_expert_intermediate_size": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "d_model": 32,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "rotary_dim": 4,
+    "n_shared_experts": 1,
+    "n_positions": 512,
+}
+
+
+# Ways to build a kind tiny, tried in turn: keys that are left as the kind has them.
+VARIANTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("head_dim", "num_key_value_heads"),
+    TOKENS,
+    (*TOKENS, "head_dim", "num_key_value_heads"),
+    ("layer_types", "num_hidden_layers"),
+    ("layer_types", "num_hidden_layers", "head_dim", "num_key_value_heads", *TOKENS),
+)
+
+
+def tiny(model_type: str) -> Any:
+    """Return a tiny model of the kind that runs; raises ValueError with the reasons if no variant does."""
+    reasons = []
+    for left in VARIANTS:
+        try:
+            model = build(model_type, left)
+            model(input_ids=torch.arange(2, 12)[None], use_cache=False)
+        except Exception as error:  # of the library's code, for a config that it may not be made for
+            reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])  # of each variant; the first is told
+        else:
+            return model
+    raise ValueError(reasons[0])
+
+
+def build(model_type: str, left: tuple[str, ...]) -> Any:
+    config = AutoConfig.for_model(model_type)
+    text = config.get_text_config()
+    known = {key: value for key, value in SIZES.items() if hasattr(text, key) and key not in left}
+    if "num_key_value_heads" in left and hasattr(text, "num_key_value_heads"):
+        known["num_key_value_heads"] = SIZES["num_attention_heads"]
+    layers, kinds = getattr(text, "num_hidden_layers", 2), getattr(text, "layer_types", None)
+    if kinds and "layer_types" not in left:
+        count = max(2, len(set(kinds)))
+        known |= {"layer_types": (list(dict.fromkeys(kinds)) * 2)[:count], "num_hidden_layers": count}
+    count = known.get("num_hidden_layers", layers)
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == layers and key not in ("layer_types", *left):
+            known[key] = value[:count]
+    for key, value in known.items():
+        with contextlib.suppress(AttributeError):  # a property that follows from others
+            setattr(text, key, value)
+    config._experts_implementation = text._experts_implementation = "eager"  # the grouped matmul has no float64
+    with torch.device("meta"):
+        size = sum(param.numel() for param in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f}M weights")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+class Unanswered(Exception):
+    """Say that a model gives no log-probs of plain ids by itself, so that there is nothing to compare with."""
+
+
+def truth(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double() / TEMPERATURE
+    return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+
+
+def judge(model: Any) -> tuple[str, str]:
+    """Return "exact", "refused", "wrong" or "crash", and what is to be said of it."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn_like(param) * 0.25 if param.ndim > 1 else param + 0.1 * torch.randn_like(param))
+    model = model.double().eval()
+    plain = copy.deepcopy(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(2, vocabulary, n) for n in LENGTHS]
+    expected, slopes = [], [rng.standard_normal(n - 1) for n in LENGTHS]
+    for ids, slope in zip(tokens, slopes, strict=True):
+        try:
+            found = truth(plain, torch.from_numpy(ids))
+        except Exception as error:
+            raise Unanswered(f"does not run on plain ids by itself: {error}") from error
+        (found * torch.from_numpy(slope)).sum().backward()
+        expected.append(found.detach())
+    try:
+        policy = Policy.of(model, temperature=TEMPERATURE)
+        (batches,) = pack(tokens, [np.arange(n) > 0 for n in LENGTHS], [1.0] * 4, [1.0] * 4, cap=CAP)
+        where = {ids.tobytes(): i for i, ids in enumerate(tokens)}
+        gaps = []
+
+        def loss(given: Any, logprobs: Any, entropies: Any) -> Any:
+            total = torch.zeros((), dtype=torch.float64)
+            for batch, values in zip(given, logprobs, strict=True):
+                bounds = batch.cu_seqlens_B1.tolist()
+                for a, b in pairwise(bounds):
+                    ids = np.array([int(batch.input_ids_P[a]), *batch.targets_P[a:b].tolist()])
+                    i = where[ids.tobytes()]
+                    gaps.append(float((values[a:b].detach().double() - expected[i]).abs().max()))
+                    total = total + (values[a:b].double() * torch.from_numpy(slopes[i])).sum()
+            return total, {}
+
+        policy.forward_backward_custom(batches, loss)
+    except ValueError as error:
+        return "refused", str(error)
+    grads = dict(plain.named_parameters())
+    for name, param in model.named_parameters():
+        wanted = grads[name].grad
+        if wanted is not None and param.grad is None:
+            return "wrong", f"no gradient of {name}"
+        if wanted is not None:
+            gaps.append(float((param.grad - wanted).abs().max() / max(1.0, float(wanted.abs().max()))))
+    if max(gaps) > LIMIT:
+        return "wrong", f"differs by {max(gaps):.2g}"
+    try:
+        from mgrpo.engine.inference.check import check_sampler
+
+        check_sampler(model)
+    except ValueError as error:
+        return "exact", f"training; sampler: {error}"
+    return "exact", ""
+
+
+def main(names: list[str]) -> int:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    torch.set_num_threads(1)
+    counts: dict[str, int] = {}
+    for model_type in names or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            model = tiny(model_type)
+        except ValueError as error:
+            outcome, said = "not built", f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            try:
+                outcome, said = judge(model)
+            except Unanswered as error:
+                outcome, said = "not built", str(error)
+            except Exception as error:
+                outcome, said = "crash", f"{type(error).__name__}: {error}"
+        counts[outcome] = counts.get(outcome, 0) + 1
+        print(f"| {model_type} | {outcome} | {' '.join(said.split())[:160]} |", flush=True)
+    print(counts)
+    return 1 if counts.get("wrong") or counts.get("crash") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

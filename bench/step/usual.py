@@ -25,7 +25,7 @@ from mgrpo.bench.step.case import LR, Case
 from mgrpo.engine.batch.advantages import Credit, main_reward, objective, sub_reward, weigh
 from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.batch.select import drop, merge
-from mgrpo.engine.model.causal_lm import Packed
+from mgrpo.engine.model.attention import Packed
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.store import CallRecord

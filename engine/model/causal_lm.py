@@ -29,6 +29,7 @@ from mgrpo.engine.model.sharding import local
 from mgrpo.engine.system.distributed import mesh, ranks
 
 Result = TypeVar("Result")
+LOGIT_SCALE = "mgrpo_logit_scale"  # attribute of a model
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for damaged files
 
@@ -59,8 +60,13 @@ class Actor(nn.Module):
 
 def logit_scale(model: PreTrainedModel) -> float:
     """Return the factor between the head's output and the model's logits, which the check at start found."""
-    scale: float = getattr(model, "mgrpo_logit_scale", 1.0)
+    scale: float = vars(model).get(LOGIT_SCALE, 1.0)
     return scale
+
+
+def set_logit_scale(model: PreTrainedModel, scale: float) -> None:
+    """Keep that factor with the model; copies of it have it too."""
+    vars(model)[LOGIT_SCALE] = scale
 
 
 def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
@@ -201,9 +207,8 @@ def load_model(
     model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
     if compute.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.mgrpo_logit_scale = check_exact(
-        f"agents.{name}.model", model, training=compute.activation_checkpointing, longest=agent.max_context
-    )
+    whose, training = f"agents.{name}.model", compute.activation_checkpointing
+    set_logit_scale(model, check_exact(whose, model, training=training, longest=agent.max_context))
     return model
 
 
@@ -240,7 +245,7 @@ def lay_out(model: PreTrainedModel) -> None:
     before, dropout = model.config._attn_implementation, without_dropout(model)
     model.set_attn_implementation("mgrpo")
     try:
-        model.mgrpo_logit_scale = check_exact("model", model)
+        set_logit_scale(model, check_exact("model", model))
     except ValueError:
         model.set_attn_implementation(before)
         with_dropout(dropout)
@@ -277,6 +282,6 @@ def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
     made.tie_weights()
-    made.mgrpo_logit_scale = logit_scale(model)
+    set_logit_scale(made, logit_scale(model))
     without_dropout(made)
     return made.eval()

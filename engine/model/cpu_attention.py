@@ -198,7 +198,7 @@ def _block(
     dv = torch.matmul(probs_ABQK.to(q.dtype).transpose(2, 3), dout)
     dprobs_ABQK = torch.matmul(dout, v.transpose(2, 3)).to(delta.dtype)
     dscores_ABQK = dprobs_ABQK.sub_(delta).mul_(probs_ABQK)
-    if capped is not None:
+    if capped is not None and scores.softcap is not None:
         dscores_ABQK.mul_(1 - (capped / scores.softcap).square())  # the derivative of c * tanh(x / c)
     dscores_ABQK = dscores_ABQK.mul_(scores.scale).to(q.dtype)
     return torch.matmul(dscores_ABQK, k), torch.matmul(dscores_ABQK.transpose(2, 3), q), dv

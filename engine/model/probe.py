@@ -88,7 +88,8 @@ class Comparison:
     def __init__(self, what: str, model: PreTrainedModel, lengths: Sequence[int], limit: float):
         self.what, self.model, self.limit = what, model, limit
         generator = torch.Generator().manual_seed(0)
-        vocabulary, most = model.get_input_embeddings().weight.shape[0], _context(model)
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary, most = embeddings.weight.shape[0], _context(model)
         self.ids = [torch.randint(1, vocabulary, (min(n, most),), generator=generator) for n in lengths]
         self.ids = [ids.to(model.device) for ids in self.ids]
         self.scale = 1.0
@@ -236,12 +237,13 @@ def _ropes(config: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _mode(model: PreTrainedModel, training: bool) -> Iterator[None]:
-    before = model.training
+    before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(before)
+        for module, was in before:
+            module.training = was
 
 
 @contextmanager

@@ -464,7 +464,7 @@ def test_two_policies_under_a_foreign_process_group(folder: Path, tmp_path: Path
 
 
 def messages_without_a_cpu_backend(rank: int) -> None:
-    """Some launchers have a group with collectives for GPUs only; ours then use another group."""
+    """Send messages as under a launcher whose group has collectives for GPUs only: ours then use another group."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
         distributed._beside.cache_clear()

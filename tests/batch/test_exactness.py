@@ -28,6 +28,7 @@ from cases.exactness import (
     REWARD,
     Actors,
     Case,
+    actors,
     gradient,
     make_case,
     make_policy,
@@ -45,6 +46,7 @@ from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Loss
 from mgrpo.kernels.reference import linear_grpo_loss_ref
 
+__all__ = ["actors"]  # a fixture
 TOLERANCE = 1e-9
 
 

@@ -34,7 +34,7 @@ from mgrpo.bench.step.case import ALIGNED, LENGTHS, Case, calls_made, mix
 from mgrpo.bench.step.measure import SAME, TRL, Watched, distance, distinct, measure
 from mgrpo.bench.step.models import TINY, flop, make_model
 from mgrpo.bench.step.usual import OURS, USUAL, WAYS, Way, samples_of, step
-from mgrpo.engine.model.causal_lm import Packed
+from mgrpo.engine.model.attention import Packed
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.store import CallRecord
 from mgrpo.engine.training import colocated

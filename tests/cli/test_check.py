@@ -65,8 +65,8 @@ def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
 def test_a_function_of_the_users_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, key: str):
     make_model(tmp_path / "model")
     config = toy_config(tmp_path, algorithm={"rollouts": 4, key: "nowhere.py:f"})
-    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is not a file"):
         check.describe(config)
     policy = Policy("main", config.agents["main"], config.compute)
-    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is no file"):
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}: nowhere\.py is not a file"):
         AgentTrainer(config, policy, str(tmp_path))

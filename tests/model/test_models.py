@@ -1,17 +1,17 @@
 """The kinds of model that people train: exact over packed rows and in the sampler, or refused by the mechanism's name.
 
-All others are tried by `python tests/support/model_sweep.py`.
+All others are tried by `python tests/model/model_sweep.py`.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from model_sweep import SIZES, judge, tiny
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from mgrpo.engine.model.probe import check_exact, without_dropout
 from mgrpo.engine.policy.policy import Policy
-from model_sweep import SIZES, judge, tiny
 
 EXACT = (
     "llama",

@@ -340,6 +340,7 @@ def replace_compute(folder: Path, **changes: Any) -> ComputeConfig:
     return msgspec.structs.replace(toy_config(folder).compute, **changes)
 
 
+@pytest.mark.filterwarnings("default:The .grad attribute:UserWarning")  # torch.compile looks at tensors' .grad
 def test_compiled_layers_change_no_gradient_and_a_kept_reference_stays(folder, monkeypatch):
     """The graph is captured but not lowered, which takes a GPU or a minute."""
     graphs: list[Any] = []

@@ -1,6 +1,6 @@
 """Try every kind of causal LM that transformers can build tiny: exact, or refused by name; never wrong, never a crash.
 
-    python tests/support/model_sweep.py [MODEL_TYPE …]
+    python tests/model/model_sweep.py [MODEL_TYPE …]
 
 Of each kind a tiny model with random weights in float64 is taken over by a `Policy`. Log-probs over packed rows, their
 gradient, and log-probs of the in-process sampler's cache are compared with the model's own forward on each sequence

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mgrpo.engine.model.attention import Local, Rule, UnsupportedAttentionError
+from mgrpo.engine.model.attention import Local, Rule, UnsupportedAttentionError, masked_attention
 
 
 class KVCache:
@@ -142,22 +141,3 @@ def visible(queries_N: Tensor, keys: int, local: Local) -> Tensor:
     if local.chunk is not None:
         mask_NC &= keys_C >= queries_N1 // local.chunk * local.chunk
     return mask_NC
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, per_head: int) -> Tensor:
-    """Attend under a mask: q (…, G, M, D), k (…, G, C, D), v (…, G, C, E) -> (…, G, M, E).
-
-    M rows are the heads that share a key-value head, per_head queries of each.
-    """
-    if rule.plain:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=rule.scale)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul((q * rule.scale).to(wide), k.to(wide).transpose(-1, -2))
-    if rule.softcap is not None:
-        scores = (scores / rule.softcap).tanh() * rule.softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if rule.sinks_A is None:
-        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
-    sinks_GM = rule.sinks_A.to(wide).view(k.shape[-3], -1).repeat_interleave(per_head, -1)
-    sinks = sinks_GM[..., None].expand(*scores.shape[:-1], 1)
-    return torch.matmul(torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(v.dtype), v)

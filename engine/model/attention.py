@@ -154,9 +154,11 @@ def attention(
 
     Raises UnsupportedAttentionError for what a layout cannot compute.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None:
         if softcap is not None or s_aux is not None:
-            raise UnsupportedAttentionError("has attention with soft-capping or sinks")
+            assert not isinstance(attention_mask, Local)
+            return _attend_alone(query, key, value, attention_mask, Rule(scale, Local(), softcap, s_aux)), None
         sdpa: Any = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **rest)
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -167,9 +169,38 @@ def attention(
         raise UnsupportedAttentionError(f"hands its attention {', '.join(sorted(unread))}")
     layer = module.layer_idx
     assert isinstance(layer, int)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, attention_mask or Local(), softcap, s_aux)
     return layout.attend(layer, query[0], key[0], value[0], rule).unsqueeze(0), None
+
+
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """Attend without a layout where sdpa has no such scores; mask as sdpa takes it, None: causal; (B, Q, A, E)."""
+    batch, heads, queries, size = query.shape
+    groups, keys = key.shape[1:3]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    mask = mask.expand(batch, 1, queries, keys).repeat(1, 1, heads // groups, 1)
+    grouped = query.reshape(batch, groups, -1, size)
+    return masked_attention(grouped, key, value, mask, rule, queries).view(batch, heads, queries, -1).transpose(1, 2)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, per_head: int) -> Tensor:
+    """Attend under a mask: q (…, G, M, D), k (…, G, C, D), v (…, G, C, E) -> (…, G, M, E).
+
+    M rows are the heads that share a key-value head, per_head queries of each.
+    """
+    if rule.plain:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=rule.scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul((q * rule.scale).to(wide), k.to(wide).transpose(-1, -2))
+    if rule.softcap is not None:
+        scores = (scores / rule.softcap).tanh() * rule.softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if rule.sinks_A is None:
+        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    sinks_GM = rule.sinks_A.to(wide).view(k.shape[-3], -1).repeat_interleave(per_head, -1)
+    sinks = sinks_GM[..., None].expand(*scores.shape[:-1], 1)
+    return torch.matmul(torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(v.dtype), v)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | Local | None:

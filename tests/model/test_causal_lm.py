@@ -190,6 +190,21 @@ def test_capped_attention_sinks_and_windows_are_right(tmp_path, config):
     torch.testing.assert_close(packed(model, sequences), truth_TH, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [GptOssConfig, Gemma2Config], ids=lambda config: config.model_type)
+def test_a_caller_may_still_use_a_model_whose_scores_sdpa_does_not_have(config):
+    kinds = {GptOssConfig: {"num_local_experts": 4, "num_experts_per_tok": 2}, Gemma2Config: {}}
+    given = config(**SIZES, head_dim=8, sliding_window=8, **kinds[config])
+    if config is Gemma2Config:
+        given.final_logit_softcapping, given.attn_logit_softcapping = None, 1.0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
+    ids = torch.cat(random_sequences([20]))[None]
+    before = model(input_ids=ids).logits, model.generate(ids, max_new_tokens=9, do_sample=False)
+    lay_out(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), before[1])
+
+
 def test_a_model_without_attention_is_refused(tmp_path):
     config = MambaConfig(
         vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=0, pad_token_id=1

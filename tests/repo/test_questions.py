@@ -44,7 +44,7 @@ QUESTIONS = [
     Question("Where are trajectories planned into micro-batches?", "batch", "packing.py", "plan_batches"),
     Question("Where is an override such as --set lr=1e-5 read?", "config", "reader.py", "apply_override"),
     Question("Where is the user's score function called, with its timeout?", "environment", "calls.py", "ask_score"),
-    Question("Where is a model refused that cannot run on packed batches?", "model", "causal_lm.py", "take_over"),
+    Question("Where is a model refused that cannot run on packed batches?", "model", "probe.py", "check_exact"),
     Question(
         "Where is a checkpoint written whole or not at all?", "run", "directory.py", "RunDirectory.save_checkpoint"
     ),

@@ -13,7 +13,7 @@ GEOGRAPHY := runs/geography/data
 VLLM := .venv-vllm
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
-# One thread for each worker: two workers with threads of their own would compete for the same cores.
+# One thread for each worker: two workers with several threads each would compete for the same cores.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 .PHONY: setup quick test nightly coverage train train-full test-vllm lint types sanitize fuzz unit docs pages soak wheel lock clean
@@ -71,7 +71,8 @@ unit: $(VENV)/ready
 	$(PARALLEL) --durations=10 -m 'not slow and not nightly and not vllm'
 	$(BIN)/pytest -q --durations=10 -m 'slow and not nightly and not vllm'
 
-# Tests with real vLLM servers on the CPU, in a separate environment: vLLM decides on many versions.
+# Tests with real vLLM servers on the CPU, in a separate environment, because vLLM requires its own versions of many
+# packages.
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
 	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/inference/real_vllm/test_vllm_*.py)
 
@@ -93,8 +94,8 @@ wheel: $(VENV)/ready
 soak: $(VENV)/ready
 	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/training/test_faults.py -k soak
 
-# The newest versions that pyproject.toml allows, for every Python and platform. Not torch and what it brings: which
-# build of torch is wanted depends on the machine.
+# The newest versions that pyproject.toml allows, for every Python and platform. Torch and its requirements are left
+# out: which build of torch is needed depends on the machine.
 lock: $(VENV)/ready
 	(echo "# Versions for development, used by 'make setup' (pip install -c). Made by 'make lock'."; \
 	 $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev --extra geography \
@@ -103,7 +104,7 @@ lock: $(VENV)/ready
 	mv build/lock.txt $(LOCK)
 
 # Rebuilt when one of the files that it is built from changes; Python sources are read in place (editable install).
-# verl, whose losses the tests compare ours with, comes without its requirements: they are for GPUs, and an older
+# verl, whose losses the tests compare ours with, is installed without its requirements, which are for GPUs and an older
 # transformers.
 $(VENV)/ready: pyproject.toml $(LOCK) CMakeLists.txt LICENSE $(wildcard csrc/*.cpp csrc/*.hpp bindings/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,7 +1,7 @@
 """Time and report what benchmarks measure: interleaved timing, peak memory, and a table that ends in one JSON line.
 
-Unlike the usual loop over candidates, those of a comparison run in turns, round after round. Whatever else the machine
-does meanwhile then affects all of them, and a ratio is the median of the rounds' ratios.
+Unlike in the usual loop over candidates, the candidates of a comparison run in turns, round after round. Other work on
+the machine then affects all of them alike, and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def figure(
     at_most: float | None = None,
     why: str | None = None,
 ) -> Result:
-    """Return a result and, if it has a target, whether it meets that."""
+    """Return a result; if it has a target, the result says whether it is met."""
     assert value is not None or why, f"{name}: no value and no reason"
     assert at_least is None or at_most is None, f"{name}: two targets"
     if at_least is not None:
@@ -72,11 +72,11 @@ class Timing:
         return median(self.rounds)
 
     def over(self, other: Timing) -> float:
-        """Return the median over the rounds of this one's time divided by the other's."""
+        """Return this candidate's time divided by the other's: the median over the rounds."""
         return median(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
     def times_faster_than(self, other: Timing) -> float:
-        """Return the median over the rounds of how many times as long the other took."""
+        """Return the other's time divided by this candidate's: the median over the rounds."""
         return other.over(self)
 
 

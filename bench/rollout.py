@@ -1,7 +1,7 @@
 """`mgrpo bench rollout`: measures episodes and tokens per second, with the in-process sampler and with a vLLM server.
 
-An episode is that of an agent with a tool: a prompt, a turn of TURN tokens, the tool's output, another turn. A turn
-usually ends by its length only. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers compute
+The agent has a tool: an episode is a prompt, a turn of TURN tokens, the tool's output and another turn. A turn usually
+ends only because of its length. The weights are random, of SmolLM2-135M's shape (--quick: tiny). Both samplers compute
 on this machine's CPU or GPU, one after the other.
 
 The cost of our client is compared with a minimal client, which sends as many requests of the same lengths over the same
@@ -214,7 +214,7 @@ def server(config: Config, folder: Path) -> Iterator[tuple[VLLMSampler, Transfer
 
 
 def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> float:
-    """Return how many times as long the episodes take as with a minimal client, which discards the answers."""
+    """Return the episodes' time divided by that of a minimal client, which discards the answers."""
 
     async def minimal() -> None:
         room = asyncio.Semaphore(count)
@@ -223,7 +223,7 @@ def overhead(config: Config, sampler: VLLMSampler, count: int, rounds: int) -> f
             async with room:
                 for length in (PROMPT, PROMPT + TURN + OBSERVATION):
                     tokens = [1 + (number + at) % 200 for at in range(length)]
-                    body = api.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], eos=0)
+                    body = api.generate_body(tokens, max_tokens=TURN, temperature=1.0, top_p=1.0, stop=[], ends=[0])
                     async with sampler.router.post(sampler.router.servers[0], api.GENERATE, body) as response:
                         await response.read()
 

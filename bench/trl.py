@@ -3,9 +3,9 @@
 (`bench/step/trl.py` is another comparison: TRL's whole step against the engine's.)
 
 It measures forward and backward of one micro-batch, as the trainer passes it to its loss, off-policy, with and without
-a KL term: times in turns, memory above what was held before. The model is small except for its vocabulary, so that the
-head dominates; one sequence in four has advantage 0. tests/integrations/test_integrations_trl.py holds losses and
-gradients equal.
+a KL term: times in turns, and memory above the memory that was in use before. The model is small except for its
+vocabulary, so that the head dominates; one sequence in four has advantage 0.
+tests/integrations/test_integrations_trl.py holds losses and gradients equal.
 
 Legend: B sequences, P columns of the prompts, T of the completions.
 """

@@ -21,7 +21,7 @@ struct Entry {
   }
 };
 
-/// Turns a list into a tuple, which keeps its arrays alive whatever happens to the list while the GIL is released.
+/// Turns a list into a tuple, which keeps its arrays alive even if the list changes while the GIL is released.
 py::object held(const py::object& given) { return py::isinstance<py::list>(given) ? py::tuple(given) : given; }
 
 /// Returns the tuple's own items: a subclass may iterate over something else, which nothing keeps alive.

@@ -126,8 +126,8 @@ class Packer {
   Fit done() { return std::move(fit_); }
 
  private:
-  /// Fills the bins that have the same `room`, one after another, while there are items. Returns the first bin that is
-  /// left in the chain.
+  /// Fills the bins that have the same `room`, one after another, while there are items. Returns the first bin that
+  /// remains in the chain.
   uint32_t fill_chain(uint32_t bin, int64_t room, int64_t rows, uint32_t end) {
     const int64_t filled = room - rows < rows ? room - rows : room % rows;
     uint32_t latest = rooms_.latest(filled);

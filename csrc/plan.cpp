@@ -19,7 +19,7 @@
 namespace mgrpo {
 namespace {
 
-constexpr int64_t kFew = 32;  // the cheapest bins, so many, are evened out; the others are even already
+constexpr int64_t kFew = 32;  // this many of the cheapest bins are evened out; the others are already even
 
 using Ids = std::vector<uint32_t>;
 

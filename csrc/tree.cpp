@@ -168,7 +168,7 @@ class Packer {
   }
 
   const Trie& trie_;
-  std::vector<int64_t> size_;     // the size of what is left of each subtree
+  std::vector<int64_t> size_;     // the size of the rest of each subtree
   std::vector<int32_t> entered_;  // the last bin that holds the node's run for a part of its subtree
   std::unordered_map<int32_t, std::set<Key>> rest_;
   std::vector<Visit> path_;

@@ -8,7 +8,7 @@
 // This is exact: in a causal model a hidden state depends only on the token's path from the root, which is the
 // trajectory's own prefix at its own positions. So merged rows have the same log-prob, ratio and sampler weight; each
 // term of the loss is linear in the weight; and the clipped term is positively homogeneous in the advantage among those
-// of one sign (0 counts as either). Hence positive and negative advantages stay apart, and so do differing log-probs.
+// of one sign (0 counts as either). So positive and negative advantages stay apart, and so do differing log-probs.
 // It does not hold if a trajectory shares one ratio among its rows (importance "sequence" or "trajectory"): do not
 // merge there.
 //

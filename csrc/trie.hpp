@@ -39,7 +39,7 @@ struct Node {
 };
 
 struct Trie {
-  std::vector<Node> nodes;       // parents before children; the root has no tokens of its own
+  std::vector<Node> nodes;       // parents before children; the root has no tokens
   std::vector<int32_t> order_N;  // depth-first, by the tokens' values
 };
 

@@ -1,4 +1,4 @@
-"""Train policies, and offer the parts that another trainer may take: this module is the public face of the engine.
+"""Train policies, and offer the parts that another trainer may take: this module has the engine's public names.
 
 Each name is imported at its first use, so that `import mgrpo.engine` by itself loads nothing.
 """

@@ -1,4 +1,4 @@
-"""`python -m mgrpo.engine` is the `mgrpo` command, for launchers. What a local run's launcher starts, ends with it."""
+"""`python -m mgrpo.engine` is the `mgrpo` command, for launchers. It ends when its launcher does."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Trajectory:
 
     @property
     def rows(self) -> int:
-        """The index of the last sampled token, 0 if there is none: so many tokens are computed to train on it."""
+        """The index of the last sampled token, 0 if there is none: the number of tokens that training computes."""
         drawn = np.flatnonzero(self.sampled)
         return int(drawn[-1]) if len(drawn) else 0
 

@@ -71,7 +71,7 @@ def _median(groups: _Groups) -> Tensor:
     reached_R = weights_R.cumsum(0) - before_G[group_R]
     rows_G = torch.bincount(group_R, minlength=len(before_G))
     start_G = rows_G.cumsum(0) - rows_G
-    # Fractional weights may add up to a half only up to rounding, hence the slack.
+    # The slack is for rounding: fractional weights may add up to almost a half.
     half_R, slack_R = groups.weight_G[group_R] / 2, 1e-9 * groups.weight_G[group_R]
 
     def value_at(passed_R: Tensor) -> Tensor:

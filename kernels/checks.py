@@ -45,6 +45,12 @@ def check_logits(logits_NV: Tensor, *, inplace: bool) -> None:
         require(not repeated, "logits_NV", f"strides {logits_NV.stride()}", "no number twice, with inplace=True")
 
 
+def check_softcap(softcap: float | None) -> None:
+    """Check the bound of the logits."""
+    holds = softcap is None or 0 < softcap < float("inf")
+    require(holds, "softcap", softcap, "a finite number > 0 or None")
+
+
 def check_head(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, may_be_empty: bool = False
 ) -> torch.dtype:

@@ -72,6 +72,7 @@ def plan_rows(
     dtype: torch.dtype,
     chunk_rows: int | None = None,
     shard: Shard | None = None,
+    softcap: float | None = None,
 ) -> tuple[HeadPlan, LossRows]:
     """Check targets and temperature, settle all checks, and leave out the rows that add nothing to the gradient.
 
@@ -84,10 +85,10 @@ def plan_rows(
     (live_count,) = values.settle(live_N.sum())
     local_N = targets_N - shard.first if shard else targets_N
     if live_count == count:
-        return HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard), rows
+        return HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard, softcap=softcap), rows
     # The host knows the number of live rows, so unlike nonzero() this does not wait for the device again.
     index_L, rest_D = torch.argsort(~live_N, stable=True).tensor_split([live_count])
     if isinstance(temperature, Tensor):
         temperature = temperature[index_L]
-    plan = HeadPlan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard, rest_D)
+    plan = HeadPlan(local_N[index_L], index_L, temperature, dtype, chunk_rows, shard, rest_D, softcap)
     return plan, rows.select(index_L)

@@ -10,7 +10,7 @@ Legend: N all rows, L live rows, D rows left out, C rows of a chunk, B rows of a
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class HeadPlan:
     """Say which rows to sweep and how.
 
     index_L: the live rows, None: all rows are live. rest_D: the rows left out. temperature: a number or (L,).
+    softcap: a logit x becomes softcap * tanh(x / softcap), before the temperature; None: it stays.
     With a shard, targets are relative to the first row of this rank's weight and may lie outside the shard.
     """
 
@@ -46,6 +47,7 @@ class HeadPlan:
     chunk_rows: int | None = None
     shard: Shard | None = None
     rest_D: Tensor | None = None
+    softcap: float | None = None
 
     def take(self, source: Tensor, rows: slice) -> Tensor:
         """Return a slice of the live rows of an (N, ...) tensor."""
@@ -119,11 +121,19 @@ def sweep(
 
 
 def _sweep_empty_shard(
-    method: Callable[..., Sweep], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *rest: Any
+    method: Callable[..., Sweep],
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    plan: HeadPlan,
+    *rest: Any,
 ) -> Sweep:
-    """Take part in the ranks' sweep with a single row whose bias of -inf keeps it out of every softmax."""
+    """Take part in the ranks' sweep with a single row whose bias of -inf keeps it out of every softmax.
+
+    That row's logits are not capped: a cap would make finite numbers of them.
+    """
     row_1H, bias_1 = weight_VH.new_zeros(1, weight_VH.shape[1]), weight_VH.new_full((1,), -torch.inf)
-    out = method(hidden_NH, row_1H, bias_1, *rest)
+    out = method(hidden_NH, row_1H, bias_1, replace(plan, softcap=None), *rest)
     dweight_VH, dbias_V = (None if t is None else t[:0] for t in (out.dweight_VH, out.dbias_V))
     return out._replace(dweight_VH=dweight_VH, dbias_V=dbias_V)
 
@@ -177,8 +187,9 @@ def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> N
 class BlockTerms(NamedTuple):
     """Hold what a block's gradient reuses from its forward.
 
-    e and e z lie in the buffers of `Softmax` and are valid until its next block. at: the target's column, 0 or V - 1 if
-    it lies in another shard; here: whether it lies in this one.
+    slope: the derivative of the capped logits with respect to the logits, None without a cap. e, e z and slope lie in
+    the buffers of `Softmax` and are valid until its next block. at: the target's column, 0 or V - 1 if it lies in
+    another shard; here: whether it lies in this one.
     """
 
     e_BV: Tensor
@@ -187,6 +198,7 @@ class BlockTerms(NamedTuple):
     at_B1: Tensor
     here_B1: Tensor
     temperature: float | Tensor
+    slope_BV: Tensor | None
 
 
 class Softmax:
@@ -194,13 +206,14 @@ class Softmax:
 
     With z = (x - max x) / T, e = exp z and Z = sum e:  logp = z_y - log Z,  H = log Z - sum(e z) / Z,
     dlogp/dz_j = [j = y] - p_j,  dH/dz_j = -p_j (log p_j + H).  With a shard everything but z is that of the whole
-    vocabulary.
+    vocabulary. If the plan has a cap c, x is c t with t = tanh(logit / c); a third buffer holds its derivative 1 - t^2.
     """
 
     def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device, longest: int, plan: HeadPlan) -> None:
         size = BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE) // (plan.widest(vocabulary) * dtype.itemsize)
         self.rows, self.plan = max(1, min(size, longest)), plan
-        self.work_2BV = torch.empty(2, self.rows, vocabulary, dtype=dtype, device=device)
+        count = 2 if plan.softcap is None else 3
+        self.work_WBV = torch.empty(count, self.rows, vocabulary, dtype=dtype, device=device)
 
     def blocks(self, rows: slice) -> Iterator[slice]:
         """Cut the slice into blocks that fit the buffers."""
@@ -220,7 +233,7 @@ class Softmax:
         """
         temperature = self.plan.temperature
         if isinstance(temperature, Tensor):
-            temperature = temperature[rows, None].to(self.work_2BV.dtype)
+            temperature = temperature[rows, None].to(self.work_WBV.dtype)
         statistics, terms = self._forward(logits_BV, bias_V, self.plan.targets_L[rows], temperature)
         if self.plan.shard is not None:
             per_row = temperature if isinstance(temperature, float) else temperature[:, 0]
@@ -234,10 +247,12 @@ class Softmax:
         self, logits_BV: Tensor, bias_V: Tensor | None, targets_B: Tensor, temperature: float | Tensor
     ) -> tuple[Statistics, BlockTerms]:
         """Return the statistics of each row over this rank's vocabulary, and the terms of the gradient."""
-        z_BV, e_BV = self.work_2BV[:, : len(logits_BV)]
+        z_BV, e_BV, *slope = self.work_WBV[:, : len(logits_BV)]
         z_BV.copy_(logits_BV)
         if bias_V is not None:
             z_BV.add_(bias_V)
+        if self.plan.softcap is not None:
+            _cap(z_BV, self.plan.softcap, *slope)
         top_B1 = z_BV.amax(1, keepdim=True).clamp_(min=torch.finfo(z_BV.dtype).min)
         z_BV.sub_(top_B1)
         if isinstance(temperature, Tensor) or temperature != 1.0:
@@ -252,11 +267,18 @@ class Softmax:
         entropy_B1 = log_sum_B1 - ez_BV.sum(1, keepdim=True) / sum_B1
         logprob_B1 = target_B1 - log_sum_B1
         statistics = Statistics(logprob_B1[:, 0], entropy_B1[:, 0], top_B1[:, 0], log_sum_B1[:, 0])
-        return statistics, BlockTerms(e_BV, ez_BV, top_B1, at_B1, here_B1, temperature)
+        return statistics, BlockTerms(e_BV, ez_BV, top_B1, at_B1, here_B1, temperature, *(slope or [None]))
+
+
+def _cap(x_BV: Tensor, softcap: float, slope_BV: Tensor) -> None:
+    """Replace x by softcap * tanh(x / softcap), and write the derivative to slope_BV."""
+    x_BV.div_(softcap).tanh_()
+    torch.mul(x_BV, x_BV, out=slope_BV).neg_().add_(1)
+    x_BV.mul_(softcap)
 
 
 def _gradient(terms: BlockTerms, statistics: Statistics, by_logprob_B: Tensor, by_entropy_B: Tensor | None) -> Tensor:
-    """Return the gradient with respect to a block's logits, written over its e_BV."""
+    """Return the gradient with respect to a block's logits before any cap, written over its e_BV."""
     _, entropy_B1, top_B1, log_sum_B1 = (t[:, None] for t in statistics if t is not None)
     c_B1 = by_logprob_B[:, None] / terms.temperature
     log_p_less_z_B1 = ((terms.top_B1 - top_B1) / terms.temperature - log_sum_B1).clamp_(min=LOWEST)
@@ -267,7 +289,8 @@ def _gradient(terms: BlockTerms, statistics: Statistics, by_logprob_B: Tensor, b
         g_B1 = by_entropy_B[:, None] / terms.temperature
         terms.e_BV.mul_(-(c_B1 + g_B1 * (entropy_B1 + log_p_less_z_B1)) * p_per_e_B1)
         terms.e_BV.addcmul_(terms.ez_BV, -g_B1 * p_per_e_B1)
-    return terms.e_BV.scatter_add_(1, terms.at_B1, c_B1 * terms.here_B1)
+    gradient_BV = terms.e_BV.scatter_add_(1, terms.at_B1, c_B1 * terms.here_B1)
+    return gradient_BV if terms.slope_BV is None else gradient_BV.mul_(terms.slope_BV)
 
 
 class TokenSweep(NamedTuple):

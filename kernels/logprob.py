@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
-from .checks import ValueChecks, check_logits
+from .checks import ValueChecks, check_logits, check_softcap
 from .dispatch import takes_kernels, triton_module
 from .inplace import scale_in_place
 from .linear_head import HeadPlan, sweep, token_sweep, wide
@@ -27,20 +27,28 @@ SPENT = (
 
 
 def token_logprob(
-    logits_NV: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0, inplace: bool = False
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    inplace: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(logits / temperature) at the target, and the entropy of that softmax, in nats.
 
     logits (N, V) any float, targets (N,) int64, temperature a number or (N,) -> two (N,) float32, or float64 for
     float64 logits. Both are differentiable in the logits.
+    softcap c: the logits are first replaced by c * tanh(logits / c), as Gemma 2 does (arXiv 2408.00118, section 2).
     inplace: the backward writes the gradient over the logits, which saves memory of their size. Nothing else may need
     them: an operation that saved them for its own backward raises there, by torch's version counter.
-    Raises ValueError for a wrong shape, dtype, target or temperature and, with inplace, for logits that are a leaf;
-    RuntimeError in a second backward with inplace.
+    Raises ValueError for a wrong shape, dtype, target, temperature or softcap and, with inplace, for logits that are a
+    leaf; RuntimeError in a second backward with inplace.
     """
     check_logits(logits_NV, inplace=inplace)
+    check_softcap(softcap)
     temperature = _checked(targets_N, temperature, logits_NV, logits_NV.shape[1])
-    return TokenLogprob.apply(logits_NV, HeadPlan(targets_N, None, temperature, logits_NV.dtype), inplace)
+    plan = HeadPlan(targets_N, None, temperature, logits_NV.dtype, softcap=softcap)
+    return TokenLogprob.apply(logits_NV, plan, inplace)
 
 
 def linear_logprob(
@@ -52,20 +60,23 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
     group: ProcessGroup | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `token_logprob` of the logits hidden @ weight^T + bias, computed `chunk_rows` rows at a time.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
-    Both are differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`.
+    Both are differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`. softcap: as in
+    `token_logprob`.
     A row's results depend on its neighbours and on chunk_rows only as far as the matmul's order of summation does. On a
     CPU (257 rows of width 576, V 49152) no bit changed in bfloat16. In float32 only chunks of one or two rows changed
     log-probs, by at most 2e-6 nats. On a GPU this has not been measured.
-    Raises ValueError for a wrong shape, dtype, target or temperature.
+    Raises ValueError for a wrong shape, dtype, target, temperature or softcap.
     """
+    check_softcap(softcap)
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     temperature = _checked(targets_N, temperature, hidden_NH, shard.total if shard else len(weight_VH))
     local_N = targets_N - shard.first if shard else targets_N
-    plan = HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard)
+    plan = HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard, softcap=softcap)
     return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, plan)
 
 

@@ -57,16 +57,20 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     inplace: bool = False,
+    softcap: float | None = None,
 ) -> Loss:
     """Return the loss of `linear_grpo_loss` for existing logits (N, V) of any float dtype, differentiable in them.
 
-    inplace: the backward writes the gradient over the logits, as in `token_logprob`.
+    inplace: the backward writes the gradient over the logits, as in `token_logprob`. softcap: the logits are those
+    before the cap.
     """
     checks.check_logits(logits_NV, inplace=inplace)
+    checks.check_softcap(softcap)
     values = checks.ValueChecks(logits_NV.device)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     rows = checked_rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
-    plan, live = plan_rows(values, targets_N, temperature, rows, objective, logits_NV.shape[1], logits_NV.dtype)
+    vocabulary, dtype = logits_NV.shape[1], logits_NV.dtype
+    plan, live = plan_rows(values, targets_N, temperature, rows, objective, vocabulary, dtype, softcap=softcap)
     logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
     loss = RowLoss.apply(logprobs_L, entropy_L, live, objective)
     return _result(loss, logprobs_L.detach(), entropy_L.detach(), plan, live, objective, len(logits_NV))
@@ -88,6 +92,7 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
     group: ProcessGroup | None = None,
+    softcap: float | None = None,
 ) -> Loss:
     """Return loss = sum_i loss_weights[i] * l_i, computed from the LM head's input without keeping logits.
 
@@ -95,7 +100,7 @@ def linear_grpo_loss(
     `Objective` holds the settings; if it has a rule, the rule computes l_i instead. Row i predicts targets_N[i]: the
     caller has shifted. Every denominator, multiplicity and length normaliser is part of loss_weights_N. A row of weight
     0 does not count, and nothing else of it is read. Log-probs, in nats, are those of
-    (hidden @ weight^T + bias) / temperature.
+    x / temperature with x = hidden @ weight^T + bias or, with a softcap c, of c * tanh(x / c) / temperature.
 
     hidden (N, H) and weight (V, H): bfloat16, float32 or float64, of one dtype except under autocast. bias: (V,).
     targets: (N,) int64. Advantages, loss weights and the given log-probs: (N,) float, constants in the gradient.
@@ -112,12 +117,15 @@ def linear_grpo_loss(
     Raises ValueError for a wrong shape or dtype, a target outside [0, V), NaN (naming the row) or a missing input, and
     RuntimeError in a second backward.
     """
+    checks.check_softcap(softcap)
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     values = checks.ValueChecks(hidden_NH.device)
     rows = checked_rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
     vocabulary = shard.total if shard else len(weight_VH)
-    plan, live = plan_rows(values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard)
+    plan, live = plan_rows(
+        values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard, softcap
+    )
     differentiate = torch.is_grad_enabled()
     loss, logprobs_L, entropy_L = _LinearGrpo.apply(hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate)
     return _result(loss, logprobs_L, entropy_L, plan, live, objective, len(hidden_NH))
@@ -242,7 +250,7 @@ def _coefficients(
     policy_slope_L: Tensor | None = None
     if objective.importance != "token":
         if live.old_L is None and not uses_sampler_weight(live, objective):
-            logprobs_L = torch.zeros_like(live.weights_L)  # on-policy the ratio is 1 whatever they are
+            logprobs_L = torch.zeros_like(live.weights_L)  # on-policy the ratio is 1 for any log-probs
         else:
             logprobs_L = sweep(hidden_NH, weight_VH, bias_V, plan).logprobs_L
         policy_slope_L = policy_terms(logprobs_L, live, objective).slope_L

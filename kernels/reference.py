@@ -11,9 +11,13 @@ from torch import Tensor
 from .objective import Objective
 
 
-def token_logprob_ref(logits_NV: Tensor, targets_N: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Return log p(target) and the entropy of each row of softmax(logits / temperature)."""
+def token_logprob_ref(
+    logits_NV: Tensor, targets_N: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return log p(target) and the entropy of each row of softmax(logits / temperature), the logits capped first."""
     scaled_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    if softcap is not None:
+        scaled_NV = softcap * torch.tanh(scaled_NV / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scaled_NV.dtype).reshape(-1, 1)
     logp_NV = torch.log_softmax(scaled_NV / temperature, dim=-1)
@@ -78,9 +82,10 @@ def grpo_loss_ref(
     ref_logprobs_N: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, logprobs_N, entropy_N), differentiable; every row, also of weight 0, must hold valid values."""
-    logprobs_N, entropy_N = token_logprob_ref(logits_NV, targets_N, temperature)
+    logprobs_N, entropy_N = token_logprob_ref(logits_NV, targets_N, temperature, softcap)
     losses_N = row_losses_ref(
         logprobs_N,
         entropy_N,

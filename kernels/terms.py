@@ -143,12 +143,26 @@ def rule_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: 
     if not len(logprobs_L):
         return logprobs_L.sum()
     old_L = logprobs_L.detach() if rows.old_L is None else rows.old_L
-    constants = (rows.advantages_L, rows.weights_L, old_L, rows.sampler_L, rows.ref_L, rows.segment_L, rows.sequences)
-    terms_L = objective.rule(RuleRows(logprobs_L, entropy_L, *constants), objective)
+    shown = RuleRows(  # copies, which the rule may change
+        logprobs_L,
+        entropy_L,
+        rows.advantages_L.clone(),
+        rows.weights_L.clone(),
+        old_L.clone(),
+        _copy_of(rows.sampler_L),
+        _copy_of(rows.ref_L),
+        _copy_of(rows.segment_L),
+        rows.sequences,
+    )
+    terms_L = objective.rule(shown, objective)
     given = tuple(terms_L.shape) if isinstance(terms_L, Tensor) else repr(terms_L)
     if given != tuple(logprobs_L.shape):
         raise ValueError(f"rule: got terms of {given}, expected a tensor of shape {tuple(logprobs_L.shape)}")
     return (rows.weights_L * terms_L).sum()
+
+
+def _copy_of(values_L: Tensor | None) -> Tensor | None:
+    return None if values_L is None else values_L.clone()
 
 
 def rule_slopes(

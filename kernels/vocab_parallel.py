@@ -24,7 +24,7 @@ LOWEST = -1e4
 
 
 class Statistics(NamedTuple):
-    """Hold of each row the target's log-prob, the entropy and, if kept, the maximum x and log sum e^((x - max) / T)."""
+    """Hold each row's target log-prob, its entropy and, if kept, the maximum x and log sum e^((x - max) / T)."""
 
     logprobs_L: Tensor
     entropy_L: Tensor

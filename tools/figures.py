@@ -71,6 +71,6 @@ def _wrapped(block: str) -> str:
     if block.startswith(("#", "|", "`" * 3, "!", "<")):
         return block
     indent = "  " if block.startswith("* ") else ""
-    items = re.split(r"\n(?=\* )", block)
+    items = (" ".join(item.split()) for item in re.split(r"\n(?=\* )", block))
     filled = (textwrap.fill(each, 120, subsequent_indent=indent, break_on_hyphens=False) for each in items)
     return "\n".join(filled)

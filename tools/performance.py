@@ -166,7 +166,7 @@ as the paper's way; the questions take only one to three calls.
 With SmolLM2 ({large["co-train"]["steps"]} steps of 12 x 6, 240 questions) every seed gains by co-training
 ({seeds(large["co-train"])}), and little or nothing with a frozen sub-agent ({seeds(large["main-only"])}). The
 warm-ups of the seeds end far apart, so three seeds give wide intervals; that of the difference just includes zero.
-`bench/NOTES.md` tells what else bears on this, and what it does not show.
+`bench/NOTES.md` says what else may explain this, and what it does not show.
 
 ![Held-out accuracy and rewards of the arms over the rl steps](../bench/results/ablation.png)
 """
@@ -296,7 +296,7 @@ def trl() -> str:
 `python -m mgrpo.bench.trl` (commit {commit("cpu-trl-step")}, both cores, nothing beside it) measures the forward and
 the backward of `GRPOTrainer` of TRL 1.16 on one micro-batch, with its own loss and with ours: fp32, 4 layers of width
 256, V=49152, 8 sequences of up to 64 + 256 tokens, a quarter of them without advantage. The model is small for its
-vocabulary, so the head weighs much.
+vocabulary, so the head dominates.
 
 {table(heads, rows)}
 

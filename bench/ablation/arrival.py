@@ -1,8 +1,8 @@
-"""Group a sub-agent's samples as they arrive, whatever their query, as the public code of M-GRPO's authors does.
+"""Group a sub-agent's samples by arrival instead of by query, as the public code of M-GRPO's authors does.
 
-There a sub-agent's samples wait in one queue, and a group is a fixed number of the next ones. Here they are sorted by
-the time at which their rollouts ended, and cut into groups of equally many aligned copies, as many groups as there are
-queries with samples.
+In that code a sub-agent's samples wait in one queue, and each group takes the next fixed number of them. Here the
+samples are sorted by the time at which their rollouts ended, and cut into groups with equal numbers of aligned copies.
+There are as many groups as queries with samples.
 """
 
 from __future__ import annotations

@@ -3,17 +3,16 @@
     co-train       both agents are trained, by M-GRPO as it is
     main-only      the sub-agent is frozen after the warm-up
     single         there is no sub-agent: the main agent searches itself
-    by-arrival     a sub-agent's groups are made as samples arrive, whatever their query (`arrival.py`)
+    by-arrival     a sub-agent's groups are made as samples arrive, not by query (`arrival.py`)
     no-alignment   each of a sub-agent's calls counts once, however many a rollout made
 
 Each arm and seed is one run of `mgrpo train` with evaluations on held-out questions; the arms of a seed begin with the
 same weights, demonstrations and questions. The tiny model is made and taught first, and has its own held-out questions
 (`tiny.py`); --model PATH takes other weights, with the settings of examples/geography/train.toml.
 
-Everything is kept in DIR and nothing is done twice: a run that ended is not repeated, and one that was stopped
-continues from its checkpoint. Several processes may share DIR if they have no seed in common. At the end a table, a
-figure and JSON are made of all runs in DIR that ended (`report.py`), whichever process ran them; --report only makes
-these.
+Everything is kept in DIR and nothing is done twice: a finished run is not repeated, and a stopped run continues from
+its checkpoint. Several processes may share DIR if they have no seed in common. At the end a table, a figure and JSON
+are made of all finished runs in DIR, also those of other processes (`report.py`); --report only makes these.
 """
 
 from __future__ import annotations

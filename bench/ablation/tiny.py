@@ -53,7 +53,7 @@ def write_questions(out: Path, example: Path) -> None:
 
 
 def hold_out(questions: Sequence[Question], count: int = HELD_OUT) -> tuple[list[Question], list[Question]]:
-    """Split into questions to train on and `count` to hold out, whose every fact the former ask for; seeded."""
+    """Split off `count` held-out questions, so that the rest ask for every fact that these need; seeded."""
     asked = Counter(fact for question in questions for fact in facts(question))
     train: list[Question] = []
     held_out: list[Question] = []

@@ -59,7 +59,7 @@ def trial(name: str, live: float, function: Callable[[Any], Answer], inputs: Inp
 
 
 def distance(answer: Answer, truth: Answer) -> float:
-    """Return the largest relative distance of any of the tensors, in the 2-norm; NaN if that of any is NaN."""
+    """Return the largest relative distance over the tensors, in the 2-norm; NaN if any of them is NaN."""
     pairs = zip(answer, truth, strict=True)
     return float(torch.stack([(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs]).max())
 

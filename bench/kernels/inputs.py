@@ -29,7 +29,7 @@ Some = TypeVar("Some", bound="Inputs")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold what every candidate is given.  weights_N: 1 / L at the live rows, 0 elsewhere."""
+    """Hold the inputs that every candidate gets.  weights_N: 1 / L at the live rows, 0 elsewhere."""
 
     source: tuple[Tensor, ...]
     targets_N: Tensor

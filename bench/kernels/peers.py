@@ -28,7 +28,7 @@ TEMPERATURE = 1.0
 
 
 class Unavailable(Exception):
-    """Tell that a candidate does not run here; the message says why."""
+    """Report that a candidate cannot run here; the message says why."""
 
 
 def _differentiate(loss: Tensor, inputs: Inputs) -> Answer:

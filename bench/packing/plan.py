@@ -119,7 +119,7 @@ def imbalance(cost_M: NDArray[np.float64], ranks: int) -> float:
 def times(
     name: str, ours: Timing | None, theirs: Timing | None, why: str, *, at_least: float | None = None, unit: str = "x"
 ) -> Result:
-    """Return how many times as long the other takes or, if one of them is missing, why."""
+    """Return the other's time divided by ours or, if one of them is missing, the reason."""
     if ours is None or theirs is None:
         return figure(name, None, unit, at_least=at_least, why=why)
     return figure(name, ours.times_faster_than(theirs), unit, at_least=at_least)

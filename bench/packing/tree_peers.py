@@ -66,7 +66,7 @@ def samples_of(case: Case) -> list[dict[str, Any]]:
 
 
 def trl_rows(case: Case, cap: int) -> Rows | None:
-    """Return TRL's rows.  Timed is building and packing rows of known samples, not the search for what fits."""
+    """Return TRL's rows.  The timed call packs rows of known samples; it does not search for samples that fit."""
     row_type = tree_row()
     if row_type is None:
         return None

@@ -2,8 +2,8 @@
 
 Our time is that of the plan (which trajectories share a row) and of the buffers of every row, on one thread like the
 peers. All have the same cap on the distinct tokens of a row; TRL also applies it to a row's trained tokens, shared or
-not. There are two measurements: `fresh`, which the targets are for, and `reused`, where ours has an Arena and the peers
-the memory rule `recycled` (see `memory.py`).
+not. There are two measurements: `fresh`, which the targets are for, and `reused`, where ours uses an Arena and the
+peers run under the memory rule `recycled` (see `memory.py`).
 """
 
 from __future__ import annotations

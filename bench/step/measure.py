@@ -116,7 +116,7 @@ def useful(case: Case, model: PreTrainedModel) -> tuple[int, float]:
 
 
 def distinct(case: Case) -> dict[str, bool]:
-    """Return of each way whether it differs from the one before; two may train on the same trajectories."""
+    """Return for each way whether it differs from the one before; two may train on the same trajectories."""
     found, before = {}, -1
     for name, way in WAYS.items():
         count = len(samples_of(way, case)) if way.old_pass else -1
@@ -194,7 +194,7 @@ def release(device: torch.device) -> None:
 
 
 def _filled(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """Put the rows in order; a way that equals the one before it gets that one's figures."""
+    """Put the rows in order; a way that equals the one before it gets the same figures."""
     found: dict[str, Row] = {}
     for name in (*WAYS, TRL):
         if name not in rows:

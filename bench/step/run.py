@@ -1,8 +1,8 @@
 """`mgrpo bench step`: times one whole optimisation step of one agent, from sealed groups to new weights.
 
-It measures the usual way, then one way after the other that leaves out one more piece of needless work, up to the
-engine's own step, and TRL's step beside them. All run on the same groups, in turns, in one run. A full run also draws
-the times, and writes its line of JSON beside those of the other benchmarks.
+It measures the usual way, then a series of ways that each leave out one more piece of needless work, up to the engine's
+own step, and TRL's step beside them. All run on the same groups, in turns, in one run. A full run also draws the times,
+and writes its line of JSON beside those of the other benchmarks.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ STEPS = 1_000_000  # never reached: the trainer is stopped before
 
 
 class Unavailable(Exception):
-    """Tell that TRL does not run here, or not on this case; the message says why."""
+    """Report that TRL cannot run here, or not on this case; the message says why."""
 
 
 class _Stopped(Exception):

@@ -1,10 +1,10 @@
 """Take one optimisation step the usual way, and in ways that leave out one needless piece of work after another.
 
-The usual way does what public trainers do, each of them some of it: rollouts copied until each has D calls, Python
-lists padded to the longest of the step (as in TRL), micro-batches of equally many sequences, a second forward for the
-log-probs of all of them before the update (verl; TRL only where it must), logits for every token. It is written plainly
-and uses only what all ways must share with the engine: the model, its fp32 master weights, the optimizer, and the
-random choice of the copies. From "no padding" on attention is the engine's; the last way is the engine's own step.
+The usual way combines what public trainers do (each does some of it): rollouts copied until each has D calls,
+Python lists padded to the longest of the step (as in TRL), micro-batches of equally many sequences, a second forward
+for the log-probs of all of them before the update (verl; TRL only where it must), logits for every token. It is written
+plainly and uses only what all ways must share with the engine: the model, its fp32 master weights, the optimizer, and
+the random choice of the copies. From "no padding" on attention is the engine's; the last way is the engine's own step.
 
 Legend: B sequences, L tokens of the longest, P tokens of a packed row, H hidden size, V vocabulary.
 """

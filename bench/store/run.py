@@ -3,8 +3,8 @@
 Each worker does what workers do in a run, as fast as it can: it takes enough queries to fill a sampler (96 episodes at
 once, the default of compute.concurrency) and records their rollouts, with every call, in BATCHES batches, as episodes
 end in clusters. Then as many processes claim groups with their records and ack them. Every commit is forced to the disk
-(SQLite: synchronous = FULL; PostgreSQL: fsync). The PostgreSQL server is a throwaway one on the same machine. Last
-comes the cost of a trainer's step on such groups (`trainer.py`).
+(SQLite: synchronous = FULL; PostgreSQL: fsync). The PostgreSQL server is a throwaway one on the same machine. Finally
+the cost of a trainer's step on such groups is measured (`trainer.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Kind = Literal["rollouts", "groups"]
 
 
 class Task(NamedTuple):
-    """Tell a worker what to do, on which run of which store, from when on and for how long."""
+    """Tell a worker what to do, on which run of which store, when to begin and for how long."""
 
     kind: Kind
     url: str

@@ -81,7 +81,7 @@ class Credit(Generic[Call]):
 
 @dataclass(frozen=True)
 class Origin:
-    """Tell a user's estimator, if it has a parameter `origin`, more than rewards, groups and weights.
+    """Hold what a user's estimator gets in its parameter `origin`, if it has one.
 
     agent: the agent whose trajectories they are. seconds (N,) float64: the duration of the rollout of each trajectory.
     The queries of a colocated step all begin at once, so there it gives the order in which rollouts arrived.
@@ -157,7 +157,7 @@ def weigh(
 
 
 def _key(agent_index: int, query: int, rollout: int) -> int:
-    """Return what the random alignment of one rollout depends on besides the seed: never its place in a batch."""
+    """Return the key of one rollout's random alignment, which must not depend on its place in a batch."""
     assert 0 <= agent_index < 1 << 8 and 0 <= query < 1 << 36 and 0 <= rollout < 1 << 20
     return agent_index << 56 | query << 20 | rollout
 
@@ -165,14 +165,15 @@ def _key(agent_index: int, query: int, rollout: int) -> int:
 def _estimate(
     rewards_N: Floats, offsets_G1: NDArray[np.int64], weights_N: Floats, algorithm: AlgorithmConfig, origin: Origin
 ) -> GroupAdvantages:
-    """Return the advantages by the config's estimator. One of the user's own replaces the values only."""
+    """Return the advantages by the config's estimator. A user's estimator gets copies, and replaces only the values."""
     a = algorithm
     ours = advantages(rewards_N, offsets_G1, weights_N, baseline=a.baseline, scale=a.scale, eps=a.std_eps)
     custom = estimator(algorithm)
     if custom is None:
         return ours
     more = {"origin": origin} if takes(custom, "origin") else {}
-    values_N = one_each(ADVANTAGE, custom(rewards_N, offsets_G1, weights_N, **more), len(rewards_N), np.float64)
+    values = custom(rewards_N.copy(), offsets_G1.copy(), weights_N.copy(), **more)
+    values_N = one_each(ADVANTAGE, values, len(rewards_N), np.float64)
     if not np.isfinite(values_N).all():
         raise ValueError(f"{ADVANTAGE}: {values_N[~np.isfinite(values_N)][0]} returned: expected finite advantages")
     return ours._replace(values=values_N)
@@ -196,7 +197,7 @@ def _loss_weights(algorithm: AlgorithmConfig, shares_N: Floats, multiplicities_N
 
 
 def estimator(algorithm: AlgorithmConfig) -> Callable[..., Any] | None:
-    """Return the user's own advantage estimator, None without one. Raises ValueError if it cannot be found."""
+    """Return the advantage estimator that the config names, or None. Raises ValueError if it cannot be found."""
     return load_function(algorithm.advantage, ADVANTAGE) if algorithm.advantage else None
 
 
@@ -253,8 +254,8 @@ def advantages(
     """Return (reward - baseline) / scale of each trajectory within its group (Eqs. 6-7), in float64.
 
     rewards (N,). offsets (G + 1,) integers: the bounds of the groups, from 0 to N. weights (N,) >= 0: multiplicities;
-    None: 1 each. A group with a std below eps has values of 0. `mgrpo.kernels.group_advantages` says more and takes
-    tensors. Raises ValueError, naming the argument.
+    None: 1 each. A group with a std below eps has values of 0. `mgrpo.kernels.group_advantages` has the details, and
+    takes tensors. Raises ValueError, naming the argument.
     """
     rewards_N = np.asarray(rewards, np.float64)
     weights_N = None if weights is None else one_each("weights", weights, len(rewards_N), np.float64)

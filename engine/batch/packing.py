@@ -1,4 +1,4 @@
-"""Pack ragged trajectories into micro-batches, from plain arrays to plain arrays: plan, read, fill. For any trainer.
+"""Pack ragged trajectories into micro-batches, from plain arrays to plain arrays, for any trainer: plan, read, fill.
 
 Trajectories without weight or without a sampled token are left out, and so are the tokens after the last sampled one.
 Every rank makes the same plan for all and fills only what it runs itself. A plan of sequences needs no tokens, only the
@@ -62,22 +62,24 @@ def pack(
     """Return the micro-batches that one rank runs, of at most `cap` rows each, as one list per mini-batch (step).
 
     tokens int32 or int64, sampled (true where the agent chose the token) bool or uint8, and log-probs float32 are
-    ragged, in any form that `ragged` takes, and are read where they lie. advantages and weights are (N,): the advantage
-    of a trajectory, and the loss weight of each of its sampled tokens, denominators included. ranks, cost, groups,
-    mini_batches and seed are as in `_packing.plan`. A micro-batch is what `_packing.fill` returns, in the arena's
-    memory if one is given. A rank that has nothing left to run beside others gets a dummy: some trajectory, with
-    weights, action_mask and counts all 0. A mini-batch that no trajectory is left for is an empty list, on every rank.
+    ragged, in any form that `ragged` takes, and are read where they lie; only lists of lists are copied: of int for
+    tokens, of bool or of 0 and 1 for sampled, and of float for log-probs. advantages and weights are (N,): the
+    advantage of a trajectory, and the loss weight of each of its sampled tokens, denominators included. ranks, cost,
+    groups, mini_batches and seed are as in `_packing.plan`. A micro-batch is what `_packing.fill` returns, in the
+    arena's memory if one is given. A rank that has nothing left to run beside others gets a dummy: some trajectory,
+    with weights, action_mask and counts all 0. A mini-batch without trajectories is an empty list, on every rank.
 
     read: for trajectories that lie elsewhere. tokens, sampled and log-probs are then None, and rows (N,) int64 is given
     instead: the index of the last sampled token of each trajectory, 0 if there is none. After the plan, read(ids (K,))
     is called once, with the trajectories of this rank in ascending order. It returns their columns by name: "tokens",
     "sampled" and, if wanted, the log-probs.
 
-    tree: compute tokens that trajectories begin with in common once; cap then counts distinct tokens. A micro-batch is
+    tree: compute a prefix that trajectories share only once; cap then counts distinct tokens. A micro-batch is
     what `_packing.tree_fill` returns, with the names of TRL's TreeRow; a dummy has weights of 0; merge is as there. Not
     possible with columns that are lists of arrays, negative weights, groups, several mini-batches, or read.
 
-    Raises ValueError, naming the argument, for whatever is malformed, too long for cap, or not possible as said above.
+    Raises ValueError, naming the argument, for input that is malformed, too long for cap, or not possible as said
+    above.
     """
     named = dict(zip(LOGPROBS, (old_logprobs, sampler_logprobs, ref_logprobs), strict=True))
     if read is not None:
@@ -102,7 +104,7 @@ def pack(
 
 
 def _check_read(tree: bool, rows: Any, unread: Mapping[str, Any]) -> None:
-    """Raise ValueError if `read` is given with what it takes the place of, or without what it needs."""
+    """Raise ValueError if `read` is given with an argument that it replaces, or without one that it needs."""
     if tree:
         raise ValueError("read: given with tree=True: expected the tokens themselves, a tree is planned from them")
     if given := [name for name, value in unread.items() if value is not None]:

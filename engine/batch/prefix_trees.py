@@ -1,4 +1,4 @@
-"""Plan and fill prefix trees: micro-batches in which tokens that trajectories begin with in common are computed once.
+"""Plan and fill prefix trees: micro-batches in which a prefix that trajectories share is computed once.
 
 Legend: N trajectories of T tokens in all; B trajectories of one tree, M trees.
 """

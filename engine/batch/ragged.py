@@ -1,16 +1,17 @@
-"""Take ragged columns as they are, whatever library made them: numpy views of where the values lie.
+"""Take ragged columns of any library without a copy, as numpy views of their values.
 
 A copy is never made silently. A form that would need one is refused, and the error names the call that makes it. Lists
-of lists of int are the one form that is copied, because their values do not lie side by side anywhere. Offsets are
-copied freely: they are one number per trajectory.
+of lists of Python's numbers are the one form that is copied, because their values do not lie side by side anywhere.
+Offsets are copied freely: they are one number per trajectory.
 
 Legend: N trajectories of T values in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ Values = NDArray[Any] | list[NDArray[Any]]  # one array (T,), or one array per t
 
 LOGPROBS = ("old_logprobs", "sampler_logprobs", "ref_logprobs")  # by their names in `_packing.fill`
 TAKEN = (
-    "a pair (values, offsets) of numpy arrays, a list of numpy arrays or of lists of int, a pyarrow list array, a "
+    "a pair (values, offsets) of numpy arrays, a list of numpy arrays or of lists of numbers, a pyarrow list array, a "
     "jagged torch tensor or an awkward array"
 )
 
@@ -53,7 +54,7 @@ def columns(tokens: Any, sampled: Any, advantages: Any, weights: Any, logprobs: 
     Raises ValueError if they do not describe the same trajectories.
     """
     tokens_T, offsets_N1 = ragged(tokens, "tokens")
-    sampled_T = _like_tokens("sampled", sampled, offsets_N1)
+    sampled_T = _like_tokens("sampled", sampled, offsets_N1, flags_of_lists)
     rows_N = _packing.trainable_rows(offsets_N1, sampled_T)
     weights_N = one_each("weights", weights, len(rows_N), np.float64)
     return Columns(
@@ -63,13 +64,17 @@ def columns(tokens: Any, sampled: Any, advantages: Any, weights: Any, logprobs: 
         np.where(weights_N == 0, 0, rows_N),
         one_each("advantages", advantages, len(rows_N), np.float64),
         weights_N,
-        {name: _like_tokens(name, values, offsets_N1) for name, values in logprobs.items() if values is not None},
+        {
+            name: _like_tokens(name, values, offsets_N1, floats_of_lists)
+            for name, values in logprobs.items()
+            if values is not None
+        },
     )
 
 
-def _like_tokens(name: str, values: Any, offsets_N1: Offsets) -> Values:
+def _like_tokens(name: str, values: Any, offsets_N1: Offsets, of_lists: Callable[[Any, str], Flat]) -> Values:
     """Return a column that must have as many entries in each row as tokens has."""
-    column, found_N1 = ragged(values, name)
+    column, found_N1 = ragged(values, name, of_lists)
     if len(found_N1) != len(offsets_N1):
         raise ValueError(f"{name}: {len(found_N1) - 1} rows given: expected {len(offsets_N1) - 1}, as tokens has")
     if (found_N1 != offsets_N1).any():
@@ -97,13 +102,61 @@ def integers(name: str, values: Any) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
-def ragged(values: Any, name: str = "values") -> tuple[Values, Offsets]:
+def ints_of_lists(values: list[Any], name: str) -> Flat:
+    """Copy lists of int to int64. Raises ValueError, naming `name`, for anything else in them."""
+    try:
+        return _packing.from_lists(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def flags_of_lists(values: list[Any], name: str) -> Flat:
+    """Copy lists of bool, or of 0 and 1, to bool. Raises ValueError, naming `name`, for anything else in them."""
+    flags, offsets_N1 = _one_run(values, name, "True, False, 0 or 1", (bool, int, np.bool_, np.integer))
+    if not {0, 1}.issuperset(flags):
+        n, i = _first(values, lambda flag: flag not in (0, 1))
+        raise ValueError(f"{name}[{n}][{i}]: {values[n][i]!r} given: expected True, False, 0 or 1")
+    return np.array(flags, bool), offsets_N1
+
+
+def floats_of_lists(values: list[Any], name: str) -> Flat:
+    """Copy lists of float or int to float32. Raises ValueError, naming `name`, for anything else in them."""
+    numbers, offsets_N1 = _one_run(values, name, "a number", (float, int, np.floating, np.integer), no=bool)
+    return np.array(numbers, np.float32), offsets_N1
+
+
+def _one_run(
+    values: list[Any], name: str, expected: str, kinds: tuple[type, ...], no: type | None = None
+) -> tuple[list[Any], Offsets]:
+    """Return all entries of lists (or tuples) in one list, and offsets. no: a type to refuse although `kinds` has it.
+
+    Raises ValueError, naming `name` and the place, for an entry of another type.
+    """
+    for n, row in enumerate(values):
+        if not isinstance(row, list | tuple):
+            raise ValueError(f"{name}[{n}]: {_kind(row)} given: expected a list or tuple, as [0] is")
+    entries = list(chain.from_iterable(values))
+    wrong = {kind for kind in set(map(type, entries)) if kind is no or not issubclass(kind, kinds)}
+    if wrong:
+        n, i = _first(values, lambda entry: type(entry) in wrong)
+        raise ValueError(f"{name}[{n}][{i}]: {_kind(values[n][i])} given: expected {expected}")
+    return entries, _offsets(list(map(len, values)))
+
+
+def _first(values: list[Any], odd: Callable[[Any], bool]) -> tuple[int, int]:
+    """Return the row and the place in it of the first entry that is odd; there must be one."""
+    return next((n, i) for n, row in enumerate(values) for i, entry in enumerate(row) if odd(entry))
+
+
+def ragged(
+    values: Any, name: str = "values", of_lists: Callable[[Any, str], Flat] = ints_of_lists
+) -> tuple[Values, Offsets]:
     """Return ragged values as (values_T, offsets_N1), not copied.
 
     Trajectory n is values_T[offsets_N1[n]:offsets_N1[n + 1]]. values is one of:
     * a tuple (values_T, offsets_N1) of one-dimensional numpy arrays, offsets of any integer dtype, not falling;
     * a list of N one-dimensional numpy arrays, which stays a list, as `_packing.fill` takes it;
-    * a list of N lists (or tuples) of int, which is copied, to int64;
+    * a list of N lists (or tuples), which `of_lists` copies: for tokens of int, to int64;
     * a pyarrow ListArray or LargeListArray of numbers, also a slice of one, or a ChunkedArray of at most one chunk;
     * a nested torch tensor of layout torch.jagged on a CPU, of two dimensions and without holes;
     * an awkward array of type N * var * number that is stored as one run (a ListOffsetArray).
@@ -114,7 +167,7 @@ def ragged(values: Any, name: str = "values") -> tuple[Values, Offsets]:
     if isinstance(values, tuple):
         return _pair(values, name)
     if isinstance(values, list):
-        return _list(values, name)
+        return _list(values, name, of_lists)
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return _arrow(values, name)
     if isinstance(values, torch.Tensor):
@@ -131,20 +184,13 @@ def _pair(values: tuple[Any, ...], name: str) -> Flat:
     return _shown(*values, name)
 
 
-def _list(values: list[Any], name: str) -> tuple[Values, Offsets]:
+def _list(values: list[Any], name: str, of_lists: Callable[[Any, str], Flat]) -> tuple[Values, Offsets]:
     if values and not isinstance(values[0], np.ndarray):
-        return _lists(values, name)
+        return of_lists(values, name)
     for n, each in enumerate(values):
         if not isinstance(each, np.ndarray) or each.ndim != 1:
             raise ValueError(f"{name}[{n}]: {_kind(each)} given: expected a one-dimensional numpy array, as [0] is")
     return values, _offsets(list(map(len, values)))
-
-
-def _lists(values: list[Any], name: str) -> Flat:
-    try:
-        return _packing.from_lists(values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _arrow(values: Any, name: str) -> Flat:

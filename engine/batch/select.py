@@ -1,4 +1,4 @@
-"""Choose the trajectories that a step has to compute, exactly: drop what has no gradient, merge what is identical.
+"""Choose the trajectories that a step has to compute, exactly: drop those without a gradient, merge identical ones.
 
 Legend: N trajectories, K of them with a gradient, M distinct ones among these.
 """
@@ -72,7 +72,8 @@ def merge(digests_N: Sequence[str], adv_N: Floats, weight_N: Floats, *, by_advan
 def _rounds(place_N: Ints) -> list[Ints]:
     """Return, for each round after the first, the next index of every place that has one left.
 
-    So sums are taken in the order of the indices, whatever else is merged: results do not depend on it to the bit.
+    So sums are taken in the order of the indices, and no bit of a result depends on which other trajectories are
+    merged.
     """
     order_N = np.argsort(place_N, kind="stable")
     counts_M = np.bincount(place_N)

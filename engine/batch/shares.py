@@ -73,7 +73,7 @@ def bounds_of(share: Share) -> Ints:
 
 
 def logprob_options(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return log-probs under the names that `_packing.fill` and `_packing.tree_fill` call them by."""
+    """Return log-probs under the names that `_packing.fill` and `_packing.tree_fill` use."""
     return {f"{name}_T": column for name, column in columns.items()}
 
 
@@ -84,7 +84,7 @@ def nested(share: Share, filled: Iterable[MicroBatch]) -> list[list[MicroBatch]]
 
 
 def _silenced(batch: MicroBatch) -> MicroBatch:
-    """Set all that counts to 0, in place where it is an array."""
+    """Set everything that counts to 0, arrays in place."""
     for name in ("weights", "action_mask"):
         if name in batch:
             batch[name].fill(0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mgrpo.engine.batch.advantages import estimator, objective
 from mgrpo.engine.config.schema import AgentConfig, Config, VLLMConfig
 from mgrpo.engine.environment.loader import load_environment
-from mgrpo.engine.model.causal_lm import load_tokenizer, pick_device
+from mgrpo.engine.model.causal_lm import DATA_ONLY, load_tokenizer, pick_device
 from mgrpo.engine.rollout.curriculum import load_tasks
 from mgrpo.engine.training.launcher import gpus
 
@@ -30,7 +30,7 @@ def describe(config: Config) -> str:
     sizes = {}
     for name, agent in config.agents.items():
         load_tokenizer(name, agent)
-        sizes[name] = weights, optimizer, cache = memory(agent, config)
+        sizes[name] = weights, optimizer, cache = memory(name, agent, config)
         role = "trained" if agent.train else "frozen in the rl stage"
         lines.append(
             f"{name:10} {role}: {agent.model}\n           {weights:.2f} GiB weights, {optimizer:.2f} GiB masters, "
@@ -71,7 +71,7 @@ def servers(vllm: VLLMConfig) -> str:
 
 
 def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
-    """Return the memory that each process needs, in words. sizes: what `memory` returns, of each agent.
+    """Return the memory that each process needs, in words. sizes: what `memory` returns for each agent.
 
     A worker holds the weights and the cache of every agent that no server samples, a trainer those of its own agent.
     The memory of vLLM servers, by default most of their GPUs, is not included.
@@ -88,15 +88,39 @@ def totals(config: Config, sizes: dict[str, tuple[float, float, float]]) -> str:
     return "about " + ", ".join(parts)
 
 
-def memory(agent: AgentConfig, config: Config) -> tuple[float, float, float]:
-    """Return the GiB of an agent's weights, of its masters, gradients and moments, and of a full key-value cache."""
-    model_config = AutoConfig.from_pretrained(agent.model)
+def memory(name: str, agent: AgentConfig, config: Config) -> tuple[float, float, float]:
+    """Return the GiB of an agent's weights, of its masters, gradients and moments, and of a full key-value cache.
+
+    Raises ValueError, naming the agent's model, if its config says nothing of attention heads.
+    """
+    model_config = AutoConfig.from_pretrained(agent.model, **DATA_ONLY)
+    per_token = cached_numbers(model_config)
+    if per_token is None:
+        raise ValueError(
+            f"agents.{name}.model: {agent.model} is of type {model_config.model_type!r}, whose config has no number of "
+            "layers and attention heads: expected a causal LM with attention"
+        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, **DATA_ONLY)
     parameters = sum(param.numel() for param in model.parameters())
     width = getattr(torch, config.compute.dtype).itemsize
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
-    per_token = 2 * model_config.num_hidden_layers * model_config.num_key_value_heads * head_dim * width
     masters = 16 if width < 4 else 12
-    cache = config.compute.concurrency * agent.max_context * per_token
+    cache = config.compute.concurrency * agent.max_context * per_token * width
     return parameters * width / GIB, parameters * masters / GIB, cache / GIB
+
+
+def cached_numbers(config: PretrainedConfig) -> int | None:
+    """Return how many numbers the keys and values of one token are at most, in all layers.
+
+    Models without grouped queries, such as GPT-2, name no key-value heads: each head has its own. Multi-head latent
+    attention is cached as the heads attend to it. Layers without attention are counted as if they had it. None if the
+    config does not say.
+    """
+    text = config.get_text_config()
+    layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if not layers or not heads:
+        return None
+    if getattr(text, "kv_lora_rank", None):
+        return int(layers * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * head_dim)

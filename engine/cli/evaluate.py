@@ -1,4 +1,4 @@
-"""Measure what a checkpoint is worth: its accuracy on held-out tasks."""
+"""Measure a checkpoint's accuracy on held-out tasks."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _trainer_of(config: Config, file: Path) -> Callable[[Config, bool, Display],
 
 @app.command()
 def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides = []) -> None:  # noqa: B006
-    """Train one agent of FILE beside the others; under torchrun, run one of its ranks."""
+    """Train one agent of FILE in its own process; under torchrun, run one of its ranks."""
     config = _decoupled(file, overrides)
     if name not in config.agents:
         raise ValueError(f"--name: {name!r} given: expected one of the agents {list(config.agents)}")
@@ -106,16 +106,20 @@ def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides
 
 @app.command()
 def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # noqa: B006
-    """Sample episodes for the agents of FILE, on any number of machines. --name: unique among the run's workers."""
+    """Sample episodes for the agents of FILE, on any number of machines. --name must be unique in the run."""
     config = _decoupled(file, overrides)
+    name = name or f"{socket.gethostname()}-{os.getpid()}"
+    from mgrpo.engine.run.directory import RunPaths
+
+    RunPaths(config.run_dir).worker(name)  # refuses a wrong name before anything is made
     from mgrpo.engine.rollout.worker import Worker
     from mgrpo.engine.store.open import begin, open_store
     from mgrpo.engine.system.process import ctrl_c
 
     with closing(open_store(config)) as store, ctrl_c() as stop:
         begin(store, config)
-        Worker(config, name or f"{socket.gethostname()}-{os.getpid()}", store, config.run_dir).run(stop)
-        if stop():  # the run is not finished: tell whoever started the worker
+        Worker(config, name, store, config.run_dir).run(stop)
+        if stop():  # the run is not finished: the exit status says so
             raise typer.Exit(130)
 
 
@@ -157,7 +161,7 @@ def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
 
 @app.command()
 def bench(name: Literal["kernels", "packing", "step", "store", "rollout"], quick: bool = False) -> None:
-    """Measure one part: print tables, then one line of JSON. --quick: within a minute."""
+    """Measure one part: print tables, then one line of JSON. --quick takes less than a minute."""
     import_module(BENCHES[name]).main(quick)
 
 
@@ -170,7 +174,7 @@ def simulate(
     figure: Path = Path("simulation.png"),
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Simulate FILE on so many GPUs: the best split, utilisation, staleness, the bottleneck; then a line of JSON."""
+    """Predict FILE's run on some numbers of GPUs: best split, utilisation, bottleneck; then a line of JSON."""
     config = load_config(file, overrides)
     from mgrpo.engine.simulate.simulate import simulate
 
@@ -189,7 +193,7 @@ def serve(
     data_parallel: int = 1,
     extra: Annotated[list[str], typer.Argument(metavar="-- …", help="more arguments for vLLM")] = [],  # noqa: B006
 ) -> None:
-    """Become a vLLM server for trainers that know the token in this environment's MGRPO_SERVER_TOKEN."""
+    """Start a vLLM server that trainers can update; they need the token in the variable MGRPO_SERVER_TOKEN."""
     from mgrpo.engine.inference.vllm.server import become_server
 
     become_server(
@@ -207,7 +211,7 @@ def serve(
 
 @store_app.command()
 def init(file: File) -> None:
-    """Create the tables and the run of FILE: on a cluster, before anything else."""
+    """Create the tables and the run of FILE. This is the first step of a cluster run."""
     from mgrpo.engine.cli import store
 
     print(store.init(file))
@@ -215,7 +219,7 @@ def init(file: File) -> None:
 
 @store_app.command()
 def status(target: Target) -> None:
-    """Show the states of each run's groups, who holds what, and violated invariants."""
+    """Show each run's groups by state, the processes that hold roles and leases, and violated invariants."""
     from mgrpo.engine.cli import store
 
     print(store.status(target))
@@ -231,7 +235,7 @@ def dump(target: Target) -> None:
 
 @store_app.command()
 def gc(target: Target, run_dir: Path | None = None) -> None:
-    """Delete the trajectory files that every agent has finished with, of a run that is not alive."""
+    """Delete the trajectory files that every agent has finished with. The run must be stopped."""
     from mgrpo.engine.cli import store
 
     print(store.collect(target, run_dir))

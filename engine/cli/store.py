@@ -1,4 +1,4 @@
-"""Run `mgrpo store …`: create a run's store, inspect it, and delete trajectories that nobody will read again.
+"""Run `mgrpo store …`: create a run's store, inspect it, and delete trajectories that are no longer needed.
 
 A store is named by the run's TOML file or by its own URL. With a URL every run in the store is shown, and the password
 comes from the environment only.
@@ -31,7 +31,7 @@ def init(file: Path) -> str:
 
 
 def status(target: str) -> str:
-    """Describe each run: the states of its groups, who holds what, and violated invariants."""
+    """Describe each run: its groups by state, the processes that hold roles and leases, and violated invariants."""
     with _stores(target) as stores:
         return "\n".join(_status(store) for store in stores) or f"{target}: no run"
 
@@ -94,7 +94,7 @@ def remove(root: str, names: list[str]) -> int:
     """Delete trajectory files below the root, a local path or fsspec URL, and return how many bytes they had.
 
     Ignore those that are gone already. Unlike `trajectories.remove`, delete the last file of each writer too, because
-    nobody writes any more. Raises ValueError, and deletes none, if one is not below the root.
+    no process writes any more. Raises ValueError, and deletes none, if one is not below the root.
     """
     fs, directory = fsspec.url_to_fs(root)
     there = [path for path in [below(directory, name) for name in names] if fs.exists(path)]

@@ -27,7 +27,7 @@ def convert(raw: Any, schema: type[Section], prefix: str) -> Section:
 
 
 def check_plain(value: Any, key: str) -> None:
-    """Refuse infinities, NaN and dates, which TOML has, but not JSON, the format of the run's copy of its config.
+    """Refuse infinities, NaN and dates: TOML has them, but JSON, the format of the run's config.json, does not.
 
     Raises ValueError naming the key.
     """
@@ -61,6 +61,8 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:  # a number too long, or lists nested too deep
+        raise ValueError(f"--set: {text:.40}… given: expected a value of TOML: {error}") from error
 
 
 def _explain(message: str, raw: Any, schema: type[msgspec.Struct], prefix: str) -> str:

@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
+SQLITE = "sqlite:///"  # how the url of a store in a file begins
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,7 +43,7 @@ class VLLMConfig(Frozen):
     """Sample an agent on vLLM servers instead of in the rollout workers (topologies local and cluster).
 
     The agent's trainer writes new weights into the servers while they sample: running turns continue with the new
-    weights, whatever sampling.switch says. The versions that took part in a call are recorded, and
+    weights, regardless of sampling.switch. The versions that took part in a call are recorded, and
     algorithm.sampler_cap must be set.
     """
 
@@ -64,12 +65,15 @@ class VLLMConfig(Frozen):
 class AgentConfig(Frozen):
     """Describe one agent: its weights, how it samples and how it is optimised."""
 
-    model: str  # directory with a transformers causal LM and its tokenizer
+    # directory with a transformers causal LM and its tokenizer; the name of a model on a hub is not looked up
+    model: str
     train: bool = True  # whether the rl stage trains the agent; false: its weights stay as they are
     ranks: Count = 1  # processes that train the agent together with topology "local"; elsewhere torchrun decides
     temperature: Positive = 1.0  # sampling temperature, also that of all log-probs in training
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0  # sample among the likeliest tokens with this total probability
-    # strings that end an action; the tokenizer's end-of-sequence token always does
+    # sample among the likeliest tokens with this total probability; below 1 only for agents that the rl stage does not
+    # train, since a trainer's log-probs are those of all tokens
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    # strings that end an action; the end-of-sequence tokens of the tokenizer and of generation_config.json always do
     stop: list[Annotated[str, Meta(min_length=1)]] = []
     max_new_tokens: Count = 64  # largest number of tokens sampled in one turn
     max_turns: Count = 8  # largest number of turns in one call
@@ -88,7 +92,7 @@ class AlgorithmConfig(Frozen):
     """Set M-GRPO's groups, alignment, advantages and objective (arXiv 2511.13288)."""
 
     rollouts: Annotated[int, Meta(ge=2)] = 8  # rollouts of each query (K in the paper)
-    aligned_calls: Count = 4  # calls that each sub-agent counts with in a rollout (D in the paper)
+    aligned_calls: Count = 4  # calls per rollout that each sub-agent's loss counts (D in the paper)
     # how a rollout's calls are weighted to aligned_calls: by random copies, by their expected number of copies, or not
     # at all ("none": every call counts once)
     alignment: Literal["sampled", "expected", "none"] = "sampled"
@@ -201,7 +205,7 @@ class ComputeConfig(Frozen):
 
 
 class Config(Frozen):
-    """Hold the whole file."""
+    """Describe a whole run; the sections below are parts of it."""
 
     run_dir: str  # directory of the run's checkpoints, metrics, logs and figures
     environment: EnvironmentConfig  # the user's environment
@@ -249,7 +253,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"config: {path} is not a file: expected a TOML file")
     try:
         raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number too long or sections nested too deep
         raise ValueError(f"config: {path} is not valid TOML: {error}") from error
     for override in overrides:
         apply_override(raw, override)
@@ -273,12 +277,27 @@ def parse_config(raw: dict[str, Any]) -> Config:
         raise ValueError("config: agents: train = false for all given: expected at least one to train, or steps = 0")
     for name in config.agents:
         _check_servers(name, config)
+    for name in config.trained if config.steps else []:
+        check_trainable(config.agents[name], f"config: agents.{name}")
     return config
 
 
 def parse_agent(name: str, raw: Any) -> AgentConfig:
     """Check one agent's keys. Raises ValueError naming the key, the value and what was expected."""
     return convert(raw, AgentConfig, f"agents.{name}")
+
+
+def check_trainable(agent: AgentConfig, key: str) -> None:
+    """Check that an agent samples from the distribution that it is trained under.
+
+    key: what the error puts before the keys. Raises ValueError naming the key, the value and what was expected.
+    """
+    if agent.top_p < 1:
+        raise ValueError(
+            f"{key}.top_p: {agent.top_p} given: expected 1 for an agent that is trained, because the trainer's "
+            "log-probs are those of all tokens, not of the likeliest ones: "
+            f"lower {key.removeprefix('config: ')}.temperature instead, or set train = false"
+        )
 
 
 def _check_servers(name: str, config: Config) -> None:
@@ -310,8 +329,11 @@ def dump_config(config: Config) -> str:
 
 
 def read_dump(text: str) -> Config:
-    """Return the configuration that `dump_config` wrote."""
-    return msgspec.json.decode(text, type=Config)
+    """Return the configuration that `dump_config` wrote. Raises ValueError if it cannot be read."""
+    try:
+        return msgspec.json.decode(text, type=Config)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"config.json is damaged, or of another version of mgrpo: {error}") from error
 
 
 def _absolute(config: Config) -> Config:
@@ -323,17 +345,27 @@ def _absolute(config: Config) -> Config:
     environment = msgspec.structs.replace(config.environment, use=_absolute_name(config.environment.use))
     own = {key: _absolute_name(getattr(config.algorithm, key)) for key in ("advantage", "objective")}
     algorithm = msgspec.structs.replace(config.algorithm, **own)
-    run_dir, files = str(Path(config.run_dir).resolve()), config.store.files
-    if files and "://" not in files:
-        files = str(Path(files).resolve())
+    run_dir = str(Path(config.run_dir).resolve())
     return msgspec.structs.replace(
         config,
         run_dir=run_dir,
         agents=agents,
         environment=environment,
         algorithm=algorithm,
-        store=msgspec.structs.replace(config.store, files=files),
+        store=_absolute_store(config.store),
     )
+
+
+def _absolute_store(store: StoreConfig) -> StoreConfig:
+    files, password_file, url = store.files, store.password_file, store.url
+    if files and "://" not in files:
+        files = str(Path(files).resolve())
+    if password_file:
+        password_file = str(Path(password_file).resolve())
+    file, mark, options = url.removeprefix(SQLITE).partition("?")
+    if url.startswith(SQLITE) and file and not file.startswith(":"):  # ":memory:" is refused with the store's reason
+        url = f"{SQLITE}{Path(file).resolve()}{mark}{options}"
+    return msgspec.structs.replace(store, url=url, files=files, password_file=password_file)
 
 
 def _absolute_name(use: str) -> str:

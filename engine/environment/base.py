@@ -45,10 +45,10 @@ class ToolError(Exception):
 class Environment:
     """Define the tasks, the agents' prompts and tools, how texts become actions, and how episodes are scored.
 
-    Every method gets the call that it is about: `call.agent` is the agent's name, `call.task` and `call.request` say
-    what it shall do, and `call.turns` what has happened so far. Texts are raw: they spell out the special tokens of a
-    chat template. An exception other than ToolError ends its episode as `failed` (in `score`, it leaves the episode
-    unscored). It is logged and counted, and the run continues.
+    Most methods get a call: `call.agent` is the agent's name, `call.task` and `call.request` say what it is to do, and
+    `call.turns` holds what has happened so far. Texts are raw: they spell out the special tokens of a chat template. An
+    exception other than ToolError ends its episode as `failed` (in `score`, it leaves the episode unscored). It is
+    logged and counted, and the run continues.
     """
 
     def tasks(self, split: Split) -> Sequence[Task]:

@@ -1,4 +1,4 @@
-"""Call the user's environment and check what it returns. Whatever goes wrong there becomes a UserCodeError."""
+"""Call the user's environment and check what it returns. Every failure there becomes a UserCodeError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UserCodeError(Exception):
 
 
 async def ask(function: Callable[..., Any], *args: Any) -> Any:
-    """Call the user's code, plain or async, and return its result. Only here is every exception of it caught."""
+    """Call the user's code, plain or async, and return its result. No other place catches all its exceptions."""
     try:
         result = function(*args)
         return await result if inspect.isawaitable(result) else result
@@ -43,16 +43,17 @@ async def ask_action(function: Callable[..., Any], *args: Any) -> Action:
 
 
 async def ask_score(judge: Callable[[Episode], Any], episode: Episode, seconds: float) -> Score:
-    """Call the judge for a score, for at most that many seconds.
+    """Call the judge for a score; it may take at most that many seconds.
 
     A plain function runs in a thread, so that one that hangs does not block the run; an async one runs directly.
     """
+    number = len(episode.calls)  # the judge may change the episode
     asked = ask(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
     try:
         score: Score = await asyncio.wait_for(asked, seconds)
     except TimeoutError as error:
         raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
-    _check_score(episode, score)
+    _check_score(number, score)
     return score
 
 
@@ -74,7 +75,7 @@ def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaita
     def work() -> None:
         try:
             set_it, outcome = future.set_result, function(episode)
-        except Exception as error:  # as in `ask`, whatever the judge raises
+        except Exception as error:  # as in `ask`: every error of the judge
             set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, set_it, outcome)
@@ -92,15 +93,14 @@ def _check_action(action: Action) -> None:
         )
 
 
-def _check_score(episode: Episode, score: Score) -> None:
+def _check_score(made: int, score: Score) -> None:
+    """Check the score of an episode with this number of calls."""
     if not isinstance(score, Score):
         raise UserCodeError(f"score: {type(score).__name__} returned: expected a Score")
     if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
         raise UserCodeError(f"score: calls is {score.calls!r}: expected a tuple of CallScore")
-    if len(score.calls) != len(episode.calls):
-        raise UserCodeError(
-            f"score: calls has {len(score.calls)} scores: expected one for each of {len(episode.calls)} calls"
-        )
+    if len(score.calls) != made:
+        raise UserCodeError(f"score: calls has {len(score.calls)} scores: expected one for each of {made} calls")
     formats = {"format": score.format} | {f"calls[{i}].format": call.format for i, call in enumerate(score.calls)}
     for name, valid in formats.items():
         if not isinstance(valid, bool | np.bool_):

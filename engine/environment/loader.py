@@ -15,7 +15,8 @@ def load_environment(config: EnvironmentConfig) -> Environment:
     cls = load_name(config.use, "environment.use", "Class")
     if not (isinstance(cls, type) and issubclass(cls, Environment)):
         module, _, name = config.use.rpartition(":")
-        raise ValueError(f"environment.use: {name!r} in {module} is {cls!r}: expected a subclass of Environment")
+        given = "not defined" if cls is None else repr(cls)
+        raise ValueError(f"environment.use: {name!r} in {module} is {given}: expected a subclass of Environment")
     try:
         return cls(**config.options)
     except TypeError as error:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mgrpo.engine.inference.kv_cache import CachedLayout, KVCache
 from mgrpo.engine.model.attention import UnsupportedAttentionError, hidden_states, output_head
-from mgrpo.engine.model.causal_lm import logit_scale
+from mgrpo.engine.model.logits import LogitMap
 from mgrpo.engine.model.probe import SMALL, Comparison, small_copy
 
 LENGTHS, PREFILLED = (53, 31), (24, 7)  # tokens of the two calls, and how many of each are there at the start
@@ -29,14 +29,14 @@ def check_sampler(model: PreTrainedModel) -> None:
         what = f"sampler: {type(model).__name__}"
         comparison = Comparison(what, small, LENGTHS, SMALL)
         try:
-            found = _sampled(small, comparison.ids, logit_scale(model))
+            found = _sampled(small, comparison.ids, comparison.find_map())
         except (UnsupportedAttentionError, IndexError, RuntimeError) as error:
             raise ValueError(f"{what} {error}: expected attention that a key-value cache can carry") from error
         comparison.require(found, comparison.own(), "keeps more from token to token than keys and values")
     setattr(model, CHECKED, True)
 
 
-def _sampled(model: PreTrainedModel, calls: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
+def _sampled(model: PreTrainedModel, calls: list[torch.Tensor], to_logits: LogitMap) -> list[torch.Tensor]:
     """Return the log-probs of each call's tokens but the first, as steps of the sampler compute them."""
     cache, counts = KVCache(len(calls), max(map(len, calls))), list(PREFILLED)
     cache.reserve(max(map(len, calls)))
@@ -48,7 +48,7 @@ def _sampled(model: PreTrainedModel, calls: list[torch.Tensor], scale: float) ->
         ids_T = torch.cat([calls[i][starts[i] : starts[i] + n] for i, n in zip(live, new, strict=True)])
         hidden_TH = hidden_states(model, ids_T, layout.positions_T, layout)
         head = output_head(model)
-        logps_TV = (F.linear(hidden_TH, head.weight, head.bias) * scale).log_softmax(-1)
+        logps_TV = to_logits(F.linear(hidden_TH, head.weight, head.bias)).log_softmax(-1)
         for i, rows in zip(live, logps_TV.split(new), strict=True):
             found[i].append(rows)
             starts[i] += len(rows)

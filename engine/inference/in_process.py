@@ -27,7 +27,8 @@ from mgrpo.engine.inference.kv_cache import CachedLayout, KVCache
 from mgrpo.engine.inference.manifest import manifest_of, misfit
 from mgrpo.engine.inference.sampler import Completion, Ending, Session
 from mgrpo.engine.model.attention import hidden_states, output_head
-from mgrpo.engine.model.causal_lm import logit_scale
+from mgrpo.engine.model.logits import logit_map
+from mgrpo.engine.model.pieces import end_tokens
 from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
 
 NO_PROMPT = b""  # marks a slot whose prompt must not be copied; a real prompt has at least one token
@@ -66,7 +67,7 @@ class InProcessSampler:
         self.slots: dict[int, int] = {}  # slot of each session, by the session's id
         self.cached: dict[int, int] = {}  # number of tokens that each used slot holds
         self.prompts: dict[int, bytes] = {}  # prompt at the start of each used slot
-        self.ending = Ending(tokenizer, agent.stop)
+        self.ending = Ending(tokenizer, agent.stop, end_tokens(tokenizer, model.generation_config))
         check_sampler(model)
         self.cache = KVCache(concurrency, agent.max_context)
 
@@ -80,7 +81,7 @@ class InProcessSampler:
         return len(self.active) + len(self.waiting) - fresh + min(fresh, free)
 
     async def act(self, session: Session) -> Completion:
-        """Sample until a stop string, the end-of-sequence token or a limit, and append the tokens to the session."""
+        """Sample until a stop string, an end-of-sequence token or a limit, and append the tokens to the session."""
         begin = len(session.tokens)
         allowed = min(self.agent.max_new_tokens, self.agent.max_context - begin)
         if allowed < 1:
@@ -162,7 +163,7 @@ class InProcessSampler:
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
         head = output_head(self.model)
-        return F.linear(hidden_RH, head.weight, head.bias).float() * logit_scale(self.model)
+        return logit_map(self.model)(F.linear(hidden_RH, head.weight, head.bias).float())
 
     def _admit(self) -> None:
         """Give waiting calls a slot. A call whose prompt is computed in this step waits for the next, to copy it."""

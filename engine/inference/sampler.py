@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mgrpo.engine.model.pieces import end_tokens, for_pieces
 from mgrpo.engine.types import INITIAL_WEIGHTS, Trajectory, WeightsVersion
 
 
@@ -68,34 +69,56 @@ class Completion:
 
 
 class Ending:
-    """Decide when a turn ends, for every sampler: at the end-of-sequence token or at the first stop string."""
+    """Decide when a turn ends, for every sampler: at an end-of-sequence token or at the first stop string.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]):
-        self.tokenizer, self.stop = tokenizer, stop
-        # A token holds at least one byte, so no stop string is spread over more tokens than this.
-        self.longest_stop = max((len(one.encode()) for one in stop), default=0)
+    ends: the ids of all end-of-sequence tokens; None: only the tokenizer's. Text is decoded to the letter, as the next
+    piece of a longer text: no space is added, taken away or tidied up.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], ends: frozenset[int] | None = None):
+        self.tokenizer, self.stop = for_pieces(tokenizer), stop
+        self.ends = end_tokens(tokenizer, None) if ends is None else ends
+        # A token that shows at all holds at least one byte, so no stop string is spread over more of them than this.
+        # Some decoders write a space in front of a token unless it is the first, hence one more.
+        self.longest_stop = max((len(one.encode()) + 1 for one in stop), default=0)
+        self._shown: dict[int, bool] = {}  # whether an id decodes to any text
 
     def reached(self, turn: list[int]) -> bool:
         """Return whether the last token of the turn ended it."""
-        if turn[-1] == self.tokenizer.eos_token_id:
-            return True
-        return self._has_stop(turn[-self.longest_stop :] if self.longest_stop else [])
+        return turn[-1] in self.ends or self._has_stop(self._last(turn))
 
     def length(self, turn: list[int]) -> int | None:
         """Return the number of tokens up to the first one that ended the turn, or None if it goes on."""
         before = turn[:-1]
-        if self.tokenizer.eos_token_id not in before and not self._has_stop(before):
+        if self.ends.isdisjoint(before) and not self._has_stop(before):
             # The common case takes two decodings instead of one for each token.
             return len(turn) if turn and self.reached(turn) else None
         return next((n for n in range(1, len(turn) + 1) if self.reached(turn[:n])), None)
 
     def text(self, turn: list[int]) -> str:
         """Decode the turn, with its stop string and without its end-of-sequence token."""
-        return str(self.tokenizer.decode(turn[:-1] if turn[-1] == self.tokenizer.eos_token_id else turn))
+        return self._decode(turn[:-1] if turn[-1] in self.ends else turn)
+
+    def _last(self, turn: list[int]) -> list[int]:
+        """Return the turn from where a stop string that its last token completes can begin at the earliest."""
+        begin, left = len(turn), self.longest_stop
+        while begin and left:
+            begin -= 1
+            left -= self._shows(turn[begin])
+        return turn[begin:]
+
+    def _shows(self, token: int) -> bool:
+        """Return whether an id decodes to any text; those beyond the tokenizer's vocabulary, for example, do not."""
+        if token not in self._shown:
+            self._shown[token] = bool(self._decode([token]))
+        return self._shown[token]
 
     def _has_stop(self, tokens: list[int]) -> bool:
-        text = str(self.tokenizer.decode(tokens)) if tokens else ""
+        text = self._decode(tokens) if tokens and self.stop else ""
         return any(one in text for one in self.stop)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,37 @@ Legend: B sequences, C columns; P rows, H hidden size.
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgrpo.engine.model.attention import Packed, hidden_states, output_head
-from mgrpo.engine.model.causal_lm import lay_out, logit_scale
+from mgrpo.engine.model.attention import Packed, backbone, hidden_states, laid_out, output_head
+from mgrpo.engine.model.causal_lm import lay_out
+from mgrpo.engine.model.logits import logit_map
+from mgrpo.engine.model.probe import with_dropout, without_dropout
 
 
 class Flat(NamedTuple):
     """Hold some tokens of a padded batch side by side.
 
-    kept (B, C - 1) bool: which tokens; input_ids, targets (the token after each) and positions (P,) int64.
+    kept (B, C - 1) bool: which tokens; input_ids, targets (the token after each) and positions (P,) int64, columns: in
+    the padded batch. balanced: whether the routers' balance loss of these tokens is asked for.
     """
 
     kept: Tensor
     input_ids: Tensor
     targets: Tensor
     positions: Tensor
+    columns: Tensor
     layout: Packed
+    balanced: bool = False
 
     def take(self, values_BC: Tensor) -> Tensor:
         """Return (P,) of the values at the predicted tokens."""
@@ -53,27 +62,145 @@ def flatten(input_ids_BC: Tensor, valid_BC: Tensor, action_BC: Tensor) -> Flat:
     positions = torch.arange(int(ends_B[-1]), device=kept.device) - (ends_B - lengths_B).repeat_interleave(lengths_B)
     cu_seqlens = torch.nn.functional.pad(ends_B, (1, 0)).int()
     layout = Packed(cu_seqlens, int(lengths_B.max()))
-    return Flat(kept, input_ids_BC[:, :-1][kept], input_ids_BC[:, 1:][kept], positions, layout)
+    columns = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)[kept]
+    return Flat(kept, input_ids_BC[:, :-1][kept], input_ids_BC[:, 1:][kept], positions, columns, layout)
 
 
 def run_flat(model: PreTrainedModel) -> None:
-    """Give a model's forward a second form: model(flat=…, work=…) -> work(hidden (P, H), the head's weight, its bias).
+    """Give a model's forward a second form: model(flat=…, work=…) -> work(hidden, head's weight, its bias, softcap).
 
+    hidden: (P, H). softcap: the bound of the logits, None if the model does not cap them (see `mgrpo.kernels`).
     The second form is part of the forward because a wrapper, such as DistributedDataParallel, has the model's weights
     ready there. Raises ValueError as `lay_out` does.
     """
-    lay_out(model)
-    forward = model.forward
+    with _without_autocast(model):
+        lay_out(model)
+    forward, by_column = model.forward, _counts_padding(model)
 
     def either(self: PreTrainedModel, *args: Any, flat: Flat | None = None, work: Any = None, **kwargs: Any) -> Any:
         if flat is None:
             return forward(*args, **kwargs)
-        head = output_head(self)
-        hidden_PH = hidden_states(self, flat.input_ids, flat.positions, flat.layout)
-        scale = logit_scale(self)  # of what the head gives: its input and bias times the factor give the same
-        bias_V = head.bias if head.bias is None or scale == 1 else head.bias * scale
-        hidden_PH = hidden_PH if scale == 1 else hidden_PH * scale
-        return work(hidden_PH.to(head.weight.dtype), head.weight, bias_V)
+        if by_column:
+            flat = flat._replace(positions=flat.columns)
+        if flat.balanced:
+            return _with_balance_loss(self, flat, work)
+        return work(*_head_inputs(self, hidden_states(self, flat.input_ids, flat.positions, flat.layout)))
 
     either.__wrapped__ = type(model).forward  # type: ignore[attr-defined]  # trainers read its signature
     model.forward = types.MethodType(either, model)
+
+
+@torch.no_grad()
+def _counts_padding(model: PreTrainedModel) -> bool:
+    """Return whether padding before a text changes its tokens' logits: learned positions are then those of the columns.
+
+    With RoPE nothing depends on where a text begins; other models, such as OPT, count the tokens that the mask shows.
+    """
+    if getattr(model.config.get_text_config(), "rope_parameters", None):
+        return False
+    text, pads = torch.tensor([[1, 2, 3, 4]], device=model.device), 3
+    padded, mask = F.pad(text, (pads, 0), value=1), F.pad(torch.ones_like(text), (pads, 0))
+    alone = type(model).forward(model, input_ids=text, use_cache=False).logits
+    behind = type(model).forward(model, input_ids=padded, attention_mask=mask, use_cache=False).logits[:, pads:]
+    return not torch.allclose(alone, behind, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """Return the model itself, or that inside the wrapper of peft's adapters, whose forward calls it.
+
+    Raises ValueError for an adapter that adds tokens of its own to a text.
+    """
+    if not hasattr(model, "get_base_model"):
+        whole: PreTrainedModel = model
+        return whole
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type
+        raise ValueError(
+            f"model: an adapter of kind {kind} given: expected one without tokens of its own, such as LoRA"
+        )
+    inside: PreTrainedModel = model.get_base_model()
+    return inside
+
+
+def refuse_dropout(model: PreTrainedModel) -> None:
+    """Raise ValueError if a model to be trained has dropout, which would draw other masks here than in its trainer."""
+    found = without_dropout(model)
+    with_dropout(found)
+    named = sorted({f"{type(module).__name__}.{name} = {value}" for module, name, value in found if value > 0})
+    if named:
+        raise ValueError(
+            f"model: {type(model).__name__} with dropout given ({', '.join(named)}): expected none over flat rows, "
+            "set it to 0 in the config of the model or of its adapter"
+        )
+
+
+def _head_inputs(model: PreTrainedModel, hidden_PH: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+    """Return what the model's logits are made of: hidden states, the head's weight, its bias, the logits' bound."""
+    head = output_head(model)
+    found = logit_map(model)
+    scale = found.scale  # the model scales its logits: scaling the head's input and bias, and the bound, is the same
+    softcap = None if found.softcap is None else found.softcap * scale
+    bias_V = head.bias if head.bias is None or scale == 1 else head.bias * scale
+    hidden_PH = hidden_PH if scale == 1 else hidden_PH * scale
+    return hidden_PH.to(head.weight.dtype), head.weight, bias_V, softcap
+
+
+def asks_for_balance(model: PreTrainedModel) -> bool:
+    """Return whether a mixture of experts adds the balance loss of its routers to the loss that it returns."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def _with_balance_loss(model: PreTrainedModel, flat: Flat, work: Callable[..., Tensor]) -> Tensor:
+    """Return the loss that `work` gives plus the routers' balance loss, which the model's own forward adds to it.
+
+    The forward is the model's own, with `work` in the place of its loss function and the logits of one token.
+    Raises ValueError if it does not call that function.
+    """
+    hidden: list[Tensor] = []
+    losses: list[Tensor] = []
+
+    def loss_function(*_: Any, **__: Any) -> Tensor:
+        losses.append(work(*_head_inputs(model, hidden[0])))
+        return losses[0].clone()  # the model adds to it in place
+
+    forward, before = type(model).forward, vars(model).get("_loss_function")
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    hook = backbone(model).register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
+    model.loss_function = loss_function
+    try:
+        with laid_out():
+            out = forward(
+                model,
+                input_ids=flat.input_ids[None],
+                position_ids=flat.positions[None],
+                labels=flat.targets[None],
+                use_cache=False,
+                layout=flat.layout,
+                **few,
+            )
+    finally:
+        hook.remove()
+        del model._loss_function
+        if before is not None:
+            model.loss_function = before
+    if len(losses) != 1 or out.loss is None:
+        raise ValueError(
+            f"model: {type(model).__name__} with output_router_logits = true given: expected a forward that adds the "
+            "balance loss to what its loss_function returns, or output_router_logits = false"
+        )
+    loss: Tensor = out.loss
+    return loss
+
+
+@contextmanager
+def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """Take off the autocast that accelerate has put around a prepared model's forward, for the check at start."""
+    forward, own = model.forward, vars(model).get("_original_forward")
+    if own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = forward

@@ -5,9 +5,13 @@ runs on the tokens with a label, and no logits are kept. Losses and gradients ar
 
 The gradient is computed as that of the policy loss with advantage 1 at ratio 1, in the forward, with three matmuls
 (`mgrpo.kernels.linear_grpo_loss`). The Trainer itself computes what needs logits (`_is_ours`): requested outputs, label
-smoothing, a loss function of the user's, and inputs other than tokens.
+smoothing, a loss function of the user's, inputs other than tokens, and labels that padding predicts.
 
-Checked against transformers 5, in one process. Models that PEFT or a sharding strategy has wrapped are not supported.
+A mixture of experts with output_router_logits keeps the balance loss of its routers: the model's own forward adds it,
+over all tokens that are not padding. Dropout is refused: it would draw other masks over flat rows.
+
+Checked against transformers 5, in one process, in float32 and under bfloat16's autocast. Adapters of PEFT, but for
+those on the LM head, are trained too. Models that a sharding strategy has wrapped are not supported.
 
 Legend: B sequences, C columns; P rows, H hidden size, V vocabulary.
 """
@@ -17,9 +21,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mgrpo.engine.integrations.flat import flatten, run_flat
+from mgrpo.engine.integrations.flat import Flat, asks_for_balance, causal_lm, flatten, refuse_dropout, run_flat
 from mgrpo.kernels import Objective, linear_grpo_loss
 
 NO_LABEL = -100
@@ -27,11 +32,13 @@ INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
 class Fused:
-    """Mix this in before `Trainer`. Raises ValueError for a model that cannot run over flat rows."""
+    """Mix this in before `Trainer`. Raises ValueError for a model that cannot run over flat rows, or has dropout."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        run_flat(self._hf.accelerator.unwrap_model(self._hf.model))
+        model = causal_lm(self._hf.accelerator.unwrap_model(self._hf.model))
+        refuse_dropout(model)
+        run_flat(model)
 
     @property
     def _hf(self) -> Any:
@@ -39,31 +46,56 @@ class Fused:
         return self
 
     def _is_ours(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
-        """Return whether only the plain loss is asked for."""
+        """Return whether only the plain loss is asked for, of labels that follow a token."""
         plain = self._hf.label_smoother is None and self._hf.compute_loss_func is None
-        return plain and not return_outputs and {"input_ids", "labels"} <= inputs.keys() <= INPUTS
+        plain = plain and not return_outputs and {"input_ids", "labels"} <= inputs.keys() <= INPUTS
+        return plain and _has_plain_padding(inputs["labels"], inputs.get("attention_mask"))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean cross-entropy of the labels, or whatever the Trainer computes if it is not plain."""
+        """Return the mean cross-entropy of the labels; for other losses, return what the Trainer computes."""
         if not self._is_ours(inputs, return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        labels_BC = inputs["labels"]
-        valid_BC = inputs.get("attention_mask", torch.ones_like(labels_BC)).bool()
-        flat = flatten(inputs["input_ids"], valid_BC, labels_BC != NO_LABEL)
-        targets_P = flat.take(labels_BC)
+        balanced = asks_for_balance(causal_lm(self._hf.accelerator.unwrap_model(model)))
+        flat, targets_P = _rows(inputs, balanced)
         counted_P = (targets_P != NO_LABEL).float()
         weights_P = counted_P / (counted_P.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self._hf.args.average_tokens_across_devices:
-            # The count is that of all processes, and the Trainer averages their losses.
-            weights_P = weights_P * self._hf.accelerator.num_processes
 
-        def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+        def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
             ones_P, objective = torch.ones_like(weights_P), Objective(sampler_cap=None)
-            found = linear_grpo_loss(hidden_PH, weight_VH, targets_P, ones_P, weights_P, objective, bias_V=bias_V)
+            found = linear_grpo_loss(
+                hidden_PH, weight_VH, targets_P, ones_P, weights_P, objective, bias_V=bias_V, softcap=softcap
+            )
             entropy = -(weights_P * found.logprobs_N).sum()
             return found.loss + (entropy - found.loss).detach()
 
         with self._hf.accelerator.autocast():
-            return model(flat=flat, work=work)
+            loss = model(flat=flat, work=work)
+        if num_items_in_batch is None or not self._hf.args.average_tokens_across_devices:
+            return loss
+        # The count is that of all processes, and the Trainer averages their losses.
+        return loss * self._hf.accelerator.num_processes
+
+
+def _has_plain_padding(labels_BC: Tensor, mask_BC: Tensor | None) -> bool:
+    """Return whether a sequence's tokens lie together and padding predicts no label, as it does before the first."""
+    if mask_BC is None:
+        return True
+    if mask_BC.shape != labels_BC.shape:
+        return False
+    before_BC, after_BC = mask_BC[:, :-1].bool(), mask_BC[:, 1:].bool()
+    pieces_B = mask_BC[:, 0].bool() + (after_BC & ~before_BC).sum(1)
+    return not bool((pieces_B > 1).any() | ((labels_BC[:, 1:] != NO_LABEL) & ~before_BC).any())
+
+
+def _rows(inputs: dict[str, Any], balanced: bool) -> tuple[Flat, Tensor]:
+    """Return the tokens to run and the label after each; for a balance loss these are all that are not padding."""
+    input_ids_BC, labels_BC = inputs["input_ids"], inputs["labels"]
+    valid_BC = inputs.get("attention_mask", torch.ones_like(labels_BC)).bool()
+    action_BC = labels_BC != NO_LABEL
+    if balanced:  # a column behind the last, of which everything counts as followed
+        input_ids_BC, valid_BC = F.pad(input_ids_BC, (0, 1)), F.pad(valid_BC, (0, 1))
+        labels_BC, action_BC = F.pad(labels_BC, (0, 1), value=NO_LABEL), F.pad(action_BC, (0, 1), value=True)
+    flat = flatten(input_ids_BC, valid_BC, action_BC)._replace(balanced=balanced)
+    return flat, flat.take(labels_BC)

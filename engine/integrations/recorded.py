@@ -8,12 +8,12 @@ A row is a dictionary, from a line of JSON or a `datasets.Dataset`, in one of th
 * `messages` of a chat: those of the assistant are the agent's.
 * TRL's `prompt` and `completion`, two texts or two lists of messages: in the completion, the text or the assistant's
   messages are the agent's.
-`reward` is a number, in all rows or in none.
+`reward` is a number, Python's or numpy's, or true or false (1 or 0), in all rows or in none.
 
-Text is tokenized again, which need not give the tokens that were sampled, so it is better to record ids. Each text of
-the agent is tokenized separately, because it was sampled after what the agent saw. Whatever the template writes after
-the last end-of-sequence token of a message is not the agent's. Nothing is added to a text, so a completion without such
-a token has no end.
+Text is tokenized again, which may give other tokens than were sampled, so it is better to record ids. Each text of
+the agent is tokenized separately, because it was sampled after what the agent saw. The text that the template writes
+after the last end-of-sequence token of a message is not the agent's. Nothing is added to a text, so a completion
+without such a token has no end.
 
 Legend: N trajectories, G groups.
 """
@@ -26,7 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mgrpo.engine.model.pieces import for_pieces
+
 Row = Mapping[str, Any]
+NUMPY = np.floating | np.integer | np.bool_  # of numpy's scalars, those that count as numbers here
 FORMS = "tokens and response_length; or messages; or prompt and completion"
 
 
@@ -90,7 +93,7 @@ def _read(row: Row, tokenizer: Any, where: str) -> _Tokens:
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         _need(tokenizer, where)
         seen = list(tokenizer(row["prompt"])["input_ids"])
-        return _joined([(seen, False), (_ids(tokenizer, row["completion"]), True)])
+        return _joined([(seen, False), (_ids(for_pieces(tokenizer), row["completion"]), True)])
     prompt, completion = (_messages(row, name, where) for name in ("prompt", "completion"))
     return _from_messages(prompt + completion, len(prompt), tokenizer, where)
 
@@ -98,9 +101,10 @@ def _read(row: Row, tokenizer: Any, where: str) -> _Tokens:
 def _from_tokens(row: Row, where: str) -> _Tokens:
     tokens = _numbers(row, "tokens", "iu", where)
     response = row.get("response_length", row.get("responseLength"))
-    if not isinstance(response, int) or not 0 <= response <= len(tokens):
+    if not isinstance(response, int | np.integer) or not 0 <= response <= len(tokens):
         raise ValueError(f"{where}, response_length: got {response!r}, expected 0 to {len(tokens)}, as tokens has")
     sampled = np.zeros(len(tokens), bool)
+    response = int(response)  # a narrow type of numpy's would overflow below
     own = slice(len(tokens) - response, None)
     mask = next((name for name in ("loss_mask", "lossMask") if row.get(name) is not None), None)
     sampled[own] = True if mask is None else _numbers(row, mask, "iub", where, response, only=(0, 1)).astype(bool)
@@ -139,6 +143,7 @@ def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, w
     if first and messages[first - 1]["role"] == "assistant":
         raise ValueError(f"{where}, prompt: got an assistant's message at its end, expected another role's")
     pieces: list[tuple[list[int], bool]] = []
+    later = for_pieces(tokenizer)
     done = ""
     for i, message in enumerate(messages):
         if i < first or message["role"] != "assistant":
@@ -149,7 +154,8 @@ def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, w
             raise ValueError(
                 f"{where}, message {i}: the chat template changes earlier messages: expected one that does not"
             )
-        seen, said = _ids(tokenizer, before[len(done) :]), _ids(tokenizer, after[len(before) :])
+        seen = _ids(later if done else tokenizer, before[len(done) :])
+        said = _ids(later if before else tokenizer, after[len(before) :])
         end = len(said) - said[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
         pieces += [(seen, False), (said[:end], True), (said[end:], False)]
         done = after
@@ -192,8 +198,8 @@ def _reward(row: Row, n: int) -> float | None:
     given = row.get("reward")
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not np.isfinite(given):
-        raise ValueError(f"row {n}, reward: got {_short(given)}, expected a finite number")
+    if not isinstance(given, int | float | NUMPY) or not np.isfinite(given):
+        raise ValueError(f"row {n}, reward: got {_short(given)}, expected a finite number, True or False")
     return float(given)
 
 

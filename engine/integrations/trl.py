@@ -9,8 +9,9 @@ Unlike TRL, it logs only means of "entropy", "clip_ratio/…" and "kl" (without 
 were computed, each counting once; it logs neither the minimum and maximum of a sequence nor CISPO's clip. What one pass
 over rows cannot compute (`_is_ours`), TRL computes as usual, from our packed log-probs.
 
-Checked against trl 1.16, in one process and under DistributedDataParallel. Models that PEFT or a sharding strategy has
-wrapped are not supported.
+Checked against trl 1.16, in one process and under DistributedDataParallel, in float32 and under bfloat16's autocast.
+Adapters of PEFT, but for those on the LM head, are trained too. Models that a sharding strategy has wrapped are not
+supported. Dropout is refused: it would draw other masks over flat rows.
 
 Legend: B sequences, T columns of the completions; P rows, L live rows, S their sequences, H hidden size, V vocabulary.
 """
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mgrpo.engine.integrations.flat import Flat, flatten, run_flat
+from mgrpo.engine.integrations.flat import Flat, causal_lm, flatten, refuse_dropout, run_flat
 from mgrpo.kernels import Loss, Objective, Rule, RuleRows, linear_grpo_loss, linear_logprob
 
 Result = TypeVar("Result")
@@ -31,13 +32,14 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class FusedGRPO:
-    """Mix this in before `GRPOTrainer`. Raises ValueError for a model that cannot run over flat rows."""
+    """Mix this in before `GRPOTrainer`. Raises ValueError for a model with dropout, or that cannot run flat."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        refuse_dropout(causal_lm(self._trl.accelerator.unwrap_model(self._trl.model)))
         for model in (self._trl.model, self._trl.ref_model):
             if model is not None:
-                run_flat(self._trl.accelerator.unwrap_model(model))
+                run_flat(causal_lm(self._trl.accelerator.unwrap_model(model)))
 
     @property
     def _trl(self) -> Any:
@@ -64,7 +66,7 @@ class FusedGRPO:
         weights_BT = self._weights(mask_BT, inputs)
         advantages_BT = self._advantages(mask_BT, inputs)
         objective = self._objective()
-        action_BC = _behind(valid_BC, mask_BT.bool() & (objective.needs_every_row | (advantages_BT != 0)))
+        action_BC = _behind(valid_BC, _counted(mask_BT.bool(), advantages_BT, objective))
         flat = flatten(input_ids_BC, valid_BC, action_BC)
         found: Loss = self._run(model, flat, self._work(flat, objective, inputs, weights_BT, advantages_BT))
         self._log_metrics(found)
@@ -76,7 +78,7 @@ class FusedGRPO:
         def row(values_BT: Tensor | None) -> Tensor | None:
             return None if values_BT is None else flat.take(_behind(flat.kept, values_BT, 1))
 
-        def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Loss:
+        def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Loss:
             return linear_grpo_loss(
                 hidden_PH,
                 weight_VH,
@@ -89,6 +91,7 @@ class FusedGRPO:
                 cu_seqlens=flat.layout.cu_seqlens,
                 bias_V=bias_V,
                 temperature=self._trl.temperature,
+                softcap=softcap,
             )
 
         return work
@@ -167,6 +170,8 @@ class FusedGRPO:
         return advantages_BT
 
     def _run(self, model: Any, flat: Flat, work: Callable[..., Result]) -> Result:
+        if self._trl.args.cast_lm_head_to_fp32:
+            work = _in_float32(work)
         with self._trl.accelerator.autocast():
             found: Result = model(flat=flat, work=work)
         return found
@@ -208,13 +213,16 @@ class FusedGRPO:
         flat = flatten(input_ids_BC, valid_BC, action_BC)
         live_P = flat.take(action_BC)
 
-        def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
+        def work(
+            hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None
+        ) -> tuple[Tensor, Tensor]:
             return linear_logprob(
                 hidden_PH[live_P],
                 weight_VH,
                 flat.targets[live_P],
                 bias_V=bias_V,
                 temperature=self._trl.temperature,
+                softcap=softcap,
             )
 
         found = self._run(model, flat, work)
@@ -240,6 +248,16 @@ class FusedGRPO:
             log[name].append(mean)
 
 
+def _in_float32(work: Callable[..., Result]) -> Callable[..., Result]:
+    """Return `work` without autocast: hidden states come in the dtype of the head, which TRL has made float32."""
+
+    def wide(hidden_PH: Tensor, *head: Any) -> Result:
+        with torch.autocast(hidden_PH.device.type, enabled=False):
+            return work(hidden_PH, *head)
+
+    return wide
+
+
 def _ratio(rows: RuleRows, of_sequence: bool) -> Tensor:
     """Return exp of the log-prob's gain, or of the mean gain over the sequence."""
     gained_L = rows.logprobs - rows.old
@@ -250,6 +268,14 @@ def _ratio(rows: RuleRows, of_sequence: bool) -> Tensor:
     total_S = zeros_S.index_add(0, rows.segments, gained_L)
     count_S = zeros_S.index_add(0, rows.segments, torch.ones_like(gained_L))
     return (total_S / count_S.clamp(min=1))[rows.segments].exp()
+
+
+def _counted(mask_BT: Tensor, advantages_BT: Tensor, objective: Objective) -> Tensor:
+    """Return the actions that the loss depends on: those with an advantage, or that share the ratio of one with it."""
+    if objective.needs_every_row:
+        return mask_BT
+    useful_BT = mask_BT & (advantages_BT != 0)
+    return useful_BT if objective.importance == "token" else mask_BT & useful_BT.any(1, keepdim=True)
 
 
 def _joined(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,13 @@ not have). `algorithm.adv_estimator` may be "mgrpo". With `model.use_fused_kerne
 "torch", log-probs and entropies come from `mgrpo.kernels.linear_logprob`. verl's own aggregation still decides what a
 token counts, in every `loss_agg_mode`, over any number of ranks.
 
-Unlike in verl, a sequence's ratio is differentiated as one ("gspo" gives each token the slope of its own term, which is
-the same unless advantages or rollout weights differ within a sequence). A log-ratio beyond 20 is not clamped, only
-clipped. The std of the advantages is that of the population, and a rollout that is alone in its group has advantage 0.
-Entropies stay float32.
+Unlike in verl, a sequence's ratio is differentiated as one number ("gspo" gives each token the slope of its own term,
+which is the same unless advantages or rollout weights differ within a sequence). A log-ratio beyond 20 is not clamped,
+only clipped. The std of the advantages is that of the population, and a rollout that is alone in its group has
+advantage 0. Entropies stay float32.
+
+verl's fused kernels take the head's output for the logits: leave `use_fused_kernels` false for models that multiply or
+cap it (Granite, Gemma 2).
 
 Checked against verl 0.9.1. Megatron computes log-probs on another path, which remains verl's.
 

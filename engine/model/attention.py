@@ -15,6 +15,8 @@ B sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -50,6 +52,12 @@ class Local:
 
     window: int | None = None
     chunk: int | None = None
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Local:
+        """Return itself: Gemma 4 cuts a mask to the queries that its last layers need, which are all of them here."""
+        if any(part.start or part.stop is not None for part in index):
+            raise UnsupportedAttentionError("drops queries of a packed row")
+        return self
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,17 @@ def attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     rule = Rule(scale, attention_mask or Local(), softcap, s_aux)
-    return layout.attend(layer, query[0], key[0], value[0], rule).unsqueeze(0), None
+    kind = query.device.type
+    query, key, value = (_cast(x, kind) for x in (query, key, value))
+    with torch.autocast(kind, enabled=False):  # the backward computes without it too
+        return layout.attend(layer, query[0], key[0], value[0], rule).unsqueeze(0), None
+
+
+def _cast(x: Tensor, kind: str) -> Tensor:
+    """Return a tensor in autocast's dtype where that is on, as torch's own attention takes it."""
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _attend_alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
@@ -243,13 +261,20 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return inner
 
 
-def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-    """Return the last hidden states (T, H) of the flat row, before the head."""
+@contextmanager
+def laid_out() -> Iterator[None]:
+    """Say that a layout decides which tokens attend to which: a mask is then only a description."""
     before = _laid_out.set(True)
     try:
+        yield
+    finally:
+        _laid_out.reset(before)
+
+
+def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
+    """Return the last hidden states (T, H) of the flat row, before the head."""
+    with laid_out():
         out = backbone(model)(
             input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
         )
-    finally:
-        _laid_out.reset(before)
     return out.last_hidden_state[0]

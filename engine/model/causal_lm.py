@@ -24,14 +24,26 @@ from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.model.attention import Layout, attention, hidden_states, output_head
+from mgrpo.engine.model.logits import keep_logit_map, logit_map
 from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
 from mgrpo.engine.model.sharding import local
 from mgrpo.engine.system.distributed import mesh, ranks
 
 Result = TypeVar("Result")
-LOGIT_SCALE = "mgrpo_logit_scale"  # attribute of a model
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises for damaged files
+# What transformers raises for files that are damaged, or describe no model.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+)
+# Never run Python that lies in a model's directory, nor ask on the terminal whether to, nor unpickle its weights.
+DATA_ONLY = {"trust_remote_code": False}
 
 
 class Actor(nn.Module):
@@ -42,8 +54,13 @@ class Actor(nn.Module):
         self.model = model
 
     def temperature(self, temperature: float) -> float:
-        """Return by what the head's output is divided: the policy's temperature and the model's own logit scale."""
-        return temperature / logit_scale(self.model)
+        """Return by what the capped head's output is divided: the policy's temperature and the model's logit scale."""
+        return temperature / logit_map(self.model).scale
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of the head's output, which the model caps before the temperature; None: it does not."""
+        return logit_map(self.model).softcap
 
     def forward(
         self,
@@ -56,17 +73,6 @@ class Actor(nn.Module):
         hidden_TH = hidden_states(self.model, input_ids_T, positions_T, layout)
         head = output_head(self.model)
         return work(hidden_TH, head.weight, head.bias)
-
-
-def logit_scale(model: PreTrainedModel) -> float:
-    """Return the factor between the head's output and the model's logits, which the check at start found."""
-    scale: float = vars(model).get(LOGIT_SCALE, 1.0)
-    return scale
-
-
-def set_logit_scale(model: PreTrainedModel, scale: float) -> None:
-    """Keep that factor with the model; copies of it have it too."""
-    vars(model)[LOGIT_SCALE] = scale
 
 
 def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:
@@ -143,9 +149,9 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
     """
     config = read_model_config(name, agent)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(agent.model)
+        tokenizer = AutoTokenizer.from_pretrained(agent.model, **DATA_ONLY)
     except UNREADABLE as error:
-        raise ValueError(f"agents.{name}.model: {agent.model} has no readable tokenizer: {error}") from error
+        raise _unreadable(name, agent, "tokenizer", error) from error
     if len(tokenizer) > config["vocab_size"]:
         raise ValueError(
             f"agents.{name}.model: the tokenizer of {agent.model} has {len(tokenizer)} tokens, "
@@ -166,7 +172,7 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         raise ValueError(f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it")
     try:
         config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also if it is no UTF-8, or nested too deep
         raise ValueError(f"agents.{name}.model: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
@@ -188,28 +194,48 @@ def load_model(
     device = device or pick_device(compute)
     read_model_config(name, agent)
     try:
-        config = AutoConfig.from_pretrained(agent.model)
+        config = AutoConfig.from_pretrained(agent.model, **DATA_ONLY)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             agent.model,
             config=config,
             dtype=getattr(torch, compute.dtype),
             attn_implementation="mgrpo",
             output_loading_info=True,
+            use_safetensors=True,
+            **DATA_ONLY,
         )
-    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"agents.{name}.model: {agent.model} has no readable weights: {error}") from error
+    except UNREADABLE as error:
+        raise _unreadable(name, agent, "weights", error) from error
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
     if loading["missing_keys"]:  # transformers would fill them with random numbers
         raise ValueError(f"agents.{name}.model: {agent.model} lacks the weights {sorted(loading['missing_keys'])}")
+    _require_finite(name, agent, model)
     without_dropout(model)
     nn.Module.to(model, device)
     model.train(compute.activation_checkpointing)  # transformers checkpoints in train mode only
     if compute.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     whose, training = f"agents.{name}.model", compute.activation_checkpointing
-    set_logit_scale(model, check_exact(whose, model, training=training, longest=agent.max_context))
+    keep_logit_map(model, check_exact(whose, model, training=training, longest=agent.max_context))
     return model
+
+
+def _unreadable(name: str, agent: AgentConfig, what: str, error: Exception) -> ValueError:
+    """Return the error to raise for a model directory that transformers cannot read."""
+    why = str(error)
+    if "trust_remote_code" in why:  # transformers would name an argument that nobody can pass here
+        why = "it needs Python code from that directory, which is never run: expected a model that transformers has"
+    return ValueError(f"agents.{name}.model: {agent.model} has no readable {what}: {why}")
+
+
+def _require_finite(name: str, agent: AgentConfig, model: PreTrainedModel) -> None:
+    """Raise ValueError naming a weight that has a NaN or an infinity, with which every result would be NaN."""
+    for weight, param in model.named_parameters():
+        if param.numel() and not torch.isfinite(param.sum(dtype=torch.float32)) and not torch.isfinite(param).all():
+            raise ValueError(
+                f"agents.{name}.model: {agent.model}: {weight} has a NaN or an infinity: expected finite numbers"
+            )
 
 
 def take_over(model: PreTrainedModel, compute: ComputeConfig, group: ProcessGroup | None) -> tuple[Actor, torch.dtype]:
@@ -245,7 +271,7 @@ def lay_out(model: PreTrainedModel) -> None:
     before, dropout = model.config._attn_implementation, without_dropout(model)
     model.set_attn_implementation("mgrpo")
     try:
-        set_logit_scale(model, check_exact("model", model))
+        keep_logit_map(model, check_exact("model", model))
     except ValueError:
         model.set_attn_implementation(before)
         with_dropout(dropout)
@@ -282,6 +308,6 @@ def _blank(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():
         made: PreTrainedModel = type(model)._from_config(model.config, dtype=dtype, attn_implementation="mgrpo")
     made.tie_weights()
-    set_logit_scale(made, logit_scale(model))
+    keep_logit_map(made, logit_map(model))
     without_dropout(made)
     return made.eval()

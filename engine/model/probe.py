@@ -31,6 +31,7 @@ from mgrpo.engine.model.attention import (
     output_head,
     register_local_kind,
 )
+from mgrpo.engine.model.logits import CAPS, LogitMap, possible_maps, softcap_of
 
 LENGTHS = (75, 9, 44)  # tokens of the sequences that are packed; the longest is beyond every window of a small copy
 NEAR = 16  # keys that a small copy's layers see at most, where the config has windows or chunks
@@ -41,12 +42,14 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.15}  # n
 FAILURES = (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError)  # of a model's own code
 SPREAD = 0.25  # of the random weights: logits large enough for a cap to show
 HEADS, VOCABULARY = 4, 199  # of a small copy
+FLAT = 1e3  # the bound of logits, without a cap: where to look whether they are still a multiple of the head's output
+SIZES = (1e-3, 1.0, 1e3)  # of the logits at which the cap is verified, as shares of the bound
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config that say how near keys must be
 
 
 @torch.no_grad()
-def check_exact(whose: str, model: PreTrainedModel, training: bool = True, longest: int | None = None) -> float:
-    """Compare a model that has our attention with itself; returns the factor that its logits get after the head.
+def check_exact(whose: str, model: PreTrainedModel, training: bool = True, longest: int | None = None) -> LogitMap:
+    """Compare a model that has our attention with itself; returns how its logits follow from the head's output.
 
     whose: how errors name it. training: it may run in training mode too. longest: no sequence has more tokens; None:
     any may come. Raises ValueError that names the mechanism in which they differ.
@@ -57,8 +60,7 @@ def check_exact(whose: str, model: PreTrainedModel, training: bool = True, longe
     small = small_copy(model, longest)
     if small is None:
         return real.run(training)
-    Comparison(what, small, LENGTHS, SMALL).run(training)
-    return real.run_once()
+    return real.run_once(Comparison(what, small, LENGTHS, SMALL).run(training))
 
 
 def _check_head(whose: str, model: PreTrainedModel) -> None:
@@ -92,13 +94,13 @@ class Comparison:
         vocabulary, most = embeddings.weight.shape[0], _context(model)
         self.ids = [torch.randint(1, vocabulary, (min(n, most),), generator=generator) for n in lengths]
         self.ids = [ids.to(model.device) for ids in self.ids]
-        self.scale = 1.0
+        self.map = LogitMap()
 
-    def run(self, training: bool) -> float:
-        """Return the factor that logits get after the head. Raises ValueError that names what differs."""
+    def run(self, training: bool) -> LogitMap:
+        """Return how logits follow from the head's output. Raises ValueError that names what differs."""
         with _mode(self.model, training=False):
-            truth = self._logits()
-            self._check_logits(truth[0])
+            truth = self._logits(self.ids)
+            self.find_map(truth[0][0])
             own = [self._gathered(logits, ids) for logits, ids in zip(truth, self.ids, strict=True)]
             self._check_alone(own)
             self.require(self._ours(self.ids), own, self._cause_packed())
@@ -106,16 +108,19 @@ class Comparison:
             self.require(self._ours(self.ids), again, "gives other log-probs for the same ids, drawing at random")
         with _mode(self.model, training):
             self.require(self._ours(self.ids), own, "computes other log-probs in training mode than in eval mode")
-        return self.scale
+        return self.map
 
-    def run_once(self) -> float:
-        """Compare the packed row alone, with as few forwards as can be; for the real weights, whose code is checked."""
+    def run_once(self, expected: LogitMap) -> LogitMap:
+        """Compare the packed row alone, with as few forwards as can be; for the real weights, whose code is checked.
+
+        expected: the map of a small copy; another is looked for only if that is not the real one's.
+        """
         with _mode(self.model, training=False):
-            truth = self._logits()
-            self._check_logits(truth[0])
+            truth = self._logits(self.ids)
+            self.find_map(truth[0][0], expected)
             own = [self._gathered(logits, ids) for logits, ids in zip(truth, self.ids, strict=True)]
             self.require(self._ours(self.ids), own, "computes other log-probs with its own weights")
-        return self.scale
+        return self.map
 
     def _check_alone(self, own: Sequence[Tensor]) -> None:
         """Compare each sequence alone. Layers that see near keys only are taken for windows first, then for chunks."""
@@ -130,13 +135,13 @@ class Comparison:
 
     def own(self) -> list[Tensor]:
         """Return the log-probs of each sequence's tokens but the first, by the model's own forward on it alone."""
-        return [self._gathered(logits, ids) for logits, ids in zip(self._logits(), self.ids, strict=True)]
+        return [self._gathered(logits, ids) for logits, ids in zip(self._logits(self.ids), self.ids, strict=True)]
 
-    def _logits(self) -> list[Tensor]:
+    def _logits(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """Return the logits (T, V) of each sequence by the model's own forward."""
         with _own_attention(self.model):
             try:
-                return [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in self.ids]
+                return [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:
@@ -161,12 +166,12 @@ class Comparison:
             )
         if len(layout.layers) > len(set(layout.layers)):
             raise ValueError(f"{self.what} attends more than once in a layer: expected one attention a layer")
-        return hidden_TH
+        return hidden_TH.to(output_head(self.model).weight.dtype)  # which a caller may have made wider
 
     def _ours(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """Return the log-probs of each sequence's tokens but the first, all packed in one row."""
         head = output_head(self.model)
-        logits_TV = F.linear(self._hidden(sequences), head.weight, head.bias) * self.scale
+        logits_TV = self.map(F.linear(self._hidden(sequences), head.weight, head.bias))
         rows = logits_TV.split([len(ids) for ids in sequences])
         return [self._gathered(logits, ids) for logits, ids in zip(rows, sequences, strict=True)]
 
@@ -174,21 +179,57 @@ class Comparison:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         return logits_TV[:-1].to(wide).log_softmax(-1).gather(-1, ids_T[1:, None])[:, 0]
 
-    def _check_logits(self, truth_TV: Tensor) -> None:
-        """Find the factor between the head's output and the logits; whatever else is done to them is refused.
+    def find_map(self, truth_V: Tensor | None = None, expected: LogitMap | None = None) -> LogitMap:
+        """Find and keep the map from the head's output to the logits. Raises ValueError if there is none.
 
-        Only the first token's are compared: it attends to itself alone, whatever the mask.
+        truth: the first token's logits by the model's own forward; only these are compared, because that token attends
+        to itself alone, whatever the mask. expected: is taken if it gives these logits; else the map is looked for,
+        with the head's output also made small and large.
         """
-        head = output_head(self.model)
-        plain_V = F.linear(self._hidden([self.ids[0][:1]])[0], head.weight, head.bias).double()
-        truth_V = truth_TV[0].double()
-        factor = float(plain_V @ truth_V / (plain_V @ plain_V))
-        self.scale = 1.0 if abs(factor - 1) < 1e-2 else factor
-        off = float((truth_V - factor * plain_V).abs().max() / truth_V.abs().max())
-        if off > (0.05 if self.model.dtype == torch.bfloat16 else 1e-3) or factor <= 0:
+        head, first = output_head(self.model), [self.ids[0][:1]]
+        plain_V = F.linear(self._hidden(first)[0], head.weight, head.bias).double()
+        pairs = [(plain_V, self._logits(first)[0][0].double() if truth_V is None else truth_V.double())]
+        if expected is None or not self._gives(expected, pairs):
+            bound = softcap_of(self.model.config)
+            pairs += self._resized(plain_V, bound or FLAT)
+            expected = next((found for found in possible_maps(pairs, bound) if self._gives(found, pairs)), None)
+        if expected is None:
             raise ValueError(
-                f"{self.what} changes its logits after the head (soft-capping): expected a multiple of the head"
+                f"{self.what} changes its logits after the head: expected a multiple of the head's output, capped by "
+                f"tanh if its config has one of {', '.join(CAPS)}"
             )
+        self.map = expected
+        return expected
+
+    def _gives(self, found: LogitMap, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Return whether the map gives these logits, up to a share of the largest."""
+        limit = 0.05 if self.model.dtype == torch.bfloat16 else 1e-3
+        return all(
+            float((truth_V - found(plain_V)).abs().max()) <= limit * float(truth_V.abs().max())
+            for plain_V, truth_V in pairs
+        )
+
+    def _resized(self, plain_V: Tensor, bound: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the head's output at each of SIZES, and the logits that the model's own code makes of it.
+
+        Yield nothing if that code computes the head's output without calling the head.
+        """
+        called = []
+        for size in SIZES:
+            factor = 2.0 ** round(math.log2(size * bound / float(plain_V.abs().max().clamp(min=1e-30))))  # exact
+
+            def resize(module: nn.Module, _: Any, output: Tensor, factor: float = factor) -> Tensor:
+                called.append(module)
+                return output * factor
+
+            hook = output_head(self.model).register_forward_hook(resize)
+            try:
+                truth_V = self._logits([self.ids[0][:1]])[0][0]
+            finally:
+                hook.remove()
+            if not called:
+                return
+            yield factor * plain_V, truth_V.double()
 
     def _gap(self, found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         """Return the largest difference in float64, else, where each token is rounded, the mean."""
@@ -311,6 +352,9 @@ def _cut(config: Any, narrow: bool, longest: int | None) -> Any:
     chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)] or [0, 1]
     layers = text.num_hidden_layers
     chosen = (chosen + [i for i in range(layers) if i not in chosen])[: max(2, len(chosen))]
+    if getattr(text, "num_kv_shared_layers", 0):  # the last layers use the keys and values of others
+        chosen = [*(i for i in chosen if i != layers - 1), layers - 1]
+        text.num_kv_shared_layers = 1
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers:
             setattr(text, name, [value[i] for i in sorted(chosen)])

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from mgrpo.engine.run.tensor_file import write_tensors
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,17 +28,25 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], rank: int) -> None:
-    """Write this rank's rows of each tensor: DTensors split by rows, or plain tensors if there is one rank."""
+    """Write this rank's rows of each tensor: DTensors split by rows, or plain tensors if there is one rank.
+
+    The SHA-256 of the file is written beside it.
+    """
     mine = {name: local(t.detach()).contiguous() for name, t in tensors.items() if t.ndim or rank == 0}
-    save_file(mine, _file(folder, stem, rank))
+    write_tensors(_file(folder, stem, rank), mine)
 
 
 class Shards:
-    """Read what `write_shards` wrote. shapes: the shapes of the whole tensors, by name."""
+    """Read what `write_shards` wrote. shapes: the shapes of the whole tensors, by name.
+
+    Raises ValueError naming the file if there is none, or one is no whole safetensors file.
+    """
 
     def __init__(self, folder: Path, stem: str):
-        paths = takewhile(Path.exists, (_file(folder, stem, number) for number in count()))
-        self._files = [safe_open(path, "pt") for path in paths]
+        paths = list(takewhile(Path.exists, (_file(folder, stem, number) for number in count())))
+        if not paths:
+            raise ValueError(f"{_file(folder, stem, 0)} is missing: expected the {stem} that were saved")
+        self._files = [_open(path) for path in paths]
         self._parts: dict[str, list[Any]] = {}
         for file in self._files:
             for name in sorted(file.keys()):
@@ -65,6 +74,13 @@ class Shards:
     def _shape(parts: list[Any]) -> tuple[int, ...]:
         first = parts[0].get_shape()
         return (sum(part.get_shape()[0] for part in parts), *first[1:]) if first else ()
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: expected a whole safetensors file: {error}") from error
 
 
 def _file(folder: Path, stem: str, number: int) -> Path:

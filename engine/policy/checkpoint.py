@@ -20,16 +20,19 @@ from mgrpo.engine.model.sharding import Shards, write_shards
 from mgrpo.engine.system import distributed
 
 INDEX = "policy.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every weight from its first step on
 
 
 class Index(msgspec.Struct, frozen=True):
     """Describe a saved state.
 
     version: the number of optimizer steps that led to the weights. reference: whether the KL's reference is included.
+    moments: whether the optimizer had any, which it has not before its first step; None: not known, saved by 0.1.0.
     """
 
     version: int
     reference: bool
+    moments: bool | None = None
 
 
 def write_state(
@@ -84,15 +87,38 @@ def read_into(target: Mapping[str, Any], folder: Path, stem: str) -> None:
         shards.read_into(value, name)
 
 
-def read_moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Load what `moments` returned, into an optimizer that has no moments yet."""
+def read_moments(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], folder: Path, expected: bool | None
+) -> None:
+    """Load what `moments` returned, into an optimizer that has no moments yet.
+
+    expected: whether there must be any; None: it is not known. Raises ValueError, with nothing changed, unless there
+    are all moments of all weights that are trained, or none at all.
+    """
     shards = Shards(folder, "moments")
+    if shards.shapes or expected:
+        _check_moments(shards.shapes, _moment_shapes(optimizer, weights), folder)
     for key_name, shape in shards.shapes.items():
         key, _, name = key_name.partition("/")
         weight = weights[name].detach()
         moment = torch.zeros_like(weight) if shape else torch.zeros((), device=weight.device)
         shards.read_into(moment, key_name)
         optimizer.state[weights[name]][key] = moment
+
+
+def _moment_shapes(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) in trained}
+    return {f"{key}/{name}": () if key == "step" else shape for name, shape in shapes.items() for key in MOMENTS}
+
+
+def _check_moments(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    if odd := sorted(set(found.items()) ^ set(expected.items())):
+        name = odd[0][0]
+        raise ValueError(
+            f"{folder}: moment {name!r} has shape {found.get(name)}, expected {expected.get(name)}: "
+            "not whole, or made by another model"
+        )
 
 
 def moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ def grpo(
             cu_seqlens=batch.cu_seqlens_B1,
             bias_V=bias_V,
             temperature=actor.temperature(temperature),
+            softcap=actor.softcap,
         )
 
     loss: Loss = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
@@ -75,6 +76,7 @@ def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
             batch.targets_P[live_L],
             bias_V=bias_V,
             temperature=actor.temperature(temperature),
+            softcap=actor.softcap,
         )
 
     found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)

@@ -1,7 +1,7 @@
 """Hold and train one policy, a causal LM's weights, in one process or on the ranks of a process group.
 
-The methods are shaped like Tinker's, on a local object; several policies are several objects. `mgrpo train` trains
-through nothing else.
+The methods are modelled on Tinker's API, on a local object; a process may hold several such objects. `mgrpo train`
+itself trains only through this class.
 
 Compute is bf16 with fp32 master weights. In one process, the model that runs (and that the in-process sampler reads) is
 bf16, and its masters (`optimizer.py`) are rounded into it after a step. On several ranks (FSDP2), the model's own
@@ -9,7 +9,7 @@ weights are the masters: each rank holds its rows of them, and a layer's weights
 Every method is then a collective, which all ranks must call.
 
 Unlike in usual data-parallel training, gradients are summed over ranks, not averaged, because the loss weights include
-every denominator. The result of a step thus does not depend on how many ranks share its micro-batches.
+every denominator. So the result of a step does not depend on how many ranks share its micro-batches.
 
 Legend: P rows of a micro-batch.
 """
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgrpo.engine.batch.micro_batches import Batch, one_sequence, prefetch
 from mgrpo.engine.batch.shares import MicroBatch
-from mgrpo.engine.config.schema import AgentConfig, ComputeConfig, parse_agent
+from mgrpo.engine.config.schema import AgentConfig, ComputeConfig, check_trainable, parse_agent
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.causal_lm import Actor, frozen_copy, load_actor, load_tokenizer, take_over
 from mgrpo.engine.policy import forward
@@ -100,6 +100,8 @@ class Policy:
         """
         path, made = (str(model), None) if isinstance(model, str | Path) else ("", model)
         agent = parse_agent(name, {"model": path, **settings})
+        if agent.train:
+            check_trainable(agent, name)
         return cls(name, agent, compute or ComputeConfig(), model=made, tokenizer=tokenizer, group=group)
 
     # ---- gradients
@@ -130,7 +132,7 @@ class Policy:
         return Output(forward.merged(losses, self.group), [loss.logprobs_N for loss in losses])
 
     def forward_backward_custom(self, batches: Sequence[Batch | MicroBatch], fn: Custom) -> Output:
-        """Compute a loss of the caller's own and add its gradient to the masters'.
+        """Compute the caller's own loss and add its gradient to the masters'.
 
         fn(batches, logprobs, entropies) -> (loss, metrics) gets all micro-batches of this rank at once, and for each
         its log-probs and entropies (P,) in nats, differentiable, 0 at rows of weight 0. It returns a 0-dim tensor; the
@@ -230,7 +232,7 @@ class Policy:
     # ---- samplers and publication
 
     def sampler(self) -> InProcessSampler:
-        """Return a sampler of the very weights that are trained; set its `version` after a step.
+        """Return a sampler that reads the weights in training; set its `version` after a step.
 
         Raises ValueError if several ranks share the model, or there is no tokenizer.
         """
@@ -290,20 +292,21 @@ class Policy:
         tensors = {"weights": weights, "moments": moments(self.optimizer, weights)}
         if self.reference is not None:
             tensors["reference"] = dict(self.reference.named_parameters())
-        write_state(folder, tensors, Index(self.version, self.reference is not None), self.group)
+        index = Index(self.version, self.reference is not None, bool(tensors["moments"]))
+        write_state(folder, tensors, index, self.group)
         return {"version": self.version}
 
     @torch.no_grad()
     def load_state(self, folder: str | Path) -> None:
         """Load what `save_state` wrote on any number of ranks.
 
-        Raises ValueError if it is incomplete or belongs to another model.
+        Raises ValueError if it is incomplete or damaged or belongs to another model.
         """
         folder = Path(folder)
         index = read_index(folder, self.group)
         read_into(self.masters.weights, folder, "weights")
         self.reset_optimizer()
-        read_moments(self.optimizer, self.masters.weights, folder)
+        read_moments(self.optimizer, self.masters.weights, folder, index.moments)
         self.masters.publish()
         if index.reference:
             self.keep_reference()

@@ -1,8 +1,9 @@
 """Show the progress of a run: as a live table on a terminal, else as one plain line per row of metrics.
 
-Both get the same: each stage when it begins, then every row of metrics.jsonl (keys as training/trainer.py names them).
-A metric that a row does not have, such as a frozen agent's gradient norm, is shown as "-". If agents are separate
-processes, a row comes when the slowest has taken the step; between rows the table shows each agent's newest step.
+Both displays get each stage when it begins, and then every row of metrics.jsonl (keys as training/trainer.py names
+them). A metric that a row does not have, such as a frozen agent's gradient norm, is shown as "-". If agents are
+separate processes, a row comes when the slowest has taken the step; between rows the table shows each agent's newest
+step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Display(Protocol):
     """Show the progress of a run."""
 
     def stage(self, name: str, first: int, steps: int) -> None:
-        """Begin a stage, of whose `steps` steps `first` is the next."""
+        """Begin a stage of `steps` steps; `first` is the next step."""
 
     def row(self, row: Row) -> None:
         """Show one row of metrics.jsonl."""
@@ -123,7 +124,7 @@ class _Lines:
             self.say(" | ".join(self._parts(row)))
 
     def now(self, row: Row, notes: Sequence[str]) -> None:
-        """Do nothing: a printed line cannot be replaced, so that it waits for the whole row."""
+        """Do nothing: a printed line cannot be replaced, so it is printed once the row is complete."""
 
     def say(self, text: str) -> None:
         print(text, file=self.console.file, flush=True)

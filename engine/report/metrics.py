@@ -52,7 +52,7 @@ def place_of(row: Row) -> Place:
 
 
 def head(place: Place) -> Row:
-    """Return a row of nothing but stage and step."""
+    """Return a row with only stage and step."""
     return {"stage": STAGES[place[0]], "step": place[1]}
 
 

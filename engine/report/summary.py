@@ -25,10 +25,10 @@ EDGE = 10  # steps, at most, over which the first and the last values of a run a
 
 
 def read_config(run: Path) -> Config:
-    """Read the configuration of a run directory. Raises ValueError if it is none."""
+    """Read the configuration of a run directory. Raises ValueError if it is not a run directory."""
     file = RunPaths(run).config
     if not file.is_file():
-        raise ValueError(f"RUN: {run} given: expected a run directory, with a config.json that a training wrote")
+        raise ValueError(f"RUN: {run} given: expected a run directory, with the config.json that `mgrpo train` wrote")
     try:
         return read_dump(file.read_text())
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

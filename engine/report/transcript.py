@@ -19,6 +19,7 @@ from rich.text import Text
 from mgrpo.engine.batch.advantages import main_reward, weigh
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.model.pieces import for_pieces
 from mgrpo.engine.run.directory import root_of
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
@@ -35,7 +36,7 @@ class Transcripts:
 
     def __init__(self, run: Path, config: Config) -> None:
         self.run, self.config = run, config
-        self.tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
+        self.tokenizers = {name: for_pieces(load_tokenizer(name, agent)) for name, agent in config.agents.items()}
 
     def show(self, console: Console, count: int, queries: Sequence[int]) -> None:
         """Print `count` episodes of a query, from the best to the worst.
@@ -80,7 +81,8 @@ class Transcripts:
         """Lay out the main agent's call, then its calls of each sub-agent."""
         order = [MAIN, *self.config.subs]
         mine = sorted((c for c in calls if c.rollout == rollout.rollout), key=lambda call: order.index(call.agent))
-        trajectories = read(root_of(self.config, "trajectories", self.run), [call.position for call in mine])
+        root, digests = root_of(self.config, "trajectories", self.run), [call.sampler_digest for call in mine]
+        trajectories = read(root, [call.position for call in mine], digests)
         scored = rollout.status == "scored"
         found = f"correct {rollout.correct:g}" if scored else f"{rollout.status}: {visible(rollout.error)}"
         head = Text(f"rollout {rollout.rollout}: {found}, {rollout.seconds:.1f} s", style="bold")
@@ -136,7 +138,7 @@ def runs(flags_L: np.ndarray) -> list[tuple[int, int]]:
 
 
 def visible(text: str) -> str:
-    """Escape what is not printable, because a model may write codes that control a terminal."""
+    """Escape unprintable characters, because a model may write codes that control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

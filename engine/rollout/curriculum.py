@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,10 +18,23 @@ EVAL_QUERIES = 1 << 33
 
 
 def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
-    """Return the environment's tasks. Raises ValueError if there are none."""
+    """Return the environment's tasks.
+
+    Raises ValueError if there are none, or if they are not a sequence of Task.
+    """
     tasks = environment.tasks(split)
-    if not tasks:
-        raise ValueError(f"environment: {type(environment).__name__}.tasks({split!r}) is empty, expected tasks")
+    what = f"environment: {type(environment).__name__}.tasks({split!r})"
+    if isinstance(tasks, str | Mapping) or not all(hasattr(tasks, name) for name in ("__len__", "__getitem__")):
+        raise ValueError(f"{what} returned {type(tasks).__name__}: expected a list of Task")
+    if len(tasks) == 0:
+        raise ValueError(f"{what} is empty, expected tasks")
+    for i, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise ValueError(
+                f"{what}[{i}] is {task!r:.80}: expected a Task, such as Task('an id', {{'question': '…'}})"
+            )
+        if not isinstance(task.id, str):
+            raise ValueError(f"{what}[{i}].id is {task.id!r:.80}: expected text")
     return tasks
 
 
@@ -29,6 +42,23 @@ def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:
     """Return the task of a query: all tasks come once in a shuffled order, then again in another one, and so on."""
     epoch, place = divmod(query, len(tasks))
     return tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[place]]
+
+
+def find_task(tasks: Sequence[Task], seed: int, query: int, task_id: str) -> Task:
+    """Return the task that a query was opened with, also if the tasks have another order here.
+
+    Raises ValueError if there is no such task here, or if several have its id.
+    """
+    task = pick(tasks, seed, query)
+    if task.id == task_id:
+        return task
+    found = [task for task in tasks if task.id == task_id]
+    if len(found) != 1:
+        raise ValueError(
+            f"environment: query {query} asks task {task_id!r}, and {len(found)} tasks of tasks('train') have this id: "
+            "expected one, as in the process that began the query"
+        )
+    return found[0]
 
 
 def warmup_jobs(tasks: Sequence[Task], config: Config, step: int) -> list[Job]:

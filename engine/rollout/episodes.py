@@ -1,7 +1,7 @@
 """Run episodes: the main agent acts, calls its sub-agents, reads their reports and answers; the environment judges.
 
-Every episode is a coroutine that reads like the story it tells. Episodes run side by side, each at its own pace, and a
-sampler advances all turns that are waiting for it together. Tokens stay ids: only the environment's texts are
+Every episode is a coroutine whose code follows the order of events. Episodes run side by side, each at its own pace,
+and a sampler advances all turns that are waiting for it together. Tokens stay ids: only the environment's texts are
 tokenised, once.
 
 Samplers in this process are stepped by this loop, each time the episodes have gone as far as they can. Samplers on
@@ -18,13 +18,16 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment, ToolError
 from mgrpo.engine.environment.calls import UserCodeError, ask_action, ask_score, ask_text
 from mgrpo.engine.inference.sampler import Completion, Sampler, Session
+from mgrpo.engine.model.pieces import for_pieces
 from mgrpo.engine.types import (
     MAIN,
     Answer,
@@ -76,6 +79,14 @@ class Rollout:
     error: str = ""
 
 
+def _copy_of(episode: Episode) -> Episode:
+    """Return a copy of an episode with copies of its calls and turns; the task is the same object."""
+    main, *calls = (
+        replace(call, turns=[replace(turn) for turn in call.turns]) for call in (episode.main, *episode.calls)
+    )
+    return Episode(main, calls)
+
+
 class EpisodeRunner(ABC):
     """Run episodes of one environment; a subclass decides where an agent's turns come from.
 
@@ -90,8 +101,11 @@ class EpisodeRunner(ABC):
         timeout: float | None = None,
     ):
         self.config, self.environment, self.tokenizers, self.timeout = config, environment, tokenizers, timeout
+        self.for_pieces = {name: _for_pieces(tokenizer) for name, tokenizer in tokenizers.items()}
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
+        self.had_room = False  # whether any prompt of the main agent has left room for an answer
+        self.without_room: dict[str, str] = {}  # the error of each task whose prompt has not, by the task's id
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
@@ -105,7 +119,8 @@ class EpisodeRunner(ABC):
 
         more: receives the number of running episodes and returns the jobs to begin now. It is asked before every step
         of the samplers, and at least every POLL seconds. ended: receives each rollout as soon as it has ended. If
-        either raises, all episodes are cancelled and the error is passed on.
+        either raises, all episodes are cancelled and the error is passed on. Raises ValueError at the end if the
+        prompts of several tasks, and all so far, had no room for an answer.
         """
         asyncio.run(self._stream(more, ended))
 
@@ -146,6 +161,8 @@ class EpisodeRunner(ABC):
                     task.add_done_callback(note)
                     running.add(task)
                 if not running:
+                    if len(self.without_room) > 1 and not self.had_room:  # the setting is wrong, not one of the tasks
+                        raise ValueError(next(iter(self.without_room.values())))
                     return
                 for _ in range(4):  # it takes this many callbacks for a sub-agent's result to reach the main agent
                     await asyncio.sleep(0)
@@ -169,7 +186,8 @@ class EpisodeRunner(ABC):
             async with asyncio.timeout(self.timeout):
                 await self._call(rollout, 0, rollout.episode.main)
             rollout.status = "unscored"
-            rollout.score = await ask_score(self.environment.score, rollout.episode, self.config.reward.timeout)
+            shown, rollout.episode = rollout.episode, _copy_of(rollout.episode)  # the judge may change what it gets
+            rollout.score = await ask_score(self.environment.score, shown, self.config.reward.timeout)
             rollout.status = "scored"
         except UserCodeError as error:
             rollout.error = str(error)
@@ -184,19 +202,32 @@ class EpisodeRunner(ABC):
         job, agent = rollout.job, self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
         session = self._begin(call, seed, job.greedy)
-        session.append(self._encode(call, await ask_text(self.environment.prompt, call)))
+        prompt = await ask_text(self.environment.prompt, call)
+        session.append(list(self.tokenizers[call.agent].encode(prompt, add_special_tokens=False)))
         if not session.tokens:
             raise UserCodeError("prompt: '' returned, expected some text to begin with")
-        if len(session.tokens) >= agent.max_context and call.agent == MAIN:
-            raise ValueError(
-                f"agents.{MAIN}.max_context: {agent.max_context} given: the prompt of task {job.task.id!r} "
-                f"has {len(session.tokens)} tokens already, expected room for an answer"
-            )
+        if call.agent == MAIN:
+            self._check_room(job.task, len(session.tokens), agent.max_context)
         try:
             call.ended = await self._turns(rollout, call, session)
         finally:
             self._end(call, session)
             rollout.trajectories[index] = session.trajectory()
+
+    def _check_room(self, task: Task, tokens: int, most: int) -> None:
+        """Check that a prompt of the main agent leaves room for an answer.
+
+        Raises UserCodeError, which ends this episode alone.
+        """
+        if tokens < most:
+            self.had_room = True
+            return
+        error = (
+            f"agents.{MAIN}.max_context: {most} given: the prompt of task {task.id!r} has {tokens} tokens already, "
+            "expected room for an answer"
+        )
+        self.without_room[task.id] = error
+        raise UserCodeError(error)
 
     async def _turns(self, rollout: Rollout, call: Call, session: Session) -> str:
         """Let the agent act until its call ends; return why it ended."""
@@ -260,13 +291,18 @@ class EpisodeRunner(ABC):
             raise
 
     def _encode(self, call: Call, text: str) -> list[int]:
-        return list(self.tokenizers[call.agent].encode(text, add_special_tokens=False))
+        """Return the ids of a text that continues a call, to which nothing is added at the front."""
+        return list(self.for_pieces[call.agent].encode(text, add_special_tokens=False))
 
     def _log_once(self, job: Job, error: UserCodeError) -> None:
         trace = "".join(traceback.format_exception(error.__cause__ or error))
         if trace not in self.logged:
             self.logged.add(trace)
             log.error("task %s, rollout %d: %s\n%s", job.task.id, job.rollout, error, trace)
+
+
+def _for_pieces(tokenizer: Tokenizer) -> Tokenizer:
+    return for_pieces(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
 
 
 class Episodes(EpisodeRunner):

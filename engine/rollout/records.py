@@ -33,12 +33,12 @@ def agents_of(rollout: Rollout) -> list[str]:
 
 
 def demonstrated(agent: str, rollouts: Sequence[Rollout]) -> list[Trajectory]:
-    """Return the agent's trajectories in scripted episodes."""
+    """Return the agent's trajectories in scripted episodes, without those in which it had no turn."""
     return [
         trajectory
         for rollout in rollouts
         for name, trajectory in zip(agents_of(rollout), rollout.trajectories, strict=True)
-        if name == agent and trajectory is not None and rollout.status != "failed"
+        if name == agent and trajectory is not None and trajectory.sampled.any() and rollout.status != "failed"
     ]
 
 

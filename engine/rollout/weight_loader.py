@@ -71,9 +71,9 @@ class WeightLoader:
         """Load these weights into the samplers of this process; return whether all samplers are ready.
 
         It returns False while running turns hold up new weights (no new turn begins until then) and while servers lack
-        the newest weights, whichever publications are given; the caller tries again later. Raises GapError if a probe
-        fails; DamagedWeightsError or OSError if a file cannot be read; ValueError if the weights are of another model:
-        the sampler then keeps the weights it has.
+        the newest weights, regardless of the publications given; the caller tries again later. Raises GapError if a
+        probe fails; DamagedWeightsError or OSError if a file cannot be read; ValueError if the weights are of another
+        model: the sampler then keeps the weights it has.
         """
         began = time.monotonic()
         ready = [self._load(name, publications[name]) for name in publications.keys() & self.samplers.keys()]

@@ -1,4 +1,4 @@
-"""Run a rollout worker: it samples episodes and evaluates. It trains nothing and knows no trainer.
+"""Run a rollout worker: it samples episodes and evaluates. It neither trains nor talks to trainers.
 
 The worker takes queries from the store, as many as the store lets it sample ahead of training, samples their episodes
 with the newest published weights, and records each episode as it ends. While a slow episode runs, others begin.
@@ -29,7 +29,7 @@ from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.inference.sampler import Sampler
 from mgrpo.engine.inference.vllm.endpoints import find
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
-from mgrpo.engine.rollout.curriculum import accuracy, eval_due, eval_jobs, load_tasks, pick
+from mgrpo.engine.rollout.curriculum import accuracy, eval_due, eval_jobs, find_task, load_tasks, pick
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout.weight_loader import WeightLoader
@@ -67,6 +67,7 @@ class Worker:
 
     def __init__(self, config: Config, name: str, store: Store, run_dir: str | Path) -> None:
         self.config, self.name, self.store = config, name, store
+        paths = RunPaths(run_dir).worker(name)  # refuses a wrong name before anything is made
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
         environment = load_environment(config.environment)
@@ -75,7 +76,6 @@ class Worker:
         self.served = {name: _make_client(name, config) for name, agent in config.agents.items() if agent.vllm}
         both: dict[str, Sampler] = {**samplers, **self.served}
         self.episodes = Episodes(config, environment, both, config.sampling.timeout)
-        paths = RunPaths(run_dir).worker(name)
         paths.path.mkdir(parents=True, exist_ok=True)
         self.lock, self.metrics_file = locked(paths.lock), JsonLines(paths.metrics)
         self.loader = WeightLoader(config, store, samplers, root_of(config, "weights"), self.served)
@@ -172,9 +172,10 @@ class Worker:
         if room < 1:
             return []
         leases = self.patiently(self._lease, min(room, math.ceil(queries / config.sampling.workers)))
+        tasks = {lease.query: find_task(self.train, config.seed, lease.query, lease.task) for lease in leases}
         new = [(lease.query, k) for lease in leases for k in lease.missing if (lease.query, k) not in self.unrecorded]
         self.unrecorded.update(new)
-        return [Job(query, k, pick(self.train, config.seed, query)) for query, k in new]
+        return [Job(query, k, tasks[query]) for query, k in new]
 
     def _lease(self, count: int) -> list[Lease]:
         """Lease queries. An earlier call that failed may still have leased some: give them back, or they are lost."""
@@ -212,7 +213,7 @@ class Worker:
     def _write(self) -> tuple[list[RolloutRecord], list[CallRecord]]:
         try:
             return write_rollouts(self.writers, self.ended)
-        except OSError:  # the disk is full; other workers may have room, and what is recorded twice counts once
+        except OSError:  # the disk is full; other workers may have room, and a rollout recorded twice counts once
             self.patiently(self.store.queries.give_back, self.name)
             raise
 

@@ -7,7 +7,7 @@ A run directory of topology `colocated`, held by one process at a time:
     trajectories/    tokens (run/trajectories)     checkpoints/     <stage>-<step>/, each with a manifest of its files
     curves.png       the plot of the report        log.txt, lock    the log; held while the process lives
 
-Of the other topologies it holds config.json, store.db, curves.png and lock, and besides:
+In the other topologies it holds config.json, store.db, curves.png and lock, and also:
 
     agents/<name>/   of the agent's trainer: metrics.jsonl, tensorboard/, checkpoints/, lock as above
     workers/<name>/  of a rollout worker: metrics.jsonl, lock
@@ -32,15 +32,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 from safetensors import SafetensorError
 
 from mgrpo.engine.config.schema import Config
+from mgrpo.engine.run.checksums import seal, verify
 from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, plain, read_metrics
 from mgrpo.engine.run.tensorboard import Boards
 from mgrpo.engine.system.files import fsync, replace
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")  # of a checkpoint
+_WORKER = re.compile(r"\w[\w.-]{0,99}")  # the name of a worker, which becomes a part of file names
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")  # how torch.save reports a full disk
 
 
@@ -57,11 +58,15 @@ class RunPaths:
         self.agents, self.workers = self.path / "agents", self.path / "workers"
 
     def agent(self, name: str) -> RunPaths:
-        """Return the files of an agent's trainer, for the topologies in which it is a process of its own."""
+        """Return the files of an agent's trainer, for the topologies in which it is a separate process."""
         return RunPaths(self.agents / name)
 
     def worker(self, name: str) -> RunPaths:
-        """Return the files of a rollout worker."""
+        """Return the files of a rollout worker. Raises ValueError for a name that is no name of a file."""
+        if not _WORKER.fullmatch(name):
+            raise ValueError(
+                f"--name: {name!r} given: expected at most 100 letters, digits, '_', '-' and '.', not '-' or '.' first"
+            )
         return RunPaths(self.workers / name)
 
     def worker_metrics(self) -> list[Path]:
@@ -145,7 +150,7 @@ class RunDirectory(RunPaths):
         try:
             aside.mkdir()
             write(aside)
-            _seal(aside)
+            seal(aside)
             self._retire(final)
             aside.rename(final)
             fsync(self.checkpoints)
@@ -166,14 +171,10 @@ class RunDirectory(RunPaths):
     def open_checkpoint(path: Path) -> Path:
         """Verify the files of a checkpoint against its manifest, and return its path.
 
-        Raises ValueError naming a file that is missing or has another size, and the expected size.
+        Raises ValueError naming a file that is missing, or has another size or other contents than were saved. The
+        contents of a checkpoint of version 0.1.0 are not known, only the sizes.
         """
-        for name, expected in _manifest(path).items():
-            file = path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != expected:
-                found = "it is missing" if size is None else f"it has {size}"
-                raise ValueError(f"checkpoint {path}: expected {name} to have {expected} bytes, {found}")
+        verify(path)
         return path
 
     def _holds_run(self) -> bool:
@@ -223,7 +224,7 @@ def locked(path: Path) -> io.FileIO:
         holder = file.read().decode().strip() or "unknown"
         file.close()
         raise ValueError(f"run_dir: {path.parent} is in use by process {holder}") from None
-    with suppress(OSError):  # if the disk is full, the process id is missing, but the lock is held all the same
+    with suppress(OSError):  # if the disk is full, the process id is missing, but the lock is held anyway
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())
     return file
@@ -234,29 +235,6 @@ def _order(name: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"checkpoint: expected a name of {' or '.join(STAGES)}, '-' and a step, got {name!r}")
     return STAGES.index(match[1]), int(match[2])
-
-
-def _manifest(path: Path) -> dict[str, int]:
-    """Return the size in bytes of every file of a checkpoint, by its path in the checkpoint."""
-    file = path / "manifest.json"
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, dict[str, int]])["files"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"checkpoint {path}: expected a whole checkpoint, manifest.json is missing") from None
-    except (msgspec.DecodeError, KeyError) as error:
-        raise ValueError(
-            f"checkpoint {path}: manifest.json is damaged ({file.stat().st_size} bytes): {error}"
-        ) from error
-
-
-def _seal(path: Path) -> None:
-    """Add the manifest, and force every file and directory to the disk."""
-    manifest = path / "manifest.json"
-    assert not manifest.exists()
-    files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-    manifest.write_text(json.dumps({"files": files}, indent=1))
-    for entry in [*path.rglob("*"), path]:
-        fsync(entry)
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Copy the rows of metrics to TensorBoard. A number may appear there twice; metrics.jsonl is the reference.
 
-Each stage has a folder of its own, because each counts its steps from 0 and purging removes all tags from a step on.
+Each stage has its own folder, because each counts its steps from 0 and purging removes all tags from a step on.
 """
 
 from __future__ import annotations

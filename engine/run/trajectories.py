@@ -7,7 +7,7 @@ refers, is ignored.
 
 Unlike pyarrow's stream writer, we write the messages of the schema and of the batches ourselves, because we must know
 where each begins, and because a failed write must not stay in a buffer and be repeated when the file is closed. An
-object store (any fsspec URL that is not a local path) cannot append: there every record batch is a file of its own.
+object store (any fsspec URL that is not a local path) cannot append: there every record batch is a separate file.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TrajectoryWriter:
                 os.fsync(file)  # a later sync no longer sees this file
 
     def _write_local(self, message: pa.Buffer) -> tuple[str, int]:
-        if self._file is not None and self._file.tell() >= self.roll_bytes:
+        if self._file is not None and (self._file.tell() >= self.roll_bytes or _is_deleted(self._file)):
             self.close()
         try:
             file = self._file or self._open()
@@ -132,17 +132,23 @@ class TrajectoryWriter:
         return f"{self.root}/{self._name()}"
 
 
-def read(root: str, positions: Sequence[Position]) -> list[Trajectory]:
+def read(root: str, positions: Sequence[Position], digests: Sequence[str] = ()) -> list[Trajectory]:
     """Read the trajectories at the positions, in that order; read each record batch once.
 
-    In a local file, tokens and logprobs are read-only views into the mapped file, not copies. Raises ValueError if a
-    position points outside the root, into torn or missing bytes or past its batch's rows; FileNotFoundError if there is
-    no such file.
+    digests: the `sampler_digest` of each trajectory when it was written, compared with that of what is read; none for
+    "" or without digests. In a local file, tokens and logprobs are read-only views into the mapped file, not copies.
+    Raises ValueError if a position points outside the root, into torn or missing bytes or past its batch's rows, or if
+    a trajectory has another digest; FileNotFoundError if there is no such file.
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     sources = {name: _source(fs, directory, name) for name in dict.fromkeys(p.file for p in positions)}
     batches = {key: _Batch(sources[key[0]], *key) for key in dict.fromkeys((p.file, p.offset) for p in positions)}
-    return [batches[p.file, p.offset].trajectory(p.row) for p in positions]
+    found = [batches[p.file, p.offset].trajectory(p.row) for p in positions]
+    for position, trajectory, digest in zip(positions, found, digests, strict=bool(digests)):
+        if digest and trajectory.sampler_digest != digest:
+            where = f"{position.file} at byte {position.offset}, row {position.row}"
+            raise ValueError(f"{where}: a trajectory of digest {trajectory.sampler_digest}: expected {digest}")
+    return found
 
 
 class _Batch:
@@ -177,7 +183,7 @@ class _Batch:
 
 
 def remove(root: str, files: Iterable[str]) -> list[str]:
-    """Delete files that nobody will read any more, and return those that are gone now, to be forgotten by the store.
+    """Delete files that are no longer needed, and return those that are gone now, so that the store can forget them.
 
     Keep the last file of each writer, which may still be written to. Raises ValueError for a file outside the root.
     """
@@ -206,6 +212,11 @@ def below(directory: str, name: str) -> str:
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"file: expected a path below {directory}, got {name!r}")
     return f"{directory}/{name}"
+
+
+def _is_deleted(file: io.FileIO) -> bool:
+    """Return whether an open file has lost its name, so that nobody could read what is appended to it."""
+    return os.fstat(file.fileno()).st_nlink == 0
 
 
 def _writer(name: str) -> str:

@@ -13,13 +13,11 @@ arrived incomplete, stale or in the wrong places show as a gap that rounding can
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from mgrpo.engine.run.tensor_file import Forced, header, tensor_bytes
 from mgrpo.engine.run.trajectories import below, listing
 from mgrpo.engine.system.files import replacing, write_all
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-FORCE = 32 << 20  # bytes written before they are forced to the disk
-NEWEST = 2  # files of an agent that are always kept: a worker may be reading the last but one
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEWEST = 2  # newest files of an agent, always kept: a worker may still be reading the one before the newest
 PROBE_TOKENS = 32
 PROBE_SEED = 1 << 34  # separates the probe from everything else that is drawn from the run's seed
 
@@ -67,7 +65,10 @@ def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, T
     """
     fs, directory = fsspec.url_to_fs(os.fspath(root))
     name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
-    parts = [_header(tensors), *map(_bytes, tensors.values())]
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"weights: {key!r} is {tensor.dtype}: expected one of {list(DTYPES)}")
+    parts = [header(tensors), *map(tensor_bytes, tensors.values())]
     try:
         fs.makedirs(f"{directory}/{agent}", exist_ok=True)
         with ThreadPoolExecutor(1) as hasher, _whole_file(fs, f"{directory}/{name}") as file:
@@ -130,54 +131,12 @@ def check_probe(agent: str, version: int, trainer: Sequence[float], sampler: Seq
     return gap
 
 
-def _header(tensors: Mapping[str, Tensor]) -> memoryview:
-    """Return the header: its length in 8 bytes, then JSON, padded with spaces to a multiple of 8 bytes."""
-    entries, begin = {}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"weights: {name!r} is {tensor.dtype}: expected one of {list(DTYPES)}")
-        end = begin + tensor.numel() * tensor.itemsize
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return memoryview(len(text).to_bytes(8, "little") + text)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
 def _sha256(parts: Iterable[bytes | memoryview]) -> str:
     """Return the SHA-256 of all parts together, in hex. Other threads can run while it is computed."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
-
-
-class _Forced:
-    """Write to a file, and force its bytes to the disk meanwhile, so that little is left to wait for at the end."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self.file, self.waiting = file, 0
-        self.disk, self.forced = ThreadPoolExecutor(1), list[Future[None]]()
-
-    def __enter__(self) -> _Forced:
-        return self
-
-    def write(self, data: memoryview) -> int:
-        written = self.file.write(data)
-        self.waiting += written
-        if self.waiting >= FORCE:
-            self.forced.append(self.disk.submit(os.fsync, self.file))
-            self.waiting = 0
-        return written
-
-    def __exit__(self, *_: object) -> None:
-        self.disk.shutdown()
-        for forced in self.forced:  # the system reports an error once: the last fsync may not get it
-            forced.result()
 
 
 @contextmanager
@@ -188,6 +147,6 @@ def _whole_file(fs: Any, path: str) -> Iterator[Any]:
             yield file
         return
     with replacing(Path(path)) as aside, open(aside, "wb", buffering=0) as file:
-        with _Forced(file) as forced:
+        with Forced(file) as forced:
             yield forced
         os.fsync(file)

@@ -135,7 +135,7 @@ class Simulation:
     # ---- workers look into the store
 
     def _wake(self) -> None:
-        """Let every worker look that can use new weights or room to run ahead."""
+        """Let every worker look into the store if it can use new weights, or room to run ahead."""
         drains = self.config.sampling.switch == "episode"
         for worker in self.workers:
             if not (worker.running and drains and self._outdated(worker)):
@@ -228,7 +228,7 @@ class Simulation:
             self._leave(worker, query)
 
     def _overdue(self, worker: SimWorker, query: Query) -> None:
-        """Fail what has not ended by the timeout."""
+        """Fail the episodes that have not ended by the timeout."""
         left = query.left - sum(ended is query for ended in worker.ended)
         if not left:
             return
@@ -306,7 +306,7 @@ class Simulation:
             self._drop(trainer, stale)
 
     def _drop(self, trainer: SimTrainer, count: int) -> None:
-        """Drop groups, in place of which other queries may be opened."""
+        """Drop groups; other queries may be opened in their place."""
         trainer.dropped += count
         self._wake()
 

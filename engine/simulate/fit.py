@@ -1,14 +1,14 @@
 """Measure the workload of a simulated run from a decoupled run that took place: from its store and its metrics.
 
-The store has every episode's begin (when its query was taken), its seconds and its sampled tokens, and hence how many
-episodes ran beside it. Non-negative least squares over all episodes of
+The store has every episode's begin (when its query was taken), its seconds and its sampled tokens; this also tells how
+many episodes ran beside it. Non-negative least squares over all episodes of
 
     seconds = pause + tokens * (step_seconds + beside * row_seconds)
 
 gives the two rates of a worker; an episode's remaining seconds are its pause. In the same way a trainer's overhead and
 rate follow from the seconds and tokens of its steps. The first rl step fills caches and is left out.
 
-One run cannot tell everything. The two rates cannot be separated if the same number of episodes always ran at once
+One run cannot show everything. The two rates cannot be separated if the same number of episodes always ran at once
 (then row_seconds gets all, so that more slots promise nothing), nor can the cost of a prompt from a pause. Not measured
 are the seconds that processes on the same cores take from each other, the worth of more GPUs than the run had
 (`TrainerCost.efficiency` is assumed), and how pauses and failures grow with load. An episode that another worker
@@ -106,7 +106,7 @@ def _episodes(config: Config, tables: Mapping[str, Sequence[Record]], end: int) 
 def _rates(ended: Columns, step_N: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
     """Return (step_seconds, row_seconds) of a worker, and each episode's remaining seconds, (N,).
 
-    A machine that others use is faster in some steps than in others. That is divided out.
+    On a shared machine some steps are faster than others; this difference is divided out.
     """
     tokens_N = ended["actions"]
     given_NC = np.stack([tokens_N * _beside(ended), tokens_N, np.ones(len(tokens_N))], 1)

@@ -2,7 +2,7 @@
 
 This is the processor sharing of queueing theory. All episodes get their tokens at the same pace, so that one virtual
 time serves them all: the number of tokens of an episode that decodes from the start. An episode that begins at virtual
-time v with k tokens to go ends at v + k, whatever other episodes begin or end.
+time v with k tokens to go ends at v + k, even if other episodes begin or end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ProcessorSharing(Generic[Item]):
         return self.step_seconds + count * self.row_seconds
 
     def add(self, tokens: float, item: Item) -> None:
-        """Begin an episode of so many tokens."""
+        """Begin an episode with this number of tokens."""
         self._serial += 1
         heapq.heappush(self._heap, (self.virtual + tokens, self._serial, item))
 

@@ -1,4 +1,4 @@
-"""Open the database of the store and run transactions: whole or not at all, and again if another one interfered.
+"""Open the database of the store and run transactions: whole or not at all, and repeated if another one interfered.
 
 SQLite (WAL, synchronous = FULL; a write takes the only lock when it begins) serves the processes of one machine,
 PostgreSQL those of many. Deadlines are compared on the clock of the database, because the machines' clocks may differ.
@@ -40,7 +40,7 @@ TIMEOUTS = {  # seconds; without them TCP would wait for hours for a server behi
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # this one in milliseconds
 }
-# A process that was stopped within a transaction must not hold its locks for ever either.
+# A process that was stopped within a transaction must not hold its locks forever either.
 SESSION = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=60s"
 
 Tls = Literal["auto", "require", "off"]
@@ -177,6 +177,8 @@ def read_password(file: str = "") -> str | None:
         return path.read_text().partition("\n")[0]
     except OSError as error:
         raise ValueError(f"store.password_file: {file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"store.password_file: {file}: expected text in UTF-8") from None  # the error has the bytes
 
 
 def _parse(url: str) -> sa.URL:
@@ -229,7 +231,7 @@ def _tls(url: sa.URL, tls: Tls) -> dict[str, Any]:
         return {"sslmode": "disable"}
     if tls == "auto" and all(map(_is_local, _hosts(url))):
         return {}
-    default = Path.home() / ".postgresql" / "root.crt"  # where libpq looks by itself
+    default = Path.home() / ".postgresql" / "root.crt"  # libpq's default
     verified = "sslrootcert" in url.query or "PGSSLROOTCERT" in os.environ or default.is_file()
     return {"sslmode": "verify-full" if verified else "require"}
 

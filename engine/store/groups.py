@@ -1,10 +1,11 @@
-"""Hand out sealed groups to trainers, and keep what became of them.
+"""Hand out sealed groups to trainers, and record what became of them.
 
 A *group* is one query for one agent. All groups of a query are sealed together, when its K rollouts have ended, or when
 it is overdue and has at least two of them:
 
     open --record--> sealed --claim--> leased --ack--> acked          `release`, after a trainer's death, seals again
                         |                 +--refill--> expired        a group without advantage, if it is to be replaced
+                        |                 +--discard-> expired        a group with a damaged trajectory
                         +------claim------------------> expired       sampled by weights that are too old
 
 Claims of a trainer have no deadline: its successor acks what its checkpoint contains and releases the rest. Colocated
@@ -85,6 +86,14 @@ class Groups(Part):
         self._move(db, agent, useless, holder, "expired", {"reason": "zero_std"})
 
     @writes
+    def discard(self, db: sa.Connection, agent: str, damaged: Collection[int], holder: str) -> None:
+        """Expire leased groups of which a trajectory cannot be read as it was written. Others will replace them.
+
+        Idempotent. Raises FencedError; or ValueError, and expires none, if one is neither leased nor expired.
+        """
+        self._move(db, agent, damaged, holder, "expired", {"reason": "damaged"})
+
+    @writes
     def release(self, db: sa.Connection, agent: str, holder: str, keep: Collection[int] = ()) -> int:
         """Seal again the groups that the agent's trainer leased and did not ack, except those of the queries `keep`.
 
@@ -98,13 +107,14 @@ class Groups(Part):
     def reclaim(self, db: sa.Connection, step: int) -> int:
         """Make a colocated run agree with a checkpoint that was trained on everything of the steps below `step`.
 
-        A query of those steps that any agent has claimed was trained on: all of its groups become acked. Every other
-        query, even one acked after that checkpoint was written, belongs to weights that are lost: its groups, rollouts
-        and calls are deleted, to be opened and sampled again. Returns the number of queries deleted.
+        A query of those steps that any agent has claimed was trained on: all of its groups become acked, except those
+        that were discarded. Every other query, even one acked after that checkpoint was written, belongs to weights
+        that are lost: its groups, rollouts and calls are deleted, to be opened and sampled again. Returns the number of
+        queries deleted.
         """
-        claimed = sa.select(groups.c.query).where(self._of(groups, groups.c.state.in_(("leased", "acked"))))
+        claimed = sa.select(groups.c.query).where(self._of(groups, groups.c.state.in_(("leased", "acked", "expired"))))
         kept = sa.select(queries.c.query).where(self._of(queries, queries.c.step < step, queries.c.query.in_(claimed)))
-        trained = self._of(groups, groups.c.state != "acked", groups.c.query.in_(kept))
+        trained = self._of(groups, groups.c.state.not_in(("acked", "expired")), groups.c.query.in_(kept))
         db.execute(sa.update(groups).where(trained).values(state="acked", acks=1))
         for table in (calls, rollouts):
             db.execute(sa.delete(table).where(self._of(table, table.c.query.not_in(kept))))

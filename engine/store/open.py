@@ -20,8 +20,8 @@ from mgrpo.engine.store.store import Store
 def location(config: Config, run_dir: str | Path = "") -> tuple[str, str]:
     """Return the URL of a run's store, and the name of the run in it.
 
-    In a file of its own a run is named after its topology; in a database that several runs may share, after its
-    run_dir. A colocated run always has a file of its own. run_dir: where the run directory is now, if it was moved.
+    A run with its own file is named after its topology; a colocated run always has one. In a database that several runs
+    may share, a run is named after its run_dir. run_dir: where the run directory is now, if it was moved.
     """
     if config.colocated or not config.store.url:
         return sqlite_url(RunPaths(run_dir or config.run_dir).store), config.topology

@@ -1,8 +1,8 @@
 """Keep what the store knows of processes: their roles, the published weights, and the evaluations of these.
 
 A *role* is held by one process at a time, until a deadline that the process must keep moving. Writes of a trainer are
-fenced: they are refused, in the same transaction, once another process holds the role. A role that has lapsed but that
-nobody took still belongs to its holder: this is safe, and a trainer that was only slow can go on.
+fenced: they are refused, in the same transaction, once another process holds the role. A lapsed role that no other
+process took still belongs to its holder: this is safe, and a trainer that was only slow can go on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Roles(Part):
 
     @writes
     def hold(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
-        """Take the role for so many seconds, when a process starts. Raises ValueError naming another holder."""
+        """Take the role for a number of seconds, when a process starts. Raises ValueError naming another holder."""
         row = {"run": self.run, "role": role, "holder": holder, "deadline": self.now + seconds}
         insert = self._insert(roles).values(row)
         free = sa.or_(roles.c.holder == holder, roles.c.deadline < self.now)
@@ -67,7 +67,7 @@ class Roles(Part):
 
     @writes
     def keep(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
-        """Keep the role for so many seconds, even if it has lapsed. Raises FencedError if another has had it meanwhile.
+        """Keep the role for a number of seconds, even if it lapsed. Raises FencedError if another had it meanwhile.
 
         Unlike `hold`, this never takes a free role: a trainer that was believed dead must not take back a role that a
         successor, with other weights, has held and released.

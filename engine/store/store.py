@@ -12,8 +12,8 @@ from mgrpo.engine.store.roles import Roles
 class Store:
     """Open one run's part of the store at `url`. See `Database` for the arguments and for what is raised.
 
-    queries: opened, leased to workers and recorded. groups: claimed by trainers and acked. roles: which process acts as
-    what, published weights and evaluations. audit: states, invariants, garbage.
+    queries: opened, leased to workers and recorded. groups: claimed by trainers and acked. roles: which process has
+    which role, published weights and evaluations. audit: states, invariants, garbage.
 
     Every method of a part is one transaction, may be called again, and locks in the order roles, queries, groups, each
     by number, and the run last, so that on PostgreSQL two transactions seldom wait for each other in a circle; if they

@@ -1,7 +1,7 @@
 """Define the tables of the store (schema version 2), and the records that are written to and read from them.
 
     runs          the agents and the config of each run; several runs may share a database
-    roles         which process acts as what (one trainer per agent), until when
+    roles         which process has which role (one trainer per agent), until when
     publications  the weights that an agent has published, step by step
     queries       which worker samples a query, until when
     groups        each query as one agent trains on it, and its state

@@ -36,7 +36,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     may end the process); it raises at once if the death of a rank closes its connection. So no rank may keep the others
     waiting for longer: a rank that itself waits for something tells them so regularly, by `broadcast`.
 
-    After an error the group is not left in order, because that would wait for the ranks that the error is about. Raises
+    After an error the group is not shut down in order, because that would wait for the ranks that failed. Raises
     ValueError if the environment is incomplete, or names more ranks on this machine than it has GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -110,7 +110,7 @@ def gather(message: Any, type: Any = Any, group: ProcessGroup | None = None) -> 
 
 
 def require_alike(name: str, value: Any, group: ProcessGroup | None = None) -> None:
-    """Check that all ranks give the same value, as they might otherwise wait for each other without end.
+    """Check that all ranks give the same value, because otherwise they might wait for each other forever.
 
     Raises ValueError on every rank if not.
     """

@@ -1,4 +1,4 @@
-"""Show in regular intervals that this process lives, however long a step of its main thread takes."""
+"""Show at regular intervals that this process is alive, even during a long step of its main thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Call `beat` every `seconds` in a thread of its own, from `start` to `stop`, also when it raises one of `errors`.
+    """Call `beat` every `seconds` in a separate thread, from `start` to `stop`, even if it raises one of `errors`.
 
     Such an error is logged as a warning that begins with `failure`. seconds: a third of the lease that the beat
     extends, so that two beats may fail before the lease lapses.

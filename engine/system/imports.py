@@ -30,13 +30,14 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     found = load_name(path, key, "function")
     if not callable(found):
         module, _, name = path.rpartition(":")
-        raise ValueError(f"{key}: {name!r} in {module} is {found!r}: expected a function")
+        given = "not defined" if found is None else repr(found)
+        raise ValueError(f"{key}: {name!r} in {module} is {given}: expected a function")
     function: Callable[..., Any] = found
     return function
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Return whether a function of the user has a parameter of that name, and so wants the optional argument."""
+    """Return whether a user's function has a parameter of that name, and so takes the optional argument."""
     try:
         return name in inspect.signature(function).parameters
     except ValueError:  # a function written in C, without a signature
@@ -55,5 +56,20 @@ def _load_module(name: str, key: str) -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in the file look themselves up here
-    spec.loader.exec_module(module)
+    _search(str(Path(name).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{key}: {name} given: {error}: expected it to import modules that are installed or lie beside it"
+        ) from error
     return module
+
+
+def _search(folder: str) -> None:
+    """Let imports find modules in the folder of a user's file, also those that run later, inside its functions.
+
+    The folder comes last in the search, so that a file there cannot replace a module of a library that we import.
+    """
+    if folder not in sys.path:
+        sys.path.append(folder)

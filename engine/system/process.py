@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 LIFELINE = "MGRPO_LIFELINE"  # the read end of a pipe that only the launcher can write to
-RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun has variables of its own
+RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun uses other variables
 AGAIN = 1.0  # seconds within which repeated signals count as one (a batch system signals every process)
 
 

@@ -1,4 +1,4 @@
-"""Try again what failed for a while: a store that cannot be reached, a full disk, a file that is not there yet."""
+"""Retry calls that may fail for a while: a store that cannot be reached, a full disk, a file that is not there yet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def doubling(first: float, last: float) -> Iterator[float]:
-    """Yield `first`, twice that, and so on up to `last`, which is repeated without end."""
+    """Yield `first`, its double, and so on up to `last`, which is repeated without end."""
     while True:
         yield first
         first = min(2 * first, last)
@@ -27,8 +27,8 @@ def doubling(first: float, last: float) -> Iterator[float]:
 class Retry:
     """Call functions, again while they raise one of `errors`, with doubling pauses, for at most PATIENCE seconds.
 
-    wait: sleeps for so many seconds, and may raise to stop trying. agree: given whether the time is up here, returns
-    whether to give up, so that several ranks can do the same. quiet: log no warning before a new try.
+    wait: sleeps for a number of seconds, and may raise to stop trying. agree: given whether the time is up here,
+    returns whether to give up, so that several ranks can do the same. quiet: log no warning before a new try.
     """
 
     errors: tuple[type[Exception], ...] = (OSError,)

@@ -2,7 +2,7 @@
 
 A *task* is one process, or the ranks of one trainer, which live and die together: if one of them fails, the others are
 killed and all are started again, after a longer pause each time, at most `restarts` times in the run. Meanwhile the
-other tasks go on. The output of each process is appended to a log file of its own.
+other tasks go on. The output of each process is appended to its own log file.
 
 No process is left behind: each leads a process group, so that what it started itself ends with it, and holds the read
 end of a pipe of the launcher (`process.die_with_launcher`), so that all groups end if the launcher does, even by

@@ -27,9 +27,10 @@ from mgrpo.engine.rollout.records import demonstrated, rollout_counts, write_rol
 from mgrpo.engine.run.directory import RunDirectory, root_of
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import TrajectoryWriter
+from mgrpo.engine.store import Group
 from mgrpo.engine.store.open import open_store
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
-from mgrpo.engine.training.trainer import AgentTrainer
+from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
 from mgrpo.engine.types import WeightsVersion
 
 
@@ -113,11 +114,26 @@ class Colocated:
             row["time/rollout"] = time.monotonic() - started
             for trainer in self.trainers:
                 groups = self.store.groups.claim(trainer.name, self.config.queries_per_step, holder=trainer.name).groups
-                self.unacked[trainer.name] += [group.query for group in groups]
-                row |= prefix(trainer.name, trainer.train(step, groups))
+                row |= prefix(trainer.name, self._train(trainer, step, groups))
             self._update_samplers(step + 1)
             self._log("rl", step, row, started)
             self._after_step("rl", step + 1, steps)
+
+    def _train(self, trainer: AgentTrainer, step: int, groups: list[Group]) -> Row:
+        """Train an agent on a step's groups, without those that turn out to be damaged.
+
+        Raises ValueError if all of them are.
+        """
+        try:
+            row = trainer.train(step, groups)
+        except DamagedGroupsError as error:
+            self.store.groups.discard(trainer.name, error.queries, trainer.name)
+            left = [group for group in groups if group.query not in error.queries]
+            if not left:
+                raise ValueError(f"step {step}: {error}: expected the files that this run wrote") from error
+            return self._train(trainer, step, left)
+        self.unacked[trainer.name] += [group.query for group in groups]
+        return row
 
     def _sample(self, step: int) -> Row:
         """Sample K rollouts of each of the step's queries; write trajectories to files and the rest to the store."""

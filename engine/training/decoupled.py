@@ -6,10 +6,10 @@ groups that the checkpoint names are acked, and those claimed since are given ba
 weights that had seen them are lost. So each group counts exactly once in the weights that last.
 
 If vLLM servers sample the agent, new weights are sent to them after they were published. A server that was restarted
-gets them as soon as the trainer looks for groups. A server that cannot be reached delays nothing but itself.
+gets them as soon as the trainer looks for groups. A server that cannot be reached delays only itself.
 
 Unlike the colocated run, where one loop samples and trains, an agent's step begins here when its groups are sealed,
-whatever the other agents do. The store limits how far sampling may run ahead (`store.queries.take`).
+independently of the other agents. The store limits how far sampling may run ahead (`store.queries.take`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mgrpo.engine.run.weights import Published, probe_tokens
 from mgrpo.engine.system import distributed, retry
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, make_deterministic
 from mgrpo.engine.training.leader import CheckpointInfo, Leader, StepGroups
-from mgrpo.engine.training.trainer import AgentTrainer
+from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
 from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 ASK = 2.0  # seconds between two checks for servers whose weights are outdated
@@ -124,11 +124,8 @@ class AgentProcess:
     def rl_step(self, step: int) -> Row:
         """Wait for a step's groups, train on them, publish, log, and save when due. Return the logged metrics."""
         started = time.monotonic()
-        found = self._wait_for_groups(step)
-        waited = time.monotonic() - started
-        if self.servers:
-            self.servers.sleep()
-        row = self.trainer.train(step, found.groups)
+        found, row = self._train(step)
+        waited = time.monotonic() - started - row["time/train"]
         if self.leader:
             self.leader.trained(found.groups)
         publishing = time.monotonic()
@@ -138,6 +135,20 @@ class AgentProcess:
         row |= {"groups/expired": found.expired, "groups/refilled": found.refilled}
         self._after_step("rl", step, self.config.steps, row, started)
         return row
+
+    def _train(self, step: int) -> tuple[StepGroups, Row]:
+        """Wait for a step's groups and train on them; damaged ones are discarded, and others waited for."""
+        while True:
+            found = self._wait_for_groups(step)
+            if self.servers:
+                self.servers.sleep()
+            try:
+                return found, self.trainer.train(step, found.groups)
+            except DamagedGroupsError as error:
+                if self.leader:
+                    self.leader.discard(found, error.queries)
+            if self.config.agents[self.name].vllm:
+                self._send()  # wakes servers that sleep, for the groups that are missing now
 
     def _wait_for_groups(self, step: int) -> StepGroups:
         """Wait until the step's groups are sealed. Rank 0 broadcasts the outcome of every poll of the store."""

@@ -1,8 +1,8 @@
 """Run topology `local`: start a trainer and the vLLM servers of each agent, and the rollout workers, on one machine.
 
 A trainer is one process or several ranks. The launcher itself trains nothing and does not import torch. It locks the
-run directory, begins the run in the store, and starts, watches and stops the other processes. All that they need to
-resume is in their checkpoints and in the store.
+run directory, begins the run in the store, and starts, watches and stops the other processes. Everything that they need
+to resume is in their checkpoints and in the store.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def gpus(config: Config) -> list[str]:
 
 
 def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls `act`, but at most once in so many seconds."""
+    """Return a function that calls `act`, but at most once in `seconds`."""
     due = 0.0
 
     def tick() -> None:

@@ -1,8 +1,8 @@
 """Do what rank 0 of an agent's trainer does for all ranks: the store, the run directory, the list of published weights.
 
 The leader holds the role "trainer:<agent>" in the store. Only one process can hold it at a time; a thread keeps
-extending it, and the store refuses whatever this process writes once another process holds it. If the store cannot be
-reached or the disk is full, the leader tries again.
+extending it, and the store refuses every write of this process once another process holds the role. If the store cannot
+be reached or the disk is full, the leader tries again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import resource
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mgrpo.engine.system.heartbeat import Heartbeat
 from mgrpo.engine.system.retry import patiently
 
 LOOK = 0.1  # seconds between polls of the store for sealed groups
+DAMAGED = 2  # damaged groups of one step, as a multiple of those that can be sampled ahead, with which the run ends
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,13 @@ class CheckpointInfo(msgspec.Struct):
 
 
 def read_checkpoint_info(checkpoint: Path) -> CheckpointInfo:
-    """Read the description of a checkpoint. Raises ValueError if the checkpoint is incomplete."""
+    """Read the description of a checkpoint. Raises ValueError if the checkpoint is incomplete or damaged."""
     state = (RunDirectory.open_checkpoint(checkpoint) / "state.json").read_bytes()
-    return msgspec.structs.replace(msgspec.json.decode(state, type=CheckpointInfo), folder=str(checkpoint))
+    try:
+        saved = msgspec.json.decode(state, type=CheckpointInfo)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"checkpoint {checkpoint}: state.json is damaged: {error}") from error
+    return msgspec.structs.replace(saved, folder=str(checkpoint))
 
 
 class Leader:
@@ -86,6 +91,7 @@ class Leader:
         self.leased: list[Group] = []  # groups claimed for the coming step
         self.lease_in_doubt = False  # whether the store may have leased groups to us that we do not know of
         self.expired = self.refilled = self.groups = 0
+        self.damaged = 0  # groups discarded since the last step
         self.unacked: list[int] = []
         self.executor = ThreadPoolExecutor(1, "files")
         self.pruning: Future[Any] = self.executor.submit(lambda: None)
@@ -122,7 +128,7 @@ class Leader:
             time.sleep(min(1.0, lease / 10))
 
     def _extend_role(self) -> None:
-        """Extend the role. If it is lost, nothing needs to be done here: the store refuses what this process writes."""
+        """Extend the role. If it is lost, nothing needs to be done: the store refuses all writes of this process."""
         self.store.roles.keep(self.role, self.holder, self.config.store.lease)
 
     # ---- resuming and saving
@@ -203,8 +209,24 @@ class Leader:
         credit = weigh(self.name, self.index, groups, config.algorithm, config.reward, config.seed)
         return {group.query for group, zero in zip(groups, credit.zero_std.tolist(), strict=True) if zero}
 
+    def discard(self, found: StepGroups, damaged: Collection[int]) -> None:
+        """Expire those groups of a step whose trajectories are damaged, and keep the others for `next_groups`.
+
+        Raises ValueError if so many were damaged, without a step in between, that it cannot be single files.
+        """
+        patiently(self.store.groups.discard, self.name, damaged, self.holder)
+        self.leased = [group for group in found.groups if group.query not in damaged]
+        self.expired, self.refilled = found.expired + len(damaged), found.refilled
+        self.damaged += len(damaged)
+        if self.damaged > DAMAGED * (self.config.sampling.max_staleness + 1) * self.config.queries_per_step:
+            raise ValueError(
+                f"store.files: {self.trajectories}: {self.damaged} groups of one step with lost or damaged "
+                "trajectories: expected the files that the workers wrote"
+            )
+
     def trained(self, groups: Sequence[Group]) -> None:
         """Note that the weights have been trained on these groups."""
+        self.damaged = 0
         self.unacked += [group.query for group in groups]
         self.groups += len(groups)
 

@@ -1,7 +1,8 @@
-"""Take one agent's optimisation step: sealed groups in, new weights out. Agents share nothing but the store."""
+"""Take one agent's optimisation step: sealed groups in, new weights out. Agents share only the store."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,12 @@ from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.store import CallRecord, Group
+from mgrpo.engine.system import distributed
 from mgrpo.engine.system.device import matmul_ceiling
 from mgrpo.engine.types import MAIN, Trajectory
 from mgrpo.kernels import Objective
 
+DAMAGE = (ValueError, FileNotFoundError)  # what `read` raises for trajectories that are damaged or lost
 WARMUP_METRICS = (  # in the warm-up nothing is sampled, so ratios and gaps to a sampler mean nothing
     "logprob_mean",
     "entropy_mean",
@@ -33,6 +36,16 @@ WARMUP_METRICS = (  # in the warm-up nothing is sampled, so ratios and gaps to a
     "perf/mfu",
     "time/forward_backward",
 )
+
+log = logging.getLogger(__name__)
+
+
+class DamagedGroupsError(ValueError):
+    """Report groups that cannot be trained on, as trajectories of theirs are lost or damaged; queries says which."""
+
+    def __init__(self, agent: str, queries: list[int]):
+        super().__init__(f"agent {agent}: trajectories of queries {queries} are lost or damaged")
+        self.queries = queries
 
 
 class AgentTrainer:
@@ -50,7 +63,11 @@ class AgentTrainer:
         estimator(config.algorithm)  # raises now if it cannot be found, not when the first groups are sealed
 
     def train(self, step: int, groups: list[Group]) -> Row:
-        """Train on a step's groups and return the agent's metrics, whose keys do not have its name in front."""
+        """Train on a step's groups and return the agent's metrics, whose keys do not have its name in front.
+
+        Raises DamagedGroupsError on all ranks, with nothing changed, if any rank cannot read a trajectory as it was
+        written.
+        """
         started = time.monotonic()
         credit = weigh(self.name, self.index, groups, self.config.algorithm, self.config.reward, self.config.seed)
         row = group_metrics(self.name, groups, credit)
@@ -81,7 +98,35 @@ class AgentTrainer:
         )
 
     def _read(self, calls: list[CallRecord]) -> list[Trajectory]:
-        return read(self.trajectories, [call.position for call in calls])
+        """Read the trajectories of this rank's calls, and hear from the other ranks whether they could read theirs."""
+        found, damaged = [], list[int]()
+        try:
+            found = self._read_intact(calls)
+        except DAMAGE:
+            damaged = self._damaged(calls)
+        known = distributed.gather(damaged, list[int], self.policy.group)
+        if queries := sorted({query for those in known for query in those}):
+            raise DamagedGroupsError(self.name, queries)
+        return found
+
+    def _read_intact(self, calls: list[CallRecord]) -> list[Trajectory]:
+        """Read the trajectories of some calls. Raises ValueError or FileNotFoundError if one is damaged or lost."""
+        digests = [call.sampler_digest for call in calls]
+        return read(self.trajectories, [call.position for call in calls], digests)
+
+    def _damaged(self, calls: list[CallRecord]) -> list[int]:
+        """Return the queries with calls that cannot be read."""
+        by_query: dict[int, list[CallRecord]] = {}
+        for call in calls:
+            by_query.setdefault(call.query, []).append(call)
+        damaged = []
+        for query, made in by_query.items():
+            try:
+                self._read_intact(made)
+            except DAMAGE as error:
+                log.warning("agent %s: query %d is left out, a trajectory cannot be read: %s", self.name, query, error)
+                damaged.append(query)
+        return damaged
 
 
 def optimise(

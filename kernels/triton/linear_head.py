@@ -102,7 +102,17 @@ def _do_rows(
     """Compute statistics and gradient of a block: in one launch, or in one before and one after the ranks' merge."""
 
     def launch(*, known: bool, **gradient: Any) -> None:
-        run_rows(logits_BV, bias_V, plan.targets_L, plan.temperature, rows, statistics, known=known, **gradient)
+        run_rows(
+            logits_BV,
+            bias_V,
+            plan.targets_L,
+            plan.temperature,
+            rows,
+            statistics,
+            known=known,
+            softcap=plan.softcap,
+            **gradient,
+        )
 
     if plan.shard is None:
         return launch(known=False, coefficients=coefficients, gradient_CV=gradient_BV)
@@ -130,7 +140,16 @@ def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
     """Return the statistics of the plan's rows of existing logits, which are read once."""
     statistics = new_statistics(logits_NV, len(plan.targets_L), for_gradient=True)
     rows = slice(0, len(plan.targets_L))
-    run_rows(logits_NV, None, plan.targets_L, plan.temperature, rows, statistics, index_L=plan.index_L)
+    run_rows(
+        logits_NV,
+        None,
+        plan.targets_L,
+        plan.temperature,
+        rows,
+        statistics,
+        index_L=plan.index_L,
+        softcap=plan.softcap,
+    )
     return statistics
 
 
@@ -149,4 +168,5 @@ def token_backward(
         gradient_CV=gradient_NV,
         index_L=plan.index_L,
         known=True,
+        softcap=plan.softcap,
     )

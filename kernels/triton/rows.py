@@ -44,24 +44,44 @@ _VECTORS = [
 
 
 @triton.jit
-def _logits(row, stride, bias_V, start, vocabulary, BLOCK: tl.constexpr):
-    """Load a block of a row as float32, with -inf past the vocabulary."""
+def _cap(x, softcap):
+    """Return softcap * tanh(x / softcap): by its series near 0, where the other formula would cancel."""
+    u = x / softcap
+    square = u * u
+    series = ((1.72414902e-2 * square - 5.30454936e-2) * square + 1.33258789e-1) * square - 3.33331439e-1
+    e = tl.exp2(tl.abs(u) * (-2 * _LOG2_E))
+    far = softcap * (1 - 2 * e / (1 + e))
+    return tl.where(tl.abs(u) < 0.5, x + x * (square * series), tl.where(u < 0, -far, far))
+
+
+@triton.jit
+def _cap_slope(x, softcap):
+    """Return the derivative of `_cap`, 1 - tanh(x / softcap)^2, without the subtraction, which would cancel."""
+    e = tl.exp2(tl.abs(x / softcap) * (-2 * _LOG2_E))
+    return 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
+def _logits(row, stride, bias_V, start, vocabulary, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a block of a row as float32, capped if asked for, with -inf past the vocabulary."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < vocabulary
     x = tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
     if bias_V is not None:
         x += tl.load(bias_V + columns, mask=inside, other=0.0).to(tl.float32)
+    if CAP:
+        x = tl.where(inside, _cap(x, softcap), float("-inf"))
     return x
 
 
 @triton.jit
-def _softmax(row, stride, bias_V, vocabulary, to_log2, BLOCK: tl.constexpr):
+def _softmax(row, stride, bias_V, vocabulary, to_log2, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Return the row's maximum x, Z = sum e^z and sum e^z z (in units of log 2), where z = (x - max) / temperature."""
     top = tl.full((BLOCK,), _LEAST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        x = _logits(row, stride, bias_V, start, vocabulary, BLOCK)
+        x = _logits(row, stride, bias_V, start, vocabulary, softcap, CAP, BLOCK)
         distance = tl.minimum(tl.abs(x - top) * to_log2, _FAR, propagate_nan=_NAN_WINS)
         e = tl.exp2(-distance)
         higher = x > top
@@ -89,14 +109,22 @@ def _write_gradient(
     at_target,
     per_p,
     per_p_log2_p,
+    softcap,
     ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write at_target * [j = target] + p_j * (per_p + per_p_log2_p * log2 p_j), from the row's end to its start."""
+    """Write at_target * [j = target] + p_j * (per_p + per_p_log2_p * log2 p_j), from the row's end to its start.
+
+    With a cap, that is the gradient with respect to the capped logits, and is multiplied by their derivative.
+    """
     blocks = tl.cdiv(vocabulary, BLOCK)
     for block in range(0, blocks):
         start = (blocks - 1 - block) * BLOCK
-        x = _logits(row, stride, bias_V, start, vocabulary, BLOCK)
+        x = _logits(row, stride, bias_V, start, vocabulary, softcap, False, BLOCK)
+        if CAP:
+            slope = _cap_slope(x, softcap)
+            x = _cap(x, softcap)
         log2_p = tl.maximum((x - top) * to_log2 - log2_sum, -_FAR, propagate_nan=_NAN_WINS)
         if ENTROPY:
             value = tl.exp2(log2_p) * (per_p + per_p_log2_p * log2_p)
@@ -104,6 +132,8 @@ def _write_gradient(
             value = tl.exp2(log2_p) * per_p
         columns = start + tl.arange(0, BLOCK)
         value += tl.where(columns == target, at_target, 0.0)
+        if CAP:
+            value *= slope
         where = gradient + columns.to(tl.int64) * gradient_stride
         tl.store(where, value.to(gradient.dtype.element_ty), mask=columns < vocabulary)
 
@@ -168,9 +198,11 @@ def row_kernel(
     sampler_cap,
     kl_coef,
     entropy_coef,
+    softcap,
     KNOWN: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Process one row.  KNOWN: read its log-prob, entropy, maximum and log Z; otherwise compute and write them."""
@@ -187,12 +219,14 @@ def row_kernel(
         logprob, entropy = tl.load(logprobs_L + at), tl.load(entropy_L + at)
         top, log_sum = tl.load(top_L + at), tl.load(log_sum_L + at)
     else:
-        top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, BLOCK)
+        top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, softcap, CAP, BLOCK)
         log_sum = tl.log(total)
         here = (target >= 0) & (target < vocabulary)  # otherwise another rank's shard has it
         chosen = tl.load(row + target * column_stride, mask=here, other=float("-inf")).to(tl.float32)
         if bias_V is not None:
             chosen += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
+        if CAP:
+            chosen = tl.where(here, _cap(chosen, softcap), float("-inf"))
         logprob = (chosen - top) / temperature - log_sum
         entropy = log_sum - weighted / total * _LN_2
         tl.store(logprobs_L + at, logprob)
@@ -228,7 +262,9 @@ def row_kernel(
             by_logprob / temperature,
             -(by_logprob + by_entropy * entropy) / temperature,
             -by_entropy / temperature * _LN_2,
+            softcap,
             ENTROPY,
+            CAP,
             BLOCK,
         )
 
@@ -251,11 +287,13 @@ def run_rows(
     gradient_CV: Tensor | None = None,
     index_L: Tensor | None = None,
     known: bool = False,
+    softcap: float | None = None,
 ) -> None:
     """Compute the statistics of the live rows `rows` and, if there is a buffer for it, the gradient of their logits.
 
     Live row rows.start + i is row i of both buffers or, with index_L, row index_L[rows.start + i].
     known: the statistics are read instead of computed, and the two buffers may be one (see the module's docstring).
+    softcap: the bound of the logits, as in `HeadPlan`.
     """
     if rows.stop <= rows.start:
         return
@@ -278,9 +316,11 @@ def run_rows(
             logits_CV.shape[1],
             float(temperature) if temperature_L is None else 1.0,
             *_scalars(coefficients),
+            1.0 if softcap is None else float(softcap),
             KNOWN=known,
             KL=_kl_kind(coefficients),
             ENTROPY=_uses_entropy(coefficients),
+            CAP=softcap is not None,
             BLOCK=block,
             num_warps=warps,
             enable_fp_fusion=True,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo.engine.batch.ragged import ragged
+from mgrpo.engine.batch.ragged import columns, flags_of_lists, floats_of_lists, ragged
 
 try:
     import awkward as ak
@@ -82,6 +82,43 @@ def test_lists_of_int_are_copied_to_int64(given, tuples):
     values, offsets_N1 = ragged([tuple(row) for row in given] if tuples else given)
     assert seen(values, offsets_N1) == given
     assert values == [] if not given else values.dtype == np.int64
+
+
+@given(lists, st.sampled_from([bool, int, np.bool_, np.uint8]), st.booleans())
+def test_lists_of_flags_are_copied_to_bool(given, kind, tuples):
+    flags = [[kind(number % 2) for number in row] for row in given]
+    values, offsets_N1 = ragged([tuple(row) for row in flags] if tuples else flags, "sampled", flags_of_lists)
+    if given:
+        assert values.dtype == bool
+    assert seen(values, offsets_N1) == [[number % 2 == 1 for number in row] for row in given]
+
+
+@given(lists, st.sampled_from([float, int, np.float32, np.float64]))
+def test_lists_of_numbers_are_copied_to_float32(given, kind):
+    values, offsets_N1 = ragged([[kind(number) for number in row] for row in given], "old_logprobs", floats_of_lists)
+    if given:
+        assert values.dtype == np.float32
+    assert seen(values, offsets_N1) == [np.array(row, np.float32).tolist() for row in given]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "match"),
+    [
+        ("sampled", [[1, 0], [0, 2]], r"sampled\[1\]\[1\]: 2 given: expected True, False, 0 or 1"),
+        ("sampled", [[1, 0], [0.0, 1]], r"sampled\[1\]\[0\]: float given: expected True, False, 0 or 1"),
+        ("sampled", [[1, 0], "ab"], r"sampled\[1\]: str given: expected a list or tuple"),
+        ("sampled", [[1, 0], np.array([True])], r"sampled\[1\]: a bool array of shape \(1,\) given"),
+        ("sampled", [[1, 0], [1]], "sampled: row 1 has 1 entries: expected 2, as tokens has"),
+        ("ref_logprobs", [[0.0, -1], [True, 0.0]], r"ref_logprobs\[1\]\[0\]: bool given: expected a number"),
+        ("ref_logprobs", [[0.0, -1], [0.0, None]], r"ref_logprobs\[1\]\[1\]: NoneType given: expected a number"),
+    ],
+)
+def test_lists_of_other_things_are_refused_by_row_and_place(name, rows, match):
+    given = {"sampled": [[0, 1]] * 2, "ref_logprobs": [[0.0, -1.0]] * 2}
+    columns([[5, 6]] * 2, given["sampled"], [1.0] * 2, [1.0] * 2, {"ref_logprobs": given["ref_logprobs"]})
+    given[name] = rows
+    with pytest.raises(ValueError, match=match):
+        columns([[5, 6]] * 2, given["sampled"], [1.0] * 2, [1.0] * 2, {"ref_logprobs": given["ref_logprobs"]})
 
 
 @given(lists, st.sampled_from([pa.int32(), pa.int64(), pa.float64()]), st.booleans(), st.data())

@@ -21,21 +21,11 @@ STANDING = (  # bugs that are there; who mends one removes its line
     "attention/positions_not_asked",
     "attention/rope_by_length",
     "attention/sliding_window",
-    "commands/check_without_kv_heads",
-    "commands/environment_beside_its_modules",
-    "commands/one_long_prompt_ends_the_run",
-    "commands/tasks_of_another_kind",
     "commands/tool_never_returns",
-    "commands/warmup_beyond_context",
-    "interfaces/cleaned_text",
-    "interfaces/nucleus_of_a_trained_agent",
-    "interfaces/plain_lists",
     "models/adapter_on_the_head",
     "models/reference_loses_buffers",
     "models/refused_by_accident",
-    "models/router_aux_loss_dropped",
     "models/routing_drawn_in_training",
-    "models/softcap_of_small_logits",
 )
 
 

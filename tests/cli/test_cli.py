@@ -273,7 +273,7 @@ def test_check_tells_the_processes_of_each_topology_and_what_each_holds(mgrpo: M
         ("environment.use=/no.py:Env", "environment.use: /no.py is not a file: expected a Python file"),
         ("environment.use=no_such_module:Env", "environment.use: 'no_such_module' given: .*"),
         ("environment.use=Env", "environment.use: 'Env' given: expected file.py:Class or package.module:Class"),
-        ("environment.use=FOLDER/odd.py:Hard", "environment.use: 'Hard' in .* is None: expected a subclass .*"),
+        ("environment.use=FOLDER/odd.py:Hard", "environment.use: 'Hard' in .* is not defined: expected a subclass .*"),
         ("environment.use=FOLDER/odd.py:NoTasks", r"environment: NoTasks.tasks\('train'\) is empty, expected tasks"),
         ("environment.options.size=3", r"environment.options: {'size': 3} given: Dice\(\) takes no arguments"),
         ("compute.device=gpu", "config: compute.device: 'gpu' given: expected .*"),

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mgrpo.engine.config import schema as config_module
+from mgrpo.engine.config.resume import check_unchanged
 from mgrpo.engine.config.schema import Config, Frozen, dump_config, load_config, parse_config, read_dump
 from toy import raw_config, toy_config
 
@@ -232,6 +233,20 @@ def test_a_run_that_would_train_no_agent_is_refused_unless_it_has_no_rl_steps():
     assert parse_config(raw | {"steps": 0}).trained == []
 
 
+def test_an_agent_that_is_trained_must_sample_from_all_tokens():
+    """The trainer's log-probs are those of the whole distribution, so the gradient would be that of another one."""
+    for agent in ("main", "clerk"):
+        raw = changed(f"agents.{agent}.top_p", 0.9)
+        assert re.match(
+            rf"config: agents\.{agent}\.top_p: 0\.9 given: expected 1 for an agent that is trained, .*: "
+            rf"lower agents\.{agent}\.temperature instead, or set train = false",
+            refused(raw),
+        )
+        assert parse_config(raw | {"steps": 0}).agents[agent].top_p == 0.9
+        raw["agents"][agent]["train"] = False
+        assert parse_config(raw).agents[agent].top_p == 0.9
+
+
 def test_sub_agents_and_trained_agents_are_listed_in_the_order_of_the_file():
     raw = raw_config(FOLDER)
     raw["agents"] = {
@@ -255,7 +270,18 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"run_dir = ", b"[agents", b"a = 1\na = 2", b"\xff\xfe\x00", b"run_dir = 'x"])
+NOT_TOML = {
+    "no value": b"run_dir = ",
+    "no end": b"[agents",
+    "twice": b"a = 1\na = 2",
+    "not UTF-8": b"\xff\xfe\x00",
+    "an open string": b"run_dir = 'x",
+    "nested too deep": b"x = " + b"[" * 100_000,
+    "too many digits": b"steps = " + b"9" * 5000,
+}
+
+
+@pytest.mark.parametrize("text", NOT_TOML.values(), ids=NOT_TOML.keys())
 def test_a_file_that_is_not_toml_is_named(tmp_path: Path, text: bytes):
     (tmp_path / "bad.toml").write_bytes(text)
     with pytest.raises(ValueError, match=re.escape(f"config: {tmp_path / 'bad.toml'} is not valid TOML: ")):
@@ -297,6 +323,41 @@ def test_a_set_that_is_no_key_and_value_is_refused(file: Path, override: str):
     message = f"--set: {override!r} given, expected KEY=VALUE such as agents.main.lr=1e-6"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(file, [override])
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000], ids=["nested too deep", "too many digits"])
+def test_a_set_of_a_value_that_toml_cannot_hold_is_refused(file: Path, value: str):
+    with pytest.raises(ValueError, match=r"--set: .{40}… given: expected a value of TOML: "):
+        load_config(file, [f"steps={value}"])
+
+
+def test_the_stores_paths_do_not_depend_on_the_working_directory_later(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sets = ["topology=local", "store.url=sqlite:///a/store.db", "store.password_file=pw", "store.files=files"]
+    found = []
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found.append(load_config(file, sets))
+        store, here = found[-1].store, tmp_path / name
+        assert store.url == f"sqlite:///{here}/a/store.db"
+        assert (store.password_file, store.files) == (f"{here}/pw", f"{here}/files")
+    with pytest.raises(ValueError, match=r"resume: store\.(files|url): '.*/y/.*' given: expected '.*/x/"):
+        check_unchanged(found[0], msgspec.structs.replace(found[0], store=found[1].store))
+
+
+@pytest.mark.parametrize(
+    "url", ["", "sqlite:////tmp/s.db", "sqlite:///:memory:", "postgresql://me@host/db?sslmode=require"]
+)
+def test_other_urls_of_stores_stay_as_they_are(file: Path, url: str):
+    assert load_config(file, [f"store.url={url}"]).store.url == url
+
+
+def test_a_copy_of_the_config_that_is_damaged_is_named():
+    for text in ("", "{", '{"run_dir": 3}', "[" * 100_000):
+        with pytest.raises(ValueError, match=r"config\.json is damaged, or of another version of mgrpo: "):
+            read_dump(text)
 
 
 def test_a_set_below_a_value_is_refused(file: Path):

@@ -33,6 +33,39 @@ def test_a_files_name_shadows_no_module(tmp_path):
     assert sys.modules["logging"] is logging
 
 
+BESIDE = "from mgrpo import Environment\nfrom {module} import WORD\nclass Mine(Environment):\n    word = WORD\n"
+
+
+def test_an_environment_may_import_modules_beside_it_at_once_and_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("rules_beside", "later_beside"):
+        (tmp_path / f"{name}.py").write_text(f"WORD = {name!r}\n")
+    late = "    def prompt(self, call):\n        from later_beside import WORD\n        return WORD\n"
+    (tmp_path / "mine.py").write_text(BESIDE.format(module="rules_beside") + late)
+    monkeypatch.chdir(tmp_path.parent)
+    mine = load_environment(use(f"{tmp_path.name}/mine.py:Mine"))
+    monkeypatch.chdir("/")
+    assert mine.word == "rules_beside" and mine.prompt(None) == "later_beside"  # type: ignore[attr-defined, arg-type]
+
+
+def test_a_module_beside_an_environment_replaces_none_of_a_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "colorsys.py").write_text("raise AssertionError('not this one')\n")
+    (tmp_path / "mine.py").write_text("import colorsys\n" + SUMS.read_text())
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    load_environment(use(f"{tmp_path}/mine.py:Sums"))
+    assert hasattr(sys.modules["colorsys"], "rgb_to_hls")
+
+
+def test_a_module_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(BESIDE.format(module="nowhere_beside"))
+    with pytest.raises(
+        ValueError, match=r"environment\.use: .*mine\.py given: No module named 'nowhere_beside': expec"
+    ):
+        load_environment(use(f"{tmp_path}/mine.py:Mine"))
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -41,7 +74,7 @@ def test_a_files_name_shadows_no_module(tmp_path):
         ("nowhere.py:Sums", r"environment\.use: nowhere\.py is not a file: expected a Python file"),
         ("no.such.package:Sums", r"environment\.use: 'no\.such\.package' given: No module named"),
         (".relative:Sums", r"environment\.use: '\.relative' given"),
-        (f"{SUMS}:Nope", r"environment\.use: 'Nope' in .*environment\.py is None: expected a subclass of Environment"),
+        (f"{SUMS}:Nope", r"environment\.use: 'Nope' in .*environment\.py is not defined: expected a subclass of .*"),
         (f"{SUMS}:Answer", r"environment\.use: 'Answer' in .* is <class .*: expected a subclass of Environment"),
         (f"{SUMS}:", r"environment\.use: '' in .* expected a subclass of Environment"),
     ],

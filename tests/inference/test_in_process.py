@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GraniteConfig
 
 from cases.ragged_tokenizer import FRAGMENTS, RAGGED
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
@@ -496,6 +496,17 @@ def test_a_context_without_room_adds_nothing_and_is_truncated(kit):
 finite = st.floats(-60, 60, width=32)
 logit = st.one_of(finite, st.sampled_from([0.0, -1e4, 80.0, float("-inf")]))
 uniform = st.one_of(st.floats(0, LAST), st.sampled_from([0.0, 2.0**-53, 0.5, LAST]))
+
+
+def test_each_end_of_sequence_token_of_the_generation_config_ends_a_turn(kit, monkeypatch):
+    def turn() -> list[int]:
+        session = new_session(1, prompt(1))
+        one(kit.sampler(max_new_tokens=12), session)
+        return session.tokens[9:]
+
+    free = turn()
+    monkeypatch.setattr(kit.model, "generation_config", GenerationConfig(eos_token_id=[0, free[3]]))
+    assert turn() == free[: free.index(free[3]) + 1] != free
 
 
 def draw_one(logits: Sequence[float], uniforms: Sequence[float], temperature: float = 1.0, top_p: float = 1.0):

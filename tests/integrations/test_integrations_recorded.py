@@ -86,6 +86,15 @@ def test_token_ids_are_taken_as_they_are() -> None:
     assert not nothing.sampled[0].any() and len(nothing.tokens[0]) == 8
 
 
+@pytest.mark.parametrize(("given", "reward"), [(True, 1.0), (False, 0.0), (2, 2.0)])
+@pytest.mark.parametrize("kind", [lambda number: number, np.float32, np.int64, np.bool_, np.uint8])
+def test_rewards_and_lengths_may_be_bools_and_of_numpys_types(kind, given, reward):
+    row = {"tokens": [7] * 300, "response_length": np.uint8(2), "reward": kind(given)}
+    found = recorded([row])
+    assert found.rewards.tolist() == [min(reward, 1.0) if kind is np.bool_ else reward]
+    assert found.sampled[0].tolist() == [False] * 298 + [True] * 2
+
+
 def test_groups_stand_together_and_can_be_packed() -> None:
     rows = [
         slime(agent=agent, group_index=query, reward=reward, tokens=[5, 6, 7, 11, 12, 8, 13, n])

@@ -67,6 +67,24 @@ def test_a_rule_takes_its_place():
     assert logprobs.grad.tolist() == [1.0, 0.0, 36.0]
 
 
+def test_a_rule_that_changes_its_rows_in_place_changes_nothing_else():
+    """In particular the weights, by which its terms are multiplied, and the batch, which is used again."""
+    given = [torch.full((3,), value, dtype=torch.float64) for value in (-1.0, 2.0, 0.5, -1.5)]
+
+    def rule(rows, _):
+        terms = -rows.advantages * rows.logprobs
+        for values in (rows.advantages, rows.weights, rows.old):
+            values.zero_()
+        return terms
+
+    logprobs, advantages, weights, old = (values.clone() for values in given)
+    logprobs.requires_grad_()
+    logprob_loss(logprobs, advantages, weights, Objective(rule=rule), old_logprobs_N=old).loss.backward()
+    assert logprobs.grad.tolist() == [-1.0] * 3
+    for values, before in zip((advantages, weights, old), given[1:], strict=True):
+        assert torch.equal(values, before)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -42,6 +42,7 @@ SIZES = {
     "max_position_embeddings": 512,
     "sliding_window": NEAR,
     "attention_chunk_size": NEAR,
+    "final_logit_softcapping": 2.0,  # small enough for every logit to show it
     "eos_token_id": 0,
     "bos_token_id": None,
     "pad_token_id": None,
@@ -83,6 +84,30 @@ SIZES = {
 }
 
 
+# Kinds whose config derives what single layers have when it is made, so that no key can be set afterwards.
+MADE: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "num_kv_shared_layers": 1,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 3,
+    },
+}
+MADE_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("sliding_window", "final_logit_softcapping", *TOKENS),
+)
 # Ways to build a kind tiny, tried in turn: keys that are left as the kind has them.
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),
@@ -111,6 +136,10 @@ def tiny(model_type: str) -> Any:
 
 
 def build(model_type: str, left: tuple[str, ...]) -> Any:
+    if model_type in MADE:
+        config = AutoConfig.for_model(model_type, **{key: SIZES[key] for key in MADE_SIZES}, **MADE[model_type])
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     config = AutoConfig.for_model(model_type)
     text = config.get_text_config()
     known = {key: value for key, value in SIZES.items() if hasattr(text, key) and key not in left}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ from transformers import (
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.integrations.flat import run_flat
 from mgrpo.engine.model.attention import Packed, hidden_states
-from mgrpo.engine.model.causal_lm import lay_out, load_model, load_tokenizer, logit_scale, pick_device, take_over
+from mgrpo.engine.model.causal_lm import lay_out, load_model, load_tokenizer, pick_device, take_over
+from mgrpo.engine.model.logits import LogitMap, logit_map
 from toy import make_model
 
 CPU = ComputeConfig(dtype="float32", device="cpu")
@@ -164,14 +166,14 @@ def test_other_architectures_are_right(tmp_path, config):
     [(GraniteConfig(**SIZES, logits_scaling=8.0), 1 / 8), (CohereConfig(**SIZES, logit_scale=0.25), 0.25)],
 )
 def test_a_model_that_scales_its_logits_has_that_scale(tmp_path, config, scale):
-    assert logit_scale(load_model("main", agent(saved(tmp_path, config)), CPU)) == pytest.approx(scale, rel=1e-5)
+    found = logit_map(load_model("main", agent(saved(tmp_path, config)), CPU))
+    assert found.scale == pytest.approx(scale, rel=1e-5) and found.softcap is None
 
 
 @pytest.mark.parametrize("cap", [0.1, 30.0])
-def test_a_model_that_caps_its_logits_is_refused_however_small_they_are(tmp_path, cap):
+def test_the_cap_of_a_models_logits_is_found_however_small_they_are(tmp_path, cap):
     config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=cap, attn_logit_softcapping=None)
-    with pytest.raises(ValueError, match=r"agents\.main\.model: \w+ForCausalLM changes its logits after the head"):
-        load_model("main", agent(saved(tmp_path, config)), CPU)
+    assert logit_map(load_model("main", agent(saved(tmp_path, config)), CPU)) == LogitMap(1.0, cap)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,12 @@ def case(name: str, edit: Callable[[Path], Any], message: str) -> Any:
     return pytest.param(edit, message, id=name)
 
 
+def pickle_weights(folder: Path) -> None:
+    """Leave weights that `torch.load` reads, as older models have them."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 WEIGHTS = [
     case("no weights file", lambda folder: (folder / "model.safetensors").unlink(), "no readable weights"),
     case("truncated", truncate, "no readable weights"),
@@ -264,11 +272,20 @@ WEIGHTS = [
     case("empty", write("model.safetensors", ""), "no readable weights"),
     case("wrong shape", edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(7)})), "no readable weights"),
     case("a tensor is missing", edit_weights(lambda w: w.pop("model.layers.1.self_attn.q_proj.weight")), r"q_proj"),
+    case(
+        "a NaN", edit_weights(lambda w: w["model.norm.weight"].mul_(math.nan)), "model.norm.weight has a NaN or an inf"
+    ),
+    case(
+        "an infinity", edit_weights(lambda w: w["model.norm.weight"][:1].fill_(math.inf)), "norm.weight has a NaN or an"
+    ),
+    case("pickled", pickle_weights, "no readable weights"),
+    case("no attention heads", edit_config(num_attention_heads=0), ""),
     case("unknown architecture", edit_config(model_type="nonesuch"), "nonesuch"),
 ]
 CONFIGS = [
     case("no directory", shutil.rmtree, "given: expected a directory with a config.json in it"),
     case("broken JSON", write("config.json", "{"), "config.json is not valid JSON"),
+    case("nested too deep", write("config.json", "[" * 100_000), "config.json is not valid JSON"),
     case("a list", write("config.json", "[]"), "config.json has no vocab_size"),
     case("a number", write("config.json", "3"), "config.json"),
     case(
@@ -303,6 +320,26 @@ def test_a_tokenizer_that_cannot_be_read_or_does_not_fit_is_a_value_error(folder
     edit(broken)
     with pytest.raises(ValueError, match=rf"(?s)^agents\.main\.model: .*{message}"):
         load_tokenizer("main", agent(broken))
+
+
+AUTO_MAP = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M", "AutoTokenizer": ["theirs.T", None]}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_python_in_a_models_directory_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch, name):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    settings = json.loads((broken / name).read_text())
+    theirs = {"model_type": "theirs"} if name == "config.json" else {"tokenizer_class": "T"}
+    (broken / name).write_text(json.dumps(settings | theirs | {"auto_map": AUTO_MAP}))
+    (broken / "theirs.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\nclass T: ...\n"
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with pytest.raises(ValueError, match=r"^agents\.main\.model: .* needs Python code from that directory, which is"):
+        load_tokenizer("main", agent(broken))
+        load_model("main", agent(broken), CPU)
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("load", [lambda a: load_model("main", a, CPU), lambda a: load_tokenizer("main", a)])

@@ -23,7 +23,9 @@ EXACT = (
     "ministral",
     "mixtral",
     "gemma",
+    "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "olmo2",
     "olmo3",
     "olmoe",
@@ -41,7 +43,6 @@ EXACT = (
     "gpt2",
 )
 REFUSED = {
-    "gemma2": "changes its logits after the head",
     "falcon_h1": "carries state from one packed sequence into the next",
     "qwen3_next": "layers without attention",
     "bart": "counts positions by itself",

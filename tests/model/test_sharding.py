@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,4 +45,5 @@ def test_a_file_that_is_missing_is_seen_in_the_shape(tmp_path: Path) -> None:
     (tmp_path / "weights-1.safetensors").unlink()
     assert Shards(tmp_path, "weights").shapes == {"w": (2, 3)}
     (tmp_path / "weights.safetensors").unlink()
-    assert Shards(tmp_path, "weights").shapes == {}
+    with pytest.raises(ValueError, match=r"weights\.safetensors is missing: expected the weights that were saved"):
+        Shards(tmp_path, "weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cases.weighed import Weighed, packed
@@ -246,6 +248,52 @@ def test_a_policy_before_its_first_step_can_be_saved_and_loaded(folder, tmp_path
     other.load_state(tmp_path / "p")
     assert other.version == 0 and other.reference is None and not moments_of(other)
     assert same(weights(policy), weights(other))
+
+
+DAMAGE = {  # what is done to the moments' tensors; None: the file is removed
+    "all lost": (None, r"moments\.safetensors is missing: expected the moments that were saved"),
+    "half lost": (lambda tensors: [tensors.pop(key) for key in list(tensors)[::2]], r"moment '.*' has shape None, exp"),
+    "emptied": (dict.clear, r"moment '.*' has shape None, expected \("),
+    "unknown": (
+        lambda tensors: tensors.update({"exp_avg/x": torch.zeros(3)}),
+        r"'exp_avg/x' has shape \(3,\), expected N",
+    ),
+    "reshaped": (
+        lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3)}),
+        r"has shape \(3,\), expected \(",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_state_without_all_of_its_moments_is_refused(folder, tmp_path, damage, message):
+    policy = make(folder)
+    policy.step(batches(), PLAIN, 1e-3)
+    policy.save_state(tmp_path / "p")
+    file = tmp_path / "p/moments.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    if damage is not None:
+        damage(tensors)
+        save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        make(folder).load_state(tmp_path / "p")
+
+
+def test_a_file_that_is_cut_off_is_named(folder, tmp_path):
+    make(folder).save_state(tmp_path / "p")
+    os.truncate(tmp_path / "p/weights.safetensors", 5000)
+    with pytest.raises(ValueError, match=r"p/weights\.safetensors is damaged: expected a whole safetensors file"):
+        make(folder).load_state(tmp_path / "p")
+
+
+def test_a_state_of_version_0_1_0_does_not_say_whether_it_has_moments(folder, tmp_path):
+    policy, other = make(folder), make(folder)
+    policy.step(batches(), PLAIN, 1e-3)
+    policy.save_state(tmp_path / "p")
+    (tmp_path / "p/policy.json").write_text('{"version":1,"reference":false}')
+    other.load_state(tmp_path / "p")
+    assert same(moments_of(policy), moments_of(other))
 
 
 @pytest.mark.parametrize(

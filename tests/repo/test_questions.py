@@ -1,6 +1,6 @@
 """Hold 20 questions that a new developer asks, each with the one room in which its answer is.
 
-They were chosen to be answered from the rooms' one-sentence docstrings alone (README, "The house"; kernels/, bench/,
+They were chosen to be answered from the rooms' one-sentence docstrings alone (README, "The code"; kernels/, bench/,
 csrc/ and bindings/ beside them). The test keeps the list true: each room is there, and so is each definition.
 """
 

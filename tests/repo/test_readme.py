@@ -58,7 +58,7 @@ def test_the_environment_shown_is_the_one_in_examples() -> None:
 
 
 def test_the_house_names_every_room() -> None:
-    named = re.findall(r"^\* `(\w+)`: ", README[README.index("## The house") :], re.MULTILINE)
+    named = re.findall(r"^\* `(\w+)`: ", README[README.index("## The code") :], re.MULTILINE)
     assert sorted(named) == sorted(path.parent.name for path in (ROOT / "engine").glob("*/__init__.py"))
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
+import msgspec
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from cases.episodes import AGENTS, TOKENIZER, Lines, encode, in_time, make_config
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.rollout.demonstrations import Demonstrations
 from mgrpo.engine.rollout.episodes import Job, Rollout
+from mgrpo.engine.rollout.records import demonstrated
 from mgrpo.engine.types import Task
+from toy import EOS
 
 
 class Lesson(Lines):
@@ -43,3 +51,57 @@ def test_a_script_that_raises_or_is_missing_fails_its_episode():
     for environment, error in [(Bad(), "Bad.script: RuntimeError: boom"), (Lines(), "Lines has no script(), which")]:
         rollout = demonstrate(environment)
         assert rollout.status == "failed" and error in rollout.error
+
+
+def test_no_space_is_put_in_front_of_what_continues_a_call():
+    spaced = copy.deepcopy(TOKENIZER)
+    backend = spaced.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    episodes = Demonstrations(make_config(), Lesson(), dict.fromkeys(AGENTS, spaced))
+    (rollout,) = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()
+    ids = [encode(" t:"), encode("ask clerk say"), encode("as\n"), encode("say as")]  # only the text's own beginning
+    assert rollout.trajectories[0].tokens.tolist() == [token for piece in ids for token in piece]
+
+
+def test_a_scripted_call_ends_when_its_context_is_full(caplog):
+    class Talkative(Lesson):
+        def script(self, call):
+            return "use upper ab" if len(call.turns) < 5 else "say end"
+
+        def observation(self, call, results):
+            return "x" * 30
+
+    def played(most: int) -> Rollout:
+        episodes = Demonstrations(
+            make_config(max_context=most, max_turns=9), Talkative(), dict.fromkeys(AGENTS, TOKENIZER)
+        )
+        (rollout, again) = in_time(lambda: episodes.run([Job(0, k, Task("t", {})) for k in range(2)])).result()
+        assert again.trajectories[0].tokens.tolist() == rollout.trajectories[0].tokens.tolist()
+        return rollout
+
+    whole = played(1000)
+    assert whole.episode.main.ended == "answer" and not caplog.text
+    tokens, sampled = whole.trajectories[0].tokens.tolist(), whole.trajectories[0].sampled
+    ends = [i + 1 for i in range(len(tokens)) if sampled[i] and (i + 1 == len(tokens) or not sampled[i + 1])]
+    for most, turns in [(ends[2], 3), (ends[2] - 1, 2), (ends[3] - 1, 3)]:
+        caplog.clear()
+        cut = played(most)
+        assert (cut.episode.main.ended, len(cut.episode.main.turns)) == ("context", turns)
+        assert cut.trajectories[0].tokens.tolist() == tokens[: len(cut.trajectories[0])]
+        assert cut.trajectories[0].rows + 1 == ends[turns - 1] <= most
+        assert caplog.text.count(f"agents.main.max_context: {most} given: turn {turns + 1} of a scripted call") == 1
+
+
+def test_an_agent_without_a_turn_has_shown_nothing():
+    class Long(Lesson):
+        def script(self, call):
+            return "ask clerk " + "y" * 100 if call.agent == "main" and not call.turns else "say as"
+
+    episodes = Demonstrations(make_config(max_context=120), Long(), dict.fromkeys(AGENTS, TOKENIZER))
+    rollouts = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()
+    assert [len(demonstrated(agent, rollouts)) for agent in ("main", "clerk")] == [1, 1]
+    tight = Demonstrations(make_config(max_context=120), Long(), dict.fromkeys(AGENTS, TOKENIZER))
+    tight.config.agents["clerk"] = msgspec.structs.replace(tight.config.agents["clerk"], max_context=101)
+    rollouts = in_time(lambda: tight.run([Job(0, 0, Task("t", {}))])).result()
+    assert [len(demonstrated(agent, rollouts)) for agent in ("main", "clerk")] == [1, 0]

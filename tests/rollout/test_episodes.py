@@ -18,7 +18,9 @@ from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
-from mgrpo.engine.types import Answer, CallScore, Delegate, Malformed, Score, Task, ToolCall
+from mgrpo.engine.rollout.records import call_record
+from mgrpo.engine.run.trajectories import Position
+from mgrpo.engine.types import Answer, Call, CallScore, Delegate, Malformed, Score, Task, ToolCall
 from toy import make_model, toy_config
 
 
@@ -205,11 +207,25 @@ def test_a_truncated_turn_is_marked():
     assert rollout.episode.main.truncated and rollout.episode.main.ended == "answer"
 
 
-def test_a_prompt_without_room_for_an_answer_is_the_users_error_and_leaves_nothing_open():
-    tasks = ["t1", "long" * 20, "t2"]
-    message = r"main\.max_context: 40 given: the prompt of task 'long\w+' has 81 tokens already, expected room"
-    with pytest.raises(ValueError, match=message):
-        Play({f"t{i}:": ["ask clerk c", "say 1"] for i in (1, 2)} | {"c:": ["say 1"]}, tasks, max_context=40)
+NO_ROOM = r"agents\.main\.max_context: 40 given: the prompt of task 'long\w+' has 81 tokens already, expected room"
+SHORT = {f"t{i}:": ["ask clerk c", "say 1"] for i in (1, 2)} | {"c:": ["say 1"]}
+
+
+@pytest.mark.parametrize("tasks", [["t1", "long" * 20, "t2"], ["long" * 20, "t1", "t2"], ["t1", "t2", "long" * 20]])
+def test_a_prompt_without_room_for_an_answer_fails_its_own_episodes_only(tasks, caplog):
+    rollouts = Play(SHORT, [*tasks, *tasks], max_context=40).rollouts
+    for task, rollout in zip([*tasks, *tasks], rollouts, strict=True):
+        if task.startswith("long"):
+            assert rollout.status == "failed" and re.match(NO_ROOM, rollout.error)
+            assert rollout.trajectories == [None]
+        else:
+            assert (rollout.status, rollout.error) == ("scored", "")
+    assert caplog.text.count("expected room for an answer") == 1 + caplog.text.count("UserCodeError: ")
+
+
+def test_prompts_that_all_lack_room_are_the_users_error_and_leave_nothing_open():
+    with pytest.raises(ValueError, match=NO_ROOM):
+        Play({}, ["long" * 20, "long" + "y" * 76], max_context=40)
 
 
 def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_open(monkeypatch):
@@ -335,6 +351,53 @@ def test_a_judge_that_fails_leaves_its_own_episode_unscored(caplog, misdeed, mes
     assert re.search(message, play.rollouts[1].error) and play.rollouts[1].score is None
     assert play.rollouts[1].episode.main.answer == "ok" and len(play.rollouts[1].trajectories) == 2
     assert len(caplog.records) == 1
+
+
+def pops(episode):
+    episode.calls.pop()
+
+
+def renames(episode):
+    for call in (episode.main, *episode.calls):
+        call.agent, call.ended = "main", ""
+        call.turns.clear()
+
+
+def appends(episode):
+    episode.calls.append(Call("clerk", episode.task))
+
+
+@pytest.mark.parametrize("change", [pops, renames, appends])
+def test_a_judge_cannot_change_what_is_recorded(change):
+    class Judge(Lines):
+        def score(self, episode):
+            score = super().score(episode)
+            change(episode)
+            return score
+
+    plain, changed = (Play(USUAL, ["good"], environment=judge).rollouts[0] for judge in (Lines(), Judge()))
+    assert changed.status == "scored" and changed.score == plain.score
+    records = [[call_record(r, index, Position("f", 0, 0)) for index in range(2)] for r in (plain, changed)]
+    assert records[0] == records[1]
+
+
+def test_a_judge_sees_the_calls_that_the_environment_saw_before():
+    """Environments keep what belongs to a call by the call's identity."""
+
+    class Known(Lines):
+        def __init__(self):
+            self.calls = []
+
+        def prompt(self, call):
+            self.calls.append(call)
+            return super().prompt(call)
+
+        def score(self, episode):
+            assert [episode.main, *episode.calls] == self.calls
+            assert all(a is b for a, b in zip([episode.main, *episode.calls], self.calls, strict=True))
+            return super().score(episode)
+
+    assert Play(USUAL, ["good"], environment=Known()).rollouts[0].status == "scored"
 
 
 def test_a_judge_that_hangs_is_given_up_and_the_others_are_scored():

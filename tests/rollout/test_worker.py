@@ -433,3 +433,17 @@ def test_leases_are_extended_and_while_it_evaluates_that_of_the_evaluation_too(t
     worker.evaluating = True
     worker.heartbeat.beat()
     assert extended == [("queries", "w", 30.0), ("queries", "w", 30.0), ("evaluation", "w", 30.0)]
+
+
+def test_a_worker_whose_tasks_have_another_order_asks_what_its_lease_says(tmp_path):
+    world = World(tmp_path)
+    world.train()  # publishes the first weights
+    (begun,) = world.take("another", 1)
+    world.store.queries.give_back("another")
+    worker = world.worker()
+    worker.train = list(reversed(worker.train))
+    worker._refresh(0)
+    jobs = worker._take(0)
+    assert {job.task.id for job in jobs if job.query == begun.query} == {begun.task}
+    assert sorted(job.rollout for job in jobs if job.query == begun.query) == begun.missing
+    worker.run(lambda: True)

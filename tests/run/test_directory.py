@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import make_url
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from mgrpo.engine.run import checksums
 from mgrpo.engine.run import directory as run_module
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.metrics import read_metrics
@@ -271,7 +272,9 @@ def test_a_checkpoint_is_whole_verified_and_the_latest(run):
     saved = run.save_checkpoint("rl-00002", content("abc"), keep=3)
     assert saved == run.checkpoints / "rl-00002" == run.latest_checkpoint()
     assert RunDirectory.open_checkpoint(saved) == saved
-    assert json.loads((saved / "manifest.json").read_text()) == {"files": {"agents/main/model.bin": 3, "state.json": 2}}
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["files"] == {"agents/main/model.bin": 3, "state.json": 2}
+    assert manifest["sha256"].keys() == manifest["files"].keys()
     assert names(run) == ["rl-00002"]
 
 
@@ -293,6 +296,13 @@ def test_other_names_are_refused(run, name):
     with pytest.raises(ValueError, match="keep: expected at least 1"):
         run.save_checkpoint("rl-00001", content("x"), keep=0)
     assert names(run) == []
+
+
+def test_changed_contents_are_refused(run):
+    saved = run.save_checkpoint("rl-00001", content("abcdef"), keep=1)
+    (saved / "agents/main/model.bin").write_text("abcdeg")
+    with pytest.raises(ValueError, match=r"rl-00001: agents/main/model\.bin is damaged: expected SHA-256 [0-9a-f]{64}"):
+        RunDirectory.open_checkpoint(saved)
 
 
 def test_damage_is_named_with_both_sizes(run):
@@ -329,6 +339,7 @@ def test_everything_is_on_the_disk_before_the_rename(run, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(run_module, "fsync", spy_fsync)
+    monkeypatch.setattr(checksums, "fsync", spy_fsync)
     monkeypatch.setattr(Path, "rename", spy_rename)
     run.save_checkpoint("rl-00001", content("x"), keep=1)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]

@@ -330,3 +330,30 @@ def test_nothing_outside_the_root_goes(tmp_path, name):
     with pytest.raises(ValueError, match="file: expected a path below"):
         trajectories.remove(str(tmp_path / "root"), [name])
     assert (tmp_path / "main-00000.arrow").exists()
+
+
+def test_a_trajectory_that_is_not_the_one_written_is_refused_by_its_digest(tmp_path):
+    writer = TrajectoryWriter(str(tmp_path), "main")
+    written = [trajectory(20, seed=1), trajectory(20, seed=2)]
+    positions = writer.append(written)
+    writer.close()
+    digests = [row.sampler_digest for row in written]
+    assert all(same(a, b) for a, b in zip(read(str(tmp_path), positions, digests), written, strict=True))
+    with pytest.raises(ValueError, match=rf"row 1: a trajectory of digest {digests[1]}: expected {digests[0]}"):
+        read(str(tmp_path), [positions[1]], [digests[0]])
+    file, bits = file_of(tmp_path, positions[0]), written[0].logprobs.tobytes()
+    whole = file.read_bytes()
+    at = whole.index(bits)
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match=rf"{positions[0].file} at byte .*: expected {digests[0]}"):
+        read(str(tmp_path), positions, digests)
+    assert same(read(str(tmp_path), positions, ["", digests[1]])[1], written[1])  # the row beside it is whole
+
+
+def test_nothing_is_appended_to_a_file_that_was_deleted(tmp_path):
+    writer = TrajectoryWriter(str(tmp_path), "main")
+    (lost,) = writer.append([trajectory(5)])
+    file_of(tmp_path, lost).unlink()
+    (found,) = writer.append([trajectory(6, seed=1)])
+    writer.close()
+    assert same(read(str(tmp_path), [found])[0], trajectory(6, seed=1))

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from mgrpo.engine.run import tensor_file
 from mgrpo.engine.run import weights as weights_module
 from mgrpo.engine.run.weights import (
     DamagedWeightsError,
@@ -147,7 +148,7 @@ def test_an_error_of_the_disk_that_it_tells_once_leaves_no_file(tmp_path, monkey
             raise OSError(errno.EIO, "Input/output error")
         real(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(weights_module, "FORCE", 100)
+    monkeypatch.setattr(tensor_file, "FORCE", 100)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="cannot write weights: Input/output error"):

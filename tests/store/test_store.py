@@ -168,6 +168,19 @@ def test_reclaim_acks_what_the_checkpoint_trained_and_deletes_what_it_lacks(stor
     assert [g.query for g in store.groups.claim("main", 9, "me").groups] == [20]
 
 
+def test_reclaim_keeps_groups_that_were_discarded(store):
+    store.queries.open([(query, "t") for query in range(2)], AGENTS, 2, 0)
+    for query in range(2):
+        finish(store, query)
+    for agent in AGENTS:
+        store.groups.claim(agent, 2, "me")
+        store.groups.discard(agent, [0], "me")
+    store.groups.ack("main", [1])
+    assert store.groups.reclaim(1) == 0
+    expected = {"open": 0, "sealed": 0, "leased": 0, "acked": 1, "expired": 1}
+    assert store.audit.status()["agents"] == dict.fromkeys(AGENTS, expected)
+
+
 def test_runs_do_not_see_each_other(connect):
     one, other = connect("one"), connect("other")
     assert one.audit.runs() == []

@@ -118,6 +118,7 @@ def test_a_trainer_that_was_replaced_writes_nothing(store):
         lambda: store.groups.ack("main", [0], "me"),
         lambda: store.groups.ack("main", [0]),
         lambda: store.groups.refill("main", [0], "me"),
+        lambda: store.groups.discard("main", [0], "me"),
         lambda: store.groups.release("main", "me"),
         lambda: store.roles.publish(publication("main", 1), "me"),
         lambda: store.roles.rewind("main", 0, "me"),
@@ -346,6 +347,21 @@ def test_refill_is_idempotent_and_all_or_nothing(store):
         store.groups.ack("main", [0], "me")
     counts = store.audit.balance()["agents"]["main"]
     assert (counts["refilled"], counts["expired"], counts["leased"], counts["opened"]) == (1, 1, 1, 4)
+
+
+def test_discarded_groups_are_expired_but_not_counted_as_refilled(store):
+    take(store)
+    for query in range(3):
+        finish(store, query)
+    store.groups.claim("main", 2, "me")
+    with pytest.raises(ValueError, match="expired: expected query 2 of agent 'main' to be leased, it is sealed"):
+        store.groups.discard("main", [0, 2], "me")
+    for _ in range(2):
+        store.groups.discard("main", [0], "me")
+    counts = store.audit.balance()["agents"]["main"]
+    assert (counts["refilled"], counts["expired"], counts["leased"]) == (0, 1, 1)
+    assert store.groups.release("main", "me") == 1  # a successor does not get it either
+    assert [g.query for g in store.groups.claim("main", 9, "me").groups] == [1, 2]
 
 
 # ---- the audit

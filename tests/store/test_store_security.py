@@ -72,6 +72,12 @@ def test_the_password_comes_from_the_environment_or_a_private_file(tmp_path: Pat
     with pytest.raises(ValueError, match=r"store\.password_file: .*others may not read") as error:
         read_password(str(file))
     assert SECRET not in texts(error.value)
+    latin = tmp_path / "latin"
+    latin.write_bytes("pässword\n".encode("latin-1"))
+    latin.chmod(0o600)
+    with pytest.raises(ValueError, match=r"store\.password_file: .*/latin: expected text in UTF-8") as error:
+        read_password(str(latin))
+    assert "ssword" not in repr(error.value.__cause__) and error.value.__suppress_context__
     with pytest.raises(ValueError, match=r"store\.password_file: .*/nowhere: cannot be read: No such file"):
         read_password(str(tmp_path / "nowhere"))
 

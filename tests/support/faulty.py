@@ -1,7 +1,7 @@
 """Run `mgrpo` with processes that keep a journal and kill themselves at given points: `faulty.py PLAN train FILE …`.
 
-The launcher imports what its processes need once and forks them, so that a restart costs little. They have process
-groups, logs and pipes of their own, like those of a real launcher. PLAN is a JSON file; the journal and a mark for each
+The launcher imports what its processes need once and forks them, so that a restart costs little. They have their own
+process groups, logs and pipes, like those of a real launcher. PLAN is a JSON file; the journal and a mark for each
 fault that has happened are written beside it. The engine itself knows nothing of this.
 """
 

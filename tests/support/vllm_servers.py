@@ -115,7 +115,7 @@ class Stream:
     """Sample a turn in its own thread. Record all chunks, each with the last label of the stream before it."""
 
     def __init__(self, at: str, tokens: Sequence[int], **options: Any):
-        defaults = {"max_tokens": 100, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
+        defaults = {"max_tokens": 100, "temperature": 1.0, "top_p": 1.0, "stop": [], "ends": [0]}
         self.at, self.prompt = at, list(tokens)
         self.body = api.generate_body(tokens, **defaults | options)
         self.chunks: list[tuple[str, api.Chunk]] = []

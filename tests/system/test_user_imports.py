@@ -36,6 +36,12 @@ def broken(rewards, offsets, weights):
     return rewards / 0 * 0
 
 constant = 3
+
+def in_place(rewards, offsets, weights):
+    for values in (offsets, weights):
+        values[:] = 0
+    rewards -= rewards.mean()
+    return rewards
 """
 
 
@@ -68,6 +74,9 @@ def test_an_estimator_of_the_users_own_says_the_advantages_and_nothing_else(file
     assert theirs.adv == pytest.approx([-0.5, 0, -0.25, 0, 0])
     for name in ("rewards", "multiplicities", "weight", "zero_std"):
         assert np.array_equal(getattr(theirs, name), getattr(ours, name))
+    changed = weighted(groups, advantage=f"{file}:in_place")
+    for name in ("rewards", "multiplicities", "weight", "zero_std"):
+        assert np.array_equal(getattr(changed, name), getattr(ours, name))
     counted = weighted(groups, advantage=f"{file}:weighted")
     assert counted.adv == pytest.approx(ours.rewards * ours.multiplicities)
 
@@ -87,7 +96,7 @@ def test_what_a_function_of_c_does_not_say_it_takes_it_is_not_given():
         ("short", r"algorithm\.advantage: an array of shape \(1,\) given: expected \(2,\), one for each trajectory"),
         ("broken", r"algorithm\.advantage: nan returned: expected finite advantages"),
         ("constant", r"algorithm\.advantage: 'constant' in .*mine\.py is 3: expected a function"),
-        ("missing", r"algorithm\.advantage: 'missing' in .*mine\.py is None: expected a function"),
+        ("missing", r"algorithm\.advantage: 'missing' in .*mine\.py is not defined: expected a function"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mgrpo.engine.rollout.curriculum import WARMUP_QUERIES, pick
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.store import Store
+from mgrpo.engine.store.groups import Groups
 from mgrpo.engine.training import colocated
 from toy import SUMS, make_model, raw_config
 
@@ -320,6 +323,24 @@ def test_a_step_without_a_scored_rollout_ends_the_run_with_the_first_reason(fold
     message = r"step 0: none of 12 rollouts was scored; the first error: .*score: RuntimeError: the judge is down"
     with pytest.raises(ValueError, match=message):
         Run(odd(folder, "BrokenJudge"))
+
+
+def test_a_damaged_trajectory_expires_its_group_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    claim = Groups.claim
+
+    def damaged(self: Groups, agent: str, *args: Any, **kwargs: Any) -> Any:
+        found = claim(self, agent, *args, **kwargs)
+        if agent == "main" and found.groups[0].step == 1:
+            lost = [replace(call, sampler_digest="0" * 32) for call in found.groups[0].calls]
+            found.groups[0] = replace(found.groups[0], calls=lost)
+        return found
+
+    monkeypatch.setattr(Groups, "claim", damaged)
+    run = Run(raw(folder, "damaged", algorithm={"kl_coef": 0.01}))  # with a penalty every trajectory is read
+    with closing(Store(f"sqlite:///{run.path}/store.db", "colocated")) as store:
+        agents = store.audit.status()["agents"]
+    assert agents["main"]["expired"] == 1 and agents["clerk"]["expired"] == 0
+    assert agents["main"]["acked"] == agents["clerk"]["acked"] - 1
 
 
 def test_a_score_that_is_no_number_leaves_the_rollout_unscored(folder: Path):

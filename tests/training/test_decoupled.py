@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from mgrpo.engine.run.weights import Published, load_weights
+from mgrpo.engine.store import Group
 from mgrpo.engine.system import retry
 from mgrpo.engine.training.decoupled import AgentProcess
+from mgrpo.engine.training.leader import Leader, StepGroups
+from mgrpo.engine.training.trainer import DamagedGroupsError
 from toy import make_model, toy_config
 
 
@@ -28,6 +31,14 @@ class NotingLeader:
         assert len(probe) == 31  # log-probs of all probe tokens but the first
         self.events.append("published")
         self.publications.append((step, version, file))
+
+    def next_groups(self, step: int) -> StepGroups:
+        self.events.append("asked")
+        return StepGroups([Group(len(self.events), "t", step, [], [])])
+
+    def discard(self, found: StepGroups, damaged: list[int]) -> None:
+        assert [group.query for group in found.groups] == damaged
+        self.events.append("discarded")
 
 
 @pytest.fixture
@@ -82,3 +93,36 @@ def test_a_disk_that_stays_full_ends_the_trainer_and_the_store_hears_nothing(
     with pytest.raises(OSError, match="No space left"):
         process.publish(0)
     assert not leader.publications
+
+
+def test_damaged_groups_are_discarded_and_others_waited_for(
+    process: AgentProcess, leader: NotingLeader, monkeypatch: pytest.MonkeyPatch
+):
+    outcomes: list[Any] = [DamagedGroupsError("main", [1]), DamagedGroupsError("main", [3]), {"loss": 0.0}]
+
+    def train(step: int, groups: list[Group]) -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(process.trainer, "train", train)
+    found, row = process._train(0)
+    assert row == {"loss": 0.0} and [group.query for group in found.groups] == [5]
+    assert leader.events == ["asked", "discarded", "asked", "discarded", "asked"]
+
+
+def test_a_trainer_whose_groups_are_all_damaged_ends_with_the_folder_named(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, topology="local")
+    groups = [Group(query, "t", 0, [], []) for query in range(config.queries_per_step)]
+    with Leader(config, "main", lambda: False) as leader:
+        leader.store.groups.discard = lambda *_: None  # type: ignore[method-assign]
+        found = StepGroups(groups, 1, 2)
+        leader.discard(found, [1])
+        assert leader.leased == [groups[0], *groups[2:]] and (leader.expired, leader.refilled) == (2, 2)
+        with pytest.raises(ValueError, match=r"store.files: .*/run/trajectories: \d+ groups of one step with lost"):
+            while True:
+                leader.discard(found, [1])
+        leader.trained([])
+        leader.discard(found, [1])

@@ -259,7 +259,7 @@ IN_RL = [
     Fault("training.trainer:AgentTrainer.train", "after", 5),  # one agent is trained, the other is not
     Fault("policy.policy:Policy.optim_step", "before", 4),
     Fault("policy.policy:Policy.save_state", "after", 1),  # half a checkpoint
-    Fault("run.directory:_seal", "after", 1),  # a complete checkpoint that is not yet renamed
+    Fault("run.directory:seal", "after", 1),  # a complete checkpoint that is not yet renamed
     Fault("run.directory:RunDirectory.save_checkpoint", "after", 1),  # renamed, but the store does not know
     Fault("store.groups:Groups.ack", "after", 3),  # one agent has acked, the other has not
     Fault("store.groups:Groups.reclaim", "after", 1),  # in the middle of resuming

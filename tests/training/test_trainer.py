@@ -17,7 +17,7 @@ from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.trajectories import Position, TrajectoryWriter
 from mgrpo.engine.store import CallRecord, RolloutRecord, Store
 from mgrpo.engine.training import trainer as trainer_module
-from mgrpo.engine.training.trainer import AgentTrainer, Row
+from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError, Row
 from mgrpo.engine.types import Trajectory
 from toy import make_model, toy_config
 
@@ -305,3 +305,22 @@ def test_a_trajectory_too_long_for_a_micro_batch_is_a_users_mistake(world):
     trainer.config = msgspec.structs.replace(trainer.config, compute=compute)
     with pytest.raises(ValueError, match=r"compute\.max_tokens: 8 given: expected at least 9"):
         world.step(trainer, 0)
+
+
+def test_a_group_with_a_damaged_trajectory_is_named_and_nothing_is_trained(world):
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "model")
+    for query in range(3):  # in every group another text, as identical trajectories are read once
+        world.bodies |= {f"{query}{kind}": body(f"{query}{kind}XY", model) for kind in "ab"}
+        world.query(query, [{"correct": float(kind == "a"), "main": f"{query}{kind}"} for kind in "ab"])
+    trainer = world.trainer()
+    groups = world.store.groups.claim("main", 3, holder="me").groups
+    last = groups[1].calls[0]
+    shifted = replace(last.position, offset=last.position.offset + 8)
+    calls = [replace(last, position=shifted), *groups[1].calls[1:]]
+    lost = [replace(call, position=replace(call.position, file="main-00099.arrow")) for call in groups[2].calls]
+    damaged = [groups[0], replace(groups[1], calls=calls), replace(groups[2], calls=lost)]
+    before = weights(trainer)
+    with pytest.raises(DamagedGroupsError, match=r"agent main: trajectories of queries \[1, 2\]") as caught:
+        trainer.train(0, damaged)
+    assert caught.value.queries == [1, 2] and trainer.policy.version == 0 and same(before, weights(trainer))
+    assert trainer.train(0, groups)["trajectories_trained"]  # all are whole

@@ -118,9 +118,9 @@ def generate_body(
     temperature: float,
     top_p: float,
     stop: Sequence[str],
-    eos: int,
+    ends: Sequence[int],
 ) -> dict[str, Any]:
-    """Return the request for a turn: sample after `tokens` until a stop string, `eos` or `max_tokens`.
+    """Return the request for a turn: sample after `tokens` until a stop string, one of `ends` or `max_tokens`.
 
     temperature: 0 means greedy. The response includes the tokens that end the turn; the caller decodes the text.
 
@@ -137,8 +137,8 @@ def generate_body(
             "temperature": temperature,
             "top_p": top_p,
             "stop": list(stop),
-            "stop_token_ids": [eos],
-            "ignore_eos": True,  # only `eos` ends it, not what the model's generation_config adds
+            "stop_token_ids": list(ends),
+            "ignore_eos": True,  # only `ends` end it, not the server's own end-of-sequence tokens
             "skip_special_tokens": False,  # stop strings may name them
             "logprobs": 0,  # only that of the sampled token
         },
@@ -147,7 +147,7 @@ def generate_body(
 
 @dataclass(frozen=True)
 class Chunk:
-    """Describe one event of a stream, or a comment line of AuthMiddleware, which has nothing but a label.
+    """Describe one event of a stream, or a comment line of AuthMiddleware, which has only a label.
 
     finish: "stop", "length" or "abort" in the last event. spans: (label, begin, end) over the tokens that this request
     sampled, in the last event; they say exactly which weights sampled which tokens.
@@ -233,7 +233,7 @@ def arguments(
 ) -> list[str]:
     """Return the command that starts one server.
 
-    It avoids `vllm serve`, because the build for CPUs lacks the metadata which that looks for. seed: must differ
+    It avoids `vllm serve`, because it needs package metadata that the build for CPUs lacks. seed: must differ
     between servers, or they draw the same random numbers.
     """
     return [
@@ -242,7 +242,7 @@ def arguments(
         *("--dtype", dtype, "--max-model-len", str(max_context)),
         *("--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size", str(data_parallel)),
         *("--seed", str(seed), "--logprobs-mode", "processed_logprobs"),
-        *("--hf-overrides", '{"head_dtype": "float32"}'),  # as the trainer's: rounding logits makes most of a gap
+        *("--hf-overrides", '{"head_dtype": "float32"}'),  # as in the trainer: rounded logits would cause most of a gap
         *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
         *("--middleware", "mgrpo.engine.inference.vllm.auth.AuthMiddleware"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),

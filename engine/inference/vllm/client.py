@@ -32,9 +32,10 @@ from transformers import PreTrainedTokenizerBase
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.inference.sampler import Completion, Ending, Session, WeightsCheck
 from mgrpo.engine.inference.vllm import api
-from mgrpo.engine.inference.vllm.router import FAULTS, NoServerError, Router, Server
+from mgrpo.engine.inference.vllm.router import FAULTS, NoServerError, Router, Server, body_of
 from mgrpo.engine.inference.vllm.streamed_turn import InvalidTurnError, StreamedTurn, parsed, reason
 from mgrpo.engine.model.causal_lm import read_model_config
+from mgrpo.engine.model.pieces import end_tokens, generation_config
 from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 DRAIN = 1.0  # seconds that a stream may take to close after its last token; only then is its connection used again
@@ -55,7 +56,7 @@ class VLLMSampler:
     ) -> None:
         self.name, self.agent, self.tokenizer = name, agent, tokenizer
         self.vocabulary = int(read_model_config(name, agent)["vocab_size"])
-        self.ending = Ending(tokenizer, agent.stop)
+        self.ending = Ending(tokenizer, agent.stop, end_tokens(tokenizer, generation_config(agent.model)))
         self.homes: dict[int, Server] = {}  # the server with a session's cache, by the session's id
         self.rl_steps: dict[int, int] = {}  # rl step of each published version, by its optimizer steps
         self.replayed = 0
@@ -112,7 +113,7 @@ class VLLMSampler:
     # ---- turns
 
     async def act(self, session: Session) -> Completion:
-        """Sample until a stop string, the end-of-sequence token or a limit, and append the tokens to the session.
+        """Sample until a stop string, an end-of-sequence token or a limit, and append the tokens to the session.
 
         Raises NoServerError if no server was up for vllm.patience seconds, ValueError if one refuses permanently.
         """
@@ -173,7 +174,7 @@ class VLLMSampler:
             temperature=0.0 if greedy else self.agent.temperature,
             top_p=self.agent.top_p,
             stop=self.agent.stop,
-            eos=self.tokenizer.eos_token_id,
+            ends=sorted(self.ending.ends),
         )
         headers = {api.REQUEST_ID: secrets.token_hex(16)}
         with self.router.turn(server) as alarm:
@@ -187,7 +188,7 @@ class VLLMSampler:
                 turn.end(finish)
                 if finish:
                     alarm.reschedule(self.router.now() + DRAIN)
-                    await response.read()
+                    await body_of(response)
 
     async def _read(self, server: Server, turn: StreamedTurn, response: aiohttp.ClientResponse) -> str | None:
         """Read a stream. Return why the server ended the turn, or None if it did not."""

@@ -1,7 +1,12 @@
-"""Control a server from a trainer: call its protected endpoints with the token, one call at a time."""
+"""Control a server from a trainer: call its protected endpoints with the token, one call at a time.
+
+What a server answers is not trusted: redirects are refused, as they would take the token and the call to another host;
+bodies are bounded in size and time; and an answer that has not the form it should have is an error of that server.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import socket
@@ -10,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mgrpo.engine.inference.manifest import Manifest
@@ -19,7 +24,19 @@ from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 log = logging.getLogger(__name__)
 
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's web proxy
+MOST_BYTES = 1 << 20  # of an answer
+Value = TypeVar("Value")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leave a redirect to the caller, as an HTTPError with its status."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+# Never through the user's web proxy, and never to another place than the one asked for.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
 class ServerError(OSError):
@@ -29,7 +46,7 @@ class ServerError(OSError):
 class ServerControl:
     """Control one server. timeout: seconds it may take to answer. Raises ValueError if `url` is invalid.
 
-    version: of its weights, as last seen. stalled: seconds between its last pause and the end of that.
+    version: of its weights, as last seen. stalled: duration of its last pause in seconds.
     """
 
     def __init__(self, url: str, token: str, timeout: float):
@@ -47,7 +64,7 @@ class ServerControl:
 
     def look(self) -> None:
         """Ask which weights the server has. If no trainer has sent it any, it was restarted."""
-        label = str(self._call("GET", api.LABEL)["label"])
+        label = self._ask(api.LABEL, "label", str)
         try:
             self.version = api.read_label(label)
         except ValueError as error:
@@ -58,7 +75,7 @@ class ServerControl:
     def name(self, version: WeightsVersion) -> None:
         """Label the weights that the server now has. Raises ServerError if it then reports another label."""
         body = {"version": version.optimizer_steps, "step": version.rl_steps}
-        found = self.post(api.LABEL, body)["label"]
+        found = self._value(api.LABEL, self.post(api.LABEL, body), "label", str)
         if found != api.label(version):
             raise ServerError(f"{self.url}: its engines report weights {found}: expected {version}")
         self.version = version
@@ -70,16 +87,16 @@ class ServerControl:
         """
         if self.checked:
             return
-        api.check_version(str(self._call("GET", api.VERSION)["version"]), self.url)
+        api.check_version(self._ask(api.VERSION, "version", str), self.url)
         request = {"method": "check", "args": [json.dumps({"weights": manifest, "transfer": transfer})]}
-        for found in self.post(api.WORKERS, request)["results"]:
+        for found in self._value(api.WORKERS, self.post(api.WORKERS, request), "results", list):
             if found:
-                raise ValueError(f"{self.url}: {found['error']}")
+                raise ValueError(f"{self.url}: {found.get('error') if isinstance(found, dict) else found}")
         self.checked = True
 
     def workers(self) -> int:
         """Return the number of the server's worker processes."""
-        return int(self._call("GET", api.WORLD)["world_size"])
+        return self._ask(api.WORLD, "world_size", int)
 
     def pause(self) -> None:
         """Stop sampling until `resume`. Running calls are kept."""
@@ -125,12 +142,36 @@ class ServerControl:
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
         try:
             with DIRECT.open(request, timeout=self.timeout) as response:
-                found: dict[str, Any] = json.load(response)
-                return found
+                found = json.loads(self._body(response))
         except urllib.error.HTTPError as error:
             raise self._refused(path, error) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
             raise ServerError(f"{self.url}{path}: {error}") from error
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url}{path}: {found!r:.100} answered: expected a JSON object")
+        return found
+
+    def _body(self, response: Any) -> bytes:
+        """Read a body. Raises ValueError if it is longer than MOST_BYTES, or not at its end within `timeout`."""
+        body, until = b"", time.monotonic() + self.timeout
+        while part := response.read1(MOST_BYTES):
+            body += part
+            if len(body) > MOST_BYTES:
+                raise ValueError(f"an answer of more than {MOST_BYTES} bytes")
+            if time.monotonic() > until:
+                raise ValueError(f"no end of the answer within {self.timeout} s")
+        return body
+
+    def _ask(self, path: str, key: str, kind: type[Value]) -> Value:
+        """Return one value that the server tells. Raises as `post` does."""
+        return self._value(path, self._call("GET", path), key, kind)
+
+    def _value(self, path: str, found: dict[str, Any], key: str, kind: type[Value]) -> Value:
+        """Return one value of an answer. Raises ServerError if it is not there, or of another type."""
+        value = found.get(key)
+        if not isinstance(value, kind):
+            raise ServerError(f"{self.url}{path}: {key} is {value!r:.100}: expected {kind.__name__}")
+        return value
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
         if error.code == 401:

@@ -38,13 +38,14 @@ TICK = 0.1  # seconds between two requests for a server's version
 ASK = 10.0  # seconds that a server may take to answer such a request
 SLACK = 16  # a session stays on its server until that has more than 2x + SLACK the turns of the least busy one
 LONGEST = 5.0  # seconds: the longest pause before a server that is out of service is asked again
+MOST_BYTES = 16 << 20  # of an answer that is no stream
 FAULTS = (aiohttp.ClientError, OSError)  # raised by connections; OSError includes TimeoutError
 
 log = logging.getLogger(__name__)
 
 
 class NoServerError(RuntimeError):
-    """Report that no server was in service for vllm.patience seconds. No OSError, since callers retry those."""
+    """Report that no server was in service for vllm.patience seconds. OSErrors are retried, so this is none."""
 
 
 class MovedError(InvalidTurnError):
@@ -83,7 +84,8 @@ class Router:
     """Hold all servers of one agent. Create and use it in one event loop.
 
     name: of the agent. urls: without a path. published: optimizer steps of the version that was published last, -1
-    before the first; check: of that version. error: why no server can help any more. lost: since when none was up.
+    before the first; check: of that version. error: the reason why no server can ever serve again. lost: the time since
+    which none is up; None while one is.
     """
 
     def __init__(self, name: str, agent: AgentConfig, urls: Sequence[str]) -> None:
@@ -234,7 +236,7 @@ class Router:
         body = api.score_body(tokens, position, self.agent.temperature)
         async with self.post(server, api.GENERATE, body) as response:
             await self.check_status(response)
-            data = await response.read()
+            data = await body_of(response)
         if response.headers.get(api.LABEL_HEADER) != label:
             raise MovedError(f"{server.url}: its weights have changed")
         return float(parsed(lambda body: api.read_score(json.loads(body), tokens[position]), data))
@@ -257,17 +259,18 @@ class Router:
         server.fits = True
 
     async def _get(self, server: Server, path: str) -> Any:
-        async with self.http.get(server.url + path) as response:
+        async with self.http.get(server.url + path, allow_redirects=False) as response:
             await self.check_status(response)
             try:
-                return json.loads(await response.read())
-            except ValueError as error:
+                return json.loads(await body_of(response))
+            except (ValueError, RecursionError) as error:
                 raise InvalidTurnError(f"{path}: {error}") from error
 
     def post(self, server: Server, path: str, body: Any, headers: dict[str, str] | None = None) -> Any:
         """Return a context manager that posts a request and gives the response."""
         headers = {"Content-Type": "application/json", **(headers or {})}
-        return self.http.post(server.url + path, data=msgspec.json.encode(body), headers=headers)
+        data = msgspec.json.encode(body)
+        return self.http.post(server.url + path, data=data, headers=headers, allow_redirects=False)
 
     async def check_status(self, response: aiohttp.ClientResponse) -> None:
         """Check a status. Raises InvalidTurnError if another server or a later try may succeed, ValueError if not."""
@@ -298,3 +301,13 @@ class Router:
         """Set when to ask the server again."""
         server.due = self.now() + min(TICK * 2.0 ** min(server.faults, 30), LONGEST)
         server.faults += 1
+
+
+async def body_of(response: aiohttp.ClientResponse) -> bytes:
+    """Return the body of a response. Raises InvalidTurnError if it is longer than MOST_BYTES."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > MOST_BYTES:
+            raise InvalidTurnError(f"an answer of more than {MOST_BYTES} bytes")
+    return bytes(body)

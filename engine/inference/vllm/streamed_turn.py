@@ -15,7 +15,8 @@ from mgrpo.engine.inference.sampler import Ending
 from mgrpo.engine.inference.vllm.api import Chunk, StreamError, read_label
 from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, StreamError)  # raised by parsing invalid data
+# Raised by parsing invalid data; the recursion, by data that are nested too deep.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, StreamError)
 ROUNDING = 1e-3  # nats by which rounding may lift a log-prob above 0
 
 R = TypeVar("R")

@@ -67,7 +67,7 @@ class Transfer:
     def behind(self) -> list[str]:
         """Return the URLs of the servers that answer but lack the newest weights, which `update` would send.
 
-        Sleeping servers are not listed, because only the next weights shall wake them.
+        Sleeping servers are not listed, because only the next weights may wake them.
         """
         return [server.url for server in self._lacking(logging.DEBUG) if not server.asleep]
 

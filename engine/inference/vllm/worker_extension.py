@@ -1,7 +1,7 @@
 """Receive new weights inside a vLLM worker while it samples, and load them while it is paused.
 
 The transfer engine `tcp` receives in a thread, into its own memory, and touches the model only after everything has
-arrived. An update that fails in the middle thus leaves the old weights whole, and a server is paused only for the
+arrived. So an update that fails in the middle leaves the old weights whole, and a server is paused only for the
 loading, not for the network. This costs the size of the weights once more in main memory.
 
 This is a worker extension (`--worker-extension-cls`). It registers that engine and adds `check`, also for servers that
@@ -64,7 +64,7 @@ class Extension:
 def expected(config: PretrainedConfig, dtype: torch.dtype) -> Manifest:
     """Describe what a trainer of this model sends: its parameters under transformers' names, without a tied head."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return manifest_of(dict(model.named_parameters()), dtype)
 
 

@@ -20,7 +20,7 @@ from cases.ragged_tokenizer import FRAGMENTS, RAGGED
 from fake_vllm import EOS, FakeVLLM, logps, truth
 from mgrpo.engine.config.schema import AgentConfig, VLLMConfig
 from mgrpo.engine.inference.sampler import Completion, Ending, Session, WeightsCheck
-from mgrpo.engine.inference.vllm import router
+from mgrpo.engine.inference.vllm import api, router
 from mgrpo.engine.inference.vllm.api import Chunk
 from mgrpo.engine.inference.vllm.client import VLLMSampler
 from mgrpo.engine.inference.vllm.router import NoServerError
@@ -102,6 +102,24 @@ def check(sampler: VLLMSampler, sessions: Sequence[Session], done: Sequence[Sequ
             assert not any(ends[:-1]) and completion.truncated == (not ends[-1])
             assert ends[-1] or len(turn) == agent.max_new_tokens or len(trajectory) == agent.max_context
             assert completion.text == sampler.tokenizer.decode([token for token in turn if token != EOS])
+
+
+def test_each_end_of_sequence_token_of_the_generation_config_ends_a_turn(kit, tmp_path):
+    kit.model = str(make_model(tmp_path / "model"))
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 7]}))
+    sampler, sent = kit.sampler(kit.serve()), list[list[int]]()
+    assert sampler.ending.ends == {EOS, 7}
+    make_body = api.generate_body
+
+    def noting(*args: Any, **options: Any) -> dict[str, Any]:
+        body = make_body(*args, **options)
+        sent.append(body["sampling_params"]["stop_token_ids"])
+        return body
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(api, "generate_body", noting)
+        play(sampler, [session(1)])
+    assert sent and all(ends == [EOS, 7] for ends in sent)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.8)])

@@ -149,14 +149,14 @@ def test_turns_end_where_ours_end(servers, models):
     assert stopped.last.finish == "stop" and stop in decode(stopped.tokens)
     assert stop not in decode(stopped.tokens[:-1]) and greedy.tokens[: len(stopped.tokens)] == stopped.tokens
     eos = greedy.tokens[6]
-    ended = Stream(server.url, TOKENS[:5], max_tokens=20, temperature=0.0, eos=eos)
+    ended = Stream(server.url, TOKENS[:5], max_tokens=20, temperature=0.0, ends=[eos])
     assert ended.last.finish == "stop" and ended.tokens == greedy.tokens[: greedy.tokens.index(eos) + 1]
 
 
 def test_a_call_whose_client_disconnected_is_aborted(servers):
     """Its id is refused while it runs, and soon free again."""
     server = servers["bfloat16", True]
-    long = {"max_tokens": 250, "temperature": 1.0, "top_p": 1.0, "stop": [], "eos": 0}
+    long = {"max_tokens": 250, "temperature": 1.0, "top_p": 1.0, "stop": [], "ends": [0]}
     body = json.dumps(api.generate_body(TOKENS[:5], **long))
     headers = {"Content-Type": "application/json", api.REQUEST_ID: "went-away"}
     host, _, port = server.url.removeprefix("http://").partition(":")
@@ -296,7 +296,8 @@ def test_smollm2_follows_its_trainer(logs, record_property):
             seconds.append(f"{time.monotonic() - began:.2f}")
             stalls.append(f"{transfer.stalled:.2f}")
             streams = [
-                Stream(server.url, prompt, max_tokens=60, eos=trainer.policy.tokenizer.eos_token_id) for _ in range(4)
+                Stream(server.url, prompt, max_tokens=60, ends=[trainer.policy.tokenizer.eos_token_id])
+                for _ in range(4)
             ]
             for stream in streams:
                 assert stream.last.spans is not None

@@ -42,13 +42,24 @@ ROW_VARIANTS = {
         {"KNOWN": True, "ENTROPY": True},
     ),
     "log-prob over a shard": ("fp32", "bf16", None, "temperature_L top_L log_sum_L", {}),
+    "log-prob of capped logits": ("fp32", None, None, "", {"CAP": True}),
+    "token loss of capped logits, everything": (
+        *("fp32", "bf16", "bf16"),
+        f"temperature_L {OBJECTIVE}",
+        {"KL": 3, "ENTROPY": True, "CAP": True},
+    ),
+    "backward of capped bf16 logits": (
+        *("bf16", None, "bf16"),
+        "index_L top_L log_sum_L by_logprob_L by_entropy_L",
+        {"KNOWN": True, "ENTROPY": True, "CAP": True},
+    ),
     "token loss over a shard": (
         *("fp32", "bf16", "bf16"),
         f"temperature_L top_L log_sum_L {OBJECTIVE}",
         {"KNOWN": True, "KL": 3, "ENTROPY": True},
     ),
 }
-SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_coef", "entropy_coef")
+SCALARS = ("temperature", "log_low", "log_high", "log_dual", "sampler_cap", "kl_coef", "entropy_coef", "softcap")
 
 
 def row_source(logits, bias, gradient, optional, switches, block):
@@ -62,7 +73,7 @@ def row_source(logits, bias, gradient, optional, switches, block):
         types["bias_V"] = f"*{bias}"
     if gradient:
         types |= {"gradient_CV": f"*{gradient}", "gradient_row_stride": "i64"}
-    constants = {"KNOWN": False, "KL": 0, "ENTROPY": False, "BLOCK": block, **switches}
+    constants = {"KNOWN": False, "KL": 0, "ENTROPY": False, "CAP": False, "BLOCK": block, **switches}
     for name in row_kernel.arg_names:
         if name not in types:
             constants.setdefault(name, 1 if "stride" in name else None)
@@ -168,7 +179,7 @@ def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
     from mgrpo.kernels.triton.advantages import group_kernel
     from mgrpo.kernels.triton.rows import row_kernel
 
-    switches = {"KNOWN", "KL", "ENTROPY", "BLOCK"}, {"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}
+    switches = {"KNOWN", "KL", "ENTROPY", "CAP", "BLOCK"}, {"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}
     by_length = {"start"}, {"groups", "rows", "tokens"}
     for kernel, constants, lengths in zip((row_kernel, group_kernel), switches, by_length, strict=True):
         assert isinstance(kernel, JITFunction)

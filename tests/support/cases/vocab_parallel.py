@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,8 @@ def losses_agree(rank, group):
         leaves = moved([*heads, *([] if bias is None else [bias])], dtype)
         others, keywords = moved(others, dtype), moved(keywords, dtype)
 
+        keywords["softcap"] = 2.0 if at == 3 else None
+
         def loss(parts, group, others=others, objective=objective, keywords=keywords):
             extra = {"bias_V": parts[2]} if len(parts) > 2 else {}
             got = linear_grpo_loss(*parts[:2], *others, objective, **keywords, **extra, chunk_rows=5, group=group)
@@ -105,13 +108,14 @@ def logprobs_agree(rank, group):
     leaves[2][12] = 1e4  # and one that dominates
     targets = torch.tensor([11, 12, 22, 13, 14, 15, 16, 12, 20])
 
-    def work(parts, group):
-        logprobs, entropy = linear_logprob(*parts[:2], targets, bias_V=parts[2], temperature=0.6, group=group)
+    def work(softcap, parts, group):
+        settings = {"temperature": 0.6, "softcap": softcap}
+        logprobs, entropy = linear_logprob(*parts[:2], targets, bias_V=parts[2], group=group, **settings)
         at = torch.arange(9, dtype=dtype)
         return [(logprobs * at.cos()).sum() + (entropy * at.sin()).sum(), logprobs, entropy]
 
-    for split in SPLITS[group.size()]:
-        assert_shards_agree(work, leaves, split, rank, group, tolerance)
+    for split, softcap in itertools.product(SPLITS[group.size()], (None, 2.0)):
+        assert_shards_agree(partial(work, softcap), leaves, split, rank, group, tolerance)
 
 
 def mistakes_are_refused_everywhere(rank, group):

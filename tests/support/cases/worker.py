@@ -16,11 +16,12 @@ from mgrpo.engine.config.schema import Config, parse_config
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.attention import Packed, hidden_states
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
+from mgrpo.engine.rollout.curriculum import pick
 from mgrpo.engine.rollout.worker import Worker
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.run.weights import probe_tokens, publish_weights
 from mgrpo.engine.store import CallRecord, Lease, Publication, Store
-from mgrpo.engine.types import WeightsVersion
+from mgrpo.engine.types import Task, WeightsVersion
 from toy import make_model, raw_config
 
 Q, K, STEPS = 3, 2, 2
@@ -125,7 +126,10 @@ class World:
 
     def take(self, worker: str, count: int, lease: float = 30.0) -> list[Lease]:
         """Take queries as a worker."""
-        return self.store.queries.take(worker, count, ahead=Q, total=STEPS * Q, task_of=str, lease=lease)
+        tasks = [Task(f"train {i}", {}) for i in range(7)]  # as in ENVIRONMENT
+        return self.store.queries.take(
+            worker, count, ahead=Q, total=STEPS * Q, task_of=lambda q: pick(tasks, self.config.seed, q).id, lease=lease
+        )
 
     @property
     def calls(self) -> list[CallRecord]:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -31,8 +30,8 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"RUN: {run} given: expected a run directory, with the config.json that `mgrpo train` wrote")
     try:
         return read_dump(file.read_text())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"RUN: {file} is no configuration of a run: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"RUN: {file} is not the configuration of a run: {error}") from error
 
 
 def draw(run: Path) -> Path:

@@ -139,7 +139,7 @@ def test_a_path_that_is_no_run_directory_is_named(tmp_path):
             report(tmp_path / "nowhere")
     for text in ("{", '{"run_dir": 3}', "\udcff"):
         (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-        with pytest.raises(ValueError, match=r"RUN: .*config.json is no configuration of a run: "):
+        with pytest.raises(ValueError, match=r"RUN: .*config.json is not the configuration of a run: "):
             read_config(tmp_path)
 
 

@@ -379,6 +379,7 @@ def test_weights_that_change_during_a_turn_are_recorded_as_its_span(kit):
     def update() -> None:
         while server.running < 64:
             time.sleep(0.001)
+        time.sleep(0.05)  # some turns have their first tokens then, and none has its last
         server.update(WeightsVersion(5, 2))
 
     with beside(update):

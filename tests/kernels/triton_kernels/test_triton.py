@@ -20,7 +20,7 @@ compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", re
 
 @compiled_only
 def test_kernels_behave_under_the_interpreter(record_property):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *BEHAVIOUR]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *BEHAVIOUR]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -6,6 +6,8 @@ lengths side by side, one of them longer than any window, so that every way in w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -16,15 +18,19 @@ from mgrpo.engine.model.logits import LogitMap
 from mgrpo.engine.model.probe import SMALL, Comparison, small_copy
 
 LENGTHS, PREFILLED = (53, 31), (24, 7)  # tokens of the two calls, and how many of each are there at the start
-CHECKED = "mgrpo_sampler_checked"  # set on a model that has passed
+CHECKED = "mgrpo_sampler_checked"  # attribute of a model that has passed: for calls of how many tokens
 
 
 @torch.no_grad()
-def check_sampler(model: PreTrainedModel) -> None:
-    """Compare the sampler's log-probs with the model's own. Raises ValueError if it cannot sample the model exactly."""
-    if getattr(model, CHECKED, False):
+def check_sampler(model: PreTrainedModel, longest: int | None = None) -> None:
+    """Compare the sampler's log-probs with the model's own. longest: no call has more tokens; None: any may come.
+
+    Raises ValueError if it cannot sample the model exactly.
+    """
+    most = math.inf if longest is None else longest
+    if vars(model).get(CHECKED, 0) >= most:
         return
-    small = small_copy(model)
+    small = small_copy(model, longest)
     if small is not None:
         what = f"sampler: {type(model).__name__}"
         comparison = Comparison(what, small, LENGTHS, SMALL)
@@ -33,7 +39,7 @@ def check_sampler(model: PreTrainedModel) -> None:
         except (UnsupportedAttentionError, IndexError, RuntimeError) as error:
             raise ValueError(f"{what} {error}: expected attention that a key-value cache can carry") from error
         comparison.require(found, comparison.own(), "keeps more from token to token than keys and values")
-    setattr(model, CHECKED, True)
+    vars(model)[CHECKED] = most
 
 
 def _sampled(model: PreTrainedModel, calls: list[torch.Tensor], to_logits: LogitMap) -> list[torch.Tensor]:

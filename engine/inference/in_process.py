@@ -68,7 +68,7 @@ class InProcessSampler:
         self.cached: dict[int, int] = {}  # number of tokens that each used slot holds
         self.prompts: dict[int, bytes] = {}  # prompt at the start of each used slot
         self.ending = Ending(tokenizer, agent.stop, end_tokens(tokenizer, model.generation_config))
-        check_sampler(model)
+        check_sampler(model, agent.max_context)
         self.cache = KVCache(concurrency, agent.max_context)
 
     @property

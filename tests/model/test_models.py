@@ -10,6 +10,7 @@ import torch
 from model_sweep import SIZES, judge, tiny
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
+from mgrpo.engine.inference.check import check_sampler
 from mgrpo.engine.model.probe import check_exact, without_dropout
 from mgrpo.engine.policy.policy import Policy
 
@@ -86,5 +87,8 @@ def test_rope_by_length_is_refused_unless_no_sequence_is_so_long() -> None:
     with pytest.raises(ValueError, match="RoPE whose frequencies follow the longest sequence"):
         Policy.of(model)
     check_exact("model", prepared(model), longest=128)
+    check_sampler(model, longest=128)
+    with pytest.raises(ValueError, match="sampler: Phi3ForCausalLM"):
+        check_sampler(model, longest=129)
     with pytest.raises(ValueError, match="RoPE whose frequencies follow the longest sequence"):
         check_exact("model", prepared(model), longest=129)

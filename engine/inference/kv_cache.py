@@ -16,7 +16,7 @@ from mgrpo.engine.model.attention import Local, Rule, UnsupportedAttentionError,
 class KVCache:
     """Hold keys and values of S calls: per layer k (S, G, C, D) and v (S, G, C, E), made when the layer first attends.
 
-    S is fixed and C doubles as needed up to `most_tokens`. The allocator thus gets few requests, of sizes that repeat,
+    S is fixed and C doubles as needed up to `most_tokens`. So the allocator gets few requests, with sizes that repeat,
     and can use the memory of the last step's attention again. A layer's heads and sizes are those of the keys and
     values that it passes.
     """

@@ -47,7 +47,8 @@ class UnsupportedAttentionError(Exception):
 class Local:
     """Describe a mask narrower than the causal one.
 
-    window: a token attends to so many tokens, itself the last of them. chunk: to those since the last multiple of it.
+    window: a token attends to this many tokens, including itself, the last one. chunk: a token attends to those since
+    the last multiple of it.
     """
 
     window: int | None = None

@@ -72,7 +72,7 @@ def _bucket(spans: list[tuple[int, int]]) -> Bucket:
 class Scores:
     """Say how the product of a query and a key becomes a score: times `scale`, capped, and masked.
 
-    window: a query attends to so many keys, its own the last of them; None: to all before it. softcap c: scores become
+    window: a query attends to this many keys, including its own, the last one; None: to all. softcap c: scores become
     c * tanh(score / c).
     """
 

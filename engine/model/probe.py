@@ -37,7 +37,7 @@ LENGTHS = (75, 9, 44)  # tokens of the sequences that are packed; the longest is
 NEAR = 16  # keys that a small copy's layers see at most, where the config has windows or chunks
 SWITCH = 32  # tokens after which a small copy's RoPE changes its frequencies, where the config has such a length
 REAL = (77, 51)  # tokens of the sequences that the real weights are asked
-SMALL = 1e-3  # nats; the small copy runs in float64, but for norms that cast to float32
+SMALL = 1e-3  # nats; the small copy runs in float64, except norms, which cast to float32
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.15}  # nats a token, the mean of the real ids
 FAILURES = (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError)  # of a model's own code
 SPREAD = 0.25  # of the random weights: logits large enough for a cap to show
@@ -183,8 +183,8 @@ class Comparison:
         """Find and keep the map from the head's output to the logits. Raises ValueError if there is none.
 
         truth: the first token's logits by the model's own forward; only these are compared, because that token attends
-        to itself alone, whatever the mask. expected: is taken if it gives these logits; else the map is looked for,
-        with the head's output also made small and large.
+        to itself alone under any mask. expected: used if it gives these logits; otherwise the map is searched for, with
+        the head's output also made small and large.
         """
         head, first = output_head(self.model), [self.ids[0][:1]]
         plain_V = F.linear(self._hidden(first)[0], head.weight, head.bias).double()
@@ -266,7 +266,7 @@ def _is_local(model: PreTrainedModel) -> bool:
 
 
 def _has_switch(model: PreTrainedModel) -> bool:
-    """Return whether RoPE's frequencies depend on the length of what is computed."""
+    """Return whether RoPE's frequencies depend on the sequence length."""
     return any(rope.get("rope_type") in ("longrope", "dynamic") for rope in _ropes(model.config.get_text_config()))
 
 
@@ -315,7 +315,7 @@ def small_copy(model: PreTrainedModel, longest: int | None = None) -> PreTrained
                     param.copy_(drawn * SPREAD if param.ndim > 1 else param + 0.1 * drawn)
             made.eval()(input_ids=torch.arange(1, 6)[None], use_cache=False)
             made.set_attn_implementation("mgrpo")
-        except Exception:  # of another's code, for a config that it never saw: whatever it is, there is no copy
+        except Exception:  # third-party code may raise anything for a config that it does not know
             continue
         without_dropout(made)
         return made

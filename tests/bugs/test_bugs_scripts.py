@@ -13,20 +13,7 @@ import pytest
 from reproduction.verdicts import check, parameters
 
 LIMIT = 600.0  # seconds for one script on a busy machine; most take ten
-STANDING = (  # bugs that are there; who mends one removes its line
-    "attention/attention_not_contiguous",
-    "attention/attention_twice_a_layer",
-    "attention/hybrid_state_leaks",
-    "attention/mask_of_the_model",
-    "attention/positions_not_asked",
-    "attention/rope_by_length",
-    "attention/sliding_window",
-    "commands/tool_never_returns",
-    "models/adapter_on_the_head",
-    "models/reference_loses_buffers",
-    "models/refused_by_accident",
-    "models/routing_drawn_in_training",
-)
+STANDING = ("commands/tool_never_returns",)  # bugs that are there; who mends one removes its line
 
 
 @pytest.mark.nightly

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from mgrpo.engine.batch.advantages import estimator, objective
 from mgrpo.engine.config.schema import AgentConfig, Config, VLLMConfig
 from mgrpo.engine.environment.loader import load_environment
-from mgrpo.engine.model.causal_lm import DATA_ONLY, load_tokenizer, pick_device
+from mgrpo.engine.model.causal_lm import load_tokenizer, pick_device
+from mgrpo.engine.model.directory import code_settings
 from mgrpo.engine.rollout.curriculum import load_tasks
 from mgrpo.engine.training.launcher import gpus
 
@@ -93,7 +94,7 @@ def memory(name: str, agent: AgentConfig, config: Config) -> tuple[float, float,
 
     Raises ValueError, naming the agent's model, if its config says nothing of attention heads.
     """
-    model_config = AutoConfig.from_pretrained(agent.model, **DATA_ONLY)
+    model_config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
     per_token = cached_numbers(model_config)
     if per_token is None:
         raise ValueError(
@@ -101,7 +102,7 @@ def memory(name: str, agent: AgentConfig, config: Config) -> tuple[float, float,
             "layers and attention heads: expected a causal LM with attention"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **DATA_ONLY)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=agent.trust_remote_code)
     parameters = sum(param.numel() for param in model.parameters())
     width = getattr(torch, config.compute.dtype).itemsize
     masters = 16 if width < 4 else 12

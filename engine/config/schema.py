@@ -67,6 +67,12 @@ class AgentConfig(Frozen):
 
     # directory with a transformers causal LM and its tokenizer; the name of a model on a hub is not looked up
     model: str
+    # run the Python files of the model's directory, for a model that transformers does not have: they may do whatever
+    # you may, in every process of the run, with its tokens and passwords, so read them first
+    trust_remote_code: bool = False
+    # unpickle the weights of pytorch_model.bin where there are no safetensors: plain tensors only, as far as torch's
+    # weights_only keeps its promise, so only from a source that you trust
+    allow_pickle: bool = False
     train: bool = True  # whether the rl stage trains the agent; false: its weights stay as they are
     ranks: Count = 1  # processes that train the agent together with topology "local"; elsewhere torchrun decides
     temperature: Positive = 1.0  # sampling temperature, also that of all log-probs in training
@@ -307,6 +313,11 @@ def _check_servers(name: str, config: Config) -> None:
         return
     if config.colocated:
         raise ValueError(f"{key}: given with topology = 'colocated': expected 'local' or 'cluster'")
+    if config.agents[name].trust_remote_code:
+        raise ValueError(
+            f"{key}: given with agents.{name}.trust_remote_code = true: expected false, because servers never run the "
+            "Python of a model's directory"
+        )
     if config.topology == "cluster" and not vllm.urls:
         raise ValueError(
             f"{key}.urls: [] given: expected the servers' URLs, which only topology = 'local' starts itself"

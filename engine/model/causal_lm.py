@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.model.attention import Layout, attention, hidden_states, output_head
+from mgrpo.engine.model.directory import UNREADABLE, code_settings, refuse_foreign_code, unreadable, weight_settings
 from mgrpo.engine.model.logits import keep_logit_map, logit_map
 from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
 from mgrpo.engine.model.sharding import local
@@ -31,19 +31,6 @@ from mgrpo.engine.system.distributed import mesh, ranks
 
 Result = TypeVar("Result")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-# What transformers raises for files that are damaged, or describe no model.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    SafetensorError,
-)
-# Never run Python that lies in a model's directory, nor ask on the terminal whether to, nor unpickle its weights.
-DATA_ONLY = {"trust_remote_code": False}
 
 
 class Actor(nn.Module):
@@ -149,13 +136,18 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
     """
     config = read_model_config(name, agent)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(agent.model, **DATA_ONLY)
+        tokenizer = AutoTokenizer.from_pretrained(agent.model, **code_settings(agent))
     except UNREADABLE as error:
-        raise _unreadable(name, agent, "tokenizer", error) from error
+        raise unreadable(name, agent, "tokenizer", error) from error
     if len(tokenizer) > config["vocab_size"]:
         raise ValueError(
             f"agents.{name}.model: the tokenizer of {agent.model} has {len(tokenizer)} tokens, "
             f"its model a vocabulary of {config['vocab_size']}: expected a tokenizer that fits the model"
+        )
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= config["vocab_size"]:
+        raise ValueError(
+            f"agents.{name}.model: the tokenizer of {agent.model} has a token of id {highest}, its model a vocabulary "
+            f"of {config['vocab_size']}: expected ids below that"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"agents.{name}.model: the tokenizer of {agent.model} has no end-of-sequence token")
@@ -165,7 +157,8 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
 def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     """Return config.json of an agent's model directory, after the checks that need no weights.
 
-    Raises ValueError if it is missing, not a causal LM's, or made for a shorter context than the agent's.
+    Raises ValueError if it is missing, not a causal LM's, or made for a shorter context than the agent's, or names code
+    that lies elsewhere.
     """
     path = Path(agent.model) / "config.json"
     if not path.is_file():
@@ -181,6 +174,7 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         raise ValueError(
             f"agents.{name}.max_context: {agent.max_context} given: expected at most the model's {context}"
         )
+    refuse_foreign_code(name, agent)
     return config
 
 
@@ -194,18 +188,17 @@ def load_model(
     device = device or pick_device(compute)
     read_model_config(name, agent)
     try:
-        config = AutoConfig.from_pretrained(agent.model, **DATA_ONLY)
+        config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             agent.model,
             config=config,
             dtype=getattr(torch, compute.dtype),
             attn_implementation="mgrpo",
             output_loading_info=True,
-            use_safetensors=True,
-            **DATA_ONLY,
+            **weight_settings(agent),
         )
     except UNREADABLE as error:
-        raise _unreadable(name, agent, "weights", error) from error
+        raise unreadable(name, agent, "weights", error) from error
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
     if loading["missing_keys"]:  # transformers would fill them with random numbers
@@ -219,14 +212,6 @@ def load_model(
     whose, training = f"agents.{name}.model", compute.activation_checkpointing
     keep_logit_map(model, check_exact(whose, model, training=training, longest=agent.max_context))
     return model
-
-
-def _unreadable(name: str, agent: AgentConfig, what: str, error: Exception) -> ValueError:
-    """Return the error to raise for a model directory that transformers cannot read."""
-    why = str(error)
-    if "trust_remote_code" in why:  # transformers would name an argument that nobody can pass here
-        why = "it needs Python code from that directory, which is never run: expected a model that transformers has"
-    return ValueError(f"agents.{name}.model: {agent.model} has no readable {what}: {why}")
 
 
 def _require_finite(name: str, agent: AgentConfig, model: PreTrainedModel) -> None:

@@ -122,7 +122,7 @@ def _servers(
                     gpus=cards[number * size : (number + 1) * size],
                     tensor_parallel=vllm.tensor_parallel,
                     data_parallel=vllm.data_parallel,
-                    extra=vllm.arguments,
+                    extra=[*(["--load-format", "auto"] if agent.allow_pickle else []), *vllm.arguments],
                     settings=_settings(1, [], {}),
                 )
             )

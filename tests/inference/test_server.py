@@ -57,6 +57,7 @@ def test_the_command_of_a_server(installed: Installed):
         "--dtype": "bfloat16",
         "--max-model-len": "512",
         "--tensor-parallel-size": "2",
+        "--load-format": "safetensors",
         "--logprobs-mode": "processed_logprobs",
         "--middleware": "mgrpo.engine.inference.vllm.auth.AuthMiddleware",
     }

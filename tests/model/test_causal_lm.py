@@ -336,7 +336,7 @@ def test_python_in_a_models_directory_is_neither_run_nor_asked_about(folder, tmp
     )
     asked: list[Any] = []
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
-    with pytest.raises(ValueError, match=r"^agents\.main\.model: .* needs Python code from that directory, which is"):
+    with pytest.raises(ValueError, match=r"^agents\.main\.model: .* needs Python code from that directory, which is n"):
         load_tokenizer("main", agent(broken))
         load_model("main", agent(broken), CPU)
     assert not asked and not (tmp_path / "ran").exists()

@@ -244,6 +244,7 @@ def arguments(
         *("--seed", str(seed), "--logprobs-mode", "processed_logprobs"),
         *("--hf-overrides", '{"head_dtype": "float32"}'),  # as in the trainer: rounded logits would cause most of a gap
         *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
+        *("--load-format", "safetensors"),  # nothing is unpickled, unless `extra` says otherwise
         *("--middleware", "mgrpo.engine.inference.vllm.auth.AuthMiddleware"),
         *("--weight-transfer-config", json.dumps({"backend": transfer})),
         *("--worker-extension-cls", "mgrpo.engine.inference.vllm.worker_extension.Extension"),

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from mgrpo.engine.run.directory import RunPaths
 from mgrpo.engine.run.metrics import STAGES, Row, is_evaluation, read_metrics
 
 # Of a row: stage, step, and False for an evaluation, which comes before the step itself.
-# Of a row: stage, step, and False for an evaluation, which comes before the step itself.
 Place = tuple[int, int, bool]
+PIECE = 1 << 20  # bytes that are read at a time; no row is as long
 
 
 def read_rows(run: Path, config: Config) -> list[Row]:
@@ -96,31 +96,16 @@ def _numbers(row: Row) -> dict[str, Any]:
 
 
 class Tail:
-    """Follow a metrics.jsonl to which another process appends and which it may rewind to an earlier step."""
+    """Follow a metrics.jsonl to which another process appends and which it may rewind to an earlier step.
+
+    It keeps no rows, so that it may follow a run of any length.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[Row] = []
         self._file: io.FileIO | None = None
 
-    def read(self) -> bool:
-        """Bring `rows` up to date, and return whether anything changed."""
-        anew = self._open()
-        if self._file is None:
-            return False
-        text = self._file.readall()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._file.seek(len(whole) - len(text), os.SEEK_CUR)
-        self.rows += map(json.loads, whole.splitlines())
-        return bool(whole) or anew
-
-    def close(self) -> None:
-        """Close the file; `rows` stay."""
-        if self._file:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> bool:
+    def renewed(self) -> bool:
         """Open the file if it is another one than before, as after a rewind, and return whether it is.
 
         The old file stays open until then, because the kernel reuses the inode number of a file that is gone.
@@ -134,14 +119,37 @@ class Tail:
             return False
         if old:
             old.close()
-        self.rows = []
         return True
 
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows that were appended since the last call, or all of a renewed file.
 
-def newest(rows: Iterable[Row], stage: str) -> Row:
-    """Return the last row of a step of the stage, or an empty one if there is none."""
-    last: Row = {}
-    for row in rows:
-        if row["stage"] == stage and not is_evaluation(row):
-            last = row
-    return last
+        A line that is no row, as a damaged disk leaves, is left out: a display need not show everything.
+        """
+        while self._file and (text := self._file.read(PIECE)):
+            whole = text[: text.rfind(b"\n") + 1]
+            self._file.seek(len(whole) - len(text), os.SEEK_CUR)
+            if not whole:
+                return
+            yield from filter(None, map(_row, whole.splitlines()))
+
+    def restart(self) -> None:
+        """Let `rows` begin with the first row again."""
+        if self._file:
+            self._file.seek(0)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def _row(line: bytes) -> Row | None:
+    """Read a line; None if it is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(row, dict) and row.get("stage") in STAGES and isinstance(row.get("step"), int)
+    return row if known else None

@@ -12,6 +12,8 @@ from typing import Any
 
 from mgrpo.engine.run.metrics import STAGES, Row
 
+FILES = "events.out.tfevents."  # how the names of TensorBoard's files begin; the second of their beginning follows
+
 
 class Boards:
     """Write rows to TensorBoard files below a folder, which are created when they are needed."""
@@ -53,7 +55,7 @@ class Boards:
         if stage not in self._writers:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-            _wait_for_next_second(self.folder / stage)
+            _come_last(self.folder / stage)
             self._writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=self._purge.get(stage))
             self._purge.pop(stage, None)
         return self._writers[stage]
@@ -64,8 +66,23 @@ class Boards:
                 writer.close()
 
 
-def _wait_for_next_second(folder: Path) -> None:
-    """Wait until a new file gets a later second in its name: files are read in the order of their names."""
-    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
-    while seconds and time.time() < max(seconds) + 1:
-        time.sleep(0.05)
+def _come_last(folder: Path) -> None:
+    """See to it that a new file gets a later second in its name than those there: they are read in the order of names.
+
+    This waits for the next second, but not for a clock that was ahead and then went back: the files that were written
+    meanwhile get the present second in their names, in the order that they had.
+    """
+    now = int(time.time())
+    files = sorted(folder.glob(f"{FILES}*"))
+    ahead = [path for path in files if _second(path) > now]
+    for number, path in enumerate(ahead):
+        rest = path.name.removeprefix(FILES).partition(".")[2]
+        path.rename(folder / f"{FILES}{now:010d}.{number:06d}-{rest}")
+    if ahead or any(_second(path) == now for path in files):
+        time.sleep(max(0.0, min(1.0, now + 1 - time.time())))
+
+
+def _second(path: Path) -> int:
+    """Return the second in a file's name; -1 if there is none, as in a file of another program."""
+    second = path.name.removeprefix(FILES).partition(".")[0]
+    return int(second) if second.isdecimal() else -1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,33 +117,46 @@ def test_merging_finds_the_same_as_looking_up_each_step(agents, workers):
 def test_a_tail_follows_a_file_that_grows_in_pieces_and_is_replaced(tmp_path_factory, pieces):
     """Each piece is a number of bytes that are appended; None: the file is replaced by its first complete line."""
     path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
-    tail, size = Tail(path), 0
-    content = b"".join(b"%d\n" % 7**n for n in range(40))
-    assert not tail.read()
+    tail, size, seen = Tail(path), 0, []
+    content = b"".join(b'{"stage": "rl", "step": %d}\n' % 7**n for n in range(40))
+    first = content.index(b"\n") + 1
+    assert not tail.renewed() and not [*tail.rows()]
     for piece in pieces:
         if piece is None:
-            size = min(size, 2) // 2 * 2
+            size = first if size >= first else 0
             path.with_suffix(".new").write_bytes(content[:size])
             path.with_suffix(".new").rename(path)
         else:
             with path.open("ab") as file:
                 file.write(content[size : size + piece])
             size += piece
-        tail.read()
-        assert tail.rows == [7**n for n in range(content[:size].count(b"\n"))]
+        seen = ([] if tail.renewed() else seen) + [row["step"] for row in tail.rows()]
+        assert seen == [7**n for n in range(content[:size].count(b"\n"))]
+    tail.restart()
+    assert [row["step"] for row in tail.rows()] == seen
     tail.close()
 
 
 def test_a_tail_notices_a_new_file_that_has_the_inode_number_of_the_old(tmp_path):
     """It is replaced twice between two looks: most file systems give the first file's number to the third."""
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
-    path.write_text("100\n")
+    line = '{{"stage": "rl", "step": {}}}\n'.format
+    path.write_text(line(100))
     tail = Tail(path)
     for value in range(101, 121):
-        assert tail.read() and tail.rows[:1] == [value - 1]
-        for content in ("", f"{value}\n{value}\n"):
+        assert tail.renewed() and next(tail.rows())["step"] == value - 1
+        for content in ("", line(value) * 2):
             aside.write_text(content)
             aside.rename(path)
+    tail.close()
+
+
+def test_a_tail_leaves_out_what_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps(trained(3)).encode()
+    path.write_bytes(b"\n".join([b"\0" * 40, b"7", b'{"stage": "?", "step": 1}', b'{"stage": "rl"}', good, good[:9]]))
+    tail = Tail(path)
+    assert tail.renewed() and [*tail.rows()] == [trained(3)]
     tail.close()
 
 
@@ -181,9 +196,24 @@ def test_a_decoupled_run_is_summed_up_as_one(config: Config):
 
 def read_tail(config: Config, name: str) -> list[dict[str, Any]]:
     tail = Tail(agent_file(config, name))
-    tail.read()
+    tail.renewed()
+    rows = [*tail.rows()]
     tail.close()
-    return tail.rows
+    return rows
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def stage(self, name: str, first: int, steps: int) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def now(self, row: Any, notes: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Recorder:
@@ -237,6 +267,52 @@ def test_a_row_is_shown_once_and_again_after_a_rewind(config: Config):
     watch.close()
     held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink() and file.exists()]
     assert not [name for name in held if name.startswith(config.run_dir)]
+
+
+def test_a_rewound_agent_is_waited_for_again_with_the_rows_that_the_others_wrote_before(config: Config):
+    display = Recorder()
+    watch = Watch(config, display)
+    files = [agent_file(config, name) for name in config.agents]
+    worker = Path(config.run_dir) / "workers/worker-0/metrics.jsonl"
+    for row in (trained(0, "warmup"), *map(trained, range(5))):
+        for file in files:
+            append(file, row)
+        append(worker, evaluated(row["step"], 0.5) if row["step"] == 2 else trained(row["step"], x=1.0))
+        watch.look({})
+    told = len(display.told)
+    write(files[1], [trained(0, "warmup"), *map(trained, range(2))])
+    watch.look({})
+    assert len(display.told) == told
+    for step in (2, 3, 4):
+        append(files[1], trained(step, again=1.0))
+    append(worker, evaluated(4, 0.5))
+    watch.look({})
+    assert display.told[told:] == [("rl", 2), ("rl", 3), ("rl", 4), ("rl", 4)]
+    watch.close()
+
+
+def test_a_launcher_that_follows_a_run_keeps_less_than_100_bytes_a_step(config: Config):
+    """24 KiB a step were kept, and all rows merged again for each new one."""
+    files = [agent_file(config, name) for name in config.agents]
+    files.append(Path(config.run_dir) / "workers/worker-0/metrics.jsonl")
+    many = {f"metric_{number}": 0.1 for number in range(40)}
+
+    def take_steps(first: int, last: int) -> int:
+        for step in range(first, last):
+            for file in files:
+                append(file, trained(step, **many))
+            append(files[-1], evaluated(step, 0.5))
+            watch.look({"worker-0": "running"})
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    with closing(Watch(config, Silent())) as watch:
+        tracemalloc.start()
+        try:
+            before = take_steps(0, 100)
+            assert (take_steps(100, 500) - before) / 400 < 100
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_full_disk_is_reported_as_processes_may_have_no_room_to_log_it(config: Config, monkeypatch):

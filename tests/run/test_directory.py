@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -498,3 +499,20 @@ def test_tensorboards_files_of_one_second_keep_their_order(tmp_path: Path):
         boards.rewind(step, "rl")  # its file ends; the next one removes rows of it
     seconds = sorted(int(path.name.split(".")[3]) for path in tmp_path.glob("rl/events.*"))
     assert len(seconds) == 2 and seconds[0] < seconds[1]
+
+
+def test_a_clock_that_was_ahead_and_went_back_holds_no_row_up(tmp_path: Path, monkeypatch):
+    boards, ahead = Boards(tmp_path), 0.0
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + ahead)
+    for step, clock in enumerate((86400.0, 172800.0, 0.0, 0.0)):
+        ahead = clock
+        boards.show({"stage": "rl", "step": 0, "main/reward": float(step)})
+        boards.rewind(0, "rl")
+    files = sorted(tmp_path.glob("rl/events.*"))
+    assert len({path.name.split(".")[3] for path in files}) >= 3, "each new file has a later second"
+    board = EventAccumulator(str(tmp_path / "rl"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("main/reward")] == [3.0], (
+        "the files are read in the order of writing"
+    )

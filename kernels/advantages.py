@@ -67,8 +67,8 @@ def _median(groups: _Groups) -> Tensor:
     order_R = torch.argsort(rewards_R, stable=True)
     order_R = order_R[torch.argsort(group_R[order_R], stable=True)]
     rewards_R, weights_R, group_R = rewards_R[order_R], weights_R[order_R], group_R[order_R]
-    before_G = groups.weight_G.cumsum(0) - groups.weight_G
-    reached_R = weights_R.cumsum(0) - before_G[group_R]
+    before_G = running_sum(groups.weight_G) - groups.weight_G
+    reached_R = running_sum(weights_R) - before_G[group_R]
     rows_G = torch.bincount(group_R, minlength=len(before_G))
     start_G = rows_G.cumsum(0) - rows_G
     # The slack is for rounding: fractional weights may add up to almost a half.
@@ -81,6 +81,22 @@ def _median(groups: _Groups) -> Tensor:
     if not len(rewards_R):
         return torch.zeros_like(groups.rewards_R)
     return (value_at(reached_R < half_R - slack_R) + value_at(reached_R <= half_R + slack_R)) / 2
+
+
+def running_sum(values_XN: Tensor) -> Tensor:
+    """Return the sum of each row's numbers, none negative, up to and with each of them.
+
+    On a GPU torch sums floats in an order of its own: there the result is float64, and the same in every run.
+    """
+    return _whole_running_sum(values_XN) if values_XN.is_cuda else values_XN.cumsum(-1)
+
+
+def _whole_running_sum(values_XN: Tensor) -> Tensor:
+    """Compute `running_sum` in whole numbers, which add up alike in any order: multiples of 2^-61 of a row's sum."""
+    wide_XN = values_XN.double()
+    _, exponent_X1 = torch.frexp(wide_XN.sum(-1, keepdim=True))
+    unit_X1 = torch.exp2(exponent_X1.double() - 61)
+    return (wide_XN / unit_X1).round().to(torch.int64).cumsum(-1) * unit_X1
 
 
 def _std(groups: _Groups) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.kernels import group_advantages
+from mgrpo.kernels import advantages, group_advantages
 
 GROUPS = st.lists(
     st.lists(st.tuples(st.integers(-40, 40).map(lambda i: i / 8), st.integers(0, 4)), max_size=7), max_size=6
@@ -84,6 +84,29 @@ def test_a_large_offset_loses_no_precision():
     small = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
     one, other = (group_advantages(small + shift, torch.tensor([0, 4])) for shift in (0.0, 2.0**40))
     torch.testing.assert_close(one.values_R, other.values_R, rtol=1e-12, atol=0)
+
+
+@given(st.lists(st.floats(0, 1e12, allow_subnormal=False), max_size=40))
+def test_the_running_sum_of_a_gpu_is_in_whole_numbers_and_exact_to_float64(values):
+    values_N = torch.tensor(values, dtype=torch.float64)
+    got = advantages._whole_running_sum(values_N)
+    truth = [math.fsum(values[: i + 1]) for i in range(len(values))]
+    assert got.tolist() == pytest.approx(truth, rel=0, abs=1e-15 * math.fsum(values))
+    assert got.dtype == torch.float64 and bool((got.diff() >= 0).all())
+
+
+@given(st.lists(st.integers(0, 2**20), max_size=40))
+def test_the_running_sum_of_a_gpu_has_no_rounding_for_whole_numbers(values):
+    values_2N = torch.tensor([values, values], dtype=torch.float32)
+    assert torch.equal(advantages._whole_running_sum(values_2N), values_2N.double().cumsum(-1))
+
+
+def test_the_median_is_the_same_with_the_running_sum_of_a_gpu(monkeypatch):
+    rewards, offsets = torch.arange(60.0).view(4, 15).t().flatten() % 7, torch.tensor([0, 20, 20, 37, 60])
+    weights = torch.arange(60.0) % 4 / 3
+    plain = group_advantages(rewards, offsets, weights, baseline="median").values_R
+    monkeypatch.setattr(advantages, "running_sum", advantages._whole_running_sum)
+    assert torch.equal(group_advantages(rewards, offsets, weights, baseline="median").values_R, plain)
 
 
 def test_rows_of_weight_zero_do_not_count_but_get_a_value():

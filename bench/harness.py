@@ -16,13 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
@@ -161,12 +159,19 @@ def machine(device: torch.device = CPU) -> str:
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; the first and last columns are aligned left, those between them, numbers, right."""
+    print(title)
+    if find_spec("rich") is None:  # on a machine with torch and triton alone
+        print(*("  ".join(row) for row in (columns, *rows)), sep="\n")
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table()
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place in (0, len(columns) - 1) else "right")
     for row in rows:
         table.add_row(*map(escape, row))  # brackets are text here, not markup
-    print(title)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 

@@ -18,8 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgrpo.engine.integrations.trl import FusedGRPO
 from mgrpo.kernels import linear_grpo_loss
+
+pytest.importorskip("transformers")  # the other tests of the kernels need torch and triton alone
+
+from mgrpo.engine.integrations.trl import FusedGRPO  # noqa: E402
 
 BATCH, COLUMNS, HIDDEN, VOCABULARY = 4, 6, 5, 11
 TEMPERATURE = 0.9

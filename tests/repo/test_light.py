@@ -11,7 +11,7 @@ import pytest
 import mgrpo.engine
 
 ROOT = Path(__file__).parents[2]
-KERNELS = """
+ONLY = """
 import re, sys
 from importlib.abc import MetaPathFinder
 from importlib.metadata import requires
@@ -38,6 +38,31 @@ class Only(MetaPathFinder):
             raise ModuleNotFoundError(f"{name}: not in an environment of torch and triton alone", name=name)
 
 sys.meta_path.insert(0, Only())
+"""
+
+# What the engine needs beyond torch and triton, hidden as if it were not installed.
+HIDDEN = """
+import re, sys
+from importlib.metadata import requires
+
+needed = {re.match(r"[\\w.-]+", line)[0].lower() for line in requires("mgrpo") if "extra ==" not in line}
+hidden = needed - {"torch", "triton", "numpy", "fsspec"}  # torch, and pytest's helpers, look for the last two
+assert {"msgspec", "sqlalchemy", "transformers", "rich"} <= hidden
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0].lower() in hidden else self.finder.find_spec(name, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+KERNELS = """
 import torch
 from mgrpo.kernels import Objective, group_advantages, linear_grpo_loss
 
@@ -50,6 +75,20 @@ try:
     import numpy
 except ModuleNotFoundError:
     print("forbidden")
+"""
+
+BENCH = """
+import contextlib, io, json, sys
+sys.argv = ["bench", "--quick"]
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    import mgrpo.bench.kernels.__main__
+assert not {"msgspec", "rich", "typer", "sqlalchemy", "transformers", "mgrpo.engine"} & sys.modules.keys()
+print(json.loads(out.getvalue().splitlines()[-1])["bench"])
+"""
+
+TESTS = """
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 LAZY = """
@@ -81,7 +120,15 @@ def run(code: str, *args: str, folder: Path | None = None) -> str:
 
 
 def test_the_kernels_need_torch_and_triton_alone() -> None:
-    assert run(KERNELS) == "forbidden"
+    assert run(ONLY + KERNELS) == "forbidden"
+
+
+def test_the_bench_of_the_kernels_needs_torch_and_triton_alone() -> None:
+    assert run(HIDDEN + BENCH) == "kernels"
+
+
+def test_the_tests_of_the_kernels_need_torch_triton_and_pytest_alone() -> None:
+    assert "passed" in run(HIDDEN + TESTS, "tests/kernels/test_kernels_objective.py", folder=ROOT)
 
 
 @pytest.mark.parametrize("face", ["mgrpo", "mgrpo.engine"])

@@ -114,7 +114,10 @@ def _require(field: str, value: object, holds: Callable[[float], bool], expected
 
 
 def policy_gain(log_ratio_L: Tensor, advantages_L: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Return the clipped gain of each row and its derivative with respect to the log of the ratio."""
+    """Return the clipped gain of each row and its derivative with respect to the log of the ratio.
+
+    A ratio at a bound is inside, and keeps its derivative.
+    """
     below_L = log_ratio_L.clamp(objective.log_low, objective.log_dual)
     above_L = log_ratio_L.clamp(max=objective.log_high)
     clipped_L = torch.where(advantages_L < 0, below_L, above_L)

@@ -5,6 +5,8 @@ These functions are slow, literal and independent of the fast path; the tests co
 Legend: N rows, H hidden, V vocabulary, S sequences.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,16 @@ def log_ratio_ref(
     return torch.cat(shared) if shared else difference_N
 
 
+def held_ref(values_N: Tensor, low: Tensor | float, high: Tensor | float = math.inf) -> Tensor:
+    """Return the values held between two bounds. A value at a bound is inside: it keeps its gradient.
+
+    So a ratio of 1 has a gradient even if nothing else is let through. At a bound, torch's clamp has a gradient of 1 up
+    to version 2.13, and of 0 since 2.14.
+    """
+    held_N = torch.where(values_N < low, low, values_N)
+    return torch.where(held_N > high, high, held_N)
+
+
 def row_losses_ref(
     logprobs_N: Tensor,
     entropy_N: Tensor,
@@ -54,10 +66,10 @@ def row_losses_ref(
     """Return l_i of every row: the clipped term, dual clip, sampler weight, KL and entropy as in `Objective`."""
     old_N = logprobs_N.detach() if old_N is None else old_N
     ratio_N = log_ratio_ref(logprobs_N, old_N, weights_N, cu_seqlens, objective.importance).exp()
-    clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    clipped_N = held_ref(ratio_N, 1 - objective.clip_low, 1 + objective.clip_high)
     term_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
     if objective.dual_clip is not None:
-        held_N = torch.maximum(term_N, objective.dual_clip * advantages_N)
+        held_N = held_ref(term_N, objective.dual_clip * advantages_N)
         term_N = torch.where(advantages_N < 0, held_N, term_N)
     if sampler_N is not None and objective.sampler_cap is not None:
         term_N = term_N * (old_N - sampler_N).exp().clamp(max=objective.sampler_cap)

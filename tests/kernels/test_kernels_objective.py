@@ -7,6 +7,7 @@ import torch
 
 from mgrpo.kernels import Objective, grpo_loss, merge_metrics
 from mgrpo.kernels.objective import KL_TERMS, policy_gain
+from mgrpo.kernels.reference import row_losses_ref
 from numerics import double
 
 
@@ -28,6 +29,17 @@ def test_clipping_by_hand(ratio, advantage, gain, slope):
     got_gain, got_slope = policy_gain(log_ratio, advantages, objective)
     assert got_gain.item() == pytest.approx(gain)
     assert got_slope.item() == pytest.approx(slope * ratio)  # with respect to the log of the ratio
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_a_ratio_at_a_bound_keeps_its_gradient(advantage):
+    """On-policy every ratio is 1, which a clip of 0 lets through, in every version of torch."""
+    objective, zeros, one = Objective(clip_low=0.0, clip_high=0.0, dual_clip=1.0 + 1e-9), torch.zeros(1), torch.ones(1)
+    given = (torch.tensor([advantage]).double(), one.double(), objective, None, None, None, None)
+    logprobs = zeros.double().requires_grad_()
+    row_losses_ref(logprobs, zeros.double(), *given).sum().backward()
+    assert logprobs.grad.item() == -advantage
+    assert policy_gain(zeros.double(), given[0], objective)[1].item() == advantage
 
 
 def test_overflowing_ratios_give_no_nan():

@@ -5,7 +5,6 @@ Legend: B sequences, C columns; P rows, H hidden size.
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgrpo.engine.model.attention import Packed, backbone, hidden_states, laid_out, output_head
+from mgrpo.engine.model.attention import Packed, hidden_states, output_head, run_backbone
 from mgrpo.engine.model.causal_lm import lay_out
 from mgrpo.engine.model.logits import logit_map
 from mgrpo.engine.model.probe import with_dropout, without_dropout
+from mgrpo.engine.model.routers import balance_loss, coefficient, routers_of
+
+ASKED = "model: output_router_logits = true"  # how a model says that its loss has the balance loss of its routers
 
 
 class Flat(NamedTuple):
@@ -146,50 +148,22 @@ def _head_inputs(model: PreTrainedModel, hidden_PH: Tensor) -> tuple[Tensor, Ten
 
 
 def asks_for_balance(model: PreTrainedModel) -> bool:
-    """Return whether a mixture of experts adds the balance loss of its routers to the loss that it returns."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    """Return whether a mixture of experts adds the balance loss of its routers to the loss that it returns.
+
+    Raises ValueError as `routers_of` does if it does, and the loss is not computed here.
+    """
+    asked = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    if asked:
+        routers_of(model, ASKED)
+    return asked
 
 
 def _with_balance_loss(model: PreTrainedModel, flat: Flat, work: Callable[..., Tensor]) -> Tensor:
-    """Return the loss that `work` gives plus the routers' balance loss, which the model's own forward adds to it.
-
-    The forward is the model's own, with `work` in the place of its loss function and the logits of one token.
-    Raises ValueError if it does not call that function.
-    """
-    hidden: list[Tensor] = []
-    losses: list[Tensor] = []
-
-    def loss_function(*_: Any, **__: Any) -> Tensor:
-        losses.append(work(*_head_inputs(model, hidden[0])))
-        return losses[0].clone()  # the model adds to it in place
-
-    forward, before = type(model).forward, vars(model).get("_loss_function")
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
-    hook = backbone(model).register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
-    model.loss_function = loss_function
-    try:
-        with laid_out():
-            out = forward(
-                model,
-                input_ids=flat.input_ids[None],
-                position_ids=flat.positions[None],
-                labels=flat.targets[None],
-                use_cache=False,
-                layout=flat.layout,
-                **few,
-            )
-    finally:
-        hook.remove()
-        del model._loss_function
-        if before is not None:
-            model.loss_function = before
-    if len(losses) != 1 or out.loss is None:
-        raise ValueError(
-            f"model: {type(model).__name__} with output_router_logits = true given: expected a forward that adds the "
-            "balance loss to what its loss_function returns, or output_router_logits = false"
-        )
-    loss: Tensor = out.loss
-    return loss
+    """Return the loss that `work` gives plus the routers' balance loss, which the model's own forward adds to it."""
+    out = run_backbone(model, flat.input_ids, flat.positions, flat.layout, output_router_logits=True)
+    loss = work(*_head_inputs(model, out.last_hidden_state[0]))
+    ones_P = torch.ones_like(flat.input_ids, dtype=torch.bool)
+    return loss + coefficient(model) * balance_loss(out.router_logits, routers_of(model, ASKED), ones_P)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ The gradient is computed as that of the policy loss with advantage 1 at ratio 1,
 (`mgrpo.kernels.linear_grpo_loss`). The Trainer itself computes what needs logits (`_is_ours`): requested outputs, label
 smoothing, a loss function of the user's, inputs other than tokens, and labels that padding predicts.
 
-A mixture of experts with output_router_logits keeps the balance loss of its routers: the model's own forward adds it,
-over all tokens that are not padding. Dropout is refused: it would draw other masks over flat rows.
+A mixture of experts with output_router_logits keeps the balance loss of its routers, over all tokens of a micro-batch
+that are not padding. Dropout is refused: it would draw other masks over flat rows.
 
 Checked against transformers 5, in one process, in float32 and under bfloat16's autocast. Adapters of PEFT, but for
 those on the LM head, are trained too. Models that a sharding strategy has wrapped are not supported.
@@ -38,6 +38,7 @@ class Fused:
         super().__init__(*args, **kwargs)
         model = causal_lm(self._hf.accelerator.unwrap_model(self._hf.model))
         refuse_dropout(model)
+        asks_for_balance(model)  # raises now if it asks for what is not computed here
         run_flat(model)
 
     @property

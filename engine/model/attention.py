@@ -274,8 +274,15 @@ def laid_out() -> Iterator[None]:
 
 def hidden_states(model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
     """Return the last hidden states (T, H) of the flat row, before the head."""
+    hidden_TH: Tensor = run_backbone(model, input_ids_T, positions_T, layout).last_hidden_state[0]
+    return hidden_TH
+
+
+def run_backbone(
+    model: PreTrainedModel, input_ids_T: Tensor, positions_T: Tensor, layout: Layout, **options: Any
+) -> Any:
+    """Return what the backbone returns for the flat row. options: further arguments of its forward."""
     with laid_out():
-        out = backbone(model)(
-            input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
+        return backbone(model)(
+            input_ids=input_ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout, **options
         )
-    return out.last_hidden_state[0]

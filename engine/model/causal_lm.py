@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
-from mgrpo.engine.model.attention import Layout, attention, hidden_states, output_head
+from mgrpo.engine.model.attention import Layout, attention, output_head, run_backbone
 from mgrpo.engine.model.directory import UNREADABLE, code_settings, refuse_foreign_code, unreadable, weight_settings
 from mgrpo.engine.model.logits import keep_logit_map, logit_map
 from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
@@ -54,12 +54,19 @@ class Actor(nn.Module):
         input_ids_T: Tensor,
         positions_T: Tensor,
         layout: Layout,
-        work: Callable[[Tensor, Tensor, Tensor | None], Result],
+        work: Callable[..., Result],
+        *,
+        routed: bool = False,
     ) -> Result:
-        """Return work(hidden (T, H), the head's weight (V, H), its bias (V,) or None)."""
-        hidden_TH = hidden_states(self.model, input_ids_T, positions_T, layout)
+        """Return work(hidden (T, H), the head's weight (V, H), its bias (V,) or None).
+
+        routed: hand `work` the logits of each layer's router too, as a tuple of (T, experts).
+        """
+        options = {"output_router_logits": True} if routed else {}
+        out = run_backbone(self.model, input_ids_T, positions_T, layout, **options)
         head = output_head(self.model)
-        return work(hidden_TH, head.weight, head.bias)
+        logits = (out.router_logits,) if routed else ()
+        return work(out.last_hidden_state[0], head.weight, head.bias, *logits)
 
 
 def load_actor(name: str, agent: AgentConfig, compute: ComputeConfig, group: ProcessGroup | None = None) -> Actor:

@@ -8,7 +8,7 @@ Legend: P rows of a micro-batch, L live rows (weight not 0), H hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.model.attention import Packed
 from mgrpo.engine.model.causal_lm import Actor
+from mgrpo.engine.model.routers import Logits, Routers, Usage, balance_loss, usage
 from mgrpo.engine.system import distributed
 from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, merge_metrics
 
@@ -38,13 +39,30 @@ Rows = tuple[Tensor, Tensor]  # log-probs and entropies, (P,) each
 Custom = Callable[[Sequence[Batch], list[Tensor], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-def grpo(
-    actor: Actor, batch: Batch, objective: Objective, temperature: float, old_P: Tensor | None, ref_P: Tensor | None
-) -> Loss:
-    """Return the loss of a micro-batch, and add its gradient to that of the weights."""
+class Balance(NamedTuple):
+    """Ask for the routers' balance loss, times coef. whole: the choices of the step; None: one batch is the step."""
 
-    def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Loss:
-        return linear_grpo_loss(
+    coef: float
+    routers: Routers
+    whole: Usage | None = None
+
+
+def grpo(
+    actor: Actor,
+    batch: Batch,
+    objective: Objective,
+    temperature: float,
+    old_P: Tensor | None,
+    ref_P: Tensor | None,
+    balance: Balance | None = None,
+) -> Loss:
+    """Return the loss of a micro-batch, and add its gradient to that of the weights.
+
+    balance: its share of the routers' balance loss is added, and is the metric "router_aux".
+    """
+
+    def work(hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logits: Logits = ()) -> Loss:
+        loss = linear_grpo_loss(
             hidden_PH,
             weight_VH,
             batch.targets_P,
@@ -59,10 +77,52 @@ def grpo(
             temperature=actor.temperature(temperature),
             softcap=actor.softcap,
         )
+        return loss if balance is None else _balanced(loss, balance, logits, batch)
 
-    loss: Loss = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
+    routed = {"routed": True} if balance else {}
+    loss: Loss = actor(batch.input_ids_P, batch.positions_P, layout(batch), work, **routed)
     loss.loss.backward()
     return loss._replace(loss=loss.loss.detach())
+
+
+def _balanced(loss: Loss, balance: Balance, logits: Logits, batch: Batch) -> Loss:
+    share = balance_loss(logits, balance.routers, _counted(batch), balance.whole)
+    return loss._replace(loss=loss.loss + balance.coef * share, metrics=loss.metrics | {"router_aux": share.detach()})
+
+
+def _counted(batch: Batch) -> Tensor:
+    """Return (P,) bool: the rows of sequences that have a weight, which a dummy micro-batch has not."""
+    bounds_B = batch.cu_seqlens_B1[1:]
+    sequences_P = torch.bucketize(torch.arange(len(batch), device=bounds_B.device), bounds_B, right=True)
+    live_B = torch.zeros(len(bounds_B), device=bounds_B.device).index_add(
+        0, sequences_P, (batch.weights_P != 0).float()
+    )
+    return (live_B > 0)[sequences_P]
+
+
+def router_usage(actor: Actor, batches: Iterable[Batch], routers: Routers, group: ProcessGroup | None) -> Usage:
+    """Count how often each expert is chosen in all micro-batches of all ranks: a forward of each, without the head."""
+    device = actor.model.device
+    times_E, rows = torch.zeros(routers.experts, dtype=torch.float64, device=device), torch.zeros((), device=device)
+    for batch in batches:
+
+        def work(_: Tensor, __: Tensor, ___: Tensor | None, logits: Logits, batch: Batch = batch) -> Usage:
+            return usage(logits, routers, _counted(batch))
+
+        with torch.no_grad():
+            found: Usage = actor(batch.input_ids_P, batch.positions_P, layout(batch), work, routed=True)
+        _drop_gathered(actor)
+        times_E, rows = times_E + found.times_E, rows + found.rows
+    parts = distributed.gather([*times_E.tolist(), float(rows)], list[float], group)
+    *times, total = (sum(column) for column in zip(*parts, strict=True))
+    whole_E1 = torch.tensor([*times, total], dtype=torch.float64, device=device)
+    return Usage(whole_E1[:-1], whole_E1[-1])
+
+
+def _drop_gathered(actor: Actor) -> None:
+    """Free the weights that FSDP gathered: without a backward it keeps them and would not see the next step's."""
+    if isinstance(actor, FSDPModule):
+        actor.reshard()
 
 
 def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
@@ -80,8 +140,8 @@ def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
         )
 
     found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)
-    if isinstance(actor, FSDPModule) and not torch.is_grad_enabled():
-        actor.reshard()  # without a backward, FSDP keeps the gathered weights and would not see the next step's
+    if not torch.is_grad_enabled():
+        _drop_gathered(actor)
     logprobs_P, entropies_P = (x_L.new_zeros(len(batch)).index_copy(0, live_L, x_L) for x_L in found)
     return logprobs_P, entropies_P
 
@@ -127,5 +187,6 @@ def merged(losses: Sequence[Loss], group: ProcessGroup | None) -> dict[str, floa
     """Return the metrics of all ranks' micro-batches, with the sum of their losses as "loss"."""
     mine = [{name: float(value) for name, value in (loss.metrics | {"loss": loss.loss}).items()} for loss in losses]
     parts = [part for parts in distributed.gather(mine, list[dict[str, float]], group) for part in parts]
-    total = sum(part.pop("loss") for part in parts)
-    return merge_metrics(parts) | {"loss": total}
+    summed = [name for name in ("loss", "router_aux") if not parts or name in parts[0]]
+    totals = {name: sum(part.pop(name) for part in parts) for name in summed}
+    return merge_metrics(parts) | totals

@@ -33,6 +33,7 @@ from mgrpo.engine.batch.shares import MicroBatch
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig, check_trainable, parse_agent
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.causal_lm import Actor, frozen_copy, load_actor, load_tokenizer, take_over
+from mgrpo.engine.model.routers import routers_of
 from mgrpo.engine.policy import forward
 from mgrpo.engine.policy.checkpoint import Index, moments, read_index, read_into, read_moments, write_state
 from mgrpo.engine.policy.forward import Custom, Output
@@ -111,6 +112,8 @@ class Policy:
         batches: Sequence[Batch | MicroBatch],
         objective: Objective,
         old_logprobs: Sequence[Tensor] | None = None,
+        *,
+        router_aux_coef: float = 0.0,
     ) -> Output:
         """Compute the loss of some micro-batches and add its gradient to the masters' until `optim_step`.
 
@@ -120,8 +123,15 @@ class Policy:
         micro-batch, or else those of the weights that `keep_reference` kept. The metrics are those of all ranks. Ranks
         exchange gradients at the last micro-batch of a call only; until then each holds the whole gradient in float32
         (4 bytes per weight).
+
+        router_aux_coef: add this times the balance loss of a mixture of experts, see `engine/model/routers.py`, over
+        all tokens of the call that run: those of the ranks' micro-batches together, up to each sequence's last action.
+        So it does not depend on how they are split into micro-batches; if there are several, each costs one more
+        forward without the head. Raises ValueError for a model without such a loss. The metric "router_aux" is the
+        loss without the coefficient.
         """
         distributed.require_alike("micro-batches", len(batches), self.group)
+        balance = self._balance(batches, router_aux_coef) if router_aux_coef else None
         losses: list[Loss] = []
         olds: Sequence[Tensor | None] = old_logprobs or [None] * len(batches)
         for batch, given_P in zip(self._prefetched(batches), olds, strict=True):
@@ -130,6 +140,13 @@ class Policy:
             ref_P = self._reference_logprobs(batch) if objective.kl_coef else None
             losses.append(forward.grpo(self.actor, batch, objective, self.agent.temperature, old_P, ref_P))
         return Output(forward.merged(losses, self.group), [loss.logprobs_N for loss in losses])
+
+    def _balance(self, batches: Sequence[Batch | MicroBatch], coef: float) -> forward.Balance:
+        routers = routers_of(self.model, f"router_aux_coef: {coef}")
+        if self.ranks == 1 and len(batches) == 1:
+            return forward.Balance(coef, routers)
+        whole = forward.router_usage(self.actor, self._prefetched(batches), routers, self.group)
+        return forward.Balance(coef, routers, whole)
 
     def forward_backward_custom(self, batches: Sequence[Batch | MicroBatch], fn: Custom) -> Output:
         """Compute the caller's own loss and add its gradient to the masters'.
@@ -189,7 +206,13 @@ class Policy:
         return norm
 
     def step(
-        self, batches: Sequence[Batch | MicroBatch], objective: Objective, lr: float | None = None, epochs: int = 1
+        self,
+        batches: Sequence[Batch | MicroBatch],
+        objective: Objective,
+        lr: float | None = None,
+        epochs: int = 1,
+        *,
+        router_aux_coef: float = 0.0,
     ) -> dict[str, float]:
         """Call `forward_backward` and `optim_step` `epochs` times; return the metrics of the last epoch.
 
@@ -199,7 +222,7 @@ class Policy:
         distributed.require_alike("epochs", epochs, self.group)
         first: list[Tensor] | None = None
         for _ in range(epochs):
-            found = self.forward_backward(batches, objective, first)
+            found = self.forward_backward(batches, objective, first, router_aux_coef=router_aux_coef)
             first = first or found.logprobs
             norm = self.optim_step(lr)
         return found.metrics | {"grad_norm": norm, "lr": self.agent.lr if lr is None else lr}

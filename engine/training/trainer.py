@@ -14,6 +14,7 @@ from mgrpo.engine.batch.advantages import Call, Credit, estimator, objective, we
 from mgrpo.engine.batch.micro_batches import make_arena, pack_calls
 from mgrpo.engine.batch.select import compact
 from mgrpo.engine.config.schema import Config
+from mgrpo.engine.model.routers import routers_of
 from mgrpo.engine.policy.optimizer import learning_rate
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.run.metrics import Row
@@ -30,6 +31,7 @@ WARMUP_METRICS = (  # in the warm-up nothing is sampled, so ratios and gaps to a
     "entropy_mean",
     "grad_norm",
     "lr",
+    "router_aux",
     "trajectories",
     "tokens_trained",
     "perf/tokens_per_second",
@@ -63,6 +65,8 @@ class AgentTrainer:
         estimator(config.algorithm)  # raises now if it cannot be found, not when the first groups are sealed
 
     def train(self, step: int, groups: list[Group]) -> Row:
+        if policy.agent.train and (coef := config.algorithm.router_aux_coef):
+            routers_of(policy.model, f"config: algorithm.router_aux_coef: {coef}")
         """Train on a step's groups and return the agent's metrics, whose keys do not have its name in front.
 
         Raises DamagedGroupsError on all ranks, with nothing changed, if any rank cannot read a trajectory as it was
@@ -86,15 +90,25 @@ class AgentTrainer:
         actions = sum(int(trajectory.sampled.sum()) for trajectory in demonstrations)
         credit = Credit.uniform(demonstrations, 1.0 / actions)
         lr, max_tokens = self.config.warmup.lr, self.config.compute.max_tokens
-        learnt = optimise(self.policy, credit, Objective(sampler_cap=None), lr, max_tokens, arena=self.arena)
+        coef = self.config.algorithm.router_aux_coef
+        learnt = optimise(
+            self.policy, credit, Objective(sampler_cap=None), lr, max_tokens, arena=self.arena, router_aux_coef=coef
+        )
         return {key: learnt[key] for key in learnt if key in WARMUP_METRICS}
 
     def _optimise(self, step: int, credit: Credit[CallRecord]) -> Row:
         config = self.config
         lr = learning_rate(self.policy.agent, step, config.steps)
-        max_tokens, epochs = config.compute.max_tokens, config.algorithm.epochs
         return optimise(
-            self.policy, credit, self.objective, lr, max_tokens, epochs=epochs, read=self._read, arena=self.arena
+            self.policy,
+            credit,
+            self.objective,
+            lr,
+            config.compute.max_tokens,
+            epochs=config.algorithm.epochs,
+            read=self._read,
+            arena=self.arena,
+            router_aux_coef=config.algorithm.router_aux_coef,
         )
 
     def _read(self, calls: list[CallRecord]) -> list[Trajectory]:
@@ -142,6 +156,7 @@ def optimise(
 ) -> Row:
     """Take `epochs` optimizer steps in micro-batches of at most `max_tokens` rows; return metrics and what they cost.
 
+    router_aux_coef: float = 0.0,
     read: returns the trajectories of some of credit's records. arena: memory for the micro-batches, which the next call
     uses again.
     """
@@ -150,7 +165,7 @@ def optimise(
         calls, adv_M, weight_M, max_tokens, read=read, ranks=policy.ranks, rank=policy.rank, arena=arena
     )
     started = time.monotonic()
-    row = policy.step(batches, objective, lr, epochs)
+    row = policy.step(batches, objective, lr, epochs, router_aux_coef=router_aux_coef)
     seconds = time.monotonic() - started
     rows = sum(call.rows for call in calls) * epochs
     ceiling = policy.ranks * matmul_ceiling(policy.model.device, policy.dtype)

@@ -1,7 +1,7 @@
 # make setup     what every other target needs: .venv with the pinned packages and this package, editable (2 minutes)
 # make quick     lint, types and the unit tests that start no processes (under 3 minutes on two cores)
 # make test      what CI runs: lint, types, documentation, sanitizers, fuzzing, all tests but the nightly ones, vLLM
-# make nightly   what takes long: fuzzing for 10 minutes, 200 kills in one run, the scripts of tests/faults and tests/bugs
+# make nightly   what takes long: fuzzing for 10 minutes, 300 kills and 150 stops, the scripts of tests/faults and tests/bugs
 # make coverage  the share of the code that the unit tests reach, line by line in build/coverage/html
 # make train     trains two real agents on geography
 # Others: lint types docs sanitize fuzz unit test-vllm soak wheel pages lock train-full clean
@@ -90,9 +90,11 @@ wheel: $(VENV)/ready
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair build/wheel/*.whl --wheel-dir dist
 
-# 200 random kills in one run of real processes; `make unit` makes five.
+# 300 random kills and 150 stops of real processes, in rounds over SQLite and PostgreSQL, with one rank and two, colocated
+# too. It goes on where it was in build/soak.json; PIECE_MINUTES=60 makes a piece of an hour. `make unit` makes a few.
+PIECE_MINUTES ?= 600
 soak: $(VENV)/ready
-	KILLS_IN_SOAK=200 $(BIN)/pytest -q tests/training/test_faults.py -k soak
+	PYTHONPATH=tests/support $(BIN)/python tests/support/soak.py $(PIECE_MINUTES)
 
 # The newest versions that pyproject.toml allows, for every Python and platform. Torch and its requirements are left
 # out: which build of torch is needed depends on the machine.

@@ -15,7 +15,7 @@ from typing import Any
 
 from cases.launcher import alive, written
 from mgrpo.engine.config.schema import load_config
-from mgrpo.engine.run.metrics import read_metrics
+from mgrpo.engine.run.metrics import is_evaluation, read_metrics
 from mgrpo.engine.store.open import open_store
 from toy import make_model, raw_config
 
@@ -111,7 +111,9 @@ class Run:
         return wait_for(lambda: next((pid for pid, name in self.living().items() if name == who), 0))
 
     def steps(self) -> dict[str, int]:
-        """Return, by agent, the rl step of the weights that it published last."""
+        """Return, by agent, the rl step of the weights that it published last; of a colocated run, the steps taken."""
+        if self.config.colocated:
+            return {name: len(taken) for name in self.config.agents if (taken := lineage(self.journal(), name))}
         url = self.config.store.url or f"sqlite:///{self.path}/store.db"
         if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
             return {}
@@ -141,8 +143,9 @@ class Run:
             trained = [query for queries in lineage(self.journal(), name) for query in queries]
             assert sorted(trained) == sorted(acked) and len(trained) == steps * Q, (name, trained, acked)
             assert books["agents"][name]["leased"] == 0, books
-            metrics = read_metrics(self.path / "agents" / name / "metrics.jsonl")
-            assert [row["step"] for row in metrics if row["stage"] == "rl"] == list(range(steps))
+            file = self.path / ("metrics.jsonl" if self.config.colocated else f"agents/{name}/metrics.jsonl")
+            trained_steps = [row for row in read_metrics(file) if row["stage"] == "rl" and not is_evaluation(row)]
+            assert [row["step"] for row in trained_steps] == list(range(steps))
             self._check_sampled(name, acked, rows)
         return books
 

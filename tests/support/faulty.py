@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.types import Answer, CallScore, Delegate, Score, Task
 
@@ -168,6 +170,22 @@ def keep_journal(plan: Plan, who: str, process: type, trainer: type) -> None:
     after(trainer, "train", trained)
 
 
+def keep_journal_of_colocated(plan: Plan) -> None:
+    """Note the same in a colocated run, where this process trains every agent."""
+    from mgrpo.engine.training import colocated, trainer
+
+    def restored(place: tuple[str, int], run: Any, *_: Any) -> None:
+        for name in run.policies:
+            plan.note("restored", who=name, step=place[1] if place[0] == "rl" else 0)
+
+    def trained(_row: Any, of: Any, step: int, groups: Sequence[Any]) -> None:
+        plan.note("trained", who=of.name, step=step, queries=[group.query for group in groups])
+
+    trainer.matmul_ceiling = lambda *_: 1.0
+    after(colocated.Colocated, "_restore", restored)
+    after(trainer.AgentTrainer, "train", trained)
+
+
 def after(owner: type, name: str, then: Callable[..., Any]) -> None:
     """Call then(result, *arguments) after each call of a method."""
     method = getattr(owner, name)
@@ -231,19 +249,19 @@ class Forked:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the copy has its own handlers
         self.pid = os.fork()
         if not self.pid:
-            self._become(command, env, stdout.fileno(), pass_fds[0])
+            self._become(command, env, stdout.fileno(), pass_fds)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.setpgid(self.pid, self.pid)  # here too, because the copy may be killed before it does so itself
 
-    def _become(self, command: Sequence[str], env: Mapping[str, str], out: int, lifeline: int) -> None:
+    def _become(self, command: Sequence[str], env: Mapping[str, str], out: int, kept: Sequence[int]) -> None:
         status = 1
         try:
             os.setpgid(0, 0)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            os.closerange(3, lifeline)
-            os.closerange(lifeline + 1, 1024)
+            for first, last in pairwise([2, *sorted(kept), 1024]):
+                os.closerange(first + 1, last)
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -277,7 +295,8 @@ def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
     from mgrpo.engine.system import supervisor
     from mgrpo.engine.training import launcher as local
 
-    warm(arguments[1])
+    if warm(arguments[1]).colocated:
+        keep_journal_of_colocated(plan)
     all_tasks = local.tasks_of
     local.tasks_of = lambda *args: [task for task in all_tasks(*args) if task.name.split("-")[1] not in plan.alone]
     local.ENTRY = (sys.executable, file)
@@ -287,8 +306,8 @@ def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
     act(plan, arguments)
 
 
-def warm(file: str) -> None:
-    """Import what the engine imports late, before anything is forked."""
+def warm(file: str) -> Config:
+    """Import what the engine imports late, before anything is forked, and return the config."""
     import torch.utils.tensorboard  # noqa: F401
 
     from mgrpo.engine.config.schema import load_config
@@ -298,6 +317,7 @@ def warm(file: str) -> None:
 
     config = load_config(file)
     Policy("main", config.agents["main"], config.compute)
+    return config
 
 
 if __name__ == "__main__":

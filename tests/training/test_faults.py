@@ -7,7 +7,6 @@ which queries it trained on (`faults.lineage`).
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -33,6 +32,7 @@ from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
 from mgrpo.engine.cli.store import collect
 from mgrpo.engine.config.schema import StoreConfig
 from mgrpo.engine.store.open import open_store
+from soak import ARMS, LEASE, Soak
 
 pytestmark = pytest.mark.faults
 
@@ -349,34 +349,22 @@ def test_sigterm_to_every_process_at_once(make):
     assert steps == {(name, step): 1 for name in ("main", "clerk") for step in range(STEPS)}
 
 
-def test_a_soak_of_random_kills(make):
-    """Kill KILLS_IN_SOAK times in one run: any process at any moment, also while it starts, and sometimes the launcher.
-    The run cannot end before that."""
-    kills, chance = int(os.environ.get("KILLS_IN_SOAK", "5")), random.Random()
-    run = make(sampling={"workers": 2, "max_staleness": 1}, steps=10**6, store={"lease": 1.0})
-    launcher, resume, died = run.start("train"), ["train", "--resume"], Counter[str]()
-    run.wait_for_step(1)
-    with closing(open_store(run.config)) as store:
-        for number in range(1, kills + 1):
-            more = store.audit.balance()["rollouts"] + chance.randrange(3 * Q * K)
-            wait_for(lambda more=more: store.audit.balance()["rollouts"] >= more, run)
-            time.sleep(chance.uniform(0.0, 0.2))
-            living = wait_for(run.living, run)
-            pid = launcher.pid if number % 20 == 0 else chance.choice([*living])
-            died[living.get(pid, "launcher")] += 1
-            with suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(pid, signal.SIGKILL)
-            if pid == launcher.pid:
-                launcher.wait()
-                launcher = run.start(*resume)
-        run.wait_for_step(max(run.steps().values()) + 1)
-    launcher.send_signal(signal.SIGINT)
-    wait_for(lambda: launcher.poll() is not None, run)
-    assert launcher.returncode == 130, run.told()
-    steps = max(run.steps().values()) + 3
-    run.finish(run.start(*resume, "--set", f"steps={steps}"))
-    run.check(steps=steps)
-    run.tell(f"{kills} kills: {dict(died)}")
+@pytest.mark.parametrize(
+    "arm", [pytest.param(arm, marks=[pytest.mark.nightly] if arm != ARMS[0] else []) for arm in ARMS]
+)
+def test_a_soak_of_random_kills_and_stops(make, request, arm: str):
+    """Kill KILLS_IN_SOAK times and stop STOPS_IN_SOAK times in one run, which cannot end before that."""
+    kills, stops = int(os.environ.get("KILLS_IN_SOAK", 5)), int(os.environ.get("STOPS_IN_SOAK", 3))
+    kind, _, more = arm.partition("-")
+    store = {"lease": LEASE}
+    if kind == "postgresql":
+        store["url"] = request.getfixturevalue("server").create()
+    where = {"topology": "colocated"} if kind == "colocated" else {"sampling": {"workers": 2, "max_staleness": 1}}
+    soak = Soak(make(ranks=2 if more else 1, steps=10**6, store=store, **where))
+    soak.run.wait_for_step(1)
+    soak.disturb(kills, stops)
+    soak.finish()
+    soak.run.tell(f"{kills} kills and {stops} stops: {dict(soak.done)}")
 
 
 def test_a_second_trainer_of_an_agent_and_one_that_was_taken_for_dead(make, tmp_path: Path):

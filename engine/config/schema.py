@@ -143,6 +143,7 @@ class RewardConfig(Frozen):
     sub_correct: float = 0.4  # of a sub-agent: weight of the main agent's correctness
     sub_expert: float = 0.5  # of a sub-agent: weight of the judge's score of its call
     timeout: Positive = 60.0  # seconds a judge may take before the rollout is left unscored
+    tries: Count = 3  # how often a judge that fails is asked for a rollout, within timeout; most fail only now and then
 
 
 class WarmupConfig(Frozen):

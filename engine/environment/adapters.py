@@ -163,6 +163,8 @@ class _Conversation:
     async def _run(self, play: Callable[[Chat, Task], Awaitable[float]], task: Task) -> None:
         try:
             self.reward = float(await play(self._chat, task))
+        except (SystemExit, KeyboardInterrupt) as error:  # as a task's error it would end the event loop
+            raise RuntimeError(f"play: {type(error).__name__}: {error}") from error
         finally:
             self.requests.put_nowait(None)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mgrpo.engine.types import Action, Call, Delegate, Episode, Score, Task, ToolCall
 
@@ -49,7 +49,17 @@ class Environment:
     `call.turns` holds what has happened so far. Texts are raw: they spell out the special tokens of a chat template. An
     exception other than ToolError ends its episode as `failed` (in `score`, it leaves the episode unscored). It is
     logged and counted, and the run continues.
+
+    Methods that are not `async` run in threads, usually one after the other in the same thread; while one takes long,
+    others run beside it. in_threads: False for code that must not leave the main thread; one that blocks then holds up
+    all episodes, and no time limit ends it.
+
+    volatile: names of the options that may change when a run is resumed, because nothing that was trained depends on
+    them, such as the address of a judge.
     """
+
+    in_threads: ClassVar[bool] = True
+    volatile: ClassVar[Collection[str]] = ()
 
     def tasks(self, split: Split) -> Sequence[Task]:
         """Return the tasks to train on, or those held out for evaluation."""
@@ -73,6 +83,10 @@ class Environment:
 
     def score(self, episode: Episode) -> Score:
         """Return format and correctness of the episode, and format and expert score of each sub-agent call."""
+        raise NotImplementedError
+
+    def correct(self, episode: Episode) -> float:
+        """Return the correctness of an episode of an evaluation, which needs no more. If not defined, `score` tells."""
         raise NotImplementedError
 
     def script(self, call: Call) -> str:

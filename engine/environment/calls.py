@@ -1,90 +1,209 @@
-"""Call the user's environment and check what it returns. Every failure there becomes a UserCodeError."""
+"""Call the user's environment and check what it returns. Every failure there becomes a UserCodeError.
+
+A plain function runs in a thread, an async one in the event loop (`threads`, `limits`). Whatever they raise is a
+failure of the episode that asked, also SystemExit, KeyboardInterrupt, or a CancelledError that nobody here has sent.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import math
-import threading
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
-from mgrpo.engine.types import Action, Answer, CallScore, Delegate, Episode, Malformed, Score, ToolCall
+from mgrpo.engine.environment.base import Environment, ToolError
+from mgrpo.engine.environment.limits import CURRENT, TimeLimit, driven
+from mgrpo.engine.environment.threads import NoThreadError, UserThreads, name_of
+from mgrpo.engine.system.process import StopNow
+from mgrpo.engine.types import Action, Answer, Call, CallScore, Delegate, Episode, Malformed, Score, ToolCall
+
+PAUSE = 1.0  # seconds before a judge that failed is asked again; doubled each time
+# A judge may always be asked again for SPARE rollouts, and after that for every EARNS-th one that it scored: if it is
+# down, or wrong, a run does not spend its time on pauses.
+SPARE, EARNS = 10.0, 10.0
 
 
 class UserCodeError(Exception):
     """Report that the environment's code raised, timed out, or returned something invalid."""
 
 
-async def ask(function: Callable[..., Any], *args: Any) -> Any:
-    """Call the user's code, plain or async, and return its result. No other place catches all its exceptions."""
-    try:
-        result = function(*args)
-        return await result if inspect.isawaitable(result) else result
-    except Exception as error:
-        raise _failure(function, error) from error
+class UserCode:
+    """Call one environment's methods, with the threads that they need.
 
-
-async def ask_text(function: Callable[..., Any], *args: Any) -> str:
-    """Call the user's code for a text. Raises UserCodeError, as all these functions do."""
-    text = await ask(function, *args)
-    if not isinstance(text, str):
-        raise UserCodeError(f"{function.__qualname__}: {type(text).__name__} returned: expected str")
-    return text
-
-
-async def ask_action(function: Callable[..., Any], *args: Any) -> Action:
-    """Call the user's code for an agent's action."""
-    action: Action = await ask(function, *args)
-    _check_action(action)
-    return action
-
-
-async def ask_score(judge: Callable[[Episode], Any], episode: Episode, seconds: float) -> Score:
-    """Call the judge for a score; it may take at most that many seconds.
-
-    A plain function runs in a thread, so that one that hangs does not block the run; an async one runs directly.
+    in_order: wait for every plain function but judges before anything else goes on, as far as the time limit allows, so
+    that the order of events does not depend on how long functions take. tries: how often a judge is asked for a
+    rollout. Every method raises UserCodeError if the user's code fails.
     """
-    number = len(episode.calls)  # the judge may change the episode
-    asked = ask(judge, episode) if inspect.iscoroutinefunction(judge) else _in_thread(judge, episode)
-    try:
-        score: Score = await asyncio.wait_for(asked, seconds)
-    except TimeoutError as error:
-        raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
-    _check_score(number, score)
-    return score
+
+    def __init__(self, environment: Environment, in_order: bool = False, tries: int = 1) -> None:
+        self.environment, self.in_order, self.tries = environment, in_order, tries
+        self.threads = UserThreads()
+        self.spare = SPARE  # rollouts for which a judge may be asked again
+
+    async def ask(self, function: Callable[..., Any], *args: Any, patience: float | None = None) -> Any:
+        """Call the user's code, plain or async, and return its result. No other place catches all its exceptions."""
+        limit = CURRENT.get()
+        with limit.counting() if limit else nullcontext():
+            result = await self._begin(function, args, patience)
+            try:
+                if not inspect.isawaitable(result):
+                    return result
+                return await driven(result if inspect.iscoroutine(result) else _awaiting(result))
+            except BaseException as error:  # as the docstring says
+                if from_outside(error):
+                    raise
+                raise _failure(function, error) from error
+
+    async def _begin(self, function: Callable[..., Any], args: tuple[Any, ...], patience: float | None) -> Any:
+        """Call a function, in a thread if it is plain; return what it returns, perhaps an awaitable."""
+        if not self.environment.in_threads or inspect.iscoroutinefunction(function):
+            try:
+                return function(*args)
+            except BaseException as error:  # as above
+                if from_outside(error):
+                    raise
+                raise _failure(function, error) from error
+        if self.in_order and patience is None:
+            limit = CURRENT.get()
+            patience = limit.remaining if limit else math.inf
+        try:
+            call = await self.threads.call(function, args, patience)
+        except NoThreadError as error:
+            raise UserCodeError(f"{name_of(function)}: {error}") from None
+        if call.error is not None:
+            raise _failure(function, call.error) from call.error
+        return call.value
+
+    async def text(self, function: Callable[..., Any], *args: Any) -> str:
+        """Call the user's code for a text."""
+        text: str = _checked(function, lambda text: _check_text(function, text), await self.ask(function, *args))
+        return text
+
+    async def action(self, call: Call, text: str) -> Action:
+        """Ask for the action in a turn's text."""
+        parse = self.environment.parse
+        action: Action = _checked(parse, _check_action, await self.ask(parse, call, text))
+        return action
+
+    async def tool(self, call: Call, use: ToolCall) -> str:
+        """Run a tool. A ToolError is a result too."""
+        try:
+            return await self.text(self.environment.tool, call, use)
+        except UserCodeError as error:
+            if isinstance(error.__cause__, ToolError):
+                return f"error: {_text_of(error.__cause__)}"
+            raise
+
+    async def ask_score(self, fresh: Callable[[], Episode], seconds: float) -> Score:
+        """Ask the judge for a score; it may take at most that many seconds, with all that it is asked again.
+
+        fresh: returns the episode as it was recorded, because a judge may change what it gets.
+        """
+        judge, made = self.environment.score, len(fresh().calls)
+        score: Score = await self._judged(judge, lambda score: _check_score(made, score), fresh, seconds)
+        return score
+
+    async def ask_correct(self, fresh: Callable[[], Episode], seconds: float) -> Score:
+        """Ask for the correctness of an episode of an evaluation, and return a score in which nothing else counts."""
+        if type(self.environment).correct is Environment.correct:
+            scored: Score = await self._judged(self.environment.score, _check_correct, fresh, seconds)
+            return scored
+        correct: float = await self._judged(self.environment.correct, _check_number, fresh, seconds)
+        return Score(True, correct)
+
+    async def _judged(
+        self,
+        judge: Callable[[Episode], Any],
+        check: Callable[[Any], None],
+        fresh: Callable[[], Episode],
+        seconds: float,
+    ) -> Any:
+        await self._thread_for(judge)  # before the time begins
+        try:
+            async with TimeLimit(seconds):
+                return await self._patiently(judge, check, fresh)
+        except TimeoutError as error:
+            raise UserCodeError(f"score: no result within reward.timeout = {seconds} s") from error
+
+    async def _patiently(
+        self, judge: Callable[[Episode], Any], check: Callable[[Any], None], fresh: Callable[[], Episode]
+    ) -> Any:
+        """Ask a judge, and again after growing pauses if it fails, as often as `tries` and the spare tries allow."""
+        for number in range(self.tries):
+            try:
+                result = _checked(judge, check, await self.ask(judge, fresh(), patience=0.0))
+                self.spare = min(SPARE, self.spare + 1 / EARNS)
+                return result
+            except UserCodeError:
+                if number + 1 == self.tries or self.spare < 1:
+                    raise
+                self.spare -= 1
+                await asyncio.sleep(PAUSE * 2**number)
+        raise AssertionError
+
+    async def _thread_for(self, function: Callable[..., Any]) -> None:
+        try:
+            await self.threads.room()
+        except NoThreadError as error:
+            raise UserCodeError(f"{name_of(function)}: {error}") from None
 
 
-def _failure(function: Callable[..., Any], error: Exception) -> UserCodeError:
-    failure = UserCodeError(f"{function.__qualname__}: {type(error).__name__}: {error}")
+async def _awaiting(result: Any) -> Any:
+    return await result
+
+
+def from_outside(error: BaseException) -> bool:
+    """Return whether an exception in the user's code is meant for us: it is cancelled, or Ctrl-C was pressed twice."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    pressed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, StopNow) or (isinstance(error, KeyboardInterrupt) and pressed)
+
+
+def _failure(function: Callable[..., Any], error: BaseException) -> UserCodeError:
+    failure = UserCodeError(f"{name_of(function)}: {type(error).__name__}: {_text_of(error)}")
     failure.__cause__ = error
     return failure
 
 
-def _in_thread(function: Callable[[Episode], Score], episode: Episode) -> Awaitable[Score]:
-    """Run a plain function in a daemon thread, which, unlike an executor's, cannot keep the process from exiting."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Score] = loop.create_future()
-
-    def settle(set_it: Callable[[Any], None], outcome: Any) -> None:
-        if not future.done():  # else the call timed out
-            set_it(outcome)
-
-    def work() -> None:
-        try:
-            set_it, outcome = future.set_result, function(episode)
-        except Exception as error:  # as in `ask`: every error of the judge
-            set_it, outcome = future.set_exception, _failure(function, error)  # type: ignore[assignment]
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, set_it, outcome)
-
-    threading.Thread(target=work, daemon=True, name="score").start()
-    return future
+def _text_of(error: BaseException) -> str:
+    """Return the text of an error, also of one that fails to give any."""
+    try:
+        return str(error)
+    except Exception as another:  # the user's code may raise anything
+        return f"(its text cannot be shown: {type(another).__name__})"
 
 
-def _check_action(action: Action) -> None:
+def _checked(function: Callable[..., Any], check: Callable[[Any], None], value: Any) -> Any:
+    """Return a value that passes its check. An object of the user's may raise anything when it is looked at."""
+    try:
+        check(value)
+    except UserCodeError:
+        raise
+    except Exception as error:  # as above
+        raise _failure(function, error) from error
+    return value
+
+
+def _check_text(function: Callable[..., Any], text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserCodeError(f"{name_of(function)}: {type(text).__name__} returned: expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserCodeError(
+            f"{name_of(function)}: text with {text[error.start]!r} at {error.start} returned: expected text that UTF-8 "
+            "can express"
+        ) from None
+
+
+def _check_action(action: Any) -> None:
     uses = isinstance(action, tuple) and action and all(isinstance(use, ToolCall | Delegate) for use in action)
     answered = isinstance(action, Answer) and isinstance(action.text, str)
     if not (answered or isinstance(action, Malformed) or uses):
@@ -93,10 +212,9 @@ def _check_action(action: Action) -> None:
         )
 
 
-def _check_score(made: int, score: Score) -> None:
+def _check_score(made: int, score: Any) -> None:
     """Check the score of an episode with this number of calls."""
-    if not isinstance(score, Score):
-        raise UserCodeError(f"score: {type(score).__name__} returned: expected a Score")
+    _check_correct(score)
     if not isinstance(score.calls, tuple) or not all(isinstance(call, CallScore) for call in score.calls):
         raise UserCodeError(f"score: calls is {score.calls!r}: expected a tuple of CallScore")
     if len(score.calls) != made:
@@ -105,7 +223,21 @@ def _check_score(made: int, score: Score) -> None:
     for name, valid in formats.items():
         if not isinstance(valid, bool | np.bool_):
             raise UserCodeError(f"score: {name} is {valid!r}: expected True or False")
-    numbers = {"correct": score.correct} | {f"calls[{i}].expert": call.expert for i, call in enumerate(score.calls)}
-    for name, number in numbers.items():
-        if not isinstance(number, int | float | np.number) or not math.isfinite(number):
-            raise UserCodeError(f"score: {name} is {number!r}: expected a finite number")
+    for i, call in enumerate(score.calls):
+        _check_number(call.expert, f"score: calls[{i}].expert")
+
+
+def _check_correct(score: Any) -> None:
+    if not isinstance(score, Score):
+        raise UserCodeError(f"score: {type(score).__name__} returned: expected a Score")
+    _check_number(score.correct, "score: correct")
+
+
+def _check_number(number: Any, name: str = "correct: it") -> None:
+    """Check that a number is one that a reward can be made of."""
+    try:
+        finite = isinstance(number, int | float | np.number) and math.isfinite(float(number))
+    except (TypeError, ValueError, OverflowError):  # a time, a complex number, or an integer beyond all floats
+        finite = False
+    if not finite:
+        raise UserCodeError(f"{name} is {number!r:.80}: expected a finite number")

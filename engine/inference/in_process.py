@@ -209,7 +209,8 @@ class InProcessSampler:
         stopped = self.ending.reached(turn)
         if not stopped and len(turn) < row.allowed:
             return False
-        row.result.set_result(Completion(self.ending.text(turn), len(turn), truncated=not stopped))
+        if not row.result.done():  # else its episode was given up since the loop last turned
+            row.result.set_result(Completion(self.ending.text(turn), len(turn), truncated=not stopped))
         return True
 
 

@@ -77,7 +77,7 @@ def eval_due(config: Config, step: int) -> bool:
 def eval_jobs(tasks: Sequence[Task], config: Config) -> list[Job]:
     """Return greedy episodes on the first eval.questions tasks of a seeded shuffle."""
     order = np.random.default_rng([config.seed, EVAL_QUERIES]).permutation(len(tasks))[: config.eval.questions]
-    return [Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True) for i, index in enumerate(order)]
+    return [Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True, evaluated=True) for i, index in enumerate(order)]
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:

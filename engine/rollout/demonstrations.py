@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from mgrpo.engine.environment.calls import ask_text
+from mgrpo.engine.config.schema import Config
+from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.sampler import Completion, Session
-from mgrpo.engine.rollout.episodes import EpisodeRunner
+from mgrpo.engine.rollout.episodes import EpisodeRunner, Rollout
 from mgrpo.engine.types import Call
 
 log = logging.getLogger(__name__)
+
+
+def check_script(config: Config, environment: Environment) -> None:
+    """Check that the warm-up has something to learn from. Raises ValueError if the environment has no script."""
+    if config.warmup.steps and type(environment).script is Environment.script:
+        raise ValueError(
+            f"warmup.steps: {config.warmup.steps} given: {type(environment).__name__} has no script(): expected one, "
+            "which writes the demonstrations of the warm-up, or warmup.steps = 0"
+        )
+
+
+def check_played(step: int, rollouts: Sequence[Rollout]) -> None:
+    """Check that a warm-up step has anything to learn from. Raises ValueError if every scripted episode failed."""
+    if all(rollout.status == "failed" for rollout in rollouts):
+        raise ValueError(
+            f"warmup: step {step}: each of {len(rollouts)} scripted episodes failed: the first error: "
+            f"{rollouts[0].error}"
+        )
 
 
 class Demonstrations(EpisodeRunner):
@@ -20,7 +40,7 @@ class Demonstrations(EpisodeRunner):
     """
 
     async def _act(self, call: Call, session: Session) -> Completion:
-        text = await ask_text(self.environment.script, call)
+        text = await self.code.text(self.environment.script, call)
         tokens = self._encode(call, text)
         if len(session.tokens) + len(tokens) > self.config.agents[call.agent].max_context:
             self._log_full(call, len(session.tokens) + len(tokens))

@@ -14,18 +14,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.environment.base import Environment, ToolError
-from mgrpo.engine.environment.calls import UserCodeError, ask_action, ask_score, ask_text
+from mgrpo.engine.environment.base import Environment
+from mgrpo.engine.environment.calls import UserCode, UserCodeError
+from mgrpo.engine.environment.limits import CLEANUP, TimeLimit
+from mgrpo.engine.environment.loop import run_loop
 from mgrpo.engine.inference.sampler import Completion, Sampler, Session
 from mgrpo.engine.model.pieces import for_pieces
 from mgrpo.engine.types import (
@@ -54,12 +58,16 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One rollout to make: the rollout-th episode of a query, which asks a task."""
+    """One rollout to make: the rollout-th episode of a query, which asks a task.
+
+    evaluated: nothing but its correctness is asked for.
+    """
 
     query: int
     rollout: int
     task: Task
     greedy: bool = False
+    evaluated: bool = False
 
 
 @dataclass
@@ -67,7 +75,8 @@ class Rollout:
     """The outcome of a job. trajectories[0] is the main agent's, trajectories[1 + i] that of episode.calls[i].
 
     status: "scored"; "unscored" (the judge failed: the rollout is left out of its group); "failed" (the user's code
-    raised). seconds: how long the episode took. error: the reason, where the status is not "scored".
+    raised, or took too long); "played" (to its end, with no judge to ask). seconds: how long the episode took. error:
+    the reason, where the status is "unscored" or "failed".
     """
 
     job: Job
@@ -81,16 +90,28 @@ class Rollout:
 
 def _copy_of(episode: Episode) -> Episode:
     """Return a copy of an episode with copies of its calls and turns; the task is the same object."""
-    main, *calls = (
-        replace(call, turns=[replace(turn) for turn in call.turns]) for call in (episode.main, *episode.calls)
-    )
+    main, *calls = (replace(call, turns=_copies(call)) for call in (episode.main, *episode.calls))
     return Episode(main, calls)
+
+
+def _as_recorded(calls: Sequence[Call], kept: Episode) -> Episode:
+    """Return an episode of these very calls, by whose identity environments know them, as they were when copied."""
+    for call, copy in zip(calls, (kept.main, *kept.calls), strict=True):
+        vars(call).update(vars(copy) | {"turns": _copies(copy)})
+    return Episode(calls[0], list(calls[1:]))
+
+
+def _copies(call: Call) -> list[Turn]:
+    return [replace(turn) for turn in call.turns]
 
 
 class EpisodeRunner(ABC):
     """Run episodes of one environment; a subclass decides where an agent's turns come from.
 
-    tokenizers: one per agent, by the agent's name. timeout: seconds after which an episode is given up as failed.
+    tokenizers: one per agent, by the agent's name. timeout: seconds after which an episode is given up as failed, by
+    default sampling.timeout. In topology colocated only the seconds count in which the environment's code runs, since
+    a whole step is sampled together, on whatever machine there is. judged: False asks for no score, and runs no tool
+    whose result no turn could follow.
     """
 
     def __init__(
@@ -99,8 +120,15 @@ class EpisodeRunner(ABC):
         environment: Environment,
         tokenizers: Mapping[str, Tokenizer],
         timeout: float | None = None,
+        judged: bool = True,
     ):
-        self.config, self.environment, self.tokenizers, self.timeout = config, environment, tokenizers, timeout
+        self.config, self.environment, self.tokenizers, self.judged = config, environment, tokenizers, judged
+        self.timeout = config.sampling.timeout if timeout is None else timeout
+        self.code = UserCode(environment, config.deterministic, config.reward.tries)
+        self.away_since: float | None = None  # when the loop began to run code that is not this class's own
+        self.thread = 0  # the thread of the loop
+        self.limits: set[TimeLimit] = set()  # of the episodes that run
+        self.ending = False  # whether all episodes are being given up
         self.for_pieces = {name: _for_pieces(tokenizer) for name, tokenizer in tokenizers.items()}
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
@@ -122,7 +150,7 @@ class EpisodeRunner(ABC):
         either raises, all episodes are cancelled and the error is passed on. Raises ValueError at the end if the
         prompts of several tasks, and all so far, had no room for an answer.
         """
-        asyncio.run(self._stream(more, ended))
+        run_loop(self._stream(more, ended))
 
     # ---- what a subclass says about an agent's turns
 
@@ -140,12 +168,13 @@ class EpisodeRunner(ABC):
     async def _advance(self) -> None:
         """Wait until an episode can go on; every coroutine has gone as far as it can."""
         self.woken.clear()
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError), self._away():
             await asyncio.wait_for(self.woken.wait(), POLL)
 
     # ---- the loop
 
     async def _stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
+        self.thread = threading.get_ident()
         self.woken = asyncio.Event()  # a turn waits for its sampler, or an episode has ended
         running: set[asyncio.Task[Rollout]] = set()
         done: list[asyncio.Task[Rollout]] = []
@@ -164,17 +193,58 @@ class EpisodeRunner(ABC):
                     if len(self.without_room) > 1 and not self.had_room:  # the setting is wrong, not one of the tasks
                         raise ValueError(next(iter(self.without_room.values())))
                     return
-                for _ in range(4):  # it takes this many callbacks for a sub-agent's result to reach the main agent
-                    await asyncio.sleep(0)
+                with self._away():
+                    for _ in range(4):  # it takes this many callbacks for a sub-agent's result to reach the main agent
+                        await asyncio.sleep(0)
                 for task in done:
                     running.remove(task)
                     ended(task.result())  # raises an error that concerns all episodes, not just this one
                 done.clear()
                 await self._advance()
         finally:  # after Ctrl-C or an error: end the other episodes before their samplers are used again
+            await self._give_up(running)
+
+    async def _give_up(self, running: set[asyncio.Task[Rollout]]) -> None:
+        """End episodes; coroutines of theirs that do not end are left behind."""
+        self.ending = True
+        for give_up in (False, True):
+            for limit in self.limits if give_up else ():
+                limit.give_up()
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            if running:
+                ended, running = await asyncio.wait(running, timeout=CLEANUP)
+                for task in ended:
+                    if not task.cancelled():
+                        task.exception()  # known, or of no interest any more
+        self.ending = False
+
+    @contextlib.contextmanager
+    def _away(self) -> Iterator[None]:
+        """Note that the loop runs the code of episodes, and so of the user."""
+        self.away_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.away_since = None
+
+    def blocked(self, seconds: float) -> str:
+        """Say where the environment's code has held up the loop for longer than that; "" if it has not. For any thread.
+
+        Plain functions cannot, since they run in other threads, but an async one can that waits or computes for long.
+        """
+        since, frame = self.away_since, sys._current_frames().get(self.thread)
+        if since is None or frame is None or (lasted := time.monotonic() - since) <= seconds:
+            return ""
+        where = traceback.extract_stack(frame)[-1]
+        return (
+            f"environment: {where.name} ({where.filename}, line {where.lineno}) has held up the event loop for "
+            f"{lasted:.0f} s: expected async functions that await, or plain ones"
+        )
+
+    def check_stuck(self) -> None:
+        """Raise StuckError, naming the functions, if too many calls of the environment have never returned."""
+        self.code.threads.check()
 
     # ---- one episode
 
@@ -182,27 +252,43 @@ class EpisodeRunner(ABC):
         started = time.monotonic()
         rollout = Rollout(job, Episode(Call(MAIN, job.task)))
         rollout.trajectories.append(None)
+        limit = TimeLimit(self.timeout, of_code=self.config.colocated)
+        self.limits.add(limit)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with limit:
                 await self._call(rollout, 0, rollout.episode.main)
-            rollout.status = "unscored"
-            shown, rollout.episode = rollout.episode, _copy_of(rollout.episode)  # the judge may change what it gets
-            rollout.score = await ask_score(self.environment.score, shown, self.config.reward.timeout)
-            rollout.status = "scored"
+            rollout.status = "played"
+            if self.judged:
+                await self._judge(rollout)
         except UserCodeError as error:
             rollout.error = str(error)
             self._log_once(job, error)
         except TimeoutError:
-            rollout.error = f"no end within {self.timeout} s"
+            rollout.error = f"no end within {self.timeout:g} s"
+        except asyncio.CancelledError:
+            if self.ending:
+                raise
+            rollout.error = "the environment's code has cancelled its own episode"
+        finally:
+            self.limits.discard(limit)
         rollout.seconds = time.monotonic() - started
         return rollout
+
+    async def _judge(self, rollout: Rollout) -> None:
+        """Ask for the score of an episode. A judge may change the calls that it gets; what is recorded is a copy."""
+        rollout.status = "unscored"
+        calls = [rollout.episode.main, *rollout.episode.calls]
+        rollout.episode = kept = _copy_of(rollout.episode)
+        ask = self.code.ask_correct if rollout.job.evaluated else self.code.ask_score
+        rollout.score = await ask(lambda: _as_recorded(calls, kept), self.config.reward.timeout)
+        rollout.status = "scored"
 
     async def _call(self, rollout: Rollout, index: int, call: Call) -> None:
         """Run one agent from its prompt to its end. index: 0 for the main agent, 1 + i for the i-th sub-agent call."""
         job, agent = rollout.job, self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
         session = self._begin(call, seed, job.greedy)
-        prompt = await ask_text(self.environment.prompt, call)
+        prompt = await self.code.text(self.environment.prompt, call)
         session.append(list(self.tokenizers[call.agent].encode(prompt, add_special_tokens=False)))
         if not session.tokens:
             raise UserCodeError("prompt: '' returned, expected some text to begin with")
@@ -235,7 +321,7 @@ class EpisodeRunner(ABC):
             completion = await self._act(call, session)
             if completion.tokens == 0:
                 return "context"
-            action = await ask_action(self.environment.parse, call, completion.text)
+            action = await self.code.action(call, completion.text)
             turn = Turn(completion.text, action, truncated=completion.truncated)
             call.turns.append(turn)
             if isinstance(action, Answer):
@@ -243,10 +329,12 @@ class EpisodeRunner(ABC):
                 return "answer"
             if isinstance(action, Malformed):
                 return "malformed"
+            if not self.judged and len(call.turns) == self.config.agents[call.agent].max_turns:
+                await self._use_all(rollout, call, tuple(use for use in action if isinstance(use, Delegate)))
+                break
             results = await self._use_all(rollout, call, action)
-            turn.observation = await ask_text(
-                self.environment.observation, call, list(zip(action, results, strict=True))
-            )
+            pairs = list(zip(action, results, strict=True))
+            turn.observation = await self.code.text(self.environment.observation, call, pairs)
             session.append(self._encode(call, turn.observation))
         return "turns"
 
@@ -283,12 +371,7 @@ class EpisodeRunner(ABC):
         return call.answer if call.answer is not None else f"error: {call.agent} gave no answer"
 
     async def _tool(self, call: Call, use: ToolCall) -> str:
-        try:
-            return await ask_text(self.environment.tool, call, use)
-        except UserCodeError as error:
-            if isinstance(error.__cause__, ToolError):
-                return f"error: {error.__cause__}"
-            raise
+        return await self.code.tool(call, use)
 
     def _encode(self, call: Call, text: str) -> list[int]:
         """Return the ids of a text that continues a call, to which nothing is added at the front."""
@@ -306,10 +389,7 @@ def _for_pieces(tokenizer: Tokenizer) -> Tokenizer:
 
 
 class Episodes(EpisodeRunner):
-    """Run episodes whose turns are sampled, with one sampler per agent.
-
-    timeout: seconds after which an episode is given up as failed.
-    """
+    """Run episodes whose turns are sampled, with one sampler per agent."""
 
     def __init__(
         self, config: Config, environment: Environment, samplers: Mapping[str, Sampler], timeout: float | None = None

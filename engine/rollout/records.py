@@ -9,6 +9,9 @@ from mgrpo.engine.run.trajectories import Position, TrajectoryWriter
 from mgrpo.engine.store import CallRecord, RolloutRecord
 from mgrpo.engine.types import MAIN, Trajectory
 
+STATUSES = ("scored", "unscored", "failed")
+PLAYED = ("played", "failed")  # of episodes that nobody is asked to score
+
 
 def write_rollouts(
     writers: Mapping[str, TrajectoryWriter], rollouts: Sequence[Rollout]
@@ -42,9 +45,9 @@ def demonstrated(agent: str, rollouts: Sequence[Rollout]) -> list[Trajectory]:
     ]
 
 
-def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_counts(rollouts: Sequence[Rollout], statuses: Sequence[str] = STATUSES) -> dict[str, float]:
     """Return how many rollouts ended with each status, as metrics."""
-    return {f"rollouts/{s}": sum(r.status == s for r in rollouts) for s in ("scored", "unscored", "failed")}
+    return {f"rollouts/{status}": sum(rollout.status == status for rollout in rollouts) for status in statuses}
 
 
 def rollout_record(rollout: Rollout) -> RolloutRecord:

@@ -17,14 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 LIFELINE = "MGRPO_LIFELINE"  # the read end of a pipe that only the launcher can write to
 RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun uses other variables
+LISTEN = 0.1  # seconds between two looks at whether the process was asked to stop
+START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a process that wants to be started again, though it did not fail
 AGAIN = 1.0  # seconds within which repeated signals count as one (a batch system signals every process)
 
 
 class Interrupted(Exception):
     """Report that the process was asked to stop, and that it has finished and saved what it was doing."""
+
+
+class StopNow(KeyboardInterrupt):
+    """End the process at once: it was asked to stop a second time. Code of the user cannot raise it by accident."""
 
 
 def die_with_launcher() -> None:
@@ -41,6 +48,13 @@ def die_with_launcher() -> None:
 def _end_with(lifeline: int) -> None:
     os.read(lifeline, 1)  # nothing is ever written, so this returns when every write end is closed
     os.killpg(0, signal.SIGKILL)
+
+
+def end_now(error: str, status: int) -> NoReturn:
+    """End this process from any thread, though its main thread may never come back from where it is."""
+    with suppress(OSError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def keep_memory() -> None:
@@ -79,12 +93,12 @@ def log_file(path: Path) -> Iterator[None]:
 def ctrl_c() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether the process was asked to stop.
 
-    The first signal asks for an orderly end; the second raises KeyboardInterrupt.
+    The first signal asks for an orderly end; the second raises StopNow, a KeyboardInterrupt.
     """
 
     def notice(times: int, number: int) -> None:
         if times > 1:
-            raise KeyboardInterrupt
+            raise StopNow
         how = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         with suppress(OSError):  # stderr is closed, or the disk with the log is full
             print(f"{how}: finishing this step and saving; press again to stop at once", file=sys.stderr)

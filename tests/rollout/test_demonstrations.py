@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import msgspec
+import pytest
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cases.episodes import AGENTS, TOKENIZER, Lines, encode, in_time, make_config
 from mgrpo.engine.environment.base import Environment
-from mgrpo.engine.rollout.demonstrations import Demonstrations
+from mgrpo.engine.rollout.demonstrations import Demonstrations, check_played, check_script
 from mgrpo.engine.rollout.episodes import Job, Rollout
 from mgrpo.engine.rollout.records import demonstrated
 from mgrpo.engine.types import Task
@@ -91,6 +92,59 @@ def test_a_scripted_call_ends_when_its_context_is_full(caplog):
         assert cut.trajectories[0].tokens.tolist() == tokens[: len(cut.trajectories[0])]
         assert cut.trajectories[0].rows + 1 == ends[turns - 1] <= most
         assert caplog.text.count(f"agents.main.max_context: {most} given: turn {turns + 1} of a scripted call") == 1
+
+
+class Tiring(Lesson):
+    """Use a tool in each turn, ask the clerk in the last; tell what was asked of the environment."""
+
+    def __init__(self):
+        self.asked = []
+
+    def script(self, call):
+        if call.agent == "clerk":
+            return "say as"
+        return "use upper a" if len(call.turns) < 3 else "use upper b; ask clerk say"
+
+    def tool(self, call, use):
+        self.asked.append(use.argument)
+        return super().tool(call, use)
+
+    def observation(self, call, results):
+        self.asked.append(len(results))
+        return super().observation(call, results)
+
+    def score(self, episode):
+        self.asked.append("score")
+        return super().score(episode)
+
+
+def test_a_warm_up_asks_for_no_score_and_no_tool_that_no_turn_follows():
+    played = []
+    for judged in (True, False):
+        environment = Tiring()
+        tokenizers = dict.fromkeys(AGENTS, TOKENIZER)
+        episodes = Demonstrations(make_config(), environment, tokenizers, judged=judged)
+        played += in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()  # noqa: B023
+        asked = ["a", 1, "a", 1, "a", 1]
+        assert environment.asked == asked + (["b", 2, "score"] if judged else [])
+    judged, unjudged = played
+    assert (judged.status, unjudged.status, unjudged.score) == ("scored", "played", None)
+    for agent in ("main", "clerk"):  # what is trained is the same
+        (one,), (other,) = demonstrated(agent, [judged]), demonstrated(agent, [unjudged])
+        assert one.rows == other.rows and one.tokens.tolist()[: one.rows + 1] == other.tokens.tolist()[: one.rows + 1]
+
+
+def test_a_warm_up_without_a_script_or_without_an_episode_is_refused():
+    config = make_config()
+    check_script(config, Lines())
+    config = msgspec.structs.replace(config, warmup=msgspec.structs.replace(config.warmup, steps=5))
+    with pytest.raises(ValueError, match=r"warmup\.steps: 5 given: Lines has no script\(\): expected one"):
+        check_script(config, Lines())
+    check_script(config, Lesson())
+    failed = demonstrate(Lines())
+    check_played(0, [failed, demonstrate(Lesson())])
+    with pytest.raises(ValueError, match=r"warmup: step 3: each of 2 scripted episodes failed: .* Lines has no script"):
+        check_played(3, [failed, failed])
 
 
 def test_an_agent_without_a_turn_has_shown_nothing():

@@ -16,6 +16,7 @@ from cases.episodes import AGENTS, TOKENIZER, FakeSampler, Lines, Play, encode, 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.in_process import InProcessSampler
+from mgrpo.engine.inference.sampler import Session
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import call_record
@@ -523,6 +524,107 @@ def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
     assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
     assert [len(t) > 0 for t in stuck.trajectories] == [True, True]
     assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+
+
+def beside_one_that(deed: Callable[[], Any], **options: Any) -> list[Rollout]:
+    """Play two episodes side by side, one of which uses a tool that does something else."""
+
+    class Deeds(Lines):
+        def tool(self, call, use):
+            return deed()
+
+    samplers = {name: FakeSampler({"t:": ["use x y", "say 1"], "u:": ["say 1"]}, 400) for name in AGENTS}
+    episodes = Episodes(make_config(), Deeds(), samplers, **options)
+    rollouts = in_time(lambda: episodes.run([Job(i, 0, Task(name, {})) for i, name in enumerate("tu")])).result()
+    assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+    return rollouts
+
+
+def test_a_plain_tool_that_blocks_times_out_and_the_others_go_on():
+    free = threading.Event()
+    stuck, fine = beside_one_that(lambda: free.wait(10), timeout=0.1)
+    free.set()
+    assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError()])
+def test_an_exit_in_a_tool_fails_its_own_episode_only(error):
+    def leave() -> Any:
+        raise error
+
+    failed, fine = beside_one_that(leave)
+    assert (failed.status, fine.status) == ("failed", "scored")
+    assert failed.error.startswith(f"{beside_one_that.__name__}.<locals>.Deeds.tool: {type(error).__name__}")
+
+
+def test_an_episode_whose_task_the_environment_cancels_fails_alone():
+    class Cancels(Lines):
+        async def observation(self, call, results):
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(1)
+
+    play = Play({"t:": ["use upper y", "say 1"], "u:": ["say 1"]}, ["t", "u"], environment=Cancels())
+    assert [rollout.status for rollout in play.rollouts] == ["failed", "scored"]
+    assert play.rollouts[0].error == "the environment's code has cancelled its own episode"
+
+
+def test_a_time_that_passes_as_a_turn_is_sampled_is_one_episodes_failure(toy):
+    """The sampler may end a turn after its episode was given up, and before that has let go of it."""
+    sampler = toy[1](1)["main"]
+
+    async def play() -> None:
+        session = Session((0,))
+        session.append([1, 2, 3])
+        task = asyncio.create_task(sampler.act(session))
+        await asyncio.sleep(0)
+        task.cancel()
+        while sampler.pending:
+            sampler.step()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        sampler.close(session)
+
+    asyncio.run(play())
+
+
+def test_an_evaluation_asks_for_correctness_alone():
+    class Judge(Lines):
+        def score(self, episode):
+            return Score(None, 0.25, None)  # type: ignore[arg-type]
+
+    samplers = {name: FakeSampler({"t:": ["say 1"]}, 400) for name in AGENTS}
+    jobs = [Job(0, 0, Task("t", {}), evaluated=evaluated) for evaluated in (True, False)]
+    asked, unasked = in_time(lambda: Episodes(make_config(), Judge(), samplers).run(jobs)).result()
+    assert (asked.status, asked.score.correct, unasked.status) == ("scored", 0.25, "unscored")
+
+
+def test_where_an_async_function_holds_up_the_loop_is_told():
+    class Blocks(Lines):
+        async def tool(self, call, use):
+            held.set()
+            free.wait(10)
+            return "x"
+
+    held, free = threading.Event(), threading.Event()
+    samplers = {name: FakeSampler({"t:": ["use x y", "say 1"]}, 400) for name in AGENTS}
+    episodes = Episodes(make_config(), Blocks(), samplers)
+    told: list[str] = []
+
+    def watch() -> None:
+        held.wait(10)
+        while not (error := episodes.blocked(0.02)):
+            pass
+        told.extend([error, episodes.blocked(60.0)])
+        free.set()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    (rollout,) = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()
+    watcher.join(10)
+    assert re.match(r"environment: \w+ \(.*\.py, line \d+\) has held up the event loop for", told[0])
+    assert told[1] == "" and rollout.status == "scored" and episodes.blocked(0.0) == ""
 
 
 def test_rollouts_of_one_query_differ_and_the_same_job_does_not(toy):

@@ -116,7 +116,7 @@ def make_config(timeout: float = 20.0, **agent: Any) -> Config:
             "run_dir": "",
             "environment": {"use": ""},
             "agents": dict.fromkeys(AGENTS, agent),
-            "reward": {"timeout": timeout},
+            "reward": {"timeout": timeout, "tries": 1},
         }
     )
 

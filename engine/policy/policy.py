@@ -138,7 +138,7 @@ class Policy:
             forward.exchange_gradients(self.actor, len(losses) == len(batches) - 1)
             old_P = given_P if batch.old_logprobs_P is None else batch.old_logprobs_P
             ref_P = self._reference_logprobs(batch) if objective.kl_coef else None
-            losses.append(forward.grpo(self.actor, batch, objective, self.agent.temperature, old_P, ref_P))
+            losses.append(forward.grpo(self.actor, batch, objective, self.agent.temperature, old_P, ref_P, balance))
         return Output(forward.merged(losses, self.group), [loss.logprobs_N for loss in losses])
 
     def _balance(self, batches: Sequence[Batch | MicroBatch], coef: float) -> forward.Balance:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgrpo.engine.system.process import AGAIN, LIFELINE, Interrupted, asked_to_end
+from mgrpo.engine.system.process import AGAIN, LIFELINE, START_AGAIN, Interrupted, asked_to_end
 
 POLL = 0.1  # seconds between polls of the processes
 GRACE = 600.0  # seconds that a process has to finish its step and save after it was asked to
@@ -37,13 +37,17 @@ class ProcessSpec:
     """Describe a task: `command` is run once with each of `environments`, added to the environment of this process.
 
     environments: a function of the number of the attempt, from 0, so that the ranks of a new attempt can meet in a new
-    place. service: runs until all other tasks have finished, then gets SIGTERM.
+    place. service: runs until all other tasks have finished, then gets SIGTERM. finished: whether its work is done; a
+    process that ends with status 0 before that, because other code ended it, has failed.
+
+    A process that ends with status START_AGAIN is started again at once, and that does not count as a failure.
     """
 
     name: str
     command: Sequence[str]
     environments: Callable[[int], Sequence[Mapping[str, str]]] = lambda attempt: ({},)
     service: bool = False
+    finished: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Supervised:
 
     def __init__(self, task: ProcessSpec, logs: Path, lifeline: int):
         self.task, self.logs, self.lifeline = task, logs, lifeline
-        self.failures = 0
+        self.failures = self.renewals = 0
         self.due = 0.0  # when to start it, if it is not running
         self.members: list[Member] = []
         self.done = False
@@ -86,7 +90,7 @@ class Supervised:
     @property
     def state(self) -> str:
         """Running, starts soon or done, and how often it was restarted."""
-        again = f", restarts: {self.failures}" if self.failures else ""
+        again = f", restarts: {self.failures + self.renewals}" if self.failures + self.renewals else ""
         return ("done" if self.done else "running" if self.members else "starts soon") + again
 
     def start(self, attempts: int) -> None:
@@ -117,11 +121,15 @@ class Supervised:
         """Return the first process that ended in an error, after killing the others; None if there is none."""
         fine = (None,) if self.task.service else (None, 0)
         failed = next((member for member in self.members if member.poll() not in fine), None)
+        if failed is None and self.members and all(member.poll() == 0 for member in self.members):
+            self.done = self.task.finished()
+            failed = None if self.done else self.members[0]
         if failed is not None:
             self.kill()
-            self.failures += 1
-        elif self.members and all(member.poll() == 0 for member in self.members):
-            self.done = True
+            if failed.process.returncode == START_AGAIN:
+                self.renewals += 1
+            else:
+                self.failures += 1
         return failed
 
     def kill(self) -> None:
@@ -180,6 +188,10 @@ class Supervisor:
             self._after_failure(task, failed)
 
     def _after_failure(self, task: Supervised, failed: Member) -> None:
+        last = failed.last_lines().splitlines()[-1:]
+        if failed.process.returncode == START_AGAIN:
+            self.say(": ".join([f"{failed.log.stem} is started again, as it asked", *last]))
+            return
         how = f"{failed.log.stem} {_how(failed.process.returncode)}"
         if task.failures > self.restarts:
             raise ChildProcessError(
@@ -187,7 +199,6 @@ class Supervisor:
             )
         delay = min(2.0 ** (task.failures - 1), LONGEST_DELAY)
         task.due = time.monotonic() + delay
-        last = failed.last_lines().splitlines()[-1:]
         self.say(": ".join([f"{how}, starts again in {delay:.0f} s ({task.failures} of {self.restarts})", *last]))
 
     def _stop(self, asked: Callable[[], int], grace: float) -> None:
@@ -212,4 +223,6 @@ def _ended(pid: int) -> bool:
 
 
 def _how(status: int) -> str:
+    if status == 0:
+        return "ended with exit status 0 before its work was done"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.engine.system import supervisor
-from mgrpo.engine.system.process import AGAIN, Interrupted
+from mgrpo.engine.system.process import AGAIN, START_AGAIN, Interrupted
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 
 MARK = "MGRPO_TEST_MARK"
@@ -110,6 +110,35 @@ def test_what_fails_is_started_again_and_the_others_go_on(tmp_path: Path, how: s
     log = (tmp_path / "bad.txt").read_text()
     heads = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (attempt \d of 3)\nbegan$", log, re.MULTILINE)
     assert heads == ["attempt 1 of 3", "attempt 2 of 3", "attempt 3 of 3"]
+
+
+def test_an_end_with_status_0_before_the_work_is_done_is_a_failure(tmp_path: Path):
+    """As when code that a process runs for the user calls os._exit(0)."""
+    starts = python("import sys\nopen(sys.argv[1], 'a').write('x')", tmp_path / "starts")
+    done = lambda: (tmp_path / "starts").read_text() == "xxx"  # noqa: E731
+    supervisor, told = supervised(tmp_path, ProcessSpec("early", starts, finished=done), restarts=2)
+    supervisor.run()
+    early = "early ended with exit status 0 before its work was done"
+    assert told == [f"{early}, starts again in 0 s ({n} of 2)" for n in (1, 2)]
+    supervisor, _ = supervised(tmp_path, ProcessSpec("early", starts, finished=lambda: False), restarts=1)
+    with pytest.raises(ChildProcessError, match=f"{early}, restarts: 1"):
+        supervisor.run()
+
+
+def test_a_process_that_asks_to_be_started_again_has_not_failed(tmp_path: Path):
+    asks = python(
+        f"""
+        import os, sys
+        open(sys.argv[1], "a").write("x")
+        print("error: stuck", flush=True)
+        os._exit(0 if os.path.getsize(sys.argv[1]) > 3 else {START_AGAIN})
+        """,
+        tmp_path / "starts",
+    )
+    supervisor, told = supervised(tmp_path, ProcessSpec("worker", asks), restarts=0)
+    supervisor.run()
+    assert told == ["worker is started again, as it asked: error: stuck"] * 3
+    assert supervisor.states() == {"worker": "done, restarts: 3"}
 
 
 # serves until SIGTERM; says which signals came, and whether what asked it was still there

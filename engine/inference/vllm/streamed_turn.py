@@ -8,8 +8,8 @@ turn, so a stop string that one server began and another completed is found here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from mgrpo.engine.inference.sampler import Ending
 from mgrpo.engine.inference.vllm.api import Chunk, StreamError, read_label
@@ -40,6 +40,7 @@ class StreamedTurn:
         self.stopped = False
         self._earlier: set[WeightsVersion] = set()  # named by the servers before this one
         self._current: set[WeightsVersion] = set()  # named by this server so far
+        self._before = 0  # tokens of the servers before this one
 
     @property
     def left(self) -> int:
@@ -48,19 +49,36 @@ class StreamedTurn:
 
     def begin(self, label: str) -> None:
         """Begin the part of a server whose weights have that label. Raises InvalidTurnError for an invalid label."""
-        self._earlier, self._current = set(self.versions), {_version(label)}
+        self._earlier, self._current, self._before = set(self.versions), {_version(label)}, len(self.tokens)
 
     def take(self, chunk: Chunk) -> None:
         """Append a chunk. If it is invalid, raise InvalidTurnError and keep nothing of it."""
         self._check(chunk)
+        exact = None if chunk.spans is None else self._exact(chunk.spans, len(chunk.tokens))
         if chunk.label is not None:
             self._current.add(_version(chunk.label))
         self.tokens += chunk.tokens
         self.logprobs += map(float, chunk.logprobs)
         if chunk.tokens:
             self.versions |= self._current
-        if chunk.spans is not None:  # these are exact for all tokens of this server
-            self.versions = self._earlier | {_version(label) for label, begin, end in chunk.spans if begin < end}
+        if exact is not None:
+            self.versions = self._earlier | exact
+
+    def _exact(self, spans: Sequence[tuple[Any, Any, Any]], new: int) -> set[WeightsVersion]:
+        """Return the versions that sampled this server's tokens, by its own count.
+
+        Raises InvalidTurnError if the count leaves tokens out, or names weights newer than any that the stream named.
+        """
+        if any(type(number) is not int for _, *ends in spans for number in ends):
+            raise InvalidTurnError(f"weight versions {spans!r:.100}: expected whole numbers as positions")
+        versions = {_version(str(label)) for label, begin, end in spans if begin < end}
+        made, counted = len(self.tokens) - self._before + new, sum(max(end - begin, 0) for _, begin, end in spans)
+        if counted < made:
+            raise InvalidTurnError(f"weight versions of {counted} tokens: expected those of {made}")
+        if versions and max(versions) > max(self._current):
+            newest = max(self._current)
+            raise InvalidTurnError(f"weights {max(versions)}: expected none newer than {newest}, as labelled")
+        return versions
 
     def _check(self, chunk: Chunk) -> None:
         if len(chunk.tokens) > self.left:

@@ -615,6 +615,29 @@ def test_nothing_of_an_invalid_chunk_is_kept():
     assert (turn.tokens, turn.logprobs) == ([3, 4], [-1.0, -2.0])
 
 
+@pytest.mark.parametrize(
+    ("spans", "told"),
+    [
+        ([], "weight versions of 0 tokens: expected those of 2"),
+        ([("1/1", 0, 1)], "weight versions of 1 tokens: expected those of 2"),
+        ([("1/1", 0, "2")], "expected whole numbers"),
+        ([("1/1", 0, 1), ("9/9", 1, 2)], r"weights 9/9: expected none newer than 2/2, as labelled"),
+        ([("default", 0, 2)], "weights that no trainer has sent"),
+        ([(None, 0, 2)], "None"),
+    ],
+)
+def test_a_count_of_weights_that_cannot_be_is_not_believed(spans, told):
+    turn = StreamedTurn([1], 5, Ending(RAGGED, []), 18)
+    turn.begin("1/1")
+    turn.take(Chunk([3], [-1.0]))
+    turn.take(Chunk(label="2/2"))
+    with pytest.raises(InvalidTurnError, match=told):
+        turn.take(Chunk([4], [-1.0], "stop", spans))
+    assert turn.tokens == [3] and turn.versions == {WeightsVersion(1, 1)}
+    turn.take(Chunk([4], [-1.0], "stop", [("1/1", 0, 1), ("2/2", 1, 2)]))
+    assert turn.versions == {WeightsVersion(1, 1), WeightsVersion(2, 2)}
+
+
 def test_a_full_context_adds_nothing_and_sends_no_request(kit):
     server = kit.serve()
     sampler = kit.sampler(server, max_context=9)

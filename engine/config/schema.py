@@ -122,11 +122,11 @@ class AlgorithmConfig(Frozen):
     kl_coef: NonNegative = 0.0  # weight of the KL penalty against the weights that the rl stage began with
     kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of the KL penalty
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
-    # cap of the truncated importance weight that corrects for differences between sampler and trainer; absent: the two
-    # are taken as equal
     # weight of the balance loss that transformers defines for the routers of a mixture of experts, over all tokens of a
     # step; a model without such a loss is refused unless it is 0
     router_aux_coef: NonNegative = 0.0
+    # cap of the truncated importance weight that corrects for differences between sampler and trainer; absent: the two
+    # are taken as equal
     sampler_cap: Positive | None = None
     epochs: Count = 1  # optimizer steps on each batch
     # your own loss terms, as "file.py:function" or "package.module:function": it maps (rows, settings) to loss terms,

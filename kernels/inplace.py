@@ -7,7 +7,7 @@ that storage lives as long as the result, and where a bfloat16 gradient is made 
 import torch
 from torch import Tensor
 
-# Elements scaled at a time: enough to fill a GPU, few enough for a temporary tensor.
+# Elements scaled first: enough to fill a GPU, few enough for a temporary tensor.
 AT_ONCE = 1 << 22
 
 
@@ -20,10 +20,11 @@ def scale_in_place(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     wide_X = gradient.view(-1)
     narrow_X = wide_X.view(dtype)[: len(wide_X)]
     scale_1 = scale.reshape(1)  # a 0-dim tensor would be rounded to the gradient's dtype first
-    for start in range(0, len(wide_X), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        if start == 0:  # only here may the result overlap what is still to be read
-            narrow_X[part] = wide_X[part] * scale_1
-        else:
-            torch.mul(wide_X[part], scale_1, out=narrow_X[part])
+    narrow_X[:AT_ONCE] = wide_X[:AT_ONCE] * scale_1  # only here may the result overlap what is still to be read
+    start = AT_ONCE
+    while start < len(wide_X):
+        # What is written up to here lies in front of what is read from here on. A GPU has no temporary tensor for this.
+        part = slice(start, start + (start if gradient.is_cuda else AT_ONCE))
+        torch.mul(wide_X[part], scale_1, out=narrow_X[part])
+        start = part.stop
     return narrow_X.view(gradient.shape)

@@ -297,7 +297,7 @@ def run_rows(
     """
     if rows.stop <= rows.start:
         return
-    assert known or gradient_CV is None or gradient_CV.data_ptr() != logits_CV.data_ptr()
+    assert known or gradient_CV is not logits_CV
     temperature_L = temperature if isinstance(temperature, Tensor) else None
     block, warps = launch_settings(logits_CV.shape[1])
     with torch.cuda.device_of(logits_CV):

@@ -22,7 +22,7 @@ from mgrpo.kernels import linear_grpo_loss
 
 pytest.importorskip("transformers")  # the other tests of the kernels need torch and triton alone
 
-from mgrpo.engine.integrations.trl import FusedGRPO  # noqa: E402
+from mgrpo.engine.integrations.trl import FusedGRPO
 
 BATCH, COLUMNS, HIDDEN, VOCABULARY = 4, 6, 5, 11
 TEMPERATURE = 0.9

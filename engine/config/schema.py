@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from mgrpo.engine.config.masks import check_server
 from mgrpo.engine.config.reader import apply_override, check_plain, convert
 from mgrpo.engine.types import MAIN
 
@@ -55,7 +56,8 @@ class VLLMConfig(Frozen):
     gpus: list[
         str
     ] = []  # GPUs for all servers of this agent, as in CUDA_VISIBLE_DEVICES; empty: assigned automatically
-    arguments: list[str] = []  # more arguments for `vllm serve`
+    # more arguments for `vllm serve`; for a trained agent none that changes what is sampled, as --watermark does
+    arguments: list[str] = []
     # how new weights reach the servers; "auto": chosen by where the GPUs are, and "tcp" for servers given by urls
     transfer: Literal["auto", "tcp", "nccl", "ipc"] = "auto"
     timeout: Positive = 120.0  # seconds without a token, with turns running, after which a server counts as hung
@@ -308,6 +310,20 @@ def check_trainable(agent: AgentConfig, key: str) -> None:
             "log-probs are those of all tokens, not of the likeliest ones: "
             f"lower {key.removeprefix('config: ')}.temperature instead, or set train = false"
         )
+    if agent.vllm is not None:
+        check_server(agent.vllm.arguments, f"{key}.vllm.arguments")
+
+
+def _check_lengths(config: Config) -> Config:
+    """Check that the longest call that an agent may learn from fits into a micro-batch; return the config."""
+    longest = {name: agent.max_context - 1 for name, agent in config.agents.items()}  # the last token predicts nothing
+    for name in config.agents if config.warmup.steps else config.trained if config.steps else []:
+        if config.compute.max_tokens < longest[name]:
+            raise ValueError(
+                f"config: compute.max_tokens: {config.compute.max_tokens} given: expected at least {longest[name]}, "
+                f"since agents.{name}.max_context = {longest[name] + 1} lets a call become that long"
+            )
+    return config
 
 
 def _check_servers(name: str, config: Config) -> None:

@@ -5,15 +5,15 @@ A row is a dictionary, from a line of JSON or a `datasets.Dataset`, in one of th
   `loss_mask` over these (null: all are the agent's; with `remove_sample` none is); and optionally `rollout_log_probs`.
   MrlX's queue has `tokens`, `responseLength` and `lossMask`. Its messages are not read, and its masks, which include
   the header of each of the agent's turns, are taken as they are.
-* `messages` of a chat: those of the assistant are the agent's.
+* `messages` of a chat: those of the assistant are the agent's, but for those with `weight` 0.
 * TRL's `prompt` and `completion`, two texts or two lists of messages: in the completion, the text or the assistant's
   messages are the agent's.
 `reward` is a number, Python's or numpy's, or true or false (1 or 0), in all rows or in none.
 
-Text is tokenized again, which may give other tokens than were sampled, so it is better to record ids. Each text of
-the agent is tokenized separately, because it was sampled after what the agent saw. The text that the template writes
-after the last end-of-sequence token of a message is not the agent's. Nothing is added to a text, so a completion
-without such a token has no end.
+A chat may have `tools` and `chat_template_kwargs`. Text is tokenized again, which may give other tokens than were
+sampled, so it is better to record ids. Each text of the agent is tokenized separately, because it was sampled after
+what the agent saw. What a chat template writes is not the agent's (`chats.py`). Nothing is added to a text, so a
+completion without an end-of-sequence token has no end.
 
 Legend: N trajectories, G groups.
 """
@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mgrpo.engine.model.pieces import for_pieces
+from mgrpo.engine.config.masks import check_free
+from mgrpo.engine.integrations.chats import Template, read_chat, template_of
 
 Row = Mapping[str, Any]
 NUMPY = np.floating | np.integer | np.bool_  # of numpy's scalars, those that count as numbers here
@@ -54,14 +55,25 @@ class _Tokens(NamedTuple):
     logprobs: NDArray[np.float32] | None = None
 
 
-def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ()) -> Recorded:
+def recorded(
+    rows: Iterable[Row],
+    tokenizer: Any = None,
+    by: Sequence[str] = (),
+    *,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Recorded:
     """Return the rows' trajectories, sorted by group in the order of first appearance if `by` names their fields.
 
     tokenizer: one of transformers, needed for text; for messages it needs a chat template. by: the fields that make a
     group. For group-relative advantages that is the query, and the agent if there are several: ("agent",
-    "group_index"). MrlX's queue has neither. Raises ValueError, naming row and field, for a field that is missing,
-    malformed, or in some rows only, and for a template that changes earlier messages once others follow (as those do
-    that drop earlier reasoning).
+    "group_index"). MrlX's queue has neither. tools, chat_template_kwargs: what the chat template was called with, for
+    all rows or, as fields of the same names, for one.
+
+    Raises ValueError, naming row and field, for a field that is missing, malformed, or in some rows only; for options
+    of a sampler that was not free to draw every token (top_p, response_format, …, as fields or in `sampling_params`);
+    and for a template that changes a message, its beginning, or earlier messages once others follow (as those do that
+    drop earlier reasoning), since it is then not known what the agent sampled, or after what.
     """
     rows = list(rows)
     keys_N = [tuple(_field(row, name, n) for name in by) for n, row in enumerate(rows)]
@@ -69,7 +81,8 @@ def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ())
     for n, key in enumerate(keys_N):  # a prompt may be a list of messages, which has no hash
         groups.setdefault(tuple(each if isinstance(each, Hashable) else repr(each) for each in key), []).append(n)
     order = [n for members in groups.values() for n in members]
-    found = [_read(rows[n], tokenizer, f"row {n}") for n in order]
+    template = (tokenizer, tools, chat_template_kwargs)
+    found = [_read(rows[n], template, f"row {n}") for n in order]
     offsets = np.cumsum([0, *map(len, groups.values())]) if by else None
     rewards = _of_all("reward", [_reward(rows[n], n) for n in order])
     return Recorded(
@@ -82,20 +95,32 @@ def recorded(rows: Iterable[Row], tokenizer: Any = None, by: Sequence[str] = ())
     )
 
 
-def _read(row: Row, tokenizer: Any, where: str) -> _Tokens:
-    """Read a row in any of the forms."""
+def _read(row: Row, template: tuple[Any, Any, Any], where: str) -> _Tokens:
+    """Read a row in any of the forms. template: tokenizer, tools, and further arguments of the chat template."""
+    check_free(row, f"{where}, ", only_options=False)
+    if isinstance(row.get("sampling_params"), Mapping):
+        check_free(row["sampling_params"], f"{where}, sampling_params.")
     if "tokens" in row:
         return _from_tokens(row, where)
     if "messages" in row:
-        return _from_messages(_messages(row, "messages", where), 0, tokenizer, where)
+        return _from_messages(_messages(row, "messages", where), 0, _template(row, template, where), where)
     if not {"prompt", "completion"} <= row.keys():
         raise ValueError(f"{where}: got the fields {sorted(row)}, expected {FORMS}")
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        _need(tokenizer, where)
-        seen = list(tokenizer(row["prompt"])["input_ids"])
-        return _joined([(seen, False), (_ids(for_pieces(tokenizer), row["completion"]), True)])
+        texts = _template(row, template, where)
+        seen = list(texts.tokenizer(row["prompt"])["input_ids"])
+        return _joined([(seen, False), (texts.ids(row["completion"]), True)])
     prompt, completion = (_messages(row, name, where) for name in ("prompt", "completion"))
-    return _from_messages(prompt + completion, len(prompt), tokenizer, where)
+    return _from_messages(prompt + completion, len(prompt), _template(row, template, where), where)
+
+
+def _template(row: Row, given: tuple[Any, Any, Any], where: str) -> Template:
+    """Return the template of a row, whose own tools and arguments go before those of all rows."""
+    tokenizer, tools, options = given
+    own = row.get("chat_template_kwargs") or {}
+    if isinstance(own, Mapping) and isinstance(options, Mapping):
+        own = {**options, **own}
+    return template_of(tokenizer, tools if row.get("tools") is None else row["tools"], own or options, where)
 
 
 def _from_tokens(row: Row, where: str) -> _Tokens:
@@ -134,32 +159,11 @@ def _numbers(
     return values.astype(np.int64) if name == "tokens" else values
 
 
-def _from_messages(messages: list[dict[str, Any]], first: int, tokenizer: Any, where: str) -> _Tokens:
-    """Read messages; those of the assistant from `first` on are the agent's.
-
-    The text of a message is what the template adds to the text of the messages before it.
-    """
-    _need(tokenizer, where)
+def _from_messages(messages: list[dict[str, Any]], first: int, template: Template, where: str) -> _Tokens:
+    """Read messages; those of the assistant from `first` on are the agent's."""
     if first and messages[first - 1]["role"] == "assistant":
         raise ValueError(f"{where}, prompt: got an assistant's message at its end, expected another role's")
-    pieces: list[tuple[list[int], bool]] = []
-    later = for_pieces(tokenizer)
-    done = ""
-    for i, message in enumerate(messages):
-        if i < first or message["role"] != "assistant":
-            continue
-        before = _rendered(tokenizer, messages[:i], True) if i else ""
-        after = _rendered(tokenizer, messages[: i + 1], False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError(
-                f"{where}, message {i}: the chat template changes earlier messages: expected one that does not"
-            )
-        seen = _ids(later if done else tokenizer, before[len(done) :])
-        said = _ids(later if before else tokenizer, after[len(before) :])
-        end = len(said) - said[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
-        pieces += [(seen, False), (said[:end], True), (said[end:], False)]
-        done = after
-    return _joined(pieces)
+    return _joined(read_chat(list(messages), first, template))
 
 
 def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
@@ -169,23 +173,9 @@ def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
     return given
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return text
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
 def _joined(pieces: list[tuple[list[int], bool]]) -> _Tokens:
     tokens = np.array([token for ids, _ in pieces for token in ids], np.int64)
     return _Tokens(tokens, np.array([own for ids, own in pieces for _ in ids], bool))
-
-
-def _need(tokenizer: Any, where: str) -> None:
-    if tokenizer is None:
-        raise ValueError(f"{where}: got text and no tokenizer, expected one, or token ids")
 
 
 def _field(row: Row, name: str, n: int) -> Any:

@@ -99,5 +99,5 @@ def balance_loss(logits: Logits, routers: Routers, counted_P: Tensor, whole: Usa
     times_E, rows = whole or usage(logits, routers, counted_P)
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     share_E = (times_E / rows.clamp(min=1) ** 2 * routers.experts).to(dtype)
-    counted_P = counted_P.to(dtype)
-    return sum((counted_P @ layer.reshape(-1, routers.experts).to(dtype).softmax(-1)) @ share_E for layer in logits)
+    probs = (layer.reshape(-1, routers.experts).to(dtype).softmax(-1) for layer in logits)
+    return torch.stack([counted_P.to(dtype) @ probs_PE @ share_E for probs_PE in probs]).sum()

@@ -247,6 +247,23 @@ def test_an_agent_that_is_trained_must_sample_from_all_tokens():
         assert parse_config(raw).agents[agent].top_p == 0.9
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--logits-processors", "mine:Mask"],
+        ["--override_generation_config={}"],
+        ["-q", "--watermark"],
+        ["--config", "f"],
+    ],
+)
+def test_an_agent_that_is_trained_has_servers_that_sample_from_all_tokens(arguments: list[str]) -> None:
+    raw = changed("agents.main.vllm", {"arguments": arguments}) | {"topology": "local"}
+    raw["algorithm"]["sampler_cap"] = 2.0
+    assert "agents.main.vllm.arguments: --" in refused(raw) and "expected no argument that changes" in refused(raw)
+    raw["agents"]["main"]["train"] = False
+    assert parse_config(raw).agents["main"].vllm.arguments == arguments
+
+
 def test_sub_agents_and_trained_agents_are_listed_in_the_order_of_the_file():
     raw = raw_config(FOLDER)
     raw["agents"] = {

@@ -124,6 +124,9 @@ def test_a_process_becomes_a_server_only_with_a_token(installed: Installed, monk
         become_server("model", **options | {"transfer": "gloo"})  # type: ignore[arg-type]
     assert not became
     monkeypatch.setenv(TOKEN, "mine")
+    with pytest.raises(ValueError, match="serve: --logits-processors given: expected no argument that changes"):
+        become_server("model", **options | {"extra": ["--logits_processors=mine:Mask"]})  # type: ignore[arg-type]
+    assert not became
     become_server("model", **options)  # type: ignore[arg-type]
     ((program, command, environment),) = became
     assert program == sys.executable == command[0] and value(command, "--host") == "10.0.0.1"

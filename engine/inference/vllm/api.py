@@ -55,6 +55,18 @@ WAKE_WEIGHTS, WAKE_CACHE = "/wake_up?tags=weights", "/wake_up?tags=kv_cache"
 WORKERS = "/collective_rpc"
 STOP = "/mgrpo/stop"
 
+# What else a request may say of the distribution that is sampled: nothing is cut off or changed, whatever defaults a
+# server has.
+UNMASKED = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "watermarking": False,
+}
+
 LABEL_HEADER = "x-mgrpo-version"
 LABEL_COMMENT = ": mgrpo-version "  # the start of such a line of a stream
 REQUEST_ID = "X-Request-Id"  # header of a request; a second request with the id of a running one gets 409
@@ -136,6 +148,7 @@ def generate_body(
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
+            **UNMASKED,
             "stop": list(stop),
             "stop_token_ids": list(ends),
             "ignore_eos": True,  # only `ends` end it, not the server's own end-of-sequence tokens

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
+from mgrpo.engine.config.masks import check_server
 from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.system.supervisor import ProcessSpec
@@ -41,8 +42,10 @@ def url(port: int) -> str:
 def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
     """Replace this process by the server of `api.arguments`, for trainers elsewhere, which must know its token.
 
-    Raises ValueError if this environment has no supported vLLM or no token, or if there is no such transfer.
+    Raises ValueError if this environment has no supported vLLM or no token, if there is no such transfer, or if an
+    argument would change the distribution that is sampled.
     """
+    check_server(options.get("extra", ()), "serve")
     api.installed()
     api.check_transfer(transfer)
     if not os.environ.get(TOKEN):

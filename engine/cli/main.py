@@ -6,8 +6,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ from rich.console import Console
 
 import mgrpo
 from mgrpo.engine.config.schema import Config, load_config, read_dump
+from mgrpo.engine.system import secrets
 
 if TYPE_CHECKING:
     from mgrpo.engine.report.display import Display
@@ -25,7 +27,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train multi-
 store_app = typer.Typer(no_args_is_help=True, help="Create a run's store, inspect it and clean it up.")
 app.add_typer(store_app, name="store")
 
-File = Annotated[Path, typer.Argument(help="the run's TOML file")]
+File = Annotated[Path, typer.Argument(help="the run's TOML file, or its directory, which holds a copy")]
 Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/; of a decoupled run, its run_dir")]
 Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
@@ -56,7 +58,7 @@ def options(
 
 @app.command()
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
-    """Train the agents of FILE. With --resume, continue the run in its run_dir where it was stopped."""
+    """Train the agents of FILE, or of a run directory. With --resume, continue the run in its run_dir."""
     config = load_config(file, overrides)  # before the imports below, which take seconds
     from mgrpo.engine.report.display import make_display
     from mgrpo.engine.system.process import Interrupted
@@ -64,7 +66,8 @@ def train(file: File, overrides: Overrides = [], resume: bool = False) -> None: 
     run = _trainer_of(config, file)
     display = make_display(list(config.agents), decoupled=not config.colocated)
     try:
-        run(config, resume, display)
+        with _no_exit():
+            run(config, resume, display)
     except Interrupted as stop:
         display.say(str(stop))
         raise typer.Exit(130) from None
@@ -98,7 +101,8 @@ def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides
     from mgrpo.engine.training.decoupled import run_agent
 
     try:
-        run_agent(config, name)
+        with _no_exit():
+            run_agent(config, name)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
@@ -112,15 +116,36 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
     from mgrpo.engine.run.directory import RunPaths
 
     RunPaths(config.run_dir).worker(name)  # refuses a wrong name before anything is made
+    from mgrpo.engine.environment.threads import StuckError
     from mgrpo.engine.rollout.worker import Worker
     from mgrpo.engine.store.open import begin, open_store
-    from mgrpo.engine.system.process import ctrl_c
+    from mgrpo.engine.system.process import START_AGAIN, ctrl_c
+    from mgrpo.engine.system.retry import patiently
 
-    with closing(open_store(config)) as store, ctrl_c() as stop:
-        begin(store, config)
-        Worker(config, name, store, config.run_dir).run(stop)
+    with closing(patiently(open_store, config)) as store:
+        patiently(begin, store, config)
+        worker = Worker(config, name, store, config.run_dir)  # until now Ctrl-C ends the process at once
+        try:
+            with ctrl_c() as stop, _no_exit():
+                worker.run(stop)
+        except StuckError as error:  # calls of the environment never return: only a new process is rid of them
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(START_AGAIN) from None
         if stop():  # the run is not finished: the exit status says so
             raise typer.Exit(130)
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """Let no code that a config names end the process as if its work were done."""
+    try:
+        yield
+    except SystemExit as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{where.filename}, line {where.lineno}: sys.exit({error.code!r}) called in {where.name}: expected code "
+            "that returns, or raises an error"
+        ) from error
 
 
 def _decoupled(file: Path, overrides: list[str]) -> Config:
@@ -151,12 +176,33 @@ def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
 
 
 @app.command()
-def check(file: File, overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate FILE and describe what would run: processes, devices, memory. Loads no model."""
-    config = load_config(file, overrides)
-    from mgrpo.engine.cli.check import describe
+def export(
+    run: Path,
+    agent: Annotated[str | None, typer.Option(help="default: each agent that is trained")] = None,
+    step: Annotated[int | None, typer.Option(help="the rl step of a checkpoint; default: the latest")] = None,
+    out: Annotated[Path | None, typer.Option(help="a new directory; default: export/ in RUN")] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or float16")] = "bfloat16",
+) -> None:
+    """Write trained agents of the run directory RUN as models that transformers and vLLM load."""
+    from mgrpo.engine.cli.export import export
 
-    print(describe(config))
+    print(export(run, agent, step, out, dtype))
+
+
+@app.command()
+def check(
+    file: File,
+    overrides: Overrides = [],  # noqa: B006
+    score: Annotated[bool, typer.Option("--score", help="ask the judge, even one that needs the network")] = False,
+    device_memory: Annotated[str | None, typer.Option(help="of another machine's devices, such as 80GiB")] = None,
+    patience: Annotated[float, typer.Option(help="seconds that a method of the environment may take")] = 30.0,
+) -> None:
+    """Validate FILE, play stubbed episodes in its environment and predict the memory. Loads no weights."""
+    config = load_config(file, overrides)
+    from mgrpo.engine.cli.check.describe import report
+
+    with _no_exit():
+        print(report(config, asks=score, device_memory=device_memory, patience=patience))
 
 
 @app.command()
@@ -209,9 +255,17 @@ def serve(
     )
 
 
+@app.command()
+def migrate(run: Annotated[Path, typer.Argument(help="a run directory, or the TOML file of a cluster run")]) -> None:
+    """Bring a run that an earlier version of mgrpo made, and its store, to what this version reads."""
+    from mgrpo.engine.cli.migrate import migrate
+
+    print(migrate(run))
+
+
 @store_app.command()
 def init(file: File) -> None:
-    """Create the tables and the run of FILE. This is the first step of a cluster run."""
+    """Create the tables and the run of FILE. This is the first step of a cluster run, also when it goes on."""
     from mgrpo.engine.cli import store
 
     print(store.init(file))
@@ -244,6 +298,7 @@ def gc(target: Target, run_dir: Path | None = None) -> None:
 def main() -> None:
     """Run the command; a user's mistake becomes one line on stderr instead of a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    secrets.take()
     try:
         app()
     except (ValueError, OSError) as error:

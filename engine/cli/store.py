@@ -8,26 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from mgrpo.engine.config.schema import load_config, read_dump
+from mgrpo.engine.config.resume import check_unchanged, fingerprint
+from mgrpo.engine.config.schema import dump_config, load_config, read_dump
+from mgrpo.engine.environment.loader import volatile_options
 from mgrpo.engine.run.directory import RunDirectory, RunPaths, root_of
-from mgrpo.engine.run.trajectories import below
+from mgrpo.engine.run.trajectories import below, last_files
 from mgrpo.engine.store import Store
 from mgrpo.engine.store.database import read_password
-from mgrpo.engine.store.open import begin, location, open_store, sqlite_file
+from mgrpo.engine.store.open import begin, identify, location, open_store, sqlite_file
+from mgrpo.engine.system.files import replace
+from mgrpo.engine.system.remote import file_system
+from mgrpo.engine.system.words import counted
+
+WORKER = "worker:"  # how the role of a rollout worker begins
+GONE = 86400.0  # seconds without a sign of life after which a worker is taken to be gone
 
 
 def init(file: Path) -> str:
-    """Create the tables and the run, and return a line that says so."""
+    """Create the tables and the run, or compare the run's config; return lines that say what was done.
+
+    The config of a cluster run is saved in its directory: what may change when it goes on is taken over from the file.
+    """
     config = load_config(file)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    paths = RunPaths(config.run_dir)
+    paths.path.mkdir(parents=True, exist_ok=True)
+    saved = read_dump(paths.config.read_text()) if paths.config.exists() else config
+    changes = check_unchanged(saved, config, partial(volatile_options, config.environment))
     with closing(open_store(config)) as store:
+        identify(store, config, known=any(paths.path.glob("agents/*/checkpoints/*-*")))
+        if changes:
+            store.roles.renew(fingerprint(config))
         begin(store, config)
-        return f"{store.name}: run {store.run!r} of {', '.join(config.agents)} is ready"
+        if config.topology == "cluster":
+            replace(paths.config, dump_config(config).encode())
+        ready = f"{store.name}: run {store.run!r} of {', '.join(config.agents)} is ready"
+    return "\n".join([*(f"resume: {change}" for change in changes), ready])
 
 
 def status(target: str) -> str:
@@ -46,12 +65,13 @@ def dump(target: str) -> None:
 def collect(target: str, run_dir: Path | None = None) -> str:
     """Delete the trajectory files that every agent has finished with, and forget the calls in them.
 
+    The last files of a worker that did not end in order are kept for a day, because it may only have been stopped.
     run_dir: needed if the target is the URL of a server. Raises ValueError while the run is alive, because a worker may
     be appending to one of the files, and for a file outside the run.
     """
     folder = run_dir or _run_dir(target)
     root = _trajectories(target, folder)
-    fs, directory = fsspec.url_to_fs(root)
+    fs, directory = file_system(root)
     if not fs.isdir(directory):
         raise ValueError(f"gc: {folder} given: expected a run directory with trajectories, in {root}")
     run = RunDirectory(folder, resume=True)  # holds the lock that colocated and local runs hold
@@ -85,9 +105,23 @@ def _trajectories(target: str, folder: Path) -> str:
 
 def _collect(store: Store, root: str) -> str:
     _check_idle(store)
-    names = store.audit.garbage()
+    silent = _silent_workers(store)
+    kept = {file for writer, file in last_files(root).items() if writer.partition("-")[2] in silent}
+    names = [name for name in store.audit.garbage() if name not in kept]
     freed = remove(root, names)
-    return f"run {store.run}: {len(names)} files of {store.audit.forget(names)} calls deleted, {freed} bytes"
+    files, calls = counted(len(names), "file"), counted(store.audit.forget(names), "call")
+    rest = f"; {counted(len(kept), 'file')} kept of {', '.join(sorted(silent))}" if kept else ""
+    return f"run {store.run}: {files} of {calls} deleted, {freed} bytes{rest}"
+
+
+def _silent_workers(store: Store) -> set[str]:
+    """Return the workers that have not ended in order: if one was only stopped, it goes on with its last files."""
+    held = store.audit.status()["roles"]
+    return {
+        role.removeprefix(WORKER)
+        for role, about in held.items()
+        if role.startswith(WORKER) and about["seconds"] > -GONE
+    }
 
 
 def remove(root: str, names: list[str]) -> int:
@@ -96,7 +130,7 @@ def remove(root: str, names: list[str]) -> int:
     Ignore those that are gone already. Unlike `trajectories.remove`, delete the last file of each writer too, because
     no process writes any more. Raises ValueError, and deletes none, if one is not below the root.
     """
-    fs, directory = fsspec.url_to_fs(root)
+    fs, directory = file_system(root)
     there = [path for path in [below(directory, name) for name in names] if fs.exists(path)]
     freed = sum(fs.size(path) or 0 for path in there)
     for path in there:

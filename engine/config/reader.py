@@ -5,6 +5,7 @@ The error names the key, the given value and what was expected. This module know
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import tomllib
@@ -76,7 +77,9 @@ def _explain(message: str, raw: Any, schema: type[msgspec.Struct], prefix: str) 
     if unknown:
         path.append(unknown[1])
         value = value[unknown[1]]
-        expected = f"no such key, expected one of {', '.join(_type(schema, path[:-1]).__struct_fields__)}"
+        keys = _type(schema, path[:-1]).__struct_fields__
+        hints = [f"; did you mean {key}?" for key in difflib.get_close_matches(unknown[1], keys, 1)]
+        expected = f"no such key, expected one of {', '.join(keys)}" + "".join(hints)
     if expected.startswith("Invalid enum value"):
         expected = f"expected one of {', '.join(map(repr, get_args(_type(schema, path))))}"
     key = ".".join([prefix, *path] if prefix else path) or "the file"

@@ -186,14 +186,15 @@ class StoreConfig(Frozen):
 
 
 class SamplingConfig(Frozen):
-    """Set the rollout workers beside the trainers (topologies local and cluster)."""
+    """Set the rollout workers beside the trainers (topologies local and cluster), and the time of an episode (all)."""
 
     workers: Count = 1  # rollout workers; topology "local" starts them
     # number of rl steps by which sampling may run ahead of the slowest trained agent; 0: strictly on-policy
     max_staleness: Whole = 0
     # when new weights are loaded: between episodes, or also between the turns of running episodes
     switch: Literal["episode", "turn"] = "episode"
-    # seconds after which an episode is given up, and a query goes on with the rollouts that it has, if at least 2
+    # seconds after which an episode is given up, and a query goes on with the rollouts that it has, if at least 2; in
+    # topology colocated only those in which the environment's code runs
     timeout: Positive = 600.0
     # dynamic sampling: replace groups in which no advantage differs from 0, instead of counting them for a step
     refill_zero_std: bool = False
@@ -258,9 +259,12 @@ class Config(Frozen):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `key.path=value` overrides, whose values are TOML (a bare word is a string).
 
-    Raises ValueError naming the key, the value and what was expected.
+    path: the file, or the directory of a run, whose own config is read. Raises ValueError naming the key, the value and
+    what was expected.
     """
     path = Path(path)
+    if path.is_dir():
+        return _load_saved(path, overrides)
     if not path.is_file():
         raise ValueError(f"config: {path} is not a file: expected a TOML file")
     try:
@@ -269,7 +273,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"config: {path} is not valid TOML: {error}") from error
     for override in overrides:
         apply_override(raw, override)
-    return _absolute(parse_config(raw))
+    return _absolute(_check_lengths(parse_config(raw)))
+
+
+def _load_saved(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """Read the config that a run saved in its directory, wherever that is now."""
+    file = run_dir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"config: {run_dir} given: expected a TOML file, or a run's directory with its {file.name}")
+    raw = msgspec.to_builtins(read_dump(file.read_text()))
+    raw["run_dir"] = str(run_dir)
+    for override in overrides:
+        apply_override(raw, override)
+    return _absolute(_check_lengths(parse_config(raw)))
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

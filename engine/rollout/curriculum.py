@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment, Split
 from mgrpo.engine.rollout.episodes import Job, Rollout
+from mgrpo.engine.run.identity import task_order
 from mgrpo.engine.system.statistics import wilson
 from mgrpo.engine.types import Task
 
@@ -36,6 +40,44 @@ def load_tasks(environment: Environment, split: Split) -> Sequence[Task]:
         if not isinstance(task.id, str):
             raise ValueError(f"{what}[{i}].id is {task.id!r:.80}: expected text")
     return tasks
+
+
+def in_order(tasks: Sequence[Task], run_dir: str | Path) -> Sequence[Task]:
+    """Return the tasks to train on in the order in which the run counts them, which its first process wrote down.
+
+    Tasks of which several have the same id stay as they are. Raises ValueError if the run has other ids.
+    """
+    by_id = {task.id: task for task in tasks}
+    if len(by_id) < len(tasks):
+        return tasks
+    order = task_order(run_dir, list(by_id))
+    if odd := sorted(set(order) ^ by_id.keys()):
+        raise ValueError(
+            f"environment: tasks('train') has {len(by_id)} ids, the run was begun with {len(order)}: {odd[0]!r} is not "
+            "in both: expected the same ones, in any order"
+        )
+    return tasks if order == list(by_id) else [by_id[name] for name in order]
+
+
+def digest_of(tasks: Sequence[Task]) -> str:
+    """Return a hash of the tasks' ids and data: 16 bytes of blake2b in hex. If all ids differ, their order is ignored.
+
+    Of data that JSON cannot express, only the types count, as their texts may differ between processes.
+    """
+    lines = [f"{task.id!r} {_text(task.data)}\n" for task in tasks]
+    if len({task.id for task in tasks}) == len(tasks):
+        lines.sort()
+    digest = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(line.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _text(data: object) -> str:
+    try:
+        return json.dumps(data, sort_keys=True, default=lambda value: type(value).__name__)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, or a structure that contains itself
+        return type(data).__name__
 
 
 def pick(tasks: Sequence[Task], seed: int, query: int) -> Task:

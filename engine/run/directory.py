@@ -3,13 +3,15 @@
 A run directory of topology `colocated`, held by one process at a time:
 
     config.json      the configuration             metrics.jsonl    a row per step, of warm-up and rl alike
+    run.json         the run's id                  tasks.json       the order of its tasks (run/identity)
     store.db         the store (engine/store)      tensorboard/     the same rows, for TensorBoard
     trajectories/    tokens (run/trajectories)     checkpoints/     <stage>-<step>/, each with a manifest of its files
     curves.png       the plot of the report        log.txt, lock    the log; held while the process lives
 
-In the other topologies it holds config.json, store.db, curves.png and lock, and also:
+In the other topologies it holds config.json, run.json, tasks.json, store.db, curves.png and lock, and also:
 
-    agents/<name>/   of the agent's trainer: metrics.jsonl, tensorboard/, checkpoints/, lock as above
+    agents/<name>/   of the agent's trainer: metrics.jsonl, tensorboard/, checkpoints/, lock as above; waiting.txt says
+                     what it waits for, if it waits for something unusual
     workers/<name>/  of a rollout worker: metrics.jsonl, lock
     logs/            what each process of a local run prints
     trajectories/, weights/  as above, and the published weights (run/weights), unless store.files names another place
@@ -26,6 +28,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,10 +54,11 @@ class RunPaths:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
+        self.identity, self.tasks = self.path / "run.json", self.path / "tasks.json"
         self.curves, self.log, self.lock = self.path / "curves.png", self.path / "log.txt", self.path / "lock"
         self.store, self.logs = self.path / "store.db", self.path / "logs"
         self.trajectories, self.tensorboard = self.path / "trajectories", self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.waiting = self.path / "checkpoints", self.path / "waiting.txt"
         self.agents, self.workers = self.path / "agents", self.path / "workers"
 
     def agent(self, name: str) -> RunPaths:
@@ -87,9 +91,12 @@ class RunDirectory(RunPaths):
 
     With `resume`, go on with the run that is there, or begin a new one if there is none. Raises ValueError if another
     process holds the directory, or if it holds a run and `resume` is not set.
+
+    shared: processes of other machines may reach the directory too, which its lock may not: what they left unfinished
+    stays until `clear_aside` is called.
     """
 
-    def __init__(self, path: str | Path, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, resume: bool = False, *, shared: bool = False) -> None:
         super().__init__(Path(path).absolute())
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir: expected a directory, {self.path} is a file")
@@ -99,7 +106,9 @@ class RunDirectory(RunPaths):
         if not resume and self._holds_run():
             self._lock.close()
             raise ValueError(f"run_dir: {self.path} holds a run; pass --resume to go on, or choose another run_dir")
-        self._clear_aside()
+        self._aside = f".tmp-{secrets.token_hex(4)}-"  # of this process alone
+        if not shared:
+            self.clear_aside()
         self._metrics = JsonLines(self.metrics)
         self._boards = Boards(self.tensorboard)
 
@@ -136,31 +145,36 @@ class RunDirectory(RunPaths):
 
     # ---- checkpoints
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int) -> Path:
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], keep: int, allowed: Callable[[], None] = lambda: None
+    ) -> Path:
         """Write checkpoint `name` ("rl-00012") whole or not at all; keep only it and the keep - 1 before it.
 
-        write: fills the directory that it is given. Checkpoints after this one belong to a run that was rewound, and
+        write: fills the directory that it is given. allowed: called before anything that is there is replaced or
+        deleted; it raises if another process acts here by now. Checkpoints after this one are of a rewound run, and
         are deleted. Raises ValueError for another kind of name or keep < 1; OSError naming the checkpoint if it cannot
         be written, as when the disk is full: then all earlier checkpoints stay.
         """
         _order(name)
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-        aside, final = self.checkpoints / f".tmp-{name}", self.checkpoints / name
+        aside, final = self.checkpoints / f"{self._aside}{name}", self.checkpoints / name
         try:
             aside.mkdir()
             write(aside)
             seal(aside)
+            allowed()
             self._retire(final)
             aside.rename(final)
             fsync(self.checkpoints)
+            allowed()
             self._prune(name, keep)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITE_ERRORS):
                 raise
             raise self._unwritten(name, aside, error) from error
         finally:
-            self._clear_aside()
+            self.clear_aside(self._aside)
         return final
 
     def latest_checkpoint(self) -> Path | None:
@@ -172,16 +186,22 @@ class RunDirectory(RunPaths):
         """Verify the files of a checkpoint against its manifest, and return its path.
 
         Raises ValueError naming a file that is missing, or has another size or other contents than were saved. The
-        contents of a checkpoint of version 0.1.0 are not known, only the sizes.
+        contents of a checkpoint of version 0.1.0 are not known, only the sizes. The error says how to go back to the
+        checkpoint before, if there is one.
         """
-        verify(path)
+        try:
+            verify(path)
+        except ValueError as error:
+            before = latest_of(path.parent, before=path.name) if _NAME.fullmatch(path.name) else None
+            how = f"; delete it to go back to {before.name}: what came after is trained again" if before else ""
+            raise ValueError(f"{error}{how}") from error
         return path
 
     def _holds_run(self) -> bool:
         return self.config.exists() or self.latest_checkpoint() is not None or _size(self.metrics) > 0
 
     def _prune(self, name: str, keep: int) -> None:
-        saved = sorted(_saved(self.checkpoints), key=lambda path: _order(path.name))
+        saved = checkpoints_in(self.checkpoints)
         last = [path.name for path in saved].index(name)
         for path in saved[: max(last + 1 - keep, 0)] + saved[last + 1 :]:
             self._retire(path)
@@ -189,10 +209,11 @@ class RunDirectory(RunPaths):
     def _retire(self, path: Path) -> None:
         """Rename a checkpoint, to be deleted later, so that a part of it is never taken for a whole one."""
         if path.exists():
-            path.rename(path.with_name(f".tmp-old-{path.name}"))
+            path.rename(path.with_name(f"{self._aside}old-{path.name}"))
 
-    def _clear_aside(self) -> None:
-        for path in self.checkpoints.glob(".tmp-*"):  # retired, or left by a write that failed or was killed
+    def clear_aside(self, prefix: str = ".tmp-") -> None:
+        """Delete what was retired, or left by a write that failed or was killed."""
+        for path in self.checkpoints.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _unwritten(self, name: str, aside: Path, error: Exception) -> OSError:
@@ -205,9 +226,15 @@ class RunDirectory(RunPaths):
         )
 
 
-def latest_of(checkpoints: Path) -> Path | None:
-    """Return the latest of the checkpoints in a folder, by stage and step, or None."""
-    return max(_saved(checkpoints), key=lambda path: _order(path.name), default=None)
+def checkpoints_in(checkpoints: Path) -> list[Path]:
+    """Return the checkpoints in a folder, by stage and step. A folder that is not there has none."""
+    return sorted(_saved(checkpoints), key=lambda path: _order(path.name))
+
+
+def latest_of(checkpoints: Path, before: str = "") -> Path | None:
+    """Return the latest of the checkpoints in a folder, by stage and step, or None. before: only of those before it."""
+    found = [path for path in checkpoints_in(checkpoints) if not before or _order(path.name) < _order(before)]
+    return found[-1] if found else None
 
 
 def _saved(checkpoints: Path) -> list[Path]:

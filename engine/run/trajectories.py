@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from mgrpo.engine.system.files import fsync, write_all
+from mgrpo.engine.system.remote import file_system
 from mgrpo.engine.types import Trajectory
 
 WEIGHTS = ("version", "version_last", "step")  # columns for the weights that sampled a row
@@ -62,7 +62,7 @@ class TrajectoryWriter:
     def __init__(self, root: str, agent: str, roll_bytes: int = 256 << 20) -> None:
         if not re.fullmatch(r"[\w.-]+", agent):
             raise ValueError(f"agent: expected a name of letters, digits, '_', '-' and '.', got {agent!r}")
-        self.fs, self.root = fsspec.url_to_fs(os.fspath(root))
+        self.fs, self.root = file_system(root)
         self.agent, self.roll_bytes = agent, roll_bytes
         self.local = isinstance(self.fs, LocalFileSystem)
         self.fs.makedirs(self.root, exist_ok=True)
@@ -140,7 +140,7 @@ def read(root: str, positions: Sequence[Position], digests: Sequence[str] = ()) 
     Raises ValueError if a position points outside the root, into torn or missing bytes or past its batch's rows, or if
     a trajectory has another digest; FileNotFoundError if there is no such file.
     """
-    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    fs, directory = file_system(root)
     sources = {name: _source(fs, directory, name) for name in dict.fromkeys(p.file for p in positions)}
     batches = {key: _Batch(sources[key[0]], *key) for key in dict.fromkeys((p.file, p.offset) for p in positions)}
     found = [batches[p.file, p.offset].trajectory(p.row) for p in positions]
@@ -187,15 +187,21 @@ def remove(root: str, files: Iterable[str]) -> list[str]:
 
     Keep the last file of each writer, which may still be written to. Raises ValueError for a file outside the root.
     """
-    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    fs, directory = file_system(root)
     paths = {name: below(directory, name) for name in files}
-    there = {os.path.basename(path) for path in listing(fs, directory)}
-    last = {_writer(name): name for name in sorted(there, key=_number)}
+    last = last_files(root)
     gone = [name for name in paths if name not in last.values()]
     for name in gone:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             fs.rm_file(paths[name])
     return gone
+
+
+def last_files(root: str) -> dict[str, str]:
+    """Return the last file of each writer, by the writer's name."""
+    fs, directory = file_system(root)
+    there = {os.path.basename(path) for path in listing(fs, directory)}
+    return {_writer(name): name for name in sorted(there, key=_number)}
 
 
 def listing(fs: Any, directory: str) -> list[str]:

@@ -10,7 +10,18 @@ import sqlalchemy as sa
 
 from mgrpo.engine.store.database import Database, Part, reads, writes
 from mgrpo.engine.store.roles import Roles
-from mgrpo.engine.store.tables import STATES, calls, groups, metadata, publications, queries, roles, rollouts, runs
+from mgrpo.engine.store.tables import (
+    FORGOTTEN,
+    STATES,
+    calls,
+    groups,
+    metadata,
+    publications,
+    queries,
+    roles,
+    rollouts,
+    runs,
+)
 
 FINISHED = ("acked", "expired")  # states that a group never leaves
 
@@ -90,8 +101,13 @@ class Audit(Part):
 
     @writes
     def forget(self, db: sa.Connection, files: Collection[str]) -> int:
-        """Delete the finished calls in files that are gone, and return their number. Rollouts and groups stay."""
+        """Delete the finished calls in files that are gone, and return their number. Rollouts and groups stay.
+
+        The groups are marked: none of them can be trained on again.
+        """
         group = _same(groups, calls, "run", "agent", "query")
+        gone = sa.exists().where(group, self._of(calls, calls.c.file.in_(files)))
+        db.execute(sa.update(groups).where(self._of(groups, groups.c.state == "acked", gone)).values(reason=FORGOTTEN))
         finished = sa.exists().where(group, groups.c.state.in_(FINISHED))
         return db.execute(sa.delete(calls).where(self._of(calls, calls.c.file.in_(files), finished))).rowcount
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache, wraps
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,13 +22,17 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from mgrpo.engine.store.tables import SCHEMA_VERSION, metadata, schema
+from mgrpo.engine.store.failures import MOVED, code, is_conflict, is_hopeless, is_outage, reason
+from mgrpo.engine.store.tables import OLDEST, SCHEMA_VERSION, metadata, schema
+from mgrpo.engine.system import secrets
 
 PASSWORD = "MGRPO_STORE_PASSWORD"
+AHEAD = 120.0  # seconds; a deadline that is later than by two leases and this was set by a clock that was ahead
 ATTEMPTS = 8  # of a transaction that the database rolled back because of another one
-RETRIED = ("40001", "40P01")  # serialization_failure, deadlock_detected
-LOCKED = 60.0  # seconds that SQLite waits for its lock before the call fails
-WRITING = 120  # the byte of SQLite's shared memory file that a writing process has locked
+LOCKED = 10.0  # seconds that SQLite waits for its lock before the call fails; meanwhile it hears no Ctrl-C
+# Connections that a process keeps to PostgreSQL, and how many more it opens while its threads need them at once: 64
+# workers then fit the 97 that a server has for us by default.
+KEPT, MORE = 1, 4
 CREATION = 7239540712  # advisory lock: only one of several processes that find no tables creates them
 URL_OPTIONS = {"host", "port", "sslrootcert"}
 TIMEOUTS = {  # seconds; without them TCP would wait for hours for a server behind a broken link
@@ -40,6 +42,7 @@ TIMEOUTS = {  # seconds; without them TCP would wait for hours for a server behi
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # this one in milliseconds
 }
+LEADER = {"target_session_attrs": "read-write"}  # not a server that only follows another, as before or after a failover
 # A process that was stopped within a transaction must not hold its locks forever either.
 SESSION = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=60s"
 
@@ -53,31 +56,42 @@ class Database:
     """Run transactions on the rows of one run in the database at `url`. Threads may share it.
 
     url: `sqlite:///path` or `postgresql://user@host/database`. Raises ValueError for another kind of URL, one with a
-    password, a missing directory or a store of another schema version; OSError if the server cannot be reached.
+    password, a missing directory, a store of another schema version or a password that the server does not accept;
+    OSError if the server cannot be reached.
+    migrating: take a store of any version as it is, and create no tables.
     """
 
-    def __init__(self, url: str, run: str, *, password: str | None = None, tls: Tls = "auto") -> None:
+    def __init__(
+        self, url: str, run: str, *, password: str | None = None, tls: Tls = "auto", migrating: bool = False
+    ) -> None:
         self.run = run
+        self._reached = False  # whether the database has ever been opened
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
         self.engine = _engine(parsed, password, tls)
         self.now: sa.ColumnElement[float] = _clock(self.engine.dialect.name)
         self.insert: Any = {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name].insert
-        try:
-            versions = self.transact(self._create, "write")
-        except OSError:
-            self.close()
-            raise
-        if versions != [SCHEMA_VERSION]:
-            self.close()
-            raise ValueError(
-                f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}: "
-                "it was created by another version of mgrpo; use that version, or begin a new run"
-            )
+        if not migrating:
+            self._open()
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+    def _open(self) -> None:
+        try:
+            versions = self.transact(self._create, "write")
+        except (OSError, ValueError):
+            self.close()
+            raise
+        if versions != [SCHEMA_VERSION]:
+            self.close()
+            older = len(versions) == 1 and OLDEST <= versions[0] < SCHEMA_VERSION
+            how = "migrate it (`mgrpo migrate RUN`), or use" if older else "use"
+            raise ValueError(
+                f"store {self.name}: expected schema version {SCHEMA_VERSION}, found {versions}: "
+                f"it was created by another version of mgrpo; {how} that version, or begin a new run"
+            )
 
     def _create(self, db: sa.Connection) -> list[int]:
         """Create the tables if there are none, and return the schema versions found."""
@@ -96,17 +110,25 @@ class Database:
                 with self.engine.connect() as connection:
                     db = _reading(connection) if mode == "read" else connection
                     with db.begin():
+                        self._reached = True
                         return work(db)
             except sa.exc.DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) in RETRIED and attempt < ATTEMPTS:
+                if is_conflict(error) and attempt < ATTEMPTS:
                     time.sleep(random.uniform(0, 0.01 * 2**attempt))
                     attempt += 1
-                elif error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
-                    reason = " ".join(str(error.orig).split())
-                    writer = _writer(self.engine.url.database or "") if "is locked" in reason else ""
-                    raise OSError(errno.EIO, f"store {self.name}: {reason}{writer}") from error
+                elif is_outage(error):
+                    raise self._outage(error) from error
                 else:
                     raise
+
+    def _outage(self, error: sa.exc.DBAPIError) -> OSError | ValueError:
+        """Describe an outage: by ValueError if there never was a connection, and the server will not grant one."""
+        if code(error) in MOVED:
+            self.engine.dispose()  # the next transaction looks for the server anew
+        why = f"store {self.name}: {reason(error, self.engine.url.database or '')}"
+        if not self._reached and is_hopeless(error):
+            return ValueError(f"{why}: expected the url, user and password of a server that lets this process in")
+        return OSError(errno.EIO, why)
 
 
 class Part:
@@ -168,8 +190,9 @@ def read_password(file: str = "") -> str | None:
 
     Raises ValueError if the file cannot be read, or if other users may read it.
     """
-    if PASSWORD in os.environ or not file:
-        return os.environ.get(PASSWORD)
+    given = secrets.get(PASSWORD)
+    if given is not None or not file:
+        return given
     path = Path(file)
     try:
         if path.stat().st_mode & 0o007:
@@ -219,9 +242,9 @@ def _engine(url: sa.URL, password: str | None, tls: Tls) -> sa.Engine:
         sa.event.listen(engine, "begin", _begin)
         return engine
     secret = {} if password is None else {"password": password}
-    arguments = TIMEOUTS | {"options": SESSION, "application_name": "mgrpo"} | _tls(url, tls) | secret
+    arguments = TIMEOUTS | LEADER | {"options": SESSION, "application_name": "mgrpo"} | _tls(url, tls) | secret
     try:
-        return sa.create_engine(url, connect_args=arguments, hide_parameters=True)
+        return sa.create_engine(url, connect_args=arguments, hide_parameters=True, pool_size=KEPT, max_overflow=MORE)
     except ModuleNotFoundError as error:
         raise ValueError(f"store: PostgreSQL needs psycopg: pip install 'mgrpo[postgres]' ({error})") from error
 
@@ -278,18 +301,13 @@ def _clock(dialect: str) -> sa.ColumnElement[float]:
     return sa.literal_column("CAST(extract(epoch FROM clock_timestamp()) AS double precision)", sa.Double)
 
 
-def _writer(file: str) -> str:
-    """Describe the process that holds the lock of a SQLite file; "" if the kernel does not tell or it was released.
+def lapsed(deadline: sa.Column[Any], now: sa.ColumnElement[float], lease: Any) -> sa.ColumnElement[bool]:
+    """Return whether a deadline has passed, or is so far ahead that the clock must have gone back since it was set.
 
-    A process that is stopped within a transaction (SIGSTOP, a debugger) holds the lock until it continues.
+    lease: the seconds for which it is set, as a number or a parameter. A living holder sets it anew long before it
+    matters that the clock went back.
     """
-    with suppress(OSError):
-        lock = rf"^\d+: POSIX +ADVISORY +WRITE (\d+) \w+:\w+:{os.stat(f'{file}-shm').st_ino} (\d+) (\d+)$"
-        for pid, first, last in re.findall(lock, Path("/proc/locks").read_text(), re.MULTILINE):
-            if int(first) <= WRITING <= int(last):
-                state = re.search(r"(?m)^State:\s+\w \((.*)\)$", Path(f"/proc/{pid}/status").read_text())
-                return f": process {pid} writes" + (f" ({state[1]})" if state else "")
-    return ""
+    return sa.or_(deadline < now, deadline > now + 2 * lease + AHEAD)
 
 
 def _reading(connection: sa.Connection) -> sa.Connection:

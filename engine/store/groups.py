@@ -5,10 +5,11 @@ it is overdue and has at least two of them:
 
     open --record--> sealed --claim--> leased --ack--> acked          `release`, after a trainer's death, seals again
                         |                 +--refill--> expired        a group without advantage, if it is to be replaced
-                        |                 +--discard-> expired        a group with a damaged trajectory
+                        |                 +--discard-> expired        with a damaged trajectory, or no score
                         +------claim------------------> expired       sampled by weights that are too old
 
-Claims of a trainer have no deadline: its successor acks what its checkpoint contains and releases the rest. Colocated
+Claims of a trainer have no deadline: its successor acks what its checkpoint contains and releases the rest. A trainer
+that goes back to an earlier checkpoint takes back the acks since (`undo`). Colocated
 runs open their queries themselves, lease none, and `reclaim` what a checkpoint lacks.
 """
 
@@ -23,6 +24,8 @@ import sqlalchemy as sa
 from mgrpo.engine.store.database import Database, Part, reads, writes
 from mgrpo.engine.store.roles import Roles
 from mgrpo.engine.store.tables import (
+    FORGOTTEN,
+    UNKNOWN,
     CallRecord,
     Claim,
     Group,
@@ -70,12 +73,14 @@ class Groups(Part):
         return Claim(self._groups(db, agent, claimed), expired)
 
     @writes
-    def ack(self, db: sa.Connection, agent: str, trained: Collection[int], holder: str = "") -> None:
-        """Mark groups as acked: the agent's optimizer steps on these queries are in a checkpoint. Idempotent.
+    def ack(
+        self, db: sa.Connection, agent: str, trained: Collection[int], holder: str = "", step: int = UNKNOWN
+    ) -> None:
+        """Mark groups as acked: the agent's optimizer steps on these queries are in the checkpoint of `step`.
 
-        Raises FencedError; or ValueError, and acks none of them, if one is neither leased nor acked.
+        Idempotent. Raises FencedError; or ValueError, and acks none of them, if one is neither leased nor acked.
         """
-        self._move(db, agent, trained, holder, "acked", {"acks": groups.c.acks + 1})
+        self._move(db, agent, trained, holder, "acked", {"acks": groups.c.acks + 1, "trained": step})
 
     @writes
     def refill(self, db: sa.Connection, agent: str, useless: Collection[int], holder: str) -> None:
@@ -86,12 +91,33 @@ class Groups(Part):
         self._move(db, agent, useless, holder, "expired", {"reason": "zero_std"})
 
     @writes
-    def discard(self, db: sa.Connection, agent: str, damaged: Collection[int], holder: str) -> None:
-        """Expire leased groups of which a trajectory cannot be read as it was written. Others will replace them.
+    def undo(self, db: sa.Connection, agent: str, step: int, holder: str) -> int:
+        """Take back the acks after the checkpoint of `step`, to which the agent has gone back; return their number.
 
+        The groups are sealed again, or expired if their calls were deleted since. Raises FencedError.
+        """
+        self.roles.fence(db, agent, holder)
+        later = self._of(groups, groups.c.agent == agent, groups.c.state == "acked", groups.c.trained > step)
+        lost = groups.c.reason == FORGOTTEN
+        anew = {"state": sa.case((lost, "expired"), else_="sealed"), "acks": 0, "holder": "", "trained": UNKNOWN}
+        return db.execute(sa.update(groups).where(later).values(anew)).rowcount
+
+    @reads
+    def acked(self, db: sa.Connection, agent: str) -> int:
+        """Return how many groups of an agent are acked."""
+        mine = self._of(groups, groups.c.agent == agent, groups.c.state == "acked")
+        return db.scalar(sa.select(sa.func.count()).select_from(groups).where(mine)) or 0
+
+    @writes
+    def discard(
+        self, db: sa.Connection, agent: str, useless: Collection[int], holder: str, reason: str = "damaged"
+    ) -> None:
+        """Expire leased groups that cannot be trained on. Others will replace them.
+
+        reason: "damaged" if a trajectory cannot be read as it was written, "unscored" if no rollout has a score.
         Idempotent. Raises FencedError; or ValueError, and expires none, if one is neither leased nor expired.
         """
-        self._move(db, agent, damaged, holder, "expired", {"reason": "damaged"})
+        self._move(db, agent, useless, holder, "expired", {"reason": reason})
 
     @writes
     def release(self, db: sa.Connection, agent: str, holder: str, keep: Collection[int] = ()) -> int:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from mgrpo.engine.config.resume import fingerprint
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.directory import RunPaths
+from mgrpo.engine.run.identity import draw_identity
 from mgrpo.engine.store.database import read_password
 from mgrpo.engine.store.store import Store
 
@@ -61,9 +62,22 @@ def open_copy(config: Config, run_dir: Path) -> Iterator[Store]:
             yield store
 
 
-def begin(store: Store, config: Config) -> None:
-    """Create the run in its store, unless it is there. Raises ValueError if it was created with another config."""
+def begin(store: Store, config: Config, *, known: bool = False) -> None:
+    """Create the run in its store, unless it is there. known: it must be there, because checkpoints of it are.
+
+    Raises ValueError if it was created with another config, if it is missing, or if its name is that of another run.
+    """
+    identify(store, config, known=known)
     store.roles.begin_run(list(config.agents), config.algorithm.rollouts, fingerprint(config))
+
+
+def identify(store: Store, config: Config, *, known: bool = False) -> None:
+    """Take the run's name in its store for the id in its directory, which is drawn now if there is none.
+
+    Raises ValueError as `Identities.take` does.
+    """
+    alone = config.topology == "local" and bool(config.store.url)
+    store.identities.take(draw_identity(config.run_dir), config.run_dir, known=known, alone=alone)
 
 
 def sqlite_url(file: Path) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import Database, Part, writes
+from mgrpo.engine.store.database import AHEAD, Database, Part, lapsed, writes
 from mgrpo.engine.store.roles import LATEST, Roles
 from mgrpo.engine.store.tables import (
+    UNKNOWN,
     CallRecord,
     Lease,
     RolloutRecord,
@@ -67,8 +68,9 @@ def _standing(now: sa.ColumnElement[float]) -> sa.Select[Any]:
 @cache
 def _lapsed(now: sa.ColumnElement[float]) -> sa.Select[Any]:
     """Select the lowest queries whose lease has lapsed, except those that another transaction has locked."""
-    lapsed = sa.select(queries.c.query).where(queries.c.run == _THIS, ~queries.c.sealed, queries.c.deadline < now)
-    return lapsed.order_by(queries.c.query).limit(sa.bindparam("count")).with_for_update(skip_locked=True)
+    free = lapsed(queries.c.deadline, now, sa.bindparam("lease", type_=sa.Double))
+    lowest = sa.select(queries.c.query).where(queries.c.run == _THIS, ~queries.c.sealed, free)
+    return lowest.order_by(queries.c.query).limit(sa.bindparam("count")).with_for_update(skip_locked=True)
 
 
 class Queries(Part):
@@ -111,18 +113,18 @@ class Queries(Part):
         because the newer weights may be what opened the gate.
         """
         agents, size = self.roles.begun(db)
-        lapsed = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count}))
+        free = list(db.scalars(_lapsed(self.now), {"this": self.run, "count": count, "lease": lease}))
         latest = db.execute(
             _standing(self.now), {"this": self.run}
-        ).all()  # read now: no older than what opened the lapsed queries
+        ).all()  # read now: no older than what opened the free queries
         if loaded is not None and any(row.step > loaded.get(row.agent, -1) for row in latest):
             return []
-        if lapsed:
-            mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(lapsed)))
+        if free:
+            mine = sa.update(queries).where(self._of(queries, queries.c.query.in_(free)))
             db.execute(mine.values(worker=worker, taken=self.now, deadline=self.now + lease))
-        again = self._leases(db, lapsed)
+        again = self._leases(db, free)
         limit, step, now = _gate(latest, agents, ahead, total)
-        new = [(query, task_of(query)) for query in self._numbers(db, limit, count - len(lapsed))]
+        new = [(query, task_of(query)) for query in self._numbers(db, limit, count - len(free))]
         self._open(db, new, agents, (step, size, False, worker, now, now + lease, 0))
         return again + [Lease(query, task, list(range(size))) for query, task in new]
 
@@ -146,6 +148,7 @@ class Queries(Part):
     @writes
     def seal_overdue(self, db: sa.Connection, timeout: float) -> list[int]:
         """Seal the queries taken more than `timeout` seconds ago that have at least two rollouts, and return them."""
+        self._forget_future(db)
         old = self._of(queries, ~queries.c.sealed, queries.c.taken < self.now - timeout)
         ended = Counter(query for query, _ in self._recorded(db, self._locked(db, old)))
         overdue = sorted(query for query, count in ended.items() if count >= 2)
@@ -184,7 +187,7 @@ class Queries(Part):
             if "\0" in task:
                 raise ValueError(f"task of query {query}: {task!r} given: expected an id without NUL")
         self._insert_rows(db, queries, [(self.run, query, task, *rest) for query, task in tasks])
-        made = [(self.run, query, agent, "open", "", "", 0) for query, _ in tasks for agent in agents]
+        made = [(self.run, query, agent, "open", "", "", 0, UNKNOWN) for query, _ in tasks for agent in agents]
         self._insert_rows(db, groups, made)
 
     def _numbers(self, db: sa.Connection, limit: int, count: int) -> range:
@@ -240,6 +243,12 @@ class Queries(Part):
             if (c.agent, c.query) not in there:
                 raise ValueError(f"record: query {c.query} was not opened for agent {c.agent!r}")
         return size, {row.query for row in found if row.sealed}
+
+    def _forget_future(self, db: sa.Connection) -> None:
+        """Count the time from now on for queries that were taken while the clock was ahead."""
+        future = self._locked(db, self._of(queries, ~queries.c.sealed, queries.c.taken > self.now + AHEAD))
+        if future:
+            db.execute(sa.update(queries).where(self._of(queries, queries.c.query.in_(future))).values(taken=self.now))
 
     def _seal(self, db: sa.Connection, full: Sequence[int]) -> None:
         if full:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import Part, reads, writes
+from mgrpo.engine.store.database import Part, lapsed, reads, writes
 from mgrpo.engine.store.tables import (
     Publication,
     columns,
@@ -50,14 +50,20 @@ class Roles(Part):
             if found[key] != given:
                 raise ValueError(
                     f"run {self.run!r}: {key}: {given} given: expected {found[key]}, as when the run was created"
+                    + (": `mgrpo store init` names the key" if key == "fingerprint" else "")
                 )
+
+    @writes
+    def renew(self, db: sa.Connection, fingerprint: str) -> None:
+        """Take another fingerprint for the run, after its config was compared with the one that it had. Idempotent."""
+        db.execute(sa.update(runs).where(self._of(runs)).values(fingerprint=fingerprint))
 
     @writes
     def hold(self, db: sa.Connection, role: str, holder: str, seconds: float) -> None:
         """Take the role for a number of seconds, when a process starts. Raises ValueError naming another holder."""
         row = {"run": self.run, "role": role, "holder": holder, "deadline": self.now + seconds}
         insert = self._insert(roles).values(row)
-        free = sa.or_(roles.c.holder == holder, roles.c.deadline < self.now)
+        free = sa.or_(roles.c.holder == holder, lapsed(roles.c.deadline, self.now, seconds))
         changed = {"holder": insert.excluded.holder, "deadline": insert.excluded.deadline}
         taken = insert.on_conflict_do_update(index_elements=roles.primary_key, set_=changed, where=free)
         if db.execute(taken.returning(roles.c.role)).first() is None:
@@ -75,6 +81,11 @@ class Roles(Part):
         mine = sa.update(roles).where(self._of(roles, roles.c.role == role, roles.c.holder == holder))
         if not db.execute(mine.values(deadline=self.now + seconds)).rowcount:
             raise FencedError(f"{role} of run {self.run!r} is no longer held by {holder}")
+
+    @writes
+    def check(self, db: sa.Connection, agent: str, holder: str) -> None:
+        """Check that `holder` is the agent's trainer. Raises FencedError."""
+        self.fence(db, agent, holder)
 
     @writes
     def release(self, db: sa.Connection, role: str, holder: str) -> None:
@@ -127,7 +138,7 @@ class Roles(Part):
 
         The weights to evaluate are `publications(step)`. Returns None if there is nothing to evaluate.
         """
-        free = sa.or_(evaluations.c.worker == worker, evaluations.c.deadline < self.now)
+        free = sa.or_(evaluations.c.worker == worker, lapsed(evaluations.c.deadline, self.now, lease))
         waiting = self._of(evaluations, evaluations.c.result.is_(None), free)
         first = sa.select(evaluations.c.step).where(waiting).order_by(evaluations.c.step).limit(1)
         step = db.scalar(first.with_for_update(skip_locked=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mgrpo.engine.store.audit import Audit
 from mgrpo.engine.store.database import Database, Tls
 from mgrpo.engine.store.groups import Groups
+from mgrpo.engine.store.identities import Identities
 from mgrpo.engine.store.queries import Queries
 from mgrpo.engine.store.roles import Roles
 
@@ -13,7 +14,8 @@ class Store:
     """Open one run's part of the store at `url`. See `Database` for the arguments and for what is raised.
 
     queries: opened, leased to workers and recorded. groups: claimed by trainers and acked. roles: which process has
-    which role, published weights and evaluations. audit: states, invariants, garbage.
+    which role, published weights and evaluations. identities: which run has which name. audit: states, invariants,
+    garbage.
 
     Every method of a part is one transaction, may be called again, and locks in the order roles, queries, groups, each
     by number, and the run last, so that on PostgreSQL two transactions seldom wait for each other in a circle; if they
@@ -23,7 +25,7 @@ class Store:
 
     def __init__(self, url: str, run: str, *, password: str | None = None, tls: Tls = "auto") -> None:
         self.database = Database(url, run, password=password, tls=tls)
-        self.roles = Roles(self.database)
+        self.roles, self.identities = Roles(self.database), Identities(self.database)
         self.queries = Queries(self.database, self.roles)
         self.groups = Groups(self.database, self.roles)
         self.audit = Audit(self.database, self.roles)

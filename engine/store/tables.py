@@ -1,6 +1,7 @@
-"""Define the tables of the store (schema version 2), and the records that are written to and read from them.
+"""Define the tables of the store (schema version 3), and the records that are written to and read from them.
 
     runs          the agents and the config of each run; several runs may share a database
+    identities    which run it is: the id that its run directory drew, that directory, the digest of its tasks
     roles         which process has which role (one trainer per agent), until when
     publications  the weights that an agent has published, step by step
     queries       which worker samples a query, until when
@@ -24,9 +25,12 @@ import sqlalchemy as sa
 
 from mgrpo.engine.run.trajectories import Position
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # a change needs a step in store/migrate.py
+OLDEST = 2  # schema version that can be migrated
 STATES = ("open", "sealed", "leased", "acked", "expired")  # of a group
 STATUSES = ("scored", "unscored", "failed")  # of a rollout
+FORGOTTEN = "forgotten"  # reason of an acked group whose calls were deleted with their files
+UNKNOWN = -1  # step of a checkpoint that is not known
 
 metadata = sa.MetaData()
 _KINDS: dict[type, Any] = {str: sa.Text, int: sa.BigInteger, float: sa.Double, bool: sa.Boolean}
@@ -47,6 +51,7 @@ def _table(name: str, *parts: Any) -> sa.Table:
 
 schema = _table("schema_version", *_keys(version=int))
 runs = _table("runs", *_keys(run=str), *_values(agents=str, rollouts=int, fingerprint=str))
+identities = _table("identities", *_keys(run=str), *_values(id=str, place=str, tasks=str))  # tasks: "" if unknown
 roles = _table("roles", *_keys(run=str, role=str), *_values(holder=str, deadline=float))
 publications = _table(
     "publications",
@@ -71,7 +76,8 @@ queries = _table(
 groups = _table(
     "groups",
     *_keys(run=str, query=int, agent=str),
-    *_values(state=str, holder=str, reason=str, acks=int),  # reason: why it expired
+    *_values(state=str, holder=str, reason=str, acks=int),  # reason: why it expired, or FORGOTTEN
+    *_values(trained=int),  # the rl step of the checkpoint with which it was acked; UNKNOWN: none, or before version 3
     sa.Index("groups_by_state", "run", "agent", "state", "query"),
 )
 rollouts = _table(

@@ -119,7 +119,7 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
     for target in (file, store.name):
         code, out, _ = mgrpo("gc", target)
         assert code == 0 and out == (
-            "run local: 1 files of 4 calls deleted, 10 bytes\n"
+            "run local: 1 file of 4 calls deleted, 10 bytes\n"
             if target == file
             else "run local: 0 files of 0 calls deleted, 0 bytes\n"
         )
@@ -141,7 +141,7 @@ def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrp
     assert mgrpo("gc", url, "--run-dir", tmp_path / "other")[1] == f"{url}: no run 'other'\n"
     code, _, err = mgrpo("gc", url, "--run-dir", tmp_path / "nowhere")
     assert code == 1 and "expected a run directory with trajectories" in err
-    assert mgrpo("gc", url, "--run-dir", tmp_path / "run")[1].startswith("run run: 1 files of 4 calls deleted")
+    assert mgrpo("gc", url, "--run-dir", tmp_path / "run")[1].startswith("run run: 1 file of 4 calls deleted")
     assert mgrpo("status", url)[0] == 0
     store.close()
 
@@ -168,7 +168,9 @@ def test_a_run_is_the_same_with_other_steps_or_machines_but_not_with_other_rewar
         "steps=99",
         "agents.main.ranks=2",
         "run_dir=elsewhere",
+        "agents.main.lr=1e-3",
+        "agents.main.grad_clip=1.0",  # the default
     ):
         assert changed(override) == changed()
-    for override in ("reward.main_correct=0.5", "agents.main.lr=1e-3", "seed=1", "queries_per_step=3"):
+    for override in ("reward.main_correct=0.5", "agents.main.grad_clip=2.0", "seed=1", "queries_per_step=3"):
         assert changed(override) != changed()

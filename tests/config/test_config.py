@@ -92,7 +92,15 @@ def test_an_unknown_key_is_refused_with_its_path_its_value_and_the_keys_there_ar
     inner[key] = "some value"
     path = f"{section}.{key}" if section else key
     message = f"config: {path}: 'some value' given: no such key, expected one of {', '.join(keys_of(section))}"
-    assert refused(raw) == message
+    found, _, hint = refused(raw).partition("; did you mean ")
+    assert found == message and (not hint or hint.removesuffix("?") in keys_of(section))
+
+
+@pytest.mark.parametrize(("typo", "key"), [("agents.main.qq", None), ("agents.main.lrr", "lr"), ("stpes", "steps")])
+def test_a_key_that_is_nearly_right_is_suggested(file: Path, typo: str, key: str | None):
+    with pytest.raises(ValueError, match="no such key") as refused:
+        load_config(file, [f"{typo}=1"])
+    assert str(refused.value).endswith(f"; did you mean {key}?") == (key is not None)
 
 
 @pytest.mark.parametrize("key", ["run_dir", "environment", "agents", "environment.use", "agents.main.model"])
@@ -283,8 +291,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path):
         ValueError, match=re.escape(f"config: {tmp_path / 'no.toml'} is not a file: expected a TOML file")
     ):
         load_config(tmp_path / "no.toml")
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match=rf"config: {tmp_path} given: expected a TOML file, or a run's directory with"):
         load_config(tmp_path)
+
+
+def test_a_run_directory_holds_its_own_config_wherever_it_is_now(file: Path, tmp_path: Path):
+    config = load_config(file, ["agents.main.betas=[0.5, 0.75]"])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.json").write_text(dump_config(config))
+    assert load_config(moved) == msgspec.structs.replace(config, run_dir=str(moved))
+    assert load_config(moved, ["steps=77"]).steps == 77
 
 
 NOT_TOML = {
@@ -387,7 +404,7 @@ def test_a_set_below_a_value_is_refused(file: Path):
     [
         ("agents.main.lr=-1", "config: agents.main.lr: -1 given: Expected `float` > 0"),
         ("agents.main.lr=", "config: agents.main.lr: '' given: Expected `float`"),
-        ("agents.main.rl=1", "config: agents.main.rl: 1 given: no such key, expected one of model, train"),
+        ("agents.main.rl=1", "config: agents.main.rl: 1 given: no such key, expected one of model, "),
         ("agents..lr=1", "config: agents."),
         ("step=1", "config: step: 1 given: no such key, expected one of run_dir"),
     ],

@@ -6,12 +6,14 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -205,10 +207,16 @@ def test_a_torn_last_line_is_no_row_and_is_not_joined_to_the_next(run, no_tensor
         assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1]
 
 
-def test_a_damaged_line_in_the_middle_is_named(run):
-    run.metrics.write_bytes(b'{"stage": "rl", "step": 0}\n{"sta\n{"stage": "rl", "step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        read_metrics(run.metrics)
+@pytest.mark.parametrize(
+    "damaged", [b'{"sta', b"\0\0\0", b"[1]", b'{"stage": "rl"}', b'{"stage": "x", "step": 1}', b"[" * 9999]
+)
+def test_a_damaged_line_in_the_middle_is_named_and_left_out(run, caplog, damaged):
+    whole = [b'{"stage": "rl", "step": 0}\n', b'{"stage": "rl", "step": 1}\n']
+    run.metrics.write_bytes(whole[0] + damaged + b"\n" + whole[1])
+    assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1]
+    assert "metrics.jsonl, line 2 is left out: not a row of metrics" in caplog.text
+    run.rewind_metrics(1, "rl")
+    assert run.metrics.read_bytes() == whole[0]
     assert read_metrics(run.path / "none.jsonl") == []
 
 
@@ -344,7 +352,8 @@ def test_everything_is_on_the_disk_before_the_rename(run, monkeypatch):
     monkeypatch.setattr(Path, "rename", spy_rename)
     run.save_checkpoint("rl-00001", content("x"), keep=1)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert sorted(before) == [".tmp-rl-00001", "agents", "main", "manifest.json", "model.bin", "state.json"]
+    assert re.fullmatch(r"\.tmp-[0-9a-f]{8}-rl-00001", min(before))
+    assert sorted(before)[1:] == ["agents", "main", "manifest.json", "model.bin", "state.json"]
     assert after == ["checkpoints"]
 
 
@@ -516,3 +525,52 @@ def test_a_clock_that_was_ahead_and_went_back_holds_no_row_up(tmp_path: Path, mo
     assert [event.value for event in board.Scalars("main/reward")] == [3.0], (
         "the files are read in the order of writing"
     )
+
+
+# ---- a process that another one has succeeded
+
+
+class Succeeded(RuntimeError):
+    """Another process acts here by now."""
+
+
+def test_nothing_is_replaced_or_deleted_without_leave(tmp_path: Path):
+    with closing(RunDirectory(tmp_path)) as run:
+        for step in (1, 2, 3):
+            run.save_checkpoint(f"rl-{step:05d}", content(f"{step}"), keep=2)
+        before = names(run)
+
+        def refused() -> None:
+            raise Succeeded
+
+        for name in ("rl-00002", "rl-00003", "rl-00009"):
+            with pytest.raises(Succeeded):
+                run.save_checkpoint(name, content("stale"), 1, refused)
+            assert names(run) == before
+        asked = []
+        run.save_checkpoint("rl-00004", content("4"), 2, lambda: asked.append(names(run)))
+        assert [len(found) for found in asked] == [3, 3]  # before the rename and before the pruning
+        assert "rl-00004" not in asked[0] and "rl-00004" in asked[1]
+
+
+def test_a_shared_directory_keeps_what_another_process_writes(tmp_path: Path):
+    unfinished = tmp_path / "checkpoints" / ".tmp-abcd-rl-00001"
+    unfinished.mkdir(parents=True)
+    with closing(RunDirectory(tmp_path, resume=True, shared=True)) as run:
+        run.save_checkpoint("rl-00001", content("x"), keep=1)
+        assert unfinished.is_dir()
+        run.clear_aside()
+        assert not unfinished.exists() and names(run) == ["rl-00001"]
+
+
+def test_a_damaged_checkpoint_says_how_to_go_back(tmp_path: Path):
+    with closing(RunDirectory(tmp_path)) as run:
+        run.save_checkpoint("warmup-00002", content("0"), keep=3)
+        run.save_checkpoint("rl-00001", content("1"), keep=3)
+        for name, before in (("rl-00001", "warmup-00002"), ("warmup-00002", None)):
+            path = run.checkpoints / name
+            (path / "state.json").write_bytes(b"torn")
+            with pytest.raises(ValueError, match=name) as damaged:
+                run.open_checkpoint(path)
+            how = f"; delete it to go back to {before}: what came after is trained again"
+            assert str(damaged.value).endswith(how) == (before is not None)

@@ -208,12 +208,12 @@ def test_everything_survives_reopening_and_the_database_is_durable(tmp_path):
         assert db.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
 
 
-@pytest.mark.parametrize("version", [1, 99])
-def test_another_schema_version_is_refused(connect, version):
+@pytest.mark.parametrize(("version", "how"), [(1, "use"), (2, "migrate it .`mgrpo migrate RUN`., or use"), (99, "use")])
+def test_another_schema_version_is_refused(connect, version, how):
     with connect().database.engine.begin() as db:
         db.exec_driver_sql(f"UPDATE schema_version SET version = {version}")
     with pytest.raises(
-        ValueError, match=rf"store .*: expected schema version 2, found \[{version}\]: it was created by another"
+        ValueError, match=rf"store .*: expected schema version 3, found \[{version}\]: it was created by .*; {how} that"
     ):
         connect()
 

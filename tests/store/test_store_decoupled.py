@@ -95,6 +95,36 @@ def test_a_role_is_kept_also_when_it_lapsed_but_not_once_another_had_it(connect)
             store.roles.keep("trainer:main", "a", 60)
 
 
+def test_what_was_taken_while_the_clock_was_ahead_is_free_when_it_has_gone_back(store):
+    """The process that took it is dead: otherwise it would set its deadline anew, on the clock as it is now."""
+    now = time.time()
+    set_clock(store, now + 86400)
+    assert [lease.query for lease in take(store, "dead", 1)] == [0]
+    store.roles.hold("launcher", "dead", 60)
+    assert store.roles.open_evaluation(0) and store.roles.take_evaluation("dead", 60) == 0
+    set_clock(store, now)
+    assert [lease.query for lease in take(store, "living", 1)] == [0]
+    store.roles.hold("launcher", "living", 60)
+    assert store.roles.take_evaluation("living", 60) == 0
+    assert take(store, "third", 1)[0].query == 1, "the living keep what they took"
+    with pytest.raises(ValueError, match=r"held by living for another (59|60) s"):
+        store.roles.hold("launcher", "third", 60)
+
+
+def test_a_query_that_was_taken_while_the_clock_was_ahead_becomes_overdue_all_the_same(store):
+    now = time.time()
+    set_clock(store, now + 86400)
+    take(store, "w", 1)
+    for rollout in range(2):
+        store.queries.record(*episode(0, rollout))
+    set_clock(store, now)
+    assert store.queries.seal_overdue(600) == []
+    set_clock(store, now + 599)
+    assert store.queries.seal_overdue(600) == []
+    set_clock(store, now + 601)
+    assert store.queries.seal_overdue(600) == [0]
+
+
 def test_deadlines_are_on_the_databases_clock(connect, monkeypatch):
     store = connect()
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -119,6 +149,8 @@ def test_a_trainer_that_was_replaced_writes_nothing(store):
         lambda: store.groups.ack("main", [0]),
         lambda: store.groups.refill("main", [0], "me"),
         lambda: store.groups.discard("main", [0], "me"),
+        lambda: store.groups.undo("main", 0, "me"),
+        lambda: store.roles.check("main", "me"),
         lambda: store.groups.release("main", "me"),
         lambda: store.roles.publish(publication("main", 1), "me"),
         lambda: store.roles.rewind("main", 0, "me"),
@@ -365,6 +397,36 @@ def test_discarded_groups_are_expired_but_not_counted_as_refilled(store):
 
 
 # ---- the audit
+
+
+def test_an_agent_that_goes_back_gets_the_groups_since_again_and_no_other_does(store):
+    take(store)
+    for query in range(4):
+        finish(store, query)
+    for agent in AGENTS:
+        for step, pair in ((1, [0, 1]), (2, [2, 3])):
+            assert [g.query for g in store.groups.claim(agent, 2, "me").groups] == pair
+            store.groups.ack(agent, pair, "me", step)
+            store.roles.publish(publication(agent, step), "me")
+    assert (store.groups.undo("main", 2, "me"), store.groups.acked("main")) == (0, 4)
+    store.roles.rewind("main", 1, "me")
+    assert (store.groups.undo("main", 1, "me"), store.groups.acked("main"), store.groups.acked("search")) == (2, 2, 4)
+    assert store.groups.undo("main", 1, "me") == 0 and balanced(store)
+    assert [g.query for g in store.groups.claim("main", 9, "me").groups] == [2, 3]
+    store.groups.ack("main", [2, 3], "me", 2)
+    store.roles.publish(publication("main", 2), "me")
+    assert store.groups.acked("main") == 4 and balanced(store)
+
+
+def test_groups_whose_calls_were_deleted_are_replaced_when_an_agent_goes_back(store):
+    take(store)
+    finish(store, 0)
+    for agent in AGENTS:
+        store.groups.claim(agent, 1, "me")
+        store.groups.ack(agent, [0], "me", 1)
+    store.audit.forget([call.position.file for call in store.groups.calls_of(0)])
+    assert store.groups.undo("main", 0, "me") == 1
+    assert store.audit.status()["agents"]["main"]["expired"] == 1 and not store.groups.claim("main", 9, "me").groups
 
 
 def test_garbage_is_what_every_agent_has_finished_with(store):

@@ -48,6 +48,6 @@ def _restore(policies: dict[str, Policy], checkpoint: Path) -> str:
         if folder is None:
             raise ValueError(f"--checkpoint: {checkpoint} given: expected a checkpoint of agent {name!r} in it")
         saved = read_checkpoint_info(folder)
-        policy.load_state(folder / name)
+        policy.load_state(folder / name, verified=True)
         loaded.append(f"{name} {saved.stage} step {saved.step}")
     return ", ".join(loaded)

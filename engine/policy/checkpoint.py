@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mgrpo.engine.model.sharding import Shards, write_shards
+from mgrpo.engine.run.checksums import verify_sidecars
 from mgrpo.engine.system import distributed
 
 INDEX = "policy.json"
@@ -71,6 +72,21 @@ def read_index(folder: Path, group: ProcessGroup | None) -> Index:
         return msgspec.json.decode(distributed.broadcast(found, str, group), type=Index)
     except msgspec.DecodeError as error:
         raise ValueError(f"{folder}: expected a policy's state with a valid {INDEX}: {error}") from error
+
+
+def check_files(folder: Path, group: ProcessGroup | None) -> None:
+    """Compare the files of a state with the SHA-256 beside each; every rank reads its share.
+
+    Raises ValueError on every rank, naming the file, if one is damaged.
+    """
+    rank, ranks = distributed.rank(group), distributed.ranks(group)
+    failure: Exception | None = None
+    try:
+        verify_sidecars(sorted(folder.glob("*.safetensors"))[rank::ranks])
+    except ValueError as error:
+        failure = error
+    if damage := list(filter(None, distributed.gather(str(failure or ""), str, group))):
+        raise ValueError(damage[0])
 
 
 def read_into(target: Mapping[str, Any], folder: Path, stem: str) -> None:

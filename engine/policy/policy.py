@@ -35,10 +35,10 @@ from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.causal_lm import Actor, frozen_copy, load_actor, load_tokenizer, take_over
 from mgrpo.engine.model.routers import routers_of
 from mgrpo.engine.policy import forward
-from mgrpo.engine.policy.checkpoint import Index, moments, read_index, read_into, read_moments, write_state
+from mgrpo.engine.policy.checkpoint import Index, check_files, moments, read_index, read_into, read_moments, write_state
 from mgrpo.engine.policy.forward import Custom, Output
 from mgrpo.engine.policy.optimizer import Masters
-from mgrpo.engine.run.weights import Published, publish_weights
+from mgrpo.engine.run.weights import Published, checksum_of, publish_weights
 from mgrpo.engine.system import distributed
 from mgrpo.engine.types import WeightsVersion
 from mgrpo.kernels import Loss, Objective
@@ -281,6 +281,12 @@ class Policy:
         published: Published = distributed.broadcast(written, Published, self.group)
         return published
 
+    def checksum(self) -> str:
+        """Return the checksum that a published file of the present weights would have, without writing it."""
+        weights = dict(self.full_weights())
+        found: str = distributed.broadcast(checksum_of(weights) if self.rank == 0 else None, str, self.group)
+        return found
+
     @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each whole weight with its name, in the compute dtype on the CPU, on rank 0 only.
@@ -320,12 +326,16 @@ class Policy:
         return {"version": self.version}
 
     @torch.no_grad()
-    def load_state(self, folder: str | Path) -> None:
+    def load_state(self, folder: str | Path, *, verified: bool = False) -> None:
         """Load what `save_state` wrote on any number of ranks.
 
-        Raises ValueError if it is incomplete or damaged or belongs to another model.
+        Each file's SHA-256 is compared with the one beside it, which version 0.1.0 did not write. verified: not again,
+        because the checkpoint was compared with its manifest. Raises ValueError if the state is incomplete or damaged
+        or belongs to another model.
         """
         folder = Path(folder)
+        if not verified:
+            check_files(folder, self.group)
         index = read_index(folder, self.group)
         read_into(self.masters.weights, folder, "weights")
         self.reset_optimizer()

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mgrpo.engine.report.metrics import flat, without_gradient
 from mgrpo.engine.run.metrics import Row, is_evaluation
 
 Column = tuple[str, str, str]  # heading, an agent's metric, format
@@ -86,6 +87,7 @@ class Progress:
         self.latest: Row = {}
         self.eta = ""
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self._flat = 0  # steps without any gradient, in a row
 
     def row(self, row: Row) -> None:
         """Take in the next row."""
@@ -93,10 +95,16 @@ class Progress:
             self.accuracy = accuracy(row)
             return
         self.latest, self.done = row, row["step"] + 1
+        self._flat = self._flat + 1 if without_gradient([row]) else 0
         if "time/step" in row:
             self._recent.append(row["time/step"])
         if self._recent:
             self.eta = clock(statistics.median(self._recent) * (self.steps - self.done))
+
+    @property
+    def flat(self) -> str:
+        """Whether the last steps gave no gradient, in words; "" if they did."""
+        return flat(self._flat)
 
     @property
     def lost(self) -> str:
@@ -136,7 +144,7 @@ class _Lines:
         columns = [column for column in COLUMNS[row["stage"]] if column[0] in BRIEF]
         agents = [" ".join([agent, *cells]) for agent in self.agents if (cells := _named(row, agent, columns))]
         times = f"{_cell(row, 'time/step', '.1f')} s, {self.progress.eta or '-'} left"
-        lost = [self.progress.lost] if self.progress.lost else []
+        lost = [note for note in (self.progress.lost, self.progress.flat) if note]
         return [f"{row['stage']} {self.progress.done}/{self.progress.steps}", *agents, *lost, times]
 
 
@@ -181,7 +189,7 @@ class _Table:
             f"elapsed {clock(time.monotonic() - progress.began)}",
             f"ETA {progress.eta or '-'}",
         )
-        notes = [note for note in (progress.accuracy, progress.lost) if note]
+        notes = [note for note in (progress.accuracy, progress.lost, progress.flat) if note]
         agents = self._agents(progress.name, self.newest or progress.latest)
         return Group(head, Text("   ".join(notes) or "not evaluated yet"), agents, *map(Text, self.notes))
 

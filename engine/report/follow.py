@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.report.display import Display
@@ -66,9 +67,9 @@ class Unmerged:
 
     def _go_back(self) -> None:
         """Wait again for the steps that an agent lost by a rewind, with the rows of the others that belong to them."""
-        reached = [max(map(place_of, last.values()), default=None) for last in map(self.last.get, self.agents)]
-        again = (0, 0, False) if None in reached else _after(min(reached))
-        if again >= self.first:
+        nothing = (0, -1, True)
+        reached = [max(map(place_of, self.last[name].values()), default=nothing) for name in self.agents]
+        if (again := _after(min(reached))) >= self.first:
             return
         self.first = again
         for name, tail in (*self.agents.items(), *self.workers.items()):
@@ -86,6 +87,7 @@ class Watch:
         self.display, self.rows = display, Unmerged(RunPaths(config.run_dir), config.agents)
         self.steps = {"warmup": config.warmup.steps, "rl": config.steps}
         self.stage = ""
+        self.waits: list[str] = []  # what agents wait for, in words
         self.rows.read()
         self._begin(*self.rows.first[:2])
 
@@ -124,15 +126,34 @@ class Watch:
                 row |= prefixed(name, last) | {f"{name}/step": last["step"] + 1}
         return row
 
+    def _waits(self) -> list[str]:
+        """Return what agents wait for; say it too, once, for a display that shows no notes."""
+        told = {name: _told(self.rows.run.agent(name).waiting) for name in self.rows.agents}
+        waits = [f"{name} waits: {reason}" for name, reason in told.items() if reason]
+        for text in waits:
+            if text not in self.waits:
+                self.display.say(text)
+        self.waits = waits
+        return waits
+
     def _notes(self, states: Mapping[str, str]) -> list[str]:
         rates = [rate(name, self.rows.last[name].get(self.stage, {})) for name in self.rows.workers]
         free = shutil.disk_usage(self.rows.run.path).free
         full = [f"the disk is full: {free} bytes free in {self.rows.run.path}"] if free < SCARCE else []
         return (
             full
+            + self._waits()
             + [note for note in rates if note]
             + [f"{name} {state}" for name, state in states.items() if state != "running"]
         )
+
+
+def _told(path: Path) -> str:
+    """Return what a process wrote down that it waits for; "" if it does not wait."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def rate(worker: str, row: Row) -> str:

@@ -8,19 +8,19 @@ keys, all other worker metrics get the prefix "workers/", and time/step is that 
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.directory import RunPaths
-from mgrpo.engine.run.metrics import STAGES, Row, is_evaluation, read_metrics
+from mgrpo.engine.run.metrics import STAGES, Row, is_evaluation, parse_row, read_metrics
 
 # Of a row: stage, step, and False for an evaluation, which comes before the step itself.
 Place = tuple[int, int, bool]
+FLAT = 3  # steps without any gradient, in a row, that are worth a word
 PIECE = 1 << 20  # bytes that are read at a time; no row is as long
 
 
@@ -54,6 +54,23 @@ def place_of(row: Row) -> Place:
 def head(place: Place) -> Row:
     """Return a row with only stage and step."""
     return {"stage": STAGES[place[0]], "step": place[1]}
+
+
+def without_gradient(rows: Iterable[Row]) -> int:
+    """Return how many rl steps in a row, up to the last one, gave no agent a gradient."""
+    number = 0
+    for row in rows:
+        if row["stage"] == "rl" and not is_evaluation(row):
+            norms = [value for key, value in row.items() if key.endswith("/grad_norm")]
+            number = number + 1 if norms and not any(norms) else 0
+    return number
+
+
+def flat(steps: int) -> str:
+    """Say that the last steps gave no gradient; "" if they are too few to mention."""
+    if steps < FLAT:
+        return ""
+    return f"no gradient in the last {steps} steps: all rewards of a group are equal, so that nothing is learnt"
 
 
 def prefixed(name: str, row: Row) -> Row:
@@ -131,7 +148,7 @@ class Tail:
             self._file.seek(len(whole) - len(text), os.SEEK_CUR)
             if not whole:
                 return
-            yield from filter(None, map(_row, whole.splitlines()))
+            yield from filter(None, map(parse_row, whole.splitlines()))
 
     def restart(self) -> None:
         """Let `rows` begin with the first row again."""
@@ -143,13 +160,3 @@ class Tail:
         if self._file:
             self._file.close()
             self._file = None
-
-
-def _row(line: bytes) -> Row | None:
-    """Read a line; None if it is no row."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    known = isinstance(row, dict) and row.get("stage") in STAGES and isinstance(row.get("step"), int)
-    return row if known else None

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mgrpo.engine.config.schema import Config, read_dump
 from mgrpo.engine.report.curves import draw_curves
-from mgrpo.engine.report.metrics import read_rows
+from mgrpo.engine.report.metrics import flat, read_rows, without_gradient
 from mgrpo.engine.report.transcript import Transcripts
 from mgrpo.engine.run.directory import RunPaths
 from mgrpo.engine.run.metrics import Row, is_evaluation
@@ -70,7 +70,8 @@ def summary(run: Path) -> str:
     ]
     if not steps:
         return "\n".join([*lines, "no rl steps yet"])
-    return "\n".join([*lines, "", *_agents(config, steps), "", *_rollouts_and_time(config, steps)])
+    notes = [note] if (note := flat(without_gradient(steps))) else []
+    return "\n".join([*lines, "", *_agents(config, steps), *notes, "", *_rollouts_and_time(config, steps)])
 
 
 def _held_out(rows: Sequence[Row]) -> list[str]:

@@ -24,6 +24,7 @@ from mgrpo.engine.run.directory import root_of
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.store import CallRecord, Group, RolloutRecord
 from mgrpo.engine.store.open import open_copy
+from mgrpo.engine.system.words import counted
 from mgrpo.engine.types import MAIN, Trajectory
 
 COLUMN = 40  # characters: the least width of an episode that is printed beside another
@@ -94,7 +95,8 @@ class Transcripts:
 
     def _panel(self, call: CallRecord, trajectory: Trajectory, weight: Weight | None, marks: tuple[str, str]) -> Panel:
         who = MAIN if call.agent == MAIN else f"{MAIN} -> {call.agent}, call {call.call + 1}"
-        facts = f"{call.tokens} tokens, {call.turns} turns, ended by {call.ended or 'an error'}, weights {call.version}"
+        size = f"{counted(call.tokens, 'token')}, {counted(call.turns, 'turn')}"
+        facts = f"{size}, ended by {call.ended or 'an error'}, weights {call.version}"
         text = Text.assemble((judged(call, weight), "cyan"), "\n", (facts, "cyan"), "\n\n")
         for first, last in runs(trajectory.sampled):
             words = self._decode(call.agent, trajectory.tokens[first:last].tolist())

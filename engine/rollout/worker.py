@@ -8,6 +8,9 @@ same weights, so when new weights come, no episode begins until the running ones
 are loaded between the turns of running episodes. Neither holds for agents that vLLM servers sample: their trainer
 writes new weights into the servers at any moment.
 
+If code of the environment does not return, its episodes time out. A worker with too many such calls, or whose event
+loop is held up by one, gives its leases back and ends with status START_AGAIN, because only its end ends them.
+
 A worker may be killed at any time: the queries that it leased are free again when the lease lapses, and only rollouts
 that were not recorded are sampled again. If the store cannot be reached, the disk is full or weights cannot be read,
 the worker tries again for a while; what ended meanwhile is recorded afterwards. Recording a rollout late or twice does
@@ -25,11 +28,21 @@ from typing import TYPE_CHECKING
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.loader import load_environment
+from mgrpo.engine.environment.threads import StuckError
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.inference.sampler import Sampler
 from mgrpo.engine.inference.vllm.endpoints import find
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
-from mgrpo.engine.rollout.curriculum import accuracy, eval_due, eval_jobs, find_task, load_tasks, pick
+from mgrpo.engine.rollout.curriculum import (
+    accuracy,
+    digest_of,
+    eval_due,
+    eval_jobs,
+    find_task,
+    in_order,
+    load_tasks,
+    pick,
+)
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout.weight_loader import WeightLoader
@@ -40,8 +53,8 @@ from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.run.weights import DamagedWeightsError
 from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
 from mgrpo.engine.system.heartbeat import Heartbeat
-from mgrpo.engine.system.process import keep_memory, make_deterministic
-from mgrpo.engine.system.retry import Retry, doubling
+from mgrpo.engine.system.process import START_AGAIN, end_now, keep_memory, make_deterministic
+from mgrpo.engine.system.retry import Retry, doubling, patiently
 
 if TYPE_CHECKING:
     from mgrpo.engine.inference.vllm.client import VLLMSampler
@@ -66,12 +79,14 @@ class Worker:
     """
 
     def __init__(self, config: Config, name: str, store: Store, run_dir: str | Path) -> None:
-        self.config, self.name, self.store = config, name, store
+        self.config, self.name, self.store, self.role = config, name, store, f"worker:{name}"
         paths = RunPaths(run_dir).worker(name)  # refuses a wrong name before anything is made
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
         environment = load_environment(config.environment)
         self.train, self.held_out = load_tasks(environment, "train"), load_tasks(environment, "held_out")
+        patiently(store.identities.settle_tasks, digest_of(self.train))
+        self.train = in_order(self.train, run_dir)
         samplers = {name: _make_sampler(name, config) for name, agent in config.agents.items() if agent.vllm is None}
         self.served = {name: _make_client(name, config) for name, agent in config.agents.items() if agent.vllm}
         both: dict[str, Sampler] = {**samplers, **self.served}
@@ -89,17 +104,18 @@ class Worker:
         self.ended_at = self.polled_at = 0.0
         self.lease_in_doubt = False  # whether the store may have leased queries to us that we do not know of
         self.stop: Callable[[], bool] = lambda: False
-        self.metrics = WorkerMetrics(self.loader, lambda: self.episodes.busy)
+        self.metrics = WorkerMetrics(self.loader, lambda: self.episodes.busy, self.episodes.code.threads)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Work until the run is finished, or until `stop` returns True; then drop episodes and give leases back.
 
         May be called once. Raises GapError if a sampler's log-probs differ from its trainer's; NoServerError if an
         agent's servers stay away; OSError or ValueError if the store, the disk or published weights stay unavailable
-        or damaged, or if weights are of another model.
+        or damaged, or if weights are of another model; StuckError if too many calls of the environment never return.
         """
         self.stop = stop
         try:
+            self._extend_leases()
             self.patiently(self.store.queries.give_back, self.name)  # leases of a killed worker of this name
             self.heartbeat.start()
             self._work()
@@ -131,8 +147,19 @@ class Worker:
         return not left
 
     def _extend_leases(self) -> None:
-        """Extend the worker's leases. If they lapse, others sample the queries too, and each is recorded once."""
+        """Extend the worker's leases. If they lapse, others sample the queries too, and each is recorded once.
+
+        Raises TimeoutError, an OSError, while code of the environment holds up the event loop; if that lasts, the
+        process ends.
+        """
+        lease = self.config.store.lease
+        if error := self.episodes.blocked(self.config.sampling.timeout + lease):
+            log.error("%s: the worker ends and is to be started again", error)
+            end_now(error, START_AGAIN)
+        if error := self.episodes.blocked(lease):
+            raise TimeoutError(error)
         self.store.queries.extend(self.name, self.config.store.lease)
+        self.store.roles.hold(self.role, self.name, self.config.store.lease)  # shows that it is there, also when idle
         if self.evaluating:
             self.store.roles.take_evaluation(self.name, self.config.store.lease)
 
@@ -151,12 +178,23 @@ class Worker:
             self._record()
         if stopping:
             raise Stopped
+        self._check_stuck()
         if running and now - self.polled_at < LOOK and not self.loader.held:
             return []
         self.polled_at = now
         if not self.patiently(self._refresh, running) or self._take_evaluation() is not None:
             return []
         return self._take(running)
+
+    def _check_stuck(self) -> None:
+        """Raise StuckError if too many calls of the environment have not returned, after recording what has ended."""
+        try:
+            self.episodes.check_stuck()
+        except StuckError as error:
+            log.error("%s: the worker ends and is to be started again", error)
+            if self.ended:
+                self._record()
+            raise
 
     def _refresh(self, running: int) -> bool:
         """Load the newest weights; return False if there are none, or if running episodes or turns hold them up."""
@@ -230,6 +268,7 @@ class Worker:
             self._wait(IDLE[1])
         jobs, rollouts, busy = iter([eval_jobs(self.held_out, self.config)]), list[Rollout](), self.episodes.busy
         self.episodes.stream(lambda _: self._unless_stopped(next(jobs, [])), rollouts.append)
+        self._check_stuck()
         self.episodes.busy = busy  # time/rollout leaves out evaluations; they have time/eval
         result = accuracy(rollouts)
         self.patiently(self.store.roles.finish_evaluation, step, self.name, result)
@@ -265,6 +304,7 @@ class Worker:
         self.heartbeat.stop(self.config.store.lease)
         try:
             self.store.queries.give_back(self.name)
+            self.store.roles.release(self.role, self.name)
             if self.metrics.recorded_since:
                 self.metrics_file.append(self.metrics.row())
         except OSError as error:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from mgrpo.engine.environment.threads import UserThreads
 from mgrpo.engine.rollout.weight_loader import WeightLoader
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.store import CallRecord
@@ -14,11 +15,12 @@ from mgrpo.engine.store import CallRecord
 class WorkerMetrics:
     """Count what a worker did since its last row of metrics.
 
-    busy: returns the seconds that the samplers have worked on rollouts since the worker began.
+    busy: returns the seconds that the samplers have worked on rollouts since the worker began. threads: those of the
+    environment's code.
     """
 
-    def __init__(self, loader: WeightLoader, busy: Callable[[], float]) -> None:
-        self.loader, self.busy, self.recorded = loader, busy, 0
+    def __init__(self, loader: WeightLoader, busy: Callable[[], float], threads: UserThreads) -> None:
+        self.loader, self.busy, self.threads, self.recorded = loader, busy, threads, 0
         self._begin()
 
     def _begin(self) -> None:
@@ -53,6 +55,7 @@ class WorkerMetrics:
             "time/weights": self.loader.take_seconds(),
             "staleness_mean": sum(self.staleness) / max(len(self.staleness), 1),
             "staleness_worst": max(self.staleness, default=0),
+            "calls_stuck": len(self.threads.stuck),
             **{f"{agent}/version": publication.version for agent, publication in self.loader.loaded.items()},
         }
         for agent, sampler in self.loader.served.items():

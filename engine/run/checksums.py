@@ -63,6 +63,17 @@ def verify(folder: Path) -> None:
         _compare(folder, manifest.files, manifest.sha256)
 
 
+def verify_sidecars(files: Iterable[Path]) -> None:
+    """Compare files of tensors with the SHA-256 beside each, where there is one. Raises ValueError naming the file."""
+    known = {file: beside for file in files if (beside := _sidecar(file)).is_file()}
+    with _hashers() as pool:
+        found = dict(zip(known, pool.map(_sha256, known), strict=True))
+    for file, beside in known.items():
+        expected = beside.read_text().partition(" ")[0]
+        if found[file] != expected:
+            raise ValueError(f"{file} is damaged: expected SHA-256 {expected}, it has {found[file]}")
+
+
 def _compare(folder: Path, names: Iterable[str], expected: dict[str, str]) -> None:
     with _hashers() as pool:
         found = dict(zip(names, pool.map(_sha256, [folder / name for name in names]), strict=True))
@@ -92,8 +103,12 @@ def _hashers() -> ThreadPoolExecutor:
 
 def _known_or_hashed(path: Path) -> str:
     """Return a file's SHA-256, as its writer computed it or as it is now."""
-    beside = path.with_name(path.name + SIDECAR)
+    beside = _sidecar(path)
     return beside.read_text().split()[0] if beside.is_file() else _sha256(path)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + SIDECAR)
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from mgrpo.engine.system.files import append
 
 Row = dict[str, Any]  # one row of metrics, by key
+
+log = logging.getLogger(__name__)
 
 STAGES = ("warmup", "rl")  # in the order in which a run goes through them
 
@@ -49,17 +52,28 @@ class JsonLines:
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics file, or none if there is no file. An unfinished last line is ignored.
 
-    Raises ValueError naming the line if one is not JSON.
+    A damaged line is left out, with a warning that names it: no run depends on its metrics.
     """
     rows: list[Row] = []
     if not path.exists():
         return rows
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not a row of metrics: {error}") from error
+        row = parse_row(line)
+        if row is None:
+            log.warning("%s, line %d is left out: not a row of metrics: %.60r", path, number, line)
+        else:
+            rows.append(row)
     return rows
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return the row in a line of a metrics file, or None if it is damaged: no JSON, or without stage and step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(row, dict) and row.get("stage") in STAGES and isinstance(row.get("step"), int)
+    return row if known else None
 
 
 def plain(value: Any) -> Any:

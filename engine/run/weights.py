@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -33,6 +32,7 @@ from torch import Tensor
 from mgrpo.engine.run.tensor_file import Forced, header, tensor_bytes
 from mgrpo.engine.run.trajectories import below, listing
 from mgrpo.engine.system.files import replacing, write_all
+from mgrpo.engine.system.remote import file_system, reaching
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEWEST = 2  # newest files of an agent, always kept: a worker may still be reading the one before the newest
@@ -63,7 +63,7 @@ def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, T
     contiguous or not on the CPU. Raises ValueError for another dtype; OSError naming the file if it cannot be written:
     then there is no file.
     """
-    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    fs, directory = file_system(root)
     name = f"{agent}/v{version}-{secrets.token_hex(4)}.safetensors"
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -80,13 +80,18 @@ def publish_weights(root: str, agent: str, version: int, tensors: Mapping[str, T
     return Published(name, checksum.result(), sum(map(len, parts)))
 
 
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of the file that `publish_weights` would write."""
+    return _sha256([header(tensors), *map(tensor_bytes, tensors.values())])
+
+
 def load_weights(root: str, file: str, checksum: str, size: int) -> dict[str, Tensor]:
     """Load the tensors of a published file, on the CPU.
 
     Raises DamagedWeightsError if the file has another size or checksum, or is not in the safetensors format;
     FileNotFoundError if it is gone; ValueError if it is outside the root.
     """
-    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    fs, directory = file_system(root)
     data = fs.cat_file(below(directory, file))
     if len(data) != size:
         raise DamagedWeightsError(f"weights {file}: expected {size} bytes, it has {len(data)}")
@@ -104,7 +109,7 @@ def remove_old(root: str, agent: str, named: Collection[str]) -> list[str]:
 
     Files that a killed writer left are deleted too, so only the one trainer that acts for the agent may call this.
     """
-    fs, directory = fsspec.url_to_fs(os.fspath(root))
+    fs, directory = file_system(root)
     written = {path: fs.modified(path) for path in listing(fs, f"{directory}/{agent}")}
     whole = [path for path in written if re.fullmatch(r"v\d+-[0-9a-f]{8}\.safetensors", os.path.basename(path))]
     kept = set(sorted(whole, key=lambda path: written[path])[-NEWEST:]) | {f"{directory}/{name}" for name in named}
@@ -143,7 +148,7 @@ def _sha256(parts: Iterable[bytes | memoryview]) -> str:
 def _whole_file(fs: Any, path: str) -> Iterator[Any]:
     """Open a file for writing, which appears under its name only if everything succeeded."""
     if not isinstance(fs, LocalFileSystem):
-        with fs.transaction, fs.open(path, "wb") as file:
+        with reaching(path), fs.transaction, fs.open(path, "wb") as file:
             yield file
         return
     with replacing(Path(path)) as aside, open(aside, "wb", buffering=0) as file:

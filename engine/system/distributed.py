@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from mgrpo.engine.system.process import RENDEZVOUS
+from mgrpo.engine.system.process import RENDEZVOUS, ended_at_once
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -37,7 +37,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     waiting for longer: a rank that itself waits for something tells them so regularly, by `broadcast`.
 
     After an error the group is not shut down in order, because that would wait for the ranks that failed. Raises
-    ValueError if the environment is incomplete, or names more ranks on this machine than it has GPUs.
+    ValueError if the environment is incomplete, or names more ranks on this machine than it has GPUs. While the ranks
+    wait for each other, Ctrl-C ends the process at once.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -52,7 +53,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
     if "RANK" not in os.environ:
         raise ValueError("RANK is not set: expected what torchrun sets beside WORLD_SIZE")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, meeting, timedelta(seconds=timeout), world_size=ranks, rank=rank)
+    with ended_at_once():
+        dist.init_process_group(backend, meeting, timedelta(seconds=timeout), world_size=ranks, rank=rank)
     yield
     dist.destroy_process_group()
 

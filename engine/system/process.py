@@ -26,6 +26,9 @@ START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a process that wants to be star
 AGAIN = 1.0  # seconds within which repeated signals count as one (a batch system signals every process)
 
 
+_asked = [0]  # how often this process was asked to stop, while `asked_to_end` counts
+
+
 class Interrupted(Exception):
     """Report that the process was asked to stop, and that it has finished and saved what it was doing."""
 
@@ -68,11 +71,25 @@ def keep_memory() -> None:
 
 
 def make_deterministic(seed: int, deterministic: bool) -> None:
-    """Seed torch, and make it use deterministic algorithms only, if asked to."""
+    """Seed torch, and make it use deterministic algorithms only, if asked to.
+
+    Call this before anything is computed on a GPU: cuBLAS reads its setting when it starts.
+    """
     import torch
 
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matmuls on a GPU without it
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+
+
+def pause(seconds: float) -> None:
+    """Sleep. Raises Interrupted as soon as this process is asked to stop: what it waits for may not come back."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if _asked[0]:
+            raise Interrupted("stopped while it waited; --resume goes on from the last checkpoint")
+        time.sleep(min(left, LISTEN))
 
 
 @contextmanager
@@ -108,6 +125,17 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end this process at once, even while it waits outside of Python with nothing to save."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def asked_to_end(notice: Callable[[int, int], None] = lambda times, number: None) -> Iterator[Callable[[], int]]:
     """Yield a function that returns how often the process was asked to stop.
 
@@ -120,6 +148,7 @@ def asked_to_end(notice: Callable[[int, int], None] = lambda times, number: None
         nonlocal count, last
         if time.monotonic() - last >= AGAIN:
             count, last = count + 1, time.monotonic()
+            _asked[0] = count
             notice(count, number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -129,5 +158,6 @@ def asked_to_end(notice: Callable[[int, int], None] = lambda times, number: None
     try:
         yield lambda: count
     finally:
+        _asked[0] = 0
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,26 +12,41 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mgrpo.engine.config.resume import check_unchanged
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
-from mgrpo.engine.environment.loader import load_environment
+from mgrpo.engine.environment.loader import load_environment, volatile_options
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.summary import draw
-from mgrpo.engine.rollout.curriculum import accuracy, eval_due, eval_jobs, load_tasks, pick, warmup_jobs
-from mgrpo.engine.rollout.demonstrations import Demonstrations
+from mgrpo.engine.rollout.curriculum import (
+    accuracy,
+    digest_of,
+    eval_due,
+    eval_jobs,
+    in_order,
+    load_tasks,
+    pick,
+    warmup_jobs,
+)
+from mgrpo.engine.rollout.demonstrations import Demonstrations, check_played, check_script
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
-from mgrpo.engine.rollout.records import demonstrated, rollout_counts, write_rollouts
+from mgrpo.engine.rollout.records import PLAYED, demonstrated, rollout_counts, write_rollouts
+from mgrpo.engine.rollout.watched import play
 from mgrpo.engine.run.directory import RunDirectory, root_of
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.store import Group
-from mgrpo.engine.store.open import open_store
+from mgrpo.engine.store.open import identify, open_store
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
+from mgrpo.engine.system.words import counted
 from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
+from mgrpo.engine.training.unscored import Unscored
 from mgrpo.engine.types import WeightsVersion
+
+POLL = 0.1  # seconds between two looks at whether the run is asked to stop
 
 
 def train(config: Config, resume: bool, display: Display) -> None:
@@ -40,9 +55,11 @@ def train(config: Config, resume: bool, display: Display) -> None:
     try:
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:  # without one the run starts afresh, and any config will do
-            check_unchanged(read_dump(run.config.read_text()), config)
+            volatile = partial(volatile_options, config.environment)
+            for change in check_unchanged(read_dump(run.config.read_text()), config, volatile):
+                display.say(f"resume: {change}")
         with log_file(run.log), ctrl_c() as interrupted:
-            system = Colocated(config, run, display, interrupted)
+            system = Colocated(config, run, display, interrupted, anew=checkpoint is None)
             run.write_config(dump_config(config))  # only now: everything that it names was found
             system.run(checkpoint)
     finally:
@@ -50,24 +67,39 @@ def train(config: Config, resume: bool, display: Display) -> None:
 
 
 class Colocated:
-    """Hold all agents of a run in this process: their policies, samplers and trainers, and the store."""
+    """Hold all agents of a run in this process: their policies, samplers and trainers, and the store.
 
-    def __init__(self, config: Config, run: RunDirectory, display: Display, interrupted: Callable[[], bool]):
+    anew: nothing of an earlier attempt counts.
+    """
+
+    def __init__(
+        self, config: Config, run: RunDirectory, display: Display, interrupted: Callable[[], bool], anew: bool
+    ):
         self.config, self.rundir, self.display, self.interrupted = config, run, display, interrupted
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
         self.environment = load_environment(config.environment)
+        check_script(config, self.environment)
         self.tasks = {split: load_tasks(self.environment, split) for split in ("train", "held_out")}
         self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
         self.samplers = {name: policy.sampler() for name, policy in self.policies.items()}
         self.episodes = Episodes(config, self.environment, self.samplers)
         tokenizers = {name: sampler.tokenizer for name, sampler in self.samplers.items()}
-        self.demonstrations = Demonstrations(config, self.environment, tokenizers)
+        self.demonstrations = Demonstrations(config, self.environment, tokenizers, judged=False)
         self.store = open_store(config)
+        identify(self.store, config)
+        self._settle_tasks(anew)
         root = root_of(config, "trajectories")
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
         self.trainers = [AgentTrainer(config, policy, root) for policy in self.policies.values()]
         self.unacked: dict[str, list[int]] = {name: [] for name in config.agents}
+
+    def _settle_tasks(self, anew: bool) -> None:
+        """Take the tasks to train on in the order of the run. Raises ValueError if it was begun with others."""
+        if anew:
+            self.rundir.tasks.unlink(missing_ok=True)
+        self.store.identities.settle_tasks(digest_of(self.tasks["train"]), anew=anew)
+        self.tasks["train"] = in_order(self.tasks["train"], self.rundir.path)
 
     def run(self, checkpoint: Path | None) -> None:
         """Run both stages, from a checkpoint or from the start."""
@@ -92,8 +124,9 @@ class Colocated:
         self.display.stage("warmup", first, steps)
         for step in range(first, steps):
             started = time.monotonic()
-            rollouts = self.demonstrations.run(warmup_jobs(self.tasks["train"], self.config, step))
-            row = rollout_counts(rollouts)
+            rollouts = play(self.demonstrations, warmup_jobs(self.tasks["train"], self.config, step))
+            check_played(step, rollouts)
+            row = rollout_counts(rollouts, PLAYED)
             for trainer in self.trainers:
                 if shown := demonstrated(trainer.name, rollouts):
                     row |= prefix(trainer.name, trainer.learn(shown))
@@ -102,7 +135,7 @@ class Colocated:
 
     def _rl(self, first: int) -> None:
         """Run the main loop: evaluate when due, sample the step's queries, train each agent on them, save when due."""
-        steps = self.config.steps
+        steps, self.unscored = self.config.steps, Unscored(first > 0)
         self.display.stage("rl", first, steps)
         for step in range(first, steps + 1):
             if eval_due(self.config, step):
@@ -136,6 +169,29 @@ class Colocated:
         return row
 
     def _sample(self, step: int) -> Row:
+        """Sample K rollouts of each of the step's queries, anew after a while if none of them was scored.
+
+        Return how many ended with each status. Raises ValueError if they stay without scores; Interrupted if the run is
+        asked to stop meanwhile.
+        """
+        while not (row := rollout_counts(rollouts := self._play(step)))["rollouts/scored"]:
+            self._wait_for_scores(step, rollouts)
+        self.unscored.scored()
+        return row
+
+    def _wait_for_scores(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        reason = next(rollout.error for rollout in rollouts if rollout.error)
+        what = f"step {step}: none of {len(rollouts)} rollouts was scored; the first error: {reason}"
+        until = time.monotonic() + (seconds := self.unscored.missed(what))
+        self.display.say(f"{what}; sampled anew in {seconds:.1f} s")
+        self.store.groups.reclaim(step)
+        while time.monotonic() < until:
+            if self.interrupted():
+                self._save("rl", step)
+                raise Interrupted(f"stopped after rl step {step} of {self.config.steps}; --resume goes on from here")
+            time.sleep(POLL)
+
+    def _play(self, step: int) -> list[Rollout]:
         """Sample K rollouts of each of the step's queries; write trajectories to files and the rest to the store."""
         config = self.config
         queries = {
@@ -145,15 +201,11 @@ class Colocated:
         agents = list(config.agents)
         self.store.queries.open([(q, t.id) for q, t in queries.items()], agents, config.algorithm.rollouts, step)
         jobs = [Job(q, k, task) for q, task in queries.items() for k in range(config.algorithm.rollouts)]
-        rollouts = self.episodes.run(jobs)
+        rollouts = play(self.episodes, jobs)
         self._record(rollouts)
         for sampler in self.samplers.values():
             sampler.release_cache()
-        row = rollout_counts(rollouts)
-        if not row["rollouts/scored"]:
-            reason = next(rollout.error for rollout in rollouts if rollout.error)
-            raise ValueError(f"step {step}: none of {len(rollouts)} rollouts was scored; the first error: {reason}")
-        return row
+        return rollouts
 
     def _record(self, rollouts: Sequence[Rollout]) -> None:
         """Write the trajectories durably first, then what refers to them, in one transaction."""
@@ -162,7 +214,7 @@ class Colocated:
     def _evaluate(self, step: int) -> None:
         """Play greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
         started = time.monotonic()
-        rollouts = self.episodes.run(eval_jobs(self.tasks["held_out"], self.config))
+        rollouts = play(self.episodes, eval_jobs(self.tasks["held_out"], self.config))
         for sampler in self.samplers.values():
             sampler.release_cache()
         row = {"stage": "rl", "step": step, **accuracy(rollouts), "time/eval": time.monotonic() - started}
@@ -208,7 +260,7 @@ class Colocated:
         lost = self.store.groups.reclaim(step if stage == "rl" else 0)
         self.rundir.rewind_metrics(step, stage)
         if checkpoint is not None:
-            again = f"; {lost} queries sampled since then are sampled again" if lost else ""
+            again = f"; {counted(lost, 'query', 'queries')} sampled since then, to be sampled again" if lost else ""
             self.display.say(f"resumed from {checkpoint.name}{again}")
         return stage, step
 
@@ -222,7 +274,7 @@ def restore(policies: dict[str, Policy], checkpoint: Path) -> tuple[str, int]:
     if sorted(state["agents"]) != sorted(policies):
         raise ValueError(f"{checkpoint}: agents {sorted(state['agents'])} found, expected {sorted(policies)}")
     for name, policy in policies.items():
-        policy.load_state(checkpoint / name)
+        policy.load_state(checkpoint / name, verified=True)
     return state["stage"], state["step"]
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -34,13 +33,14 @@ from mgrpo.engine.inference.vllm.endpoints import find
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
 from mgrpo.engine.model.causal_lm import load_tokenizer, pick_device
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.rollout.curriculum import load_tasks, warmup_jobs
-from mgrpo.engine.rollout.demonstrations import Demonstrations
-from mgrpo.engine.rollout.records import demonstrated, rollout_counts
+from mgrpo.engine.rollout.curriculum import in_order, load_tasks, warmup_jobs
+from mgrpo.engine.rollout.demonstrations import Demonstrations, check_played, check_script
+from mgrpo.engine.rollout.records import PLAYED, demonstrated, rollout_counts
+from mgrpo.engine.rollout.watched import play
 from mgrpo.engine.run.directory import root_of
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.weights import Published, probe_tokens
-from mgrpo.engine.system import distributed, retry
+from mgrpo.engine.system import distributed, retry, secrets
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, make_deterministic
 from mgrpo.engine.training.leader import CheckpointInfo, Leader, StepGroups
 from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
@@ -74,6 +74,7 @@ class AgentProcess:
         self.policy = Policy(name, config.agents[name], config.compute)
         self.trainer = AgentTrainer(config, self.policy, root_of(config, "trajectories"))
         self.published: tuple[int, Published] | None = None  # the last published version, and its file
+        self.learnt = True  # whether the last rl step had a gradient
         self.probe: list[float] = []  # log-probs of the probe tokens, by the published weights
         self.servers = Servers(config, name, self.policy) if leader and config.agents[name].vllm else None
         self.sent = NO_WEIGHTS  # the version that the servers got last
@@ -97,7 +98,7 @@ class AgentProcess:
     def _restore(self) -> CheckpointInfo:
         saved: CheckpointInfo = distributed.broadcast(self.leader.latest() if self.leader else None, CheckpointInfo)
         if saved.folder:
-            self.policy.load_state(Path(saved.folder) / self.name)
+            self.policy.load_state(Path(saved.folder) / self.name, verified=True)
         if self.leader:
             self.leader.resume(saved)
         return saved
@@ -106,13 +107,18 @@ class AgentProcess:
         """Train on the agent's part of scripted episodes; every agent's trainer plays them by itself."""
         config, steps = self.config, self.config.warmup.steps
         environment = load_environment(config.environment)
+        check_script(config, environment)
         tasks = load_tasks(environment, "train")
+        if self.leader:
+            self.leader.settle_tasks(tasks)
+        tasks = in_order(tasks, config.run_dir)
         tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
-        demonstrations = Demonstrations(config, environment, tokenizers)
+        demonstrations = Demonstrations(config, environment, tokenizers, judged=False)
         for step in range(first, steps):
             started = time.monotonic()
-            rollouts = demonstrations.run(warmup_jobs(tasks, config, step))
-            row = rollout_counts(rollouts)
+            rollouts = play(demonstrations, warmup_jobs(tasks, config, step))
+            check_played(step, rollouts)
+            row = rollout_counts(rollouts, PLAYED)
             if shown := demonstrated(self.name, rollouts):
                 row |= self.trainer.learn(shown)
             self._after_step("warmup", step, steps, row, started)
@@ -125,6 +131,7 @@ class AgentProcess:
         """Wait for a step's groups, train on them, publish, log, and save when due. Return the logged metrics."""
         started = time.monotonic()
         found, row = self._train(step)
+        self.learnt = bool(row.get("grad_norm"))
         waited = time.monotonic() - started - row["time/train"]
         if self.leader:
             self.leader.trained(found.groups)
@@ -165,25 +172,32 @@ class AgentProcess:
     # ---- publishing
 
     def publish(self, step: int) -> None:
-        """Publish the weights after `step` rl steps for the samplers, in a new file only if the weights moved.
+        """Publish the weights after `step` rl steps for the samplers, as a new version only if the weights moved.
 
+        An optimizer step without any gradient may leave them as they are; then the last version is published again.
         While the file cannot be written, all ranks wait and try again together.
         """
         version = self.policy.version
-        if self.published is None or self.published[0] != version:
+        if self.published is None or (self.published[0] != version and self._moved(self.published[1])):
             if self.leader:
                 self.leader.finish_pruning()
             self.published = version, self.together(self.policy.publish, root_of(self.config, "weights"))
             context = self.config.agents[self.name].max_context
-            tokens = probe_tokens(self.config.seed, self.policy.model.config.vocab_size, context)
+            tokens = probe_tokens(self.config.seed, self.policy.model.config.get_text_config().vocab_size, context)
             self.probe = self.policy.logprobs(tokens)
         if self.leader:
             self.leader.publish(step, *self.published, self.probe)
 
+    def _moved(self, last: Published) -> bool:
+        """Return whether the weights differ from the published ones, which are compared only if there is a doubt."""
+        return self.learnt or self.policy.checksum() != last.checksum
+
     def _push(self, step: int) -> None:
         """Send the weights after `step` rl steps to the agent's servers, if it has any and the weights moved."""
-        if self.config.agents[self.name].vllm and self.policy.version != self.sent.optimizer_steps:
-            self.sent = WeightsVersion(self.policy.version, step)
+        assert self.published is not None
+        version = self.published[0]
+        if self.config.agents[self.name].vllm and version != self.sent.optimizer_steps:
+            self.sent = WeightsVersion(version, step)
             self._send()
 
     def _send(self) -> None:
@@ -245,7 +259,7 @@ class Servers:
 
     def __init__(self, config: Config, name: str, policy: Policy):
         place = find(name, config.agents[name])
-        token = os.environ.get(TOKEN)
+        token = secrets.get(TOKEN)
         if not token:
             raise ValueError(
                 f"{TOKEN} is not set: expected the token that the servers of agents.{name} were started with"

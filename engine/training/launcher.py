@@ -13,11 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from mgrpo.engine.config.resume import check_unchanged
+from mgrpo.engine.config.resume import check_unchanged, fingerprint
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
+from mgrpo.engine.environment.loader import volatile_options
 from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, transfer_kind
 from mgrpo.engine.inference.vllm.server import free_ports, server_spec, url
 from mgrpo.engine.report.curves import draw_curves
@@ -25,8 +27,9 @@ from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.follow import Watch
 from mgrpo.engine.report.metrics import read_rows
 from mgrpo.engine.run.directory import RunDirectory
-from mgrpo.engine.store.open import begin, open_store
+from mgrpo.engine.store.open import begin, identify, open_store
 from mgrpo.engine.system.process import RENDEZVOUS
+from mgrpo.engine.system.retry import patiently
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 
 ENTRY = (sys.executable, "-P", "-m", "mgrpo.engine")  # -P: files in the working directory do not shadow modules
@@ -43,7 +46,8 @@ def train(config: Config, resume: bool, display: Display) -> None:
     Raises ValueError for bad input, ChildProcessError if a process failed too often, Interrupted after Ctrl-C.
     """
     with closing(RunDirectory(config.run_dir, resume)) as run:
-        _begin(config, run)
+        for change in _begin(config, run):
+            display.say(f"resume: {change}")
         try:
             _supervise(config, run, display)
         except ChildProcessError:
@@ -52,15 +56,22 @@ def train(config: Config, resume: bool, display: Display) -> None:
             raise
 
 
-def _begin(config: Config, run: RunDirectory) -> None:
+def _begin(config: Config, run: RunDirectory) -> list[str]:
+    """Begin the run in its store, or compare its config; return what has changed in it. Waits for the store."""
+    saved, changes = any(run.path.glob("agents/*/checkpoints/*-*")), list[str]()
     if run.config.exists():
-        check_unchanged(read_dump(run.config.read_text()), config)
-    else:
-        for rest in run.path.glob("store.db*"):  # left by a failed attempt, perhaps with another config
-            rest.unlink()
-    with closing(open_store(config)) as store:  # it refuses a url with a password before the config is written
-        begin(store, config)
+        volatile = partial(volatile_options, config.environment)
+        changes = check_unchanged(read_dump(run.config.read_text()), config, volatile)
+    elif not saved:
+        for rest in [*run.path.glob("store.db*"), run.identity, run.tasks]:  # of an attempt that failed before it began
+            rest.unlink(missing_ok=True)
+    with closing(patiently(open_store, config)) as store:  # a url with a password is refused, and not written
+        patiently(identify, store, config, known=saved)
+        if changes:
+            patiently(store.roles.renew, fingerprint(config))
+        patiently(begin, store, config)
     run.write_config(dump_config(config))
+    return changes
 
 
 def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
@@ -87,14 +98,29 @@ def tasks_of(config: Config, file: Path, meeting: Path) -> list[ProcessSpec]:
     for name, agent in config.agents.items():
         settings = _settings(agent.ranks, mine[name], {}) | known
         environments = _ranks(agent.ranks, settings, f"file://{meeting}/{name}")
-        tasks.append(ProcessSpec(f"trainer-{name}", [*ENTRY, "agent", str(file), "--name", name], environments))
+        command, done = [*ENTRY, "agent", str(file), "--name", name], partial(_all_done, config, [name])
+        tasks.append(ProcessSpec(f"trainer-{name}", command, environments, finished=done))
     served = [agent.vllm is not None for agent in config.agents.values()]
     alone = config.sampling.workers == 1 and config.sampling.max_staleness == 0 and not any(served)
     for number in range(config.sampling.workers):
         settings = _settings(1, [] if all(served) else [next(devices)], SPIN if alone else {}) | known
         command = [*ENTRY, "rollout", str(file), "--name", f"worker-{number}"]
-        tasks.append(ProcessSpec(f"worker-{number}", command, lambda _, settings=settings: [settings]))  # type: ignore[misc]
+        done = partial(_all_done, config, list(config.agents), evaluated=True)
+        tasks.append(
+            ProcessSpec(f"worker-{number}", command, lambda _, settings=settings: [settings], finished=done)  # type: ignore[misc]
+        )
     return tasks
+
+
+def _all_done(config: Config, agents: Sequence[str], evaluated: bool = False) -> bool:
+    """Return whether agents have published their last step, and whether that was evaluated, if asked."""
+    try:
+        with closing(open_store(config)) as store:
+            published, results = store.roles.publications(), store.roles.evaluations()
+    except OSError:  # who has ended is started again, and finds out by itself
+        return False
+    done = all(name in published and published[name].step >= config.steps for name in agents)
+    return done and (config.steps in results or not evaluated)
 
 
 def _servers(

@@ -22,6 +22,7 @@ from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.store import CallRecord, Group
 from mgrpo.engine.system import distributed
 from mgrpo.engine.system.device import matmul_ceiling
+from mgrpo.engine.system.retry import Retry
 from mgrpo.engine.types import MAIN, Trajectory
 from mgrpo.kernels import Objective
 
@@ -40,6 +41,7 @@ WARMUP_METRICS = (  # in the warm-up nothing is sampled, so ratios and gaps to a
 )
 
 log = logging.getLogger(__name__)
+waiting = Retry(final=(FileNotFoundError,))  # for an object store that is out of reach
 
 
 class DamagedGroupsError(ValueError):
@@ -126,7 +128,7 @@ class AgentTrainer:
     def _read_intact(self, calls: list[CallRecord]) -> list[Trajectory]:
         """Read the trajectories of some calls. Raises ValueError or FileNotFoundError if one is damaged or lost."""
         digests = [call.sampler_digest for call in calls]
-        return read(self.trajectories, [call.position for call in calls], digests)
+        return waiting(read, self.trajectories, [call.position for call in calls], digests)
 
     def _damaged(self, calls: list[CallRecord]) -> list[int]:
         """Return the queries with calls that cannot be read."""

@@ -1,0 +1,144 @@
+"""Test that a step without any score is none: sampled anew for a while, and then an error; and how a trainer waits."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgrpo.engine.config.schema import Config
+from mgrpo.engine.store import Group, RolloutRecord
+from mgrpo.engine.system import retry
+from mgrpo.engine.system.process import Interrupted
+from mgrpo.engine.training import leader as module
+from mgrpo.engine.training.leader import CheckpointInfo, Leader
+from mgrpo.engine.training.unscored import FIRST_TRIES, Unscored
+from toy import toy_config
+
+
+def group(query: int, *statuses: str) -> Group:
+    ended = [
+        RolloutRecord(query, i, status, True, 0.0, 0.1, "" if status == "scored" else "ConnectionError: down")
+        for i, status in enumerate(statuses)
+    ]
+    return Group(query, "t", 0, ended, [])
+
+
+NONE, SOME = ("failed", "unscored"), ("failed", "scored")
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES", (0.02, 0.02))
+    monkeypatch.setattr(module, "LOOK", 0.001)
+
+
+# ---- how long
+
+
+def test_a_run_that_never_had_a_score_ends_after_few_tries():
+    unscored = Unscored(False)
+    assert [unscored.missed("step 0: why") for _ in range(FIRST_TRIES - 1)] == [0.02] * (FIRST_TRIES - 1)
+    with pytest.raises(
+        ValueError, match=f"step 0: why: given up after {FIRST_TRIES} tries: expected an environment that"
+    ):
+        unscored.missed("step 0: why")
+
+
+def test_a_run_that_had_scores_waits_for_them_as_long_as_for_anything_else(monkeypatch):
+    monkeypatch.setattr(retry, "PATIENCE", 0.05)
+    unscored = Unscored(False)
+    unscored.scored()
+    with pytest.raises(ValueError, match="given up after"):
+        while True:
+            time.sleep(unscored.missed("step 5: why"))
+    assert unscored.tries > 2
+    unscored.scored()
+    assert unscored.missed("step 6: why") == 0.02
+
+
+# ---- a trainer
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return toy_config(tmp_path, topology="local", queries_per_step=2, store={"lease": 9.0})
+
+
+@pytest.fixture
+def leader(config: Config) -> Iterator[Leader]:
+    with Leader(config, "main", lambda: False) as leader:
+        leader.resume(CheckpointInfo())
+        yield leader
+
+
+def serve(leader: Leader, *claims: list[Group]) -> list[tuple[list[int], str]]:
+    """Let the store hand out these groups, claim by claim; return what is discarded, with the reason."""
+    left, discarded = list(claims), list[tuple[list[int], str]]()
+    leader._lease = lambda *_: module.Claim(left.pop(0) if left else [], [])  # type: ignore[method-assign]
+    store: Any = leader.store.groups
+    store.discard = lambda _agent, queries, _holder, reason="damaged": discarded.append((list(queries), reason))
+    return discarded
+
+
+def until(found: Callable[[], Any]) -> Any:
+    while not (result := found()):
+        pass
+    return result
+
+
+def test_groups_without_scores_make_no_step_and_others_are_waited_for_with_the_reason(leader: Leader, caplog):
+    discarded = serve(leader, [group(0, *NONE), group(1, *NONE)], [group(2, *NONE), group(3, *SOME)])
+    assert not leader.next_groups(0).groups and discarded == [([0, 1], "unscored")]
+    reason = "step 0: none of 4 rollouts was scored; the first error: ConnectionError: down"
+    assert reason in caplog.text and leader.rundir.waiting.read_text() == f"{reason}\n"
+    found = until(lambda: (groups := leader.next_groups(0)).groups and groups)
+    assert [g.query for g in found.groups] == [2, 3] and found.expired == 2
+    assert not leader.rundir.waiting.exists() and len(discarded) == 1
+
+
+def test_a_trainer_that_never_sees_a_score_ends_in_an_error(leader: Leader):
+    serve(leader, *([group(2 * i, *NONE), group(2 * i + 1, *NONE)] for i in range(9)))
+    with pytest.raises(ValueError, match=r"step 0: none of 4 rollouts was scored; .*: given up after 3 tries"):
+        until(lambda: leader.next_groups(0).groups)
+
+
+def test_so_does_one_that_replaces_groups_without_advantage(tmp_path: Path):
+    sampling = {"refill_zero_std": True}
+    config = toy_config(tmp_path, topology="local", queries_per_step=2, sampling=sampling)
+    with Leader(config, "main", lambda: False) as leader:
+        leader.resume(CheckpointInfo())
+        serve(leader, *([group(i, *NONE)] for i in range(99)))
+        leader.store.groups.refill = lambda *_: None  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="given up after 3 tries"):
+            until(lambda: leader.next_groups(0).groups)
+
+
+# ---- waiting for the store
+
+
+def test_ctrl_c_is_heard_while_the_store_is_out_of_reach_also_at_the_start(config: Config, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES", (100.0, 100.0))
+    asked = time.monotonic() + 0.3
+
+    def unreachable(*_: Any) -> Any:
+        raise OSError(errno.EIO, "store: connection refused")
+
+    monkeypatch.setattr(module, "open_store", unreachable)
+    with pytest.raises(Interrupted, match="agent main: stopped while it waited"):
+        Leader(config, "main", lambda: time.monotonic() > asked)
+    assert time.monotonic() - asked < 60
+
+
+def test_ctrl_c_is_heard_while_another_process_holds_the_role(config: Config):
+    with Leader(config, "main", lambda: False) as first:
+        first.store.roles.release(first.role, first.holder)
+        first.store.roles.hold(first.role, "another", 9.0)
+        asked = time.monotonic() + 0.3
+        first.rundir.close()
+        with pytest.raises(Interrupted), Leader(config, "main", lambda: time.monotonic() > asked):
+            pass

@@ -66,7 +66,7 @@ class PlainCall:
 
     def wait(self, seconds: float) -> bool:
         """Block until the call has ended, for at most that many seconds; return whether it has."""
-        return self._running.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+        return self._running.acquire(timeout=min(max(seconds, 0.0), threading.TIMEOUT_MAX))
 
     async def ended(self) -> None:
         """Wait for the call's end while other coroutines go on."""

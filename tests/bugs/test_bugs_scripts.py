@@ -13,7 +13,7 @@ import pytest
 from reproduction.verdicts import check, parameters
 
 LIMIT = 600.0  # seconds for one script on a busy machine; most take ten
-STANDING = ("commands/tool_never_returns",)  # bugs that are there; who mends one removes its line
+STANDING = ()  # bugs that are there; who mends one removes its line
 
 
 @pytest.mark.nightly

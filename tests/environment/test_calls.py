@@ -136,6 +136,19 @@ def test_in_order_a_slow_function_is_waited_for_before_others_go_on(monkeypatch)
     assert events == ["a", "a", "b", "b"]
 
 
+def test_in_order_a_call_that_begins_when_the_time_is_over_is_given_up():
+    async def late() -> None:
+        async with TimeLimit(0.01):
+            threading.Event().wait(0.05)  # tokenising, for example
+            await use(code.environment, code)
+
+    free = threading.Event()
+    code = UserCode(Plain(lambda: free.wait(10) and "x"), in_order=True)
+    with pytest.raises(TimeoutError):
+        run(late())
+    free.set()
+
+
 def stuck_code(free: threading.Event, number: int) -> UserCode:
     """Return code of which `number` calls were given up and still run."""
     code = UserCode(Plain(lambda: free.wait(10) and "x"))

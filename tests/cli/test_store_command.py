@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,30 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
     assert len(store.groups.calls_of(0)) == 4
 
 
+def test_gc_waits_for_idle_workers_and_keeps_the_last_files_of_silent_ones(file, mgrpo):
+    store = fill(file)
+    for agent in ("main", "search"):
+        store.roles.release(f"trainer:{agent}", "host:7")
+    trajectories = Path(load_config(file).run_dir) / "trajectories"
+    (trajectories / "main-00000.arrow").rename(trajectories / "main-w-1-00000.arrow")
+    (trajectories / "main-w-1-00001.arrow").write_bytes(b"0123456789")
+    with store.database.engine.begin() as db:
+        db.exec_driver_sql("update calls set file = 'main-w-1-0000' || (query % 2) || '.arrow' where agent = 'main'")
+    store.roles.hold("worker:w-1", "w-1", 50)  # it waits for work, and leases no query
+    code, _, err = mgrpo("gc", file)
+    assert code == 1 and "gc: run 'local' is alive (worker:w-1): stop it first" in err
+    for seconds, told in (
+        (0.0, "1 file of 2 calls deleted, 10 bytes; 1 file kept of w-1"),
+        (-1e5, "1 file of 2 calls"),
+    ):
+        with store.database.engine.begin() as db:
+            db.exec_driver_sql(f"update roles set deadline = {time.time() + seconds - 1} where role = 'worker:w-1'")
+        code, out, _ = mgrpo("gc", file)
+        assert code == 0 and out.startswith(f"run local: {told}")
+        left = {path.name for path in trajectories.iterdir()}
+        assert ("main-w-1-00001.arrow" in left) == (seconds == 0.0) and "main-w-1-00000.arrow" not in left
+
+
 def test_gc_of_a_server_takes_the_run_of_that_directory_alone(server, file, mgrpo, monkeypatch, tmp_path):
     monkeypatch.setenv("MGRPO_STORE_PASSWORD", PASSWORD)
     url = server.create()
@@ -155,6 +181,36 @@ def test_gc_deletes_nothing_outside_the_run(tmp_path, name):
     with pytest.raises(ValueError, match="expected a path below"):
         remove(str(root), ["main-00000.arrow", name])
     assert (tmp_path / "secret").exists() and (root / "main-00000.arrow").exists()
+
+
+def test_init_of_a_cluster_run_takes_what_may_change_and_names_what_may_not(file, mgrpo):
+    file.write_text(file.read_text().replace('"local"', '"cluster"'))
+    assert mgrpo("init", file)[:2] == (0, mgrpo("init", file)[1])
+    file.write_text(file.read_text().replace("queries_per_step = 2", "queries_per_step = 2\nsteps = 99"))
+    code, out, _ = mgrpo("init", file)
+    assert code == 0 and out.startswith("resume: steps: 99 from here on, it was 20\n")
+    file.write_text(file.read_text().replace("rollouts = 2", "rollouts = 2\nkl_coef = 0.5"))
+    code, _, err = mgrpo("init", file)
+    assert code == 1 and err.startswith(
+        "error: resume: algorithm.kl_coef: 0.5 given: expected 0.0, as the run was begun"
+    )
+
+
+def test_init_takes_an_option_that_the_environment_calls_volatile(file, mgrpo, tmp_path):
+    (tmp_path / "env.py").write_text(
+        "from mgrpo import Environment\nclass E(Environment):\n    volatile = ('judge',)\n"
+        "    def __init__(self, judge): pass\n"
+    )
+    text = file.read_text().replace('"local"', '"cluster"').replace("sums.py:Sums", f"{tmp_path}/env.py:E")
+    for judge, told in (
+        ("http://a", ""),
+        ("http://b", "resume: environment.options.judge: 'http://b' from here on, it was"),
+    ):
+        file.write_text(text.replace("[agents.main]", f'options = {{ judge = "{judge}" }}\n[agents.main]'))
+        code, out, err = mgrpo("init", file)
+        assert code == 0 and out.startswith(told), err
+    with closing(open_store(load_config(file))) as store:
+        begin(store, load_config(file))  # as the processes of the run do next
 
 
 def test_a_run_is_the_same_with_other_steps_or_machines_but_not_with_other_rewards(file):

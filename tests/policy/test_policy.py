@@ -273,6 +273,7 @@ def test_a_state_without_all_of_its_moments_is_refused(folder, tmp_path, damage,
     file = tmp_path / "p/moments.safetensors"
     tensors = load_file(file)
     file.unlink()
+    (tmp_path / "p/moments.safetensors.sha256").unlink()  # as in a state of version 0.1.0
     if damage is not None:
         damage(tensors)
         save_file(tensors, file)
@@ -283,8 +284,25 @@ def test_a_state_without_all_of_its_moments_is_refused(folder, tmp_path, damage,
 def test_a_file_that_is_cut_off_is_named(folder, tmp_path):
     make(folder).save_state(tmp_path / "p")
     os.truncate(tmp_path / "p/weights.safetensors", 5000)
-    with pytest.raises(ValueError, match=r"p/weights\.safetensors is damaged: expected a whole safetensors file"):
-        make(folder).load_state(tmp_path / "p")
+    for verified, expected in ((False, "SHA-256 [0-9a-f]{64}, it has "), (True, "a whole safetensors file")):
+        with pytest.raises(ValueError, match=rf"p/weights\.safetensors is damaged: expected {expected}"):
+            make(folder).load_state(tmp_path / "p", verified=verified)
+
+
+@pytest.mark.parametrize("stem", ["weights", "moments"])
+def test_a_bit_that_changed_is_found_and_nothing_is_changed(folder, tmp_path, stem):
+    policy = make(folder)
+    policy.step(batches(), PLAIN, 1e-3)
+    policy.save_state(tmp_path / "p")
+    policy.load_state(tmp_path / "p")
+    before = weights(policy)
+    file = tmp_path / f"p/{stem}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"p/{stem}\.safetensors is damaged: expected SHA-256 "):
+        policy.load_state(tmp_path / "p")
+    assert same(weights(policy), before)
 
 
 def test_a_state_of_version_0_1_0_does_not_say_whether_it_has_moments(folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
@@ -89,6 +90,18 @@ def test_a_line_per_row_at_once_with_the_key_numbers_of_each_agent():
         "saved [rl-00012]",
     ]
     display.close()
+
+
+def test_steps_without_a_gradient_are_told_once_there_are_some():
+    display, out = lines()
+    display.stage("rl", 0, 9)
+    for step, norm in enumerate([0.0, 0.0, 0.5, 0.0, None, 0.0, 0.0]):
+        display.row({"stage": "rl", "step": step, "main/grad_norm": norm, "clerk/grad_norm": 0.0, "time/step": 1.0})
+    told = [
+        re.search(r"no gradient in the last (\d) steps: all rewards of a group are equal", line)
+        for line in out.flushed.splitlines()
+    ]
+    assert [found and found[1] for found in told] == [None] * 6 + ["3", "4"]
 
 
 def test_a_stage_without_steps_is_not_announced_and_an_agent_without_numbers_not_named():

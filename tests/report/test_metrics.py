@@ -20,6 +20,7 @@ from mgrpo.engine.config.schema import Config, dump_config
 from mgrpo.engine.report.follow import Watch
 from mgrpo.engine.report.metrics import Tail, merge, place_of, read_rows
 from mgrpo.engine.report.summary import summary
+from mgrpo.engine.run.directory import RunPaths
 from toy import toy_config
 
 
@@ -333,3 +334,18 @@ def test_a_run_that_goes_on_is_shown_from_where_it_is(config: Config):
         watch.look({})
     assert display.told == [("rl", 2, 3)]
     assert [row["step"] for row in read_rows(Path(config.run_dir), config)] == [0, 0, 1]
+
+
+def test_what_an_agent_waits_for_is_noted_and_said_once(config: Config):
+    display = Recorder()
+    with closing(Watch(config, display)) as watch:
+        waiting = RunPaths(config.run_dir).agent("main").waiting
+        waiting.parent.mkdir(parents=True, exist_ok=True)
+        for reason in ("no score", "no score", "still none", ""):
+            waiting.write_text(f"{reason}\n")
+            watch.look({})
+            assert display.notes == ([f"main waits: {reason}"] if reason else [])
+        waiting.unlink()
+        watch.look({})
+    said = [text for text in display.told if isinstance(text, str)]
+    assert said == ["main waits: no score", "main waits: still none"]

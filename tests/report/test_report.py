@@ -124,6 +124,13 @@ def test_a_run_summed_up(tmp_path):
     )
 
 
+def test_a_run_whose_last_steps_had_no_gradient_says_so(tmp_path):
+    rows = [training(step, **{"main/grad_norm": 0.5 if step == 1 else 0.0}) for step in range(5)]
+    note = "no gradient in the last 3 steps: all rewards of a group are equal, so that nothing is learnt"
+    assert note in summary(begin(tmp_path / "run", rows)).splitlines()
+    assert "no gradient" not in summary(begin(tmp_path / "other", rows[:4]))
+
+
 def test_a_run_that_has_only_begun(tmp_path):
     run = begin(tmp_path / "run", [])
     assert summary(run).splitlines()[1:] == ["held-out accuracy: not evaluated yet", "no rl steps yet"]

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from cases.worker import STEPS, Flaky, K, Q, World, logprobs
+from mgrpo.engine.environment import threads
 from mgrpo.engine.environment.loader import load_environment
+from mgrpo.engine.environment.threads import StuckError
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.rollout import episodes as rollout_module
 from mgrpo.engine.rollout import worker as worker_module
@@ -31,6 +33,7 @@ from mgrpo.engine.run.weights import DamagedWeightsError, GapError, probe_tokens
 from mgrpo.engine.store import CallRecord, Lease, Publication, RolloutRecord, Store
 from mgrpo.engine.store.queries import Queries
 from mgrpo.engine.system import retry
+from mgrpo.engine.system.process import START_AGAIN
 from mgrpo.engine.types import INITIAL_WEIGHTS
 
 FEW = {"dtype": "float32", "device": "cpu", "concurrency": 3}  # episodes side by side
@@ -435,6 +438,43 @@ def test_leases_are_extended_and_while_it_evaluates_that_of_the_evaluation_too(t
     assert extended == [("queries", "w", 30.0), ("queries", "w", 30.0), ("evaluation", "w", 30.0)]
 
 
+def test_a_worker_whose_event_loop_is_held_up_lets_its_leases_lapse_and_then_ends(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    worker, extended, ended = world.worker(), [], []
+    monkeypatch.setattr(worker.store.queries, "extend", lambda *args: extended.append(args))
+    monkeypatch.setattr(worker_module, "end_now", lambda error, status: ended.append((error, status)))
+    held_up = 0.0
+    monkeypatch.setattr(worker.episodes, "blocked", lambda seconds: "tool has held up" if held_up > seconds else "")
+    worker.heartbeat.beat()
+    assert len(extended) == 1
+    held_up = world.config.store.lease + 1
+    with pytest.raises(TimeoutError, match="tool has held up"):
+        worker.heartbeat.beat()
+    assert len(extended) == 1 and not ended
+    held_up += world.config.sampling.timeout
+    with pytest.raises(TimeoutError):
+        worker.heartbeat.beat()
+    assert ended == [("tool has held up", START_AGAIN)] and len(extended) == 1
+    worker._close()
+
+
+def test_a_worker_with_too_many_stuck_calls_gives_its_queries_back_and_ends(tmp_path, monkeypatch):
+    world = World(tmp_path, {"timeout": 1.5}, deterministic=False)
+    environment = tmp_path / "chatty.py"
+    blocks = "    def tool(self, call, use):\n        import threading\n        threading.Event().wait(20)\n"
+    parse = "        if call.agent == 'clerk': return (ToolCall('t', ''),)\n        return (Delegate"
+    environment.write_text(
+        environment.read_text().replace("        return (Delegate", parse).replace("Task\n", "Task, ToolCall\n")
+        + blocks
+    )
+    monkeypatch.setattr(threads, "STUCK", 3)
+    worker = world.worker()
+    with pytest.raises(StuckError, match=r"environment: \d+ calls of Chatty\.tool were given up"):
+        worker.run(world)
+    assert {r.status for query in range(Q) for r in world.store.groups.rollouts_of(query)} <= {"failed"}
+    assert world.take("another", 9) is not None and worker.lock.closed
+
+
 def test_a_worker_whose_tasks_have_another_order_asks_what_its_lease_says(tmp_path):
     world = World(tmp_path)
     world.train()  # publishes the first weights
@@ -447,3 +487,24 @@ def test_a_worker_whose_tasks_have_another_order_asks_what_its_lease_says(tmp_pa
     assert {job.task.id for job in jobs if job.query == begun.query} == {begun.task}
     assert sorted(job.rollout for job in jobs if job.query == begun.query) == begun.missing
     worker.run(lambda: True)
+
+
+def test_a_worker_that_waits_for_work_shows_that_it_is_there_until_it_ends(tmp_path):
+    world = World(tmp_path)
+    seen: list[Any] = []
+
+    def stop() -> bool:
+        seen.append(world.store.audit.status()["roles"].get("worker:w"))
+        return len(seen) > 3
+
+    world.worker().run(stop)  # no weights are published: there is nothing to do
+    assert all(role and role["holder"] == "w" and role["seconds"] > 0 for role in seen)
+    assert "worker:w" not in world.store.audit.status()["roles"]
+
+
+def test_a_worker_with_other_tasks_than_the_run_was_begun_with_is_refused(tmp_path):
+    world = World(tmp_path)
+    with world.store.database.engine.begin() as db:
+        db.exec_driver_sql("insert into identities values ('run', '1', '', 'another digest')")
+    with pytest.raises(ValueError, match=r"tasks\('train'\) of run 'run' has digest \w{32}: expected another digest"):
+        world.worker()

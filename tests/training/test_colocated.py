@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.store import Store
 from mgrpo.engine.store.groups import Groups
+from mgrpo.engine.system import retry
 from mgrpo.engine.training import colocated
 from toy import SUMS, make_model, raw_config
 
@@ -161,8 +163,10 @@ def test_a_row_has_the_metrics_of_every_agent(run: Run):
     of_groups = {"reward_mean", "reward_std", "format", "zero_std", "length_mean", "turns_mean", "truncated"}
     of_groups |= {"staleness_mean", "time/train", "trajectories", "trajectories_trained", "tokens_trained"}
     agents = ("main", "clerk")
+    of_played = {"rollouts/played", "rollouts/failed"} | (of_rollouts - {"rollouts/scored", "rollouts/unscored"})
     for row in run.warmup:
-        assert row.keys() >= of_rollouts | {f"{agent}/{key}" for agent in agents for key in of_warmup}
+        assert not {"rollouts/scored", "rollouts/unscored"} & row.keys()
+        assert row.keys() >= of_played | {f"{agent}/{key}" for agent in agents for key in of_warmup}
     for row in run.rl:
         assert row.keys() >= of_rollouts | {f"{agent}/{key}" for agent in agents for key in of_groups}
         assert row.keys() >= {"time/rollout", "main/correct", "clerk/expert", "clerk/calls_mean"}
@@ -321,8 +325,30 @@ def test_bfloat16_trains_like_float32_on_float32_masters(run: Run, folder: Path)
 
 def test_a_step_without_a_scored_rollout_ends_the_run_with_the_first_reason(folder: Path):
     message = r"step 0: none of 12 rollouts was scored; the first error: .*score: RuntimeError: the judge is down"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message + ": given up after 3 tries"):
         Run(odd(folder, "BrokenJudge"))
+
+
+def test_a_step_without_a_score_is_sampled_anew_as_if_nothing_had_happened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
+    plain, play, calls = Run(raw(folder, "plain", steps=2)), colocated.Colocated._play, itertools.count()
+
+    def without_scores_at_first(self: Any, step: int) -> Any:
+        rollouts = play(self, step)
+        if next(calls) < 2:
+            return [replace(rollout, score=None, status="unscored", error="the judge is down") for rollout in rollouts]
+        return rollouts
+
+    monkeypatch.setattr(colocated.Colocated, "_play", without_scores_at_first)
+    run = Run(raw(folder, "anew", steps=2))
+    reason = "step 0: none of 12 rollouts was scored; the first error: the judge is down; sampled anew in 0.0 s"
+    assert [text for text in run.display.said if "sampled anew" in text] == [reason] * 2
+    same = ("main/reward_mean", "main/loss", "clerk/loss", "main/grad_norm", "rollouts/scored")
+    assert [[row.get(key) for key in same] for row in run.rl] == [[row.get(key) for key in same] for row in plain.rl]
+    with closing(Store(f"sqlite:///{run.path}/store.db", "colocated")) as store:
+        assert store.audit.status()["agents"]["main"]["acked"] == 2 * run.config.queries_per_step
 
 
 def test_a_damaged_trajectory_expires_its_group_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -343,11 +369,21 @@ def test_a_damaged_trajectory_expires_its_group_and_the_run_goes_on(folder: Path
     assert agents["main"]["acked"] == agents["clerk"]["acked"] - 1
 
 
+def test_a_warm_up_without_a_script_is_refused_by_name_before_it_begins(folder: Path):
+    config = raw(folder, "mute", environment={"use": f"{folder / 'mute.py'}:Mute"}, warmup={"steps": 2})
+    (folder / "mute.py").write_text(
+        "from mgrpo import Environment, Task\n"
+        "class Mute(Environment):\n    def tasks(self, split): return [Task('t', {})]\n"
+    )
+    with pytest.raises(ValueError, match=r"warmup\.steps: 2 given: Mute has no script\(\): expected one"):
+        Run(config)
+
+
 def test_a_score_that_is_no_number_leaves_the_rollout_unscored(folder: Path):
     message = "step 0: none of 12 rollouts was scored; the first error: score: correct is nan: expected a finite number"
     with pytest.raises(ValueError, match=message):
         Run(odd(folder, "NanJudge"))
-    run = Run(odd(folder, "EverySecondNan"))
+    run = Run(odd(folder, "EverySecondNan") | {"reward": {"tries": 1}})
     assert [(row["rollouts/scored"], row["rollouts/unscored"]) for row in run.rl] == [(6, 6)] * 3
     assert run.evals[0]["eval/failed"] == 5
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mgrpo.engine.run.weights import Published, load_weights
 from mgrpo.engine.store import Group
@@ -64,6 +65,21 @@ def test_a_new_file_is_written_only_if_the_weights_moved(process: AgentProcess, 
     written = load_weights(f"{tmp_path}/run/weights", *last)
     assert written.keys() == dict(process.policy.full_weights()).keys()
     assert leader.events == ["pruned", "published", "published", "pruned", "published"]
+
+
+def test_weights_that_a_step_left_as_they_were_are_the_last_version_again(process: AgentProcess, leader: NotingLeader):
+    process.publish(0)
+    process.policy.version += 1
+    process.learnt = False  # an optimizer step without any gradient
+    process.publish(1)
+    with torch.no_grad():
+        next(iter(process.policy.model.parameters())).add_(1.0)
+    process.policy.version += 1
+    process.publish(2)  # momentum moved them all the same
+    versions = [(step, version) for step, version, _ in leader.publications]
+    assert versions == [(0, 0), (1, 0), (2, 2)]
+    first, again, last = (file for _, _, file in leader.publications)
+    assert first == again != last and last.checksum == process.policy.checksum()
 
 
 def test_a_full_disk_is_waited_for_and_the_store_hears_of_the_file_that_is_whole(

@@ -30,11 +30,12 @@ def written(folder: Path, raw: dict[str, Any], name: str = "run.toml") -> Path:
 
 
 class Recording:
-    """A display that keeps the stages and rows that it is given."""
+    """A display that keeps the stages, rows and texts that it is given."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, int, int]] = []
         self.rows: list[Row] = []
+        self.said: list[str] = []
 
     def stage(self, name: str, first: int, steps: int) -> None:
         self.stages.append((name, first, steps))
@@ -42,6 +43,7 @@ class Recording:
     def row(self, row: Row) -> None:
         self.rows.append(row)
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def close(self) -> None: ...

@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS / "support"),
 # No test asserts a time: hypothesis' limit of 200 ms per example would do so, and fail on a busy machine.
 settings.register_profile("mgrpo", deadline=None)
 settings.load_profile("mgrpo")
+
+
+@pytest.fixture(autouse=True)
+def secrets_of_one_test(monkeypatch):
+    """Let a test know only the secrets that it sets itself."""
+    if module := sys.modules.get("mgrpo.engine.system.secrets"):
+        monkeypatch.setattr(module, "_taken", {})
 
 
 @pytest.hookimpl(tryfirst=True)  # -m selects in a hook of the same name

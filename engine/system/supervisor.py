@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgrpo.engine.system import secrets
 from mgrpo.engine.system.process import AGAIN, LIFELINE, START_AGAIN, Interrupted, asked_to_end
 
 POLL = 0.1  # seconds between polls of the processes
@@ -106,15 +107,17 @@ class Supervised:
         with log.open("ab", buffering=0) as out:
             with suppress(OSError):  # the disk is full: the process will wait for room, this line need not
                 out.write(head.encode())
-            process = subprocess.Popen(
-                self.task.command,
-                env={**os.environ, **environment, LIFELINE: str(self.lifeline)},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                pass_fds=[self.lifeline],
-                process_group=0,
-            )
+            inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}
+            with secrets.passed() as (where, pipe):
+                process = subprocess.Popen(
+                    self.task.command,
+                    env={**inherited, **environment, **where, LIFELINE: str(self.lifeline)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[self.lifeline, *pipe],
+                    process_group=0,
+                )
             return Member(process, log, out.tell())
 
     def failed(self) -> Member | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import pytest
 from mgrpo.engine.inference.vllm import api, server
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.inference.vllm.server import become_server, free_ports, server_spec, token
+from mgrpo.engine.system import secrets
 
 OPTIONS = {"dtype": "bfloat16", "max_context": 512, "transfer": "tcp"}
 Installed = Callable[..., None]
@@ -64,7 +64,7 @@ def test_the_command_of_a_server(installed: Installed):
     assert {option: value(command, option) for option in expected} == expected
     assert json.loads(value(command, "--weight-transfer-config")) == {"backend": "tcp"} and command[-2:] == ["--x", "1"]
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,5" and environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert environment[TOKEN] == os.environ[TOKEN] and len(environment[TOKEN]) >= 32
+    assert TOKEN not in environment and len(secrets.get(TOKEN) or "") >= 32, "the supervisor passes it by a pipe"
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
 
 
@@ -78,7 +78,7 @@ def test_only_with_ipc_servers_unpickle():
 
 
 def test_the_token_is_made_once_and_never_replaced(monkeypatch: pytest.MonkeyPatch):
-    assert token() == token() == os.environ[TOKEN]
+    assert token() == token() == secrets.get(TOKEN)
     monkeypatch.setenv(TOKEN, "mine")
     assert token() == "mine"
 
@@ -116,13 +116,14 @@ def test_a_missing_or_unsupported_vllm_is_refused_before_anything_starts(install
 
 def test_a_process_becomes_a_server_only_with_a_token(installed: Installed, monkeypatch: pytest.MonkeyPatch):
     became: list[Any] = []
+    passed: list[int] = []
     monkeypatch.setattr(server.os, "execve", lambda *call: became.append(call))
+    monkeypatch.setattr(server.os, "set_inheritable", lambda end, _: passed.append(end))
     options = {**OPTIONS, "host": "10.0.0.1", "port": 8000}
     with pytest.raises(ValueError, match=f"{TOKEN} is not set"):
         become_server("model", **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="transfer 'gloo': expected one of tcp, nccl, ipc"):
         become_server("model", **options | {"transfer": "gloo"})  # type: ignore[arg-type]
-    assert not became
     monkeypatch.setenv(TOKEN, "mine")
     with pytest.raises(ValueError, match="serve: --logits-processors given: expected no argument that changes"):
         become_server("model", **options | {"extra": ["--logits_processors=mine:Mask"]})  # type: ignore[arg-type]
@@ -130,4 +131,5 @@ def test_a_process_becomes_a_server_only_with_a_token(installed: Installed, monk
     become_server("model", **options)  # type: ignore[arg-type]
     ((program, command, environment),) = became
     assert program == sys.executable == command[0] and value(command, "--host") == "10.0.0.1"
-    assert environment[TOKEN] == "mine" and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "mine" not in environment.values() and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert passed == [int(environment[secrets.PIPE])]

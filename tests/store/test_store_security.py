@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import traceback
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -129,13 +131,13 @@ def test_a_certificate_that_is_given_is_verified(server: Cluster, monkeypatch):
     store.close()
     monkeypatch.setenv("PGSSLROOTCERT", str(server.folder / "tls.crt"))
     Store(url, "run", password=PASSWORD, tls="require").close()
-    with pytest.raises(OSError, match="certificate"):  # it was issued for another name
+    with pytest.raises(ValueError, match="certificate"):  # it was issued for another name
         Store(url.replace("127.0.0.1", "localhost"), "run", password=PASSWORD, tls="require")
 
 
 def test_the_password_is_in_no_message_log_or_representation(server: Cluster, caplog):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(OSError, match=r"store postgresql.*password authentication failed") as error:
+    with pytest.raises(ValueError, match=r"store postgresql.*password authentication failed") as error:
         Store(server.create(), "run", password=SECRET)
     store = Store(server.create(), "run", password=PASSWORD)
     store.queries.open([(0, "t")], AGENTS, 2, 0)
@@ -174,6 +176,57 @@ def test_a_lost_server_is_an_oserror_until_it_is_back(server: Cluster):
         assert store.audit.status()["agents"]["main"]["open"] == 1
     store.queries.record(*episode(0, 0))
     assert len(store.groups.rollouts_of(0)) == 1
+    store.close()
+
+
+def test_a_server_that_only_follows_is_an_oserror_until_it_leads(server: Cluster):
+    """After a failover an open connection leads to the old server, which reads but does not write."""
+    url = server.create()
+    store = Store(url, "run", password=PASSWORD)
+    store.queries.open([(0, "t")], AGENTS, 2, 0)
+    (name,) = re.findall(r"test_\w+", url)
+    with server.connect() as admin:
+        for mode, reason in (("on", "read-only"), ("off", "")):
+            admin.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = {mode}"))
+            if mode == "on":  # as in the session that is open already
+                with store.database.engine.connect() as db:
+                    db.exec_driver_sql("SET default_transaction_read_only = on")
+                    db.commit()
+                for _ in range(2):  # first by that session, then by one that finds no server that leads
+                    with pytest.raises(OSError, match=reason):
+                        store.queries.record(*episode(0, 0))
+    store.queries.record(*episode(0, 0))
+    store.close()
+
+
+def test_64_workers_fit_the_connections_of_a_server_as_it_is_installed(server: Cluster):
+    """Each needs two at once for a moment, for its loop and its heartbeat, but keeps one."""
+    url, stores = server.create(), list[Store]()
+    with server.connect() as admin:
+        for _ in range(64):
+            stores.append(Store(url, "run", password=PASSWORD))
+            with stores[-1].database.engine.connect(), stores[-1].database.engine.connect():
+                pass
+        open_now = admin.scalar(sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mgrpo'"))
+    assert open_now == 64
+    for store in stores:
+        store.close()
+
+
+def test_a_full_server_is_waited_for_and_then_an_oserror(server: Cluster, monkeypatch):
+    store = Store(server.create(), "run", password=PASSWORD)
+    store.close()
+    with ExitStack() as others:
+        with suppress(sa.exc.OperationalError):
+            while True:
+                others.enter_context(server.connect("postgres"))
+        pauses: list[float] = []
+        monkeypatch.setattr(database.time, "sleep", pauses.append)
+        with pytest.raises(OSError, match=r"too many clients|slots are reserved"):
+            store.audit.runs()
+        assert len(pauses) == database.ATTEMPTS - 1
+        monkeypatch.setattr(database.time, "sleep", lambda seconds: others.close())
+        assert store.audit.runs() == [], "it waited until there was room"
     store.close()
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
+import threading
+import time
 
 import pytest
 
 from mgrpo.engine.system import retry
+from mgrpo.engine.system.process import Interrupted, asked_to_end
 from mgrpo.engine.system.retry import Retry, doubling, patiently
 
 
@@ -131,3 +136,24 @@ def test_patiently_really_sleeps(monkeypatch):
     monkeypatch.setattr(retry, "PAUSES", (0.001, 0.002))
     work = Failing(3, OSError("gone"))
     assert patiently(work, "x") == ("x",) and work.calls == 4
+
+
+def test_an_error_that_waiting_does_not_mend_is_raised_at_once(clock):
+    work = Failing(9, FileNotFoundError("deleted"))
+    with pytest.raises(FileNotFoundError, match="deleted"):
+        Retry(wait=clock.sleep, final=(FileNotFoundError,))(work)
+    assert work.calls == 1 and not clock.slept
+
+
+def test_a_process_that_is_asked_to_stop_waits_no_longer():
+    """The request comes while it waits, or before; the call itself is made once in any case."""
+    with asked_to_end():
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        for _ in range(2):
+            work = Failing(99, OSError("gone"))
+            with pytest.raises(Interrupted, match="stopped while it waited"):
+                patiently(work)
+            assert work.calls >= 1
+        assert time.monotonic() - began < 60, "not until it gives up"
+    patiently(Failing(1, OSError("gone")))  # whoever catches the request may wait again

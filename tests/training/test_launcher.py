@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,17 +28,19 @@ from mgrpo.engine.report.display import make_display
 from mgrpo.engine.report.summary import summary
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.store.open import begin, open_store
-from mgrpo.engine.system import supervisor
+from mgrpo.engine.system import secrets, supervisor
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 from mgrpo.engine.training import launcher as local
 from mgrpo.engine.training.launcher import gpus, tasks_of, train
 from toy import raw_config, toy_config
 
-SECRET = "a-secret-of-the-store"
+SECRET = f"a-secret-of-the-store-{uuid.uuid4().hex}"
 # Stands in for `agent` and `rollout`: it makes all steps at once, after as many failures as FAILURES says.
 STAND_IN = """
     from mgrpo.engine.system.process import die_with_launcher
+    from mgrpo.engine.system import secrets
     die_with_launcher()
+    secrets.take()
     import json, os, sys, time
     from pathlib import Path
     _, kind, file, _, name = sys.argv
@@ -46,7 +49,7 @@ STAND_IN = """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"begun-{os.getpid()}").touch()
     (folder / "environment").write_text(json.dumps(dict(os.environ)))
-    print("password of", len(os.environ.get("MGRPO_STORE_PASSWORD", "")), "letters")
+    (folder / "secrets").write_text(json.dumps({name: secrets.get(name) for name in secrets.NAMES}))
     failures = json.loads(os.environ["FAILURES"]).get(name, 0)
     if len(list(folder.glob("begun-*"))) <= failures:
         sys.exit("a mistake")
@@ -59,6 +62,14 @@ STAND_IN = """
     # every command line, as `ps` shows them to every user
     lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK) and p.exists()]
     (folder / "ps").write_bytes(b"\\n".join(lines))
+    # and the processes whose environment shows a secret to a tool of this user
+    def shows(environment):
+        try:
+            return any(secret.encode() in environment.read_bytes() for secret in known)
+        except OSError:
+            return False
+    known = [secret for name in secrets.NAMES if (secret := secrets.get(name))]
+    (folder / "shown").write_text("".join(str(p) for p in Path("/proc").glob("[0-9]*/environ") if shows(p)))
 """
 
 
@@ -67,6 +78,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "stand_in.py"
     script.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(local, "ENTRY", (sys.executable, str(script)))
+    monkeypatch.setattr(local, "_all_done", lambda *_, **__: True)  # the stand-ins publish nothing
     monkeypatch.setattr(supervisor, "LONGEST_DELAY", 0.0)
     monkeypatch.setenv("MGRPO_STORE_PASSWORD", SECRET)
     monkeypatch.setenv("FAILURES", "{}")
@@ -104,14 +116,16 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capfd, monkeypatch):
     assert read_dump((path / "config.json").read_text()) == config
 
 
-def test_secrets_are_in_the_environment_alone(tmp_path: Path, capfd):
+def test_secrets_reach_every_process_but_no_environment_command_line_or_other_file(tmp_path: Path, capfd):
     config = config_of(tmp_path)
     run(config)
     files = [path for path in Path(config.run_dir).rglob("*") if path.is_file()]
     holding = {path.name for path in files if SECRET.encode() in path.read_bytes()}
-    assert holding == {"environment"}, "the stand-ins' own note of what they were given"
+    assert holding == {"secrets"}, "the stand-ins' own note of what they were given"
     assert all(b"--name" in path.read_bytes() for path in Path(config.run_dir).rglob("ps"))
-    assert f"password of {len(SECRET)} letters" in (Path(config.run_dir) / "logs/worker-0.txt").read_text()
+    for kind, name in (("agents", "main"), ("agents", "clerk"), ("workers", "worker-0")):
+        assert passed(config, kind, name)["MGRPO_STORE_PASSWORD"] == SECRET
+        assert (Path(config.run_dir) / kind / name / "shown").read_text() == ""
     assert SECRET not in "".join(capfd.readouterr())
 
 
@@ -194,6 +208,11 @@ def wait_for(condition: Callable[[], object]) -> None:
 # ---- the settings of each process
 
 
+def passed(config: Config, kind: str, name: str) -> dict[str, str]:
+    """Return the secrets that a process got."""
+    return json.loads((Path(config.run_dir) / kind / name / "secrets").read_text())
+
+
 def environment(config: Config, kind: str, name: str) -> dict[str, str]:
     return json.loads((Path(config.run_dir) / kind / name / "environment").read_text())
 
@@ -271,15 +290,16 @@ def test_servers_run_as_long_as_the_others_and_all_are_told_where_they_are(tmp_p
         *["server-main-0.txt", "server-main-1.txt", "trainer-clerk.txt", "trainer-main.txt", "worker-0.txt"]
     }
     started = {path.name: json.loads(path.read_text()) for path in (tmp_path / "servers").iterdir()}
-    token = os.environ["MGRPO_SERVER_TOKEN"]
+    token = secrets.get("MGRPO_SERVER_TOKEN")
     for kind, name in (("agents", "main"), ("agents", "clerk"), ("workers", "worker-0")):
         given = environment(config, kind, name)
         places = json.loads(given["MGRPO_SERVERS"])
         assert list(places) == ["main"] and places["main"]["transfer"] == "tcp"
         assert sorted(places["main"]["urls"]) == sorted(f"http://127.0.0.1:{port}" for port in started)
-        assert given["MGRPO_SERVER_TOKEN"] == token and len(token) > 30
+        assert passed(config, kind, name)["MGRPO_SERVER_TOKEN"] == token and len(token) > 30
+        assert "MGRPO_SERVER_TOKEN" not in given
     for command, given in started.values():
-        assert token not in command and given["MGRPO_SERVER_TOKEN"] == token
+        assert token not in command and "MGRPO_SERVER_TOKEN" not in given and "MGRPO_SECRETS" in given
         assert command[-2:] == ["--max-num-seqs", "9"] and config.agents["main"].model in command
     assert not any(token.encode() in path.read_bytes() for path in Path(config.run_dir).rglob("*.json*"))
 

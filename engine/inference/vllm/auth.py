@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from mgrpo.engine.inference.vllm import api
+from mgrpo.engine.system import secrets
 from mgrpo.engine.system.process import die_with_launcher
 from mgrpo.engine.types import WeightsVersion
 
@@ -36,7 +37,8 @@ class AuthMiddleware:
     """
 
     def __init__(self, app: App):
-        token = os.environ.get(TOKEN)
+        secrets.take()
+        token = secrets.get(TOKEN)
         if not token or not token.isascii():
             raise ValueError(f"{TOKEN} is not set to ASCII text: expected the token that protects this server")
         die_with_launcher()

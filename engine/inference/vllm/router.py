@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.inference.vllm.streamed_turn import InvalidTurnError, parsed, reason
 from mgrpo.engine.run.weights import GapError
+from mgrpo.engine.system import secrets
 from mgrpo.engine.types import NO_WEIGHTS, WeightsVersion
 
 TICK = 0.1  # seconds between two requests for a server's version
@@ -97,7 +97,7 @@ class Router:
         self.error: Exception | None = None
         self.faults = 0
         self.changed = asyncio.Event()
-        token = os.environ.get(TOKEN)
+        token = secrets.get(TOKEN)
         self.http = aiohttp.ClientSession(
             headers=api.bearer(token) if token else {},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=ASK),

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from secrets import randbelow, token_urlsafe
 from typing import Any, NoReturn
 
 from mgrpo.engine.config.masks import check_server
 from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
+from mgrpo.engine.system import secrets
 from mgrpo.engine.system.supervisor import ProcessSpec
 
 HOST = "127.0.0.1"
 
 
 def token() -> str:
-    """Return the token of this run's servers from the environment, which children inherit. Make it if missing."""
-    return os.environ.setdefault(TOKEN, secrets.token_urlsafe(32))
+    """Return the token of this run's servers, which the supervisor passes to all processes. Make it if missing."""
+    return secrets.keep(TOKEN, token_urlsafe(32))
 
 
 def new_seed() -> int:
     """Return a random seed for a server."""
-    return secrets.randbelow(2**31)
+    return randbelow(2**31)
 
 
 def free_ports(count: int) -> list[int]:
@@ -48,10 +49,14 @@ def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
     check_server(options.get("extra", ()), "serve")
     api.installed()
     api.check_transfer(transfer)
-    if not os.environ.get(TOKEN):
+    if not secrets.get(TOKEN):
         raise ValueError(f"{TOKEN} is not set: expected the token that trainers will send")
     command = api.arguments(model, transfer=transfer, seed=new_seed(), **options)
-    os.execve(command[0], command, os.environ | api.environment(transfer))
+    inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}
+    with secrets.passed() as (where, pipe):
+        for end in pipe:
+            os.set_inheritable(end, True)
+        os.execve(command[0], command, inherited | api.environment(transfer) | where)
 
 
 def server_spec(
@@ -93,5 +98,6 @@ def server_spec(
         extra=extra,
     )
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    environment = api.environment(transfer) | visible | dict(settings or {}) | {TOKEN: token()}
+    environment = api.environment(transfer) | visible | dict(settings or {})
+    token()  # so that there is one before the first process starts
     return ProcessSpec(name, command, lambda attempt: [environment], service=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from mgrpo.engine.store import Group
 from mgrpo.engine.system import retry
+from mgrpo.engine.system.words import counted
 
 FIRST_TRIES = 3  # steps sampled without any score before a run that never had one ends: its environment is at fault
 
@@ -34,7 +35,8 @@ class Unscored:
         self.since = self.since or time.monotonic()
         self.tries += 1
         if (time.monotonic() - self.since > retry.PATIENCE) if self.ever else self.tries >= FIRST_TRIES:
-            raise ValueError(f"{what}: given up after {self.tries} tries: expected an environment that scores")
+            tries = counted(self.tries, "try", "tries")
+            raise ValueError(f"{what}: given up after {tries}: expected an environment that scores")
         return next(self._pauses)
 
 

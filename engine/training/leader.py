@@ -331,8 +331,12 @@ class Leader:
     # ---- what other processes see
 
     def _prune(self, needed: Collection[str]) -> None:
-        """Delete old weights; those that cannot be deleted now are when the next ones have been published."""
+        """Delete old weights; those that cannot be deleted now are when the next ones have been published.
+
+        Raises FencedError if another process acts for the agent by now: then they are not ours to delete.
+        """
         try:
+            self.store.roles.check(self.name, self.holder)
             remove_old(self.weights, self.name, needed)
         except OSError as error:
             log.warning("agent %s: old weights were not deleted: %s", self.name, error)

@@ -1,4 +1,4 @@
-"""Test that a step without any score is none: sampled anew for a while, and then an error; and how a trainer waits."""
+"""Test that a step without any score is none, how a trainer waits, and what it leaves alone once it was succeeded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.store import Group, RolloutRecord
+from mgrpo.engine.run.directory import checkpoints_in
+from mgrpo.engine.store import FencedError, Group, RolloutRecord
 from mgrpo.engine.system import retry
 from mgrpo.engine.system.process import Interrupted
 from mgrpo.engine.training import leader as module
@@ -142,3 +143,27 @@ def test_ctrl_c_is_heard_while_another_process_holds_the_role(config: Config):
         first.rundir.close()
         with pytest.raises(Interrupted), Leader(config, "main", lambda: time.monotonic() > asked):
             pass
+
+
+# ---- a trainer that another one has succeeded
+
+
+def test_a_trainer_that_was_succeeded_deletes_no_weights_and_replaces_no_checkpoint(leader: Leader, monkeypatch):
+    removed: list[Any] = []
+    monkeypatch.setattr(module, "remove_old", lambda *arguments: removed.append(arguments))
+    leader._prune([])
+    leader.save("rl", 1, write)
+    before = [path.name for path in checkpoints_in(leader.rundir.checkpoints)]
+    leader.store.roles.release(leader.role, leader.holder)
+    leader.store.roles.hold(leader.role, "another", 9.0)
+    for acts in (lambda: leader._prune([]), lambda: leader.save("rl", 1, write), lambda: leader.save("rl", 2, write)):
+        with pytest.raises(FencedError, match="is held by another, no longer by"):
+            acts()
+    assert len(removed) == 1 and before == ["rl-00001"]
+    assert [path.name for path in leader.rundir.checkpoints.iterdir()] == before
+
+
+def write(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    (folder / "policy.json").write_text("{}")
+    return {"version": 0}

@@ -30,6 +30,7 @@ from mgrpo.engine.model.attention import hidden_states, output_head
 from mgrpo.engine.model.logits import logit_map
 from mgrpo.engine.model.pieces import end_tokens
 from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
+from mgrpo.kernels.advantages import running_sum
 
 NO_PROMPT = b""  # marks a slot whose prompt must not be copied; a real prompt has at least one token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32
@@ -98,6 +99,7 @@ class InProcessSampler:
         if slot is not None:
             del self.cached[slot]
             del self.prompts[slot]
+            self.cache.forget(slot)
 
     def release_cache(self) -> None:
         """Free the cache's memory between rollouts, since the weights that computed its content will change."""
@@ -227,8 +229,8 @@ def draw(
     logps_RV = (logits_RV / temperature).log_softmax(-1)
     if top_p < 1:
         logps_RV = _cut(logps_RV, top_p)
-    cumulative_RV = logps_RV.exp().cumsum(-1)
-    uniforms = torch.tensor(uniforms_R, dtype=torch.float32, device=logits_RV.device).clamp(max=UNIFORM_MAX)
+    cumulative_RV = running_sum(logps_RV.exp())
+    uniforms = torch.tensor(uniforms_R, dtype=cumulative_RV.dtype, device=logits_RV.device).clamp(max=UNIFORM_MAX)
     threshold_R1 = uniforms[:, None] * cumulative_RV[:, -1:]
     tokens_R = torch.where(greedy, best_R, torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
     logps_R = logps_RV.gather(-1, tokens_R[:, None])[:, 0].masked_fill(greedy, 0.0)
@@ -238,6 +240,6 @@ def draw(
 def _cut(logps_RV: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of likeliest tokens whose probability reaches top_p, and renormalise."""
     ordered_RV, order_RV = logps_RV.sort(-1, descending=True)
-    before_RV = ordered_RV.exp().cumsum(-1) - ordered_RV.exp()
+    before_RV = running_sum(ordered_RV.exp()) - ordered_RV.exp()
     kept_RV = ordered_RV.masked_fill(before_RV >= top_p, float("-inf")).log_softmax(-1)
     return torch.empty_like(logps_RV).scatter_(-1, order_RV, kept_RV)

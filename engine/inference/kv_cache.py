@@ -1,16 +1,19 @@
 """Cache the keys and values of the calls being sampled, and attend to them from the tokens of a step.
 
 Legend: T new tokens of a step, R calls in it, S slots of the cache, C its capacity in tokens, A query heads,
-G key-value heads, D head size.
+G key-value heads, D head size, H hidden size.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mgrpo.engine.model.attention import Local, Rule, UnsupportedAttentionError, masked_attention
+from mgrpo.engine.inference.recurrent_states import RecurrentStates
+from mgrpo.engine.model.attention import Local, Mixer, Rule, UnsupportedAttentionError, masked_attention
 
 
 class KVCache:
@@ -24,6 +27,7 @@ class KVCache:
     def __init__(self, slots: int, most_tokens: int):
         self.slots, self.most_tokens, self.room = slots, most_tokens, 0
         self.layers: dict[int, list[Tensor]] = {}
+        self.states = RecurrentStates(slots)
 
     def reserve(self, tokens: int) -> None:
         """Make room for calls of up to that many tokens."""
@@ -42,10 +46,16 @@ class KVCache:
         return self.layers[index]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of one slot to another."""
+        """Copy the first tokens of one slot to another: all of the source's prompt but the last one."""
         for held in self.layers.values():
             for x in held:
                 x[target, :, :tokens] = x[source, :, :tokens]
+        if tokens:
+            self.states.copy(source, target)
+
+    def forget(self, slot: int) -> None:
+        """Give up the prompt of a slot, so that it cannot be copied any more."""
+        self.states.begins.pop(slot, None)
 
     def _grown(self, old: Tensor) -> Tensor:
         slots, groups, have, size = old.shape
@@ -59,7 +69,8 @@ class CachedLayout:
     """Lay out the attention of one step: call r adds counts[r] tokens to the starts[r] tokens in slots[r]."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int], device: torch.device):
-        self.cache, self.counts, self.seen = cache, counts, set[int]()
+        self.cache, self.counts, self.seen, self.mixed = cache, counts, set[int](), set[int]()
+        self.calls = list(zip(slots, starts, counts, strict=True))
         self.slots_T = torch.tensor(slots, device=device).repeat_interleave(torch.tensor(counts, device=device))
         self.positions_T = torch.cat(
             [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
@@ -108,6 +119,36 @@ class CachedLayout:
             k_GCD, v_GCE = k_SGCD[slot, :, : start + b - a], v_SGCE[slot, :, : start + b - a]
             out_TAE[a:b] = self._attend_chunk(q_ATD[:, a:b], k_GCD, v_GCE, start, rule)
         return out_TAE
+
+    def mix(self, mixer: Mixer, hidden_1TH: Tensor) -> Tensor:
+        """Run a recurrent layer on from each call's state; (1, T, H).
+
+        Calls with a state and one new token run together, the others one by one. Raises UnsupportedAttentionError if
+        there are several mixers in a layer: the second would overwrite the first's state.
+        """
+        if mixer.layer in self.mixed:
+            raise UnsupportedAttentionError("has several recurrent states in a layer")
+        self.mixed.add(mixer.layer)
+        states, out_1TH = self.cache.states, torch.empty_like(hidden_1TH)
+        slots_R, tokens_R = self._stepping
+        if len(slots_R):
+            out_1TH[0, tokens_R] = states.advance(mixer, slots_R, hidden_1TH[0, tokens_R][:, None])[:, 0]
+        end = 0
+        for slot, start, count in self.calls:
+            begin, end = end, end + count
+            if not start:
+                out_1TH[:, begin:end] = states.begin(mixer, slot, hidden_1TH[:, begin:end])
+            elif count > 1:
+                slots_1 = self.slots_T[begin : begin + 1]
+                out_1TH[:, begin:end] = states.advance(mixer, slots_1, hidden_1TH[:, begin:end])
+        return out_1TH
+
+    @cached_property
+    def _stepping(self) -> tuple[Tensor, Tensor]:
+        """The slots of calls that go on by one token, and where that token is in the row."""
+        on_T = self.positions_T[self.single_T] > 0
+        tokens_R = self.single_T[on_T]
+        return self.slots_T[tokens_R], tokens_R
 
     def _attend_chunk(self, q_AND: Tensor, k_GCD: Tensor, v_GCE: Tensor, start: int, rule: Rule) -> Tensor:
         """Attend from the N new tokens of one call to its C tokens, of which they are the last; (N, A, E)."""

@@ -15,21 +15,23 @@ B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from mgrpo.engine.model.composite import text_lm, text_part
 from mgrpo.engine.model.cpu_attention import Bucket, Scores, buckets, causal_attention
+from mgrpo.engine.model.gpu_attention import BlockMask, block_mask, flash_attention, scored_attention, takes
 
 LocalKind = Literal["window", "chunk"]
 
@@ -80,10 +82,28 @@ class Rule:
         return self.softcap is None and self.sinks_A is None
 
 
+@dataclass(frozen=True)
+class Mixer:
+    """Hold one run of a recurrent layer, which carries a state from token to token (recurrent.py).
+
+    layer: its number. run: takes (B, L, H) of B sequences that begin together and returns as much; its keywords are a
+    cache, or the bounds of sequences side by side. bounded: whether its kernels on a GPU take such bounds.
+    """
+
+    layer: int
+    run: Callable[..., Tensor]
+    bounded: bool
+
+
 class Layout(Protocol):
-    """Decide how the tokens of one flat row attend: q (A, T, D), k (G, T, D), v (G, T, E) -> (T, A, E), contiguous."""
+    """Decide how the tokens of one flat row see each other.
+
+    attend: q (A, T, D), k (G, T, D), v (G, T, E) -> (T, A, E), contiguous. mix: (1, T, H) -> (1, T, H).
+    """
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor: ...
+
+    def mix(self, mixer: Mixer, hidden_1TH: Tensor) -> Tensor: ...
 
 
 class Packed:
@@ -92,11 +112,13 @@ class Packed:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
-        self._cut: dict[int | None, Any] = {}
+        self._cut: dict[int | None, list[Bucket]] = {}
+        self._starts: dict[int, Tensor] = {}
+        self._masks: dict[Local, BlockMask] = {}
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
         """Return the attention's output (T, A, E)."""
-        if q_ATD.is_cuda:
+        if takes(q_ATD):
             return self._attend_cuda(q_ATD, k_GTD, v_GTE, rule)
         repeat = q_ATD.shape[0] // k_GTD.shape[0]
         k_ATD, v_ATE = k_GTD.repeat_interleave(repeat, 0), v_GTE.repeat_interleave(repeat, 0)
@@ -105,40 +127,55 @@ class Packed:
         return out_ATE.transpose(0, 1).contiguous()
 
     def _attend_cuda(self, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
-        if not rule.plain:
-            raise UnsupportedAttentionError("has soft-capped attention or sinks, for which there is no kernel on a GPU")
-        cu_seqlens, longest = self._bounds(rule.local.chunk)
-        size, own = q_ATD.shape[2], v_GTE.shape[2]
-        out_TAD = varlen_attn(
-            q_ATD.transpose(0, 1).contiguous(),
-            k_GTD.transpose(0, 1).contiguous(),
-            F.pad(v_GTE, (0, size - own)).transpose(0, 1).contiguous(),
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=rule.scale,
-            window_size=(-1 if rule.local.window is None else rule.local.window - 1, 0),
-            enable_gqa=True,
-        )
-        assert isinstance(out_TAD, Tensor)
-        return out_TAD[:, :, :own].contiguous()
+        (cu_seqlens, longest), near = self._bounds(rule.local.chunk), rule.local
+        if rule.plain:
+            return flash_attention(q_ATD, k_GTD, v_GTE, cu_seqlens, longest, scale=rule.scale, window=near.window)
+        if near not in self._masks:
+            self._masks[near] = block_mask(cu_seqlens, q_ATD.shape[1], near.window)
+        further: dict[str, Any] = {"softcap": rule.softcap, "sinks_A": rule.sinks_A}
+        return scored_attention(q_ATD, k_GTD, v_GTE, self._masks[near], scale=rule.scale, **further)
+
+    def mix(self, mixer: Mixer, hidden_1TH: Tensor) -> Tensor:
+        """Return a recurrent layer's output (1, T, H), its state reset at the begin of each sequence.
+
+        Kernels on a GPU that take the bounds of sequences get them. All others run over batches of sequences of similar
+        length, padded at their ends, where what comes later changes nothing.
+        """
+        if hidden_1TH.is_cuda and mixer.bounded:
+            return mixer.run(hidden_1TH, cu_seq_lens_q=self.cu_seqlens, seq_idx=self._sequence_1T)
+        found = []
+        for part in self._buckets(None):
+            hidden_BLH = hidden_1TH[0, part.tokens_P].unflatten(0, (-1, part.longest))
+            found.append(mixer.run(hidden_BLH).flatten(0, 1)[part.places])
+        return torch.cat(found)[self._order_T][None]
+
+    @cached_property
+    def _sequence_1T(self) -> Tensor:
+        """The number of each token's sequence, (1, T) int32."""
+        lengths_B = self.cu_seqlens.diff()
+        numbers_B = torch.arange(len(lengths_B), dtype=torch.int32, device=lengths_B.device)
+        return numbers_B.repeat_interleave(lengths_B)[None]
+
+    @cached_property
+    def _order_T(self) -> Tensor:
+        """Where each token of the row stands among those of all buckets, one after the other."""
+        return torch.cat([part.flat for part in self._buckets(None)]).argsort()
 
     def _buckets(self, chunk: int | None) -> list[Bucket]:
         if chunk not in self._cut:
             lengths = self.cu_seqlens.diff().tolist()
-            self._cut[chunk] = buckets(lengths if chunk is None else _chunks(lengths, chunk))
-        found: list[Bucket] = self._cut[chunk]
-        return found
+            lengths = lengths if chunk is None else _chunks(lengths, chunk)
+            self._cut[chunk] = buckets(lengths, self.cu_seqlens.device)
+        return self._cut[chunk]
 
     def _bounds(self, chunk: int | None) -> tuple[Tensor, int]:
         """Return cu_seqlens and the length of the longest sequence; each chunk counts as a sequence."""
         if chunk is None or chunk >= self.max_seqlen:
             return self.cu_seqlens, self.max_seqlen
-        if chunk not in self._cut:
+        if chunk not in self._starts:
             lengths = torch.tensor([0, *_chunks(self.cu_seqlens.diff().tolist(), chunk)])
-            self._cut[chunk] = lengths.cumsum(0).to(self.cu_seqlens)
-        return self._cut[chunk], chunk
+            self._starts[chunk] = lengths.cumsum(0).to(self.cu_seqlens)
+        return self._starts[chunk], chunk
 
 
 def _chunks(lengths: list[int], chunk: int) -> list[int]:
@@ -176,6 +213,8 @@ def attention(
         raise UnsupportedAttentionError("has a mask of its own")
     if unread := {name for name in UNREAD if rest.get(name) is not None}:
         raise UnsupportedAttentionError(f"hands its attention {', '.join(sorted(unread))}")
+    if rest.get("dropout"):  # only of a host's model: the trainer's own have none
+        raise UnsupportedAttentionError(f"has a dropout of {rest['dropout']} in its attention")
     layer = module.layer_idx
     assert isinstance(layer, int)
     rule = Rule(scale, attention_mask or Local(), softcap, s_aux)
@@ -252,11 +291,14 @@ def output_head(model: PreTrainedModel, whose: str = "model") -> nn.Linear:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a causal LM that makes the hidden states, without its head."""
-    base = model.base_model
-    if base is not model:
+    """Return the part of a causal LM that makes the hidden states of a text, without its head."""
+    text = text_lm(model)
+    if text is model and (part := text_part(model)) is not model:
+        return part
+    base = text.base_model
+    if base is not text:
         return base
-    inner = getattr(model, "model", None)  # a class whose base_model_prefix names no attribute
+    inner = getattr(text, "model", None)  # a class whose base_model_prefix names no attribute
     if not isinstance(inner, nn.Module):
         raise UnsupportedAttentionError("has no backbone of its own")
     return inner

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.model.attention import Layout, attention, output_head, run_backbone
+from mgrpo.engine.model.composite import auto_class, other_weights
 from mgrpo.engine.model.directory import UNREADABLE, code_settings, refuse_foreign_code, unreadable, weight_settings
 from mgrpo.engine.model.logits import keep_logit_map, logit_map
 from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
@@ -34,11 +35,16 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class Actor(nn.Module):
-    """Run a causal LM's backbone and head within one forward, in which FSDP holds the whole weights of both."""
+    """Run a causal LM's backbone and head within one forward, in which FSDP holds the whole weights of both.
+
+    Weights on which no log-prob depends, such as a vision tower's, are frozen.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        for param in other_weights(model, output_head(model)).values():
+            param.requires_grad_(False)
 
     def temperature(self, temperature: float) -> float:
         """Return by what the capped head's output is divided: the policy's temperature and the model's logit scale."""
@@ -164,6 +170,8 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
 def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     """Return config.json of an agent's model directory, after the checks that need no weights.
 
+    Of a model that also sees or hears, it is the part about its text model.
+
     Raises ValueError if it is missing, not a causal LM's, or made for a shorter context than the agent's, or names code
     that lies elsewhere.
     """
@@ -174,6 +182,8 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # also if it is no UTF-8, or nested too deep
         raise ValueError(f"agents.{name}.model: {path} is not valid JSON: {error}") from error
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = _text_config(name, agent)
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"agents.{name}.model: {path} has no vocab_size: expected the config of a causal LM")
     context = config.get("max_position_embeddings", config.get("n_positions"))
@@ -183,6 +193,16 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
         )
     refuse_foreign_code(name, agent)
     return config
+
+
+def _text_config(name: str, agent: AgentConfig) -> dict[str, Any]:
+    """Return what a composite config says of its text model, with the values that its file leaves out."""
+    try:
+        config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
+        found: dict[str, Any] = config.get_text_config().to_dict()
+    except UNREADABLE as error:
+        raise unreadable(name, agent, "config", error) from error
+    return found
 
 
 def load_model(
@@ -196,7 +216,7 @@ def load_model(
     read_model_config(name, agent)
     try:
         config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             agent.model,
             config=config,
             dtype=getattr(torch, compute.dtype),

@@ -1,4 +1,6 @@
-"""Compute causal attention over sequences of different lengths on a CPU, with a backward made of matmuls.
+"""Compute causal attention over sequences of different lengths, with a backward made of matmuls.
+
+A CPU computes all attention so; a GPU what flash attention does not take, such as float32 and wide heads.
 
 torch's fused attention, called once per sequence, would have a backward that takes four to six times as long on a CPU
 as the same sums written as batched matmuls, at the lengths of agents' turns (bench/NOTES.md). Here sequences of similar
@@ -47,25 +49,31 @@ class Bucket:
         return x_APD.view(heads, -1, self.longest, size)
 
 
-def buckets(lengths: list[int]) -> list[Bucket]:
-    """Return batches of sequences, each at least half as long as the longest of its batch."""
+def buckets(lengths: list[int], device: torch.device | None = None) -> list[Bucket]:
+    """Return batches of sequences, each at least half as long as the longest of its batch; empty ones are left out.
+
+    device: where the tensors lie that are attended.
+    """
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not lengths[i]:
+            break
         if not groups or lengths[i] * 2 < lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(i)
-    return [_bucket([(starts[i], lengths[i]) for i in group]) for group in groups]
+    return [_bucket([(starts[i], lengths[i]) for i in group], device) for group in groups]
 
 
-def _bucket(spans: list[tuple[int, int]]) -> Bucket:
+def _bucket(spans: list[tuple[int, int]], device: torch.device | None) -> Bucket:
     longest = spans[0][1]
     places_BL = torch.arange(len(spans) * longest).view(len(spans), longest)
     starts_B1, lengths_B1 = torch.tensor(spans).T[..., None]
     offsets_L = torch.arange(longest)
     real_BL = offsets_L < lengths_B1
     tokens_BL = starts_B1 + torch.minimum(offsets_L, lengths_B1 - 1)
-    return Bucket(tokens_BL.flatten(), tokens_BL[real_BL], places_BL[real_BL], longest)
+    tokens_P, flat, places = (x.to(device) for x in (tokens_BL.flatten(), tokens_BL[real_BL], places_BL[real_BL]))
+    return Bucket(tokens_P, flat, places, longest)
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,12 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
 
-    def mask(self, first_query: int, first_key: int, queries: int, keys: int) -> Tensor:
+    def mask(
+        self, first_query: int, first_key: int, queries: int, keys: int, device: torch.device | None = None
+    ) -> Tensor:
         """Return (Q, K) bool, true where a query attends to a key, for positions that begin at the two given."""
-        back_QK = torch.arange(first_query, first_query + queries)[:, None] - torch.arange(first_key, first_key + keys)
+        queries_Q = torch.arange(first_query, first_query + queries, device=device)
+        back_QK = queries_Q[:, None] - torch.arange(first_key, first_key + keys, device=device)
         return (back_QK >= 0) if self.window is None else (back_QK >= 0) & (back_QK < self.window)
 
     def first_key(self, first_query: int) -> int:
@@ -133,7 +144,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks_A: Tensor | None, scores: Sc
     if scores.softcap is None and sinks_A is None:
         if scores.window is None or scores.window >= length:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale)
-        return F.scaled_dot_product_attention(q, k, v, scores.mask(0, 0, length, length), scale=scores.scale)
+        return F.scaled_dot_product_attention(q, k, v, scores.mask(0, 0, length, length, q.device), scale=scores.scale)
     out, wide = torch.empty_like(v), torch.promote_types(q.dtype, torch.float32)
     for last in range(length, 0, -BLOCK):
         rows = slice(max(last - BLOCK, 0), last)
@@ -214,8 +225,8 @@ def _probabilities(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return probabilities (A, B, Q, K), the capped scores if they are, and the sinks' probabilities (A, B, Q)."""
-    hidden_QK = ~scores.mask(first_query, first_key, q.shape[2], k.shape[2])
-    mask_QK = torch.zeros(hidden_QK.shape, dtype=dtype).masked_fill_(hidden_QK, float("-inf"))
+    hidden_QK = ~scores.mask(first_query, first_key, q.shape[2], k.shape[2], q.device)
+    mask_QK = torch.zeros(hidden_QK.shape, dtype=dtype, device=q.device).masked_fill_(hidden_QK, float("-inf"))
     scores_ABQK, capped = torch.matmul((q * scores.scale).to(dtype), k.to(dtype).transpose(2, 3)), None
     if scores.softcap is not None:
         capped = scores_ABQK.div_(scores.softcap).tanh_().mul_(scores.softcap)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mgrpo.engine.model.attention import (
+    Mixer,
     Packed,
     Rule,
     UnsupportedAttentionError,
@@ -31,7 +32,9 @@ from mgrpo.engine.model.attention import (
     output_head,
     register_local_kind,
 )
+from mgrpo.engine.model.composite import text_lm
 from mgrpo.engine.model.logits import CAPS, LogitMap, possible_maps, softcap_of
+from mgrpo.engine.model.recurrent import follow_layouts, missing_packages, mixer_kinds
 
 LENGTHS = (75, 9, 44)  # tokens of the sequences that are packed; the longest is beyond every window of a small copy
 NEAR = 16  # keys that a small copy's layers see at most, where the config has windows or chunks
@@ -41,9 +44,17 @@ SMALL = 1e-3  # nats; the small copy runs in float64, except norms, which cast t
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.15}  # nats a token, the mean of the real ids
 FAILURES = (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError)  # of a model's own code
 SPREAD = 0.25  # of the random weights: logits large enough for a cap to show
-HEADS, VOCABULARY = 4, 199  # of a small copy
+HEADS, VOCABULARY, MOST = 4, 199, 100_000_000  # of a small copy; MOST: weights
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers")  # keys of a tower's config
 FLAT = 1e3  # the bound of logits, without a cap: where to look whether they are still a multiple of the head's output
 SIZES = (1e-3, 1.0, 1e3)  # of the logits at which the cap is verified, as shares of the bound
+NARROW = {  # keys that say how wide a layer is, and the most that a small copy has
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 96),
+    **dict.fromkeys(("linear_num_heads", "mamba_num_heads"), HEADS),
+    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_chunk_size", "chunk_size"), 16),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), HEADS // 2),
+}
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config that say how near keys must be
 
 
@@ -56,6 +67,8 @@ def check_exact(whose: str, model: PreTrainedModel, training: bool = True, longe
     """
     what = f"{whose}: {type(model).__name__}"
     _check_head(whose, model)
+    _check_kernels(what, model)
+    follow_layouts(model)
     real = Comparison(what, model, REAL, ROUNDING[model.dtype])
     small = small_copy(model, longest)
     if small is None:
@@ -66,22 +79,37 @@ def check_exact(whose: str, model: PreTrainedModel, training: bool = True, longe
 def _check_head(whose: str, model: PreTrainedModel) -> None:
     head = output_head(model, whose)
     if getattr(type(head), "forward", None) is not nn.Linear.forward:  # what a subclass adds would be left out
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise ValueError(
-            f"{whose}: {type(model).__name__} has a head of class {type(head).__name__}: "
-            "expected a plain nn.Linear, without an adapter"
+            f"{whose}: {type(model).__name__} has a head of class {kind}: expected a plain nn.Linear, because what an "
+            "adapter adds to the head would be left out: leave the head out of the adapter's targets, as PEFT's "
+            "exclude_modules = ['lm_head'] does"
+        )
+
+
+def _check_kernels(what: str, model: PreTrainedModel) -> None:
+    if model.device.type == "cuda" and (missing := missing_packages(model)):
+        raise ValueError(
+            f"{what} has recurrent layers, whose states only the kernels of {' and '.join(missing)} keep apart in a "
+            "packed row on a GPU: expected these packages, which are not installed"
         )
 
 
 class _Watched(Packed):
-    """Count the layers that attend through us, and how often each does."""
+    """Count the layers that attend or mix through us, and how often each does."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         super().__init__(cu_seqlens, max_seqlen)
         self.layers: list[int] = []
+        self.mixed: list[int] = []
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
         self.layers.append(layer)
         return super().attend(layer, q_ATD, k_GTD, v_GTE, rule)
+
+    def mix(self, mixer: Mixer, hidden_1TH: Tensor) -> Tensor:
+        self.mixed.append(mixer.layer)
+        return super().mix(mixer, hidden_1TH)
 
 
 class Comparison:
@@ -141,7 +169,7 @@ class Comparison:
         """Return the logits (T, V) of each sequence by the model's own forward."""
         with _own_attention(self.model):
             try:
-                return [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+                return [text_lm(self.model)(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:
@@ -159,7 +187,13 @@ class Comparison:
             raise ValueError(f"{self.what} {error}: expected causal attention that a packed row can carry") from error
         except FAILURES as error:
             raise ValueError(f"{self.what} does not run over a packed row: {error}") from error
-        if len(set(layout.layers)) < self.model.config.get_text_config().num_hidden_layers:
+        if not layout.mixed and (kinds := mixer_kinds(self.model)):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"{self.what} has recurrent layers ({names}) that do not get the arguments of its forward: "
+                "expected layers that can be told where a packed sequence begins"
+            )
+        if not layout.mixed and len(set(layout.layers)) < self.model.config.get_text_config().num_hidden_layers:
             raise ValueError(
                 f"{self.what} has layers without attention, or with code of their own for it: expected transformers' "
                 "attention interface in every layer"
@@ -300,13 +334,16 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 def small_copy(model: PreTrainedModel, longest: int | None = None) -> PreTrainedModel | None:
     """Return a model of the same kind, on the CPU, in float64, with few narrow layers and random weights.
 
-    None if none can be made from the config; then the real weights alone are asked.
+    None if none can be made from the config, of at most MOST weights; then the real weights alone are asked.
     """
+    model = text_lm(model)
     for narrow in (True, False):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 config = _cut(copy.deepcopy(model.config), narrow, longest)
+                if not narrow and _weights(type(model), config) > MOST:
+                    continue
                 made: PreTrainedModel = type(model)._from_config(
                     config, dtype=torch.float64, attn_implementation="eager"
                 )
@@ -320,6 +357,12 @@ def small_copy(model: PreTrainedModel, longest: int | None = None) -> PreTrained
         without_dropout(made)
         return made
     return None
+
+
+def _weights(kind: type[PreTrainedModel], config: Any) -> int:
+    """Return how many weights a model of this config would have."""
+    with torch.device("meta"):
+        return sum(param.numel() for param in kind._from_config(copy.deepcopy(config)).parameters())
 
 
 def without_dropout(model: PreTrainedModel) -> list[tuple[nn.Module, str, float]]:
@@ -370,19 +413,45 @@ def _cut(config: Any, narrow: bool, longest: int | None) -> Any:
         text.max_position_embeddings = SWITCH
     if narrow:
         _narrow(text)
+    _cut_towers(config, text)
     return config
 
 
+def _cut_towers(config: Any, text: Any) -> None:
+    """Leave one layer of each tower beside the text model, such as for images, which no text runs through."""
+    for tower in (getattr(config, name, None) for name in config.sub_configs):
+        for name, value in list(vars(tower).items()) if tower not in (None, text) else ():
+            if name in DEPTHS:
+                setattr(tower, name, 1)
+            elif name.endswith("_indexes") and value:  # layers that do something else
+                setattr(tower, name, [0])
+
+
 def _narrow(text: Any) -> None:
-    """Cut widths and heads; a head's size, where the config says it, stays."""
+    """Cut widths and heads; a head's size stays."""
     heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    derived = text.hidden_size // heads if vars(text).get("head_dim") is None else 0
     text.vocab_size = min(text.vocab_size, VOCABULARY)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
+    text.bos_token_id = text.eos_token_id = None
+    text.pad_token_id = None if getattr(text, "pad_token_id", None) is None else 0  # no id that is tried
     text.num_attention_heads = min(heads, HEADS)
     if groups is not None:
         text.num_key_value_heads = min(groups, HEADS // 2 if groups < heads else HEADS)
-    text.hidden_size = min(text.hidden_size, 16 * HEADS)
-    for name in ("intermediate_size", "moe_intermediate_size"):
+    text.hidden_size = derived * text.num_attention_heads if derived else min(text.hidden_size, 16 * HEADS)
+    for name, most in NARROW.items():
         if isinstance(getattr(text, name, None), int):
-            setattr(text, name, min(getattr(text, name), 96))
+            setattr(text, name, min(getattr(text, name), most))
+    _narrow_mixers(text)
+
+
+def _narrow_mixers(text: Any) -> None:
+    """Cut the heads of recurrent layers whose number must fit another key of the config."""
+    keys, values = (getattr(text, f"linear_num_{name}_heads", None) for name in ("key", "value"))
+    if keys and values:
+        text.linear_num_key_heads = min(keys, HEADS // 2)
+        text.linear_num_value_heads = text.linear_num_key_heads * max(1, values // keys)
+    if getattr(text, "mamba_n_heads", None):
+        width = text.mamba_expand * text.hidden_size
+        text.mamba_n_heads, text.mamba_d_head = HEADS, width // HEADS
+        if getattr(text, "mamba_d_ssm", None):
+            text.mamba_d_ssm = width

@@ -21,6 +21,7 @@ from mgrpo.engine.inference.kv_cache import KVCache
 from mgrpo.engine.inference.sampler import Completion, Session
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.types import WeightsVersion
+from mgrpo.kernels import advantages
 from toy import make_model
 
 LAST = 1 - 2.0**-53  # the largest number that numpy's generator returns
@@ -550,8 +551,11 @@ def test_a_draw_inverts_the_cumulative_probabilities_for_any_logits(logits, unif
             assert likelier < top_p + 1e-5
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True])
 @pytest.mark.parametrize("width", [2, 257, 151_936])
-def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token(width):
+def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token(width, on_a_gpu, monkeypatch):
+    if on_a_gpu:
+        monkeypatch.setattr(in_process, "running_sum", advantages._whole_running_sum)
     logits_RV = torch.zeros(3, width)
     logits_RV[1, 0] = logits_RV[1, -1] = float("-inf")
     logits_RV[1, width // 2 :] = torch.where(torch.arange(width)[width // 2 :] == width // 2, 0.0, float("-inf"))
@@ -561,6 +565,17 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_last_possible_token(wi
     if width > 2:
         assert first == [0, 1, width // 2] and last[1:] == [width // 2, width // 2]
     assert last[0] >= width * (1 - 1e-4) - 1 and last[0] < width
+
+
+def test_draws_with_the_running_sum_of_a_gpu_are_those_of_a_cpu(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits_RV = torch.randn(64, 501, generator=generator) * 3
+    uniforms = torch.rand(64, generator=generator).tolist()
+    for top_p in (1.0, 0.7):
+        on_cpu = draw(logits_RV, 0.8, top_p, uniforms, [False] * 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(in_process, "running_sum", advantages._whole_running_sum)
+            assert draw(logits_RV, 0.8, top_p, uniforms, [False] * 64) == on_cpu
 
 
 def test_greedy_and_sampled_rows_may_be_mixed():

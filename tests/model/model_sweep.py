@@ -64,6 +64,10 @@ SIZES = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
     "d_model": 32,
     "n_embd": 32,
     "n_layer": 2,
@@ -84,6 +88,8 @@ SIZES = {
 }
 
 
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+MAMBA |= {"num_hidden_layers": 2}
 # Kinds whose config derives what single layers have when it is made, so that no key can be set afterwards.
 MADE: dict[str, dict[str, Any]] = {
     "gemma4_text": {
@@ -93,6 +99,30 @@ MADE: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 97,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64, **MAMBA},
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 4, **MAMBA},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "zamba2": {
+        "num_key_value_heads": 4,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "num_hidden_layers": 2,
+        "layers_block_type": ["hybrid", "hybrid"],
     },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -137,7 +167,8 @@ def tiny(model_type: str) -> Any:
 
 def build(model_type: str, left: tuple[str, ...]) -> Any:
     if model_type in MADE:
-        config = AutoConfig.for_model(model_type, **{key: SIZES[key] for key in MADE_SIZES}, **MADE[model_type])
+        config = AutoConfig.for_model(model_type, **{key: SIZES[key] for key in MADE_SIZES} | MADE[model_type])
+        config._experts_implementation = "eager"
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     config = AutoConfig.for_model(model_type)

@@ -207,11 +207,11 @@ def test_a_caller_may_still_use_a_model_whose_scores_sdpa_does_not_have(config):
     assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), before[1])
 
 
-def test_a_model_without_attention_is_refused(tmp_path):
+def test_a_model_whose_recurrent_layers_cannot_be_told_of_bounds_is_refused(tmp_path):
     config = MambaConfig(
         vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=0, pad_token_id=1
     )
-    with pytest.raises(ValueError, match=r"agents\.main\.model: MambaForCausalLM .*attention"):
+    with pytest.raises(ValueError, match=r"agents\.main\.model: MambaForCausalLM has recurrent layers \(MambaMixer\)"):
         load_model("main", agent(saved(tmp_path, config)), CPU)
 
 

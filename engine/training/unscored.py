@@ -20,12 +20,17 @@ class Unscored:
     """
 
     def __init__(self, ever: bool) -> None:
-        self.ever, self.tries, self.since = ever, 0, 0.0
+        self.ever = ever
+        self._begin()
+
+    def _begin(self) -> None:
+        self.tries, self.since = 0, 0.0
         self._pauses: Iterator[float] = retry.doubling(*retry.PAUSES)
 
     def scored(self) -> None:
         """Note that a rollout was scored."""
-        self.__init__(True)  # type: ignore[misc]
+        self.ever = True
+        self._begin()
 
     def missed(self, what: str) -> float:
         """Note that a step had no score; return the seconds to wait before the next try. Raises ValueError at the end.

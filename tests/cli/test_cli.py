@@ -40,6 +40,10 @@ class LongWinded(Sums):
 class NoTasks(Sums):
     def tasks(self, split):
         return []
+
+class Quits(Sums):
+    def tasks(self, split):
+        raise SystemExit(0)
 """
 
 
@@ -294,8 +298,9 @@ def test_a_mistake_is_told_in_one_line(mgrpo: Mgrpo, file: Path, folder: Path, c
         ),
         (
             "compute.max_tokens=20",
-            "compute.max_tokens: 20 given: expected at least .*, the longest trajectory's .*",
+            "config: compute.max_tokens: 20 given: expected at least 63, since agents.main.max_context = 64 lets .*",
         ),
+        ("environment.use=FOLDER/odd.py:Quits", r".*odd\.py, line \d+: sys\.exit\(0\) called in tasks: .*"),
     ],
 )
 def test_what_a_run_meets_on_its_way_is_told_in_one_line(mgrpo: Mgrpo, file, folder, override, message, tmp_path):

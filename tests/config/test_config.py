@@ -536,3 +536,16 @@ def test_a_configuration_is_frozen(section: str):
     for key in keys_of(section):
         with pytest.raises(AttributeError):
             setattr(inner, key, getattr(inner, key))
+
+
+def test_a_call_that_fits_into_no_micro_batch_is_refused_before_any_is_sampled(file):
+    """The last token of a call predicts nothing."""
+    contexts = ["agents.main.max_context=64", "agents.clerk.max_context=128"]
+    assert load_config(file, [*contexts, "compute.max_tokens=127"]).compute.max_tokens == 127
+    message = r"compute\.max_tokens: 126 given: expected at least 127, since agents\.clerk\.max_context = 128"
+    with pytest.raises(ValueError, match=message):
+        load_config(file, [*contexts, "compute.max_tokens=126"])
+    frozen = [*contexts, "compute.max_tokens=63", "agents.clerk.train=false"]
+    assert load_config(file, frozen).compute.max_tokens == 63
+    with pytest.raises(ValueError, match=r"compute\.max_tokens: 63 given"):  # the warm-up trains it too
+        load_config(file, [*frozen, "warmup.steps=1"])

@@ -20,6 +20,7 @@ import pytest
 import torch.distributed
 
 from cases.launcher import alive, written
+from cases.worker import STEPS, World
 from mgrpo.engine.cli import main
 from mgrpo.engine.config import schema as config_module
 from mgrpo.engine.config.schema import Config, load_config, read_dump
@@ -27,10 +28,12 @@ from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.report.display import make_display
 from mgrpo.engine.report.summary import summary
 from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.store import Store
 from mgrpo.engine.store.open import begin, open_store
 from mgrpo.engine.system import secrets, supervisor
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 from mgrpo.engine.training import launcher as local
+from mgrpo.engine.training.launcher import _all_done as all_done
 from mgrpo.engine.training.launcher import gpus, tasks_of, train
 from toy import raw_config, toy_config
 
@@ -91,6 +94,28 @@ def config_of(folder: Path, **changes: Any) -> Config:
 def run(config: Config, resume: bool = False) -> None:
     display = make_display(list(config.agents))
     train(config, resume, display)
+
+
+def test_by_the_store_the_launcher_knows_whether_a_process_that_ended_was_done(tmp_path, monkeypatch):
+    world, roles = World(tmp_path), ("main", "clerk")
+    monkeypatch.setattr(local, "open_store", lambda config: Store(world.url, "run"))
+    assert not all_done(world.config, roles)
+    for step in range(STEPS + 1):
+        assert not all_done(world.config, ["main"])
+        world.publish("main", step)
+    assert all_done(world.config, ["main"]) and not all_done(world.config, roles)
+    for step in range(STEPS + 1):
+        world.publish("clerk", step)
+    assert all_done(world.config, roles) and not all_done(world.config, roles, evaluated=True)
+    while (step := world.store.roles.take_evaluation("w", 30.0)) is not None:
+        world.store.roles.finish_evaluation(step, "w", {"eval/held_out_accuracy": 0.5})
+    assert all_done(world.config, roles, evaluated=True)
+
+    def away(config: Config) -> Store:
+        raise OSError("store: connection refused")
+
+    monkeypatch.setattr(local, "open_store", away)
+    assert not all_done(world.config, roles)
 
 
 def test_a_run_from_beginning_to_end(tmp_path: Path, capfd, monkeypatch):

@@ -20,7 +20,7 @@ from mgrpo.engine.run.trajectories import below, last_files
 from mgrpo.engine.store import Store
 from mgrpo.engine.store.database import read_password
 from mgrpo.engine.store.open import begin, identify, location, open_store, sqlite_file
-from mgrpo.engine.system.files import replace
+from mgrpo.engine.system.files import make_private, replace
 from mgrpo.engine.system.remote import file_system
 from mgrpo.engine.system.words import counted
 
@@ -35,7 +35,7 @@ def init(file: Path) -> str:
     """
     config = load_config(file)
     paths = RunPaths(config.run_dir)
-    paths.path.mkdir(parents=True, exist_ok=True)
+    make_private(paths.path)
     saved = read_dump(paths.config.read_text()) if paths.config.exists() else config
     changes = check_unchanged(saved, config, partial(volatile_options, config.environment))
     with closing(open_store(config)) as store:

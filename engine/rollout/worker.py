@@ -52,6 +52,7 @@ from mgrpo.engine.run.metrics import JsonLines
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.run.weights import DamagedWeightsError
 from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
+from mgrpo.engine.system.files import make_private
 from mgrpo.engine.system.heartbeat import Heartbeat
 from mgrpo.engine.system.process import START_AGAIN, end_now, keep_memory, make_deterministic
 from mgrpo.engine.system.retry import Retry, doubling, patiently
@@ -91,7 +92,7 @@ class Worker:
         self.served = {name: _make_client(name, config) for name, agent in config.agents.items() if agent.vllm}
         both: dict[str, Sampler] = {**samplers, **self.served}
         self.episodes = Episodes(config, environment, both, config.sampling.timeout)
-        paths.path.mkdir(parents=True, exist_ok=True)
+        make_private(paths.path)
         self.lock, self.metrics_file = locked(paths.lock), JsonLines(paths.metrics)
         self.loader = WeightLoader(config, store, samplers, root_of(config, "weights"), self.served)
         trajectories = root_of(config, "trajectories")

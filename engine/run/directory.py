@@ -14,6 +14,7 @@ In the other topologies it holds config.json, run.json, tasks.json, store.db, cu
                      what it waits for, if it waits for something unusual
     workers/<name>/  of a rollout worker: metrics.jsonl, lock
     logs/            what each process of a local run prints
+    meeting/         where the ranks of a local run's trainers find each other, while it runs
     trajectories/, weights/  as above, and the published weights (run/weights), unless store.files names another place
 
 Files that must be whole (config, checkpoints, rewound metrics) are written aside, forced to disk and then renamed.
@@ -41,7 +42,7 @@ from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.checksums import seal, verify
 from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, plain, read_metrics
 from mgrpo.engine.run.tensorboard import Boards
-from mgrpo.engine.system.files import fsync, replace
+from mgrpo.engine.system.files import fsync, make_private, replace
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")  # of a checkpoint
 _WORKER = re.compile(r"\w[\w.-]{0,99}")  # the name of a worker, which becomes a part of file names
@@ -57,6 +58,7 @@ class RunPaths:
         self.identity, self.tasks = self.path / "run.json", self.path / "tasks.json"
         self.curves, self.log, self.lock = self.path / "curves.png", self.path / "log.txt", self.path / "lock"
         self.store, self.logs = self.path / "store.db", self.path / "logs"
+        self.meeting = self.path / "meeting"
         self.trajectories, self.tensorboard = self.path / "trajectories", self.path / "tensorboard"
         self.checkpoints, self.waiting = self.path / "checkpoints", self.path / "waiting.txt"
         self.agents, self.workers = self.path / "agents", self.path / "workers"
@@ -87,7 +89,9 @@ def root_of(config: Config, kind: Literal["weights", "trajectories"], run_dir: s
 
 
 class RunDirectory(RunPaths):
-    """Open the run directory `path` for this process, creating it; released by `close` or when the process ends.
+    """Open the run directory `path` for this process; released by `close` or when the process ends.
+
+    A new directory is for this user alone: nothing that user code writes, or an option holds, is shown to others.
 
     With `resume`, go on with the run that is there, or begin a new one if there is none. Raises ValueError if another
     process holds the directory, or if it holds a run and `resume` is not set.
@@ -101,7 +105,7 @@ class RunDirectory(RunPaths):
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir: expected a directory, {self.path} is a file")
         for folder in (self.trajectories, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         self._lock = locked(self.lock)
         if not resume and self._holds_run():
             self._lock.close()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from mgrpo.engine.run.directory import RunPaths
-from mgrpo.engine.system.files import fsync
+from mgrpo.engine.system.files import fsync, make_private
 
 Content = TypeVar("Content", bound=msgspec.Struct)
 _WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what such a file system answers
@@ -62,7 +62,7 @@ def task_order(run_dir: str | Path, ids: list[str]) -> list[str]:
 
 def write_once(path: Path, content: msgspec.Struct) -> None:
     """Write a JSON file, whole and durably, unless there is one: of several writers, the first wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         aside.write_bytes(msgspec.json.encode(content))

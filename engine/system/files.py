@@ -9,6 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PRIVATE = 0o600  # mode of files that this user alone may read
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, which this user alone may enter. One that is there stays."""
+    for each in (*reversed(folder.parents), folder):
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
+def open_private(path: str | Path, flags: int) -> int:
+    """Serve as an `opener` of files that this user alone may read, if they are new."""
+    return os.open(path, flags, PRIVATE)
+
 
 def fsync(path: str | Path) -> None:
     """Force the bytes of a file, or the names in a directory, to the disk."""
@@ -56,9 +70,13 @@ def replacing(path: Path, *, writer: str = "", durable: bool = True) -> Iterator
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Replace a file by one that holds `data`, durably. Raises OSError naming the file, which is then as it was."""
+    """Replace a file by one that holds `data`, durably, and that this user alone may read.
+
+    Raises OSError naming the file, which is then as it was.
+    """
     try:
         with replacing(path) as aside:
+            aside.touch(mode=PRIVATE)
             aside.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error

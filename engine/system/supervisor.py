@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.engine.system import secrets
+from mgrpo.engine.system.files import open_private
 from mgrpo.engine.system.process import AGAIN, LIFELINE, START_AGAIN, Interrupted, asked_to_end
 
 POLL = 0.1  # seconds between polls of the processes
@@ -104,7 +105,7 @@ class Supervised:
             self.members.append(self._start(log, head, environment))
 
     def _start(self, log: Path, head: str, environment: Mapping[str, str]) -> Member:
-        with log.open("ab", buffering=0) as out:
+        with open(log, "ab", buffering=0, opener=open_private) as out:
             with suppress(OSError):  # the disk is full: the process will wait for room, this line need not
                 out.write(head.encode())
             inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}

@@ -8,11 +8,11 @@ to resume is in their checkpoints and in the store.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from mgrpo.engine.report.follow import Watch
 from mgrpo.engine.report.metrics import read_rows
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.store.open import begin, identify, open_store
+from mgrpo.engine.system.files import make_private
 from mgrpo.engine.system.process import RENDEZVOUS
 from mgrpo.engine.system.retry import patiently
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
@@ -76,10 +77,10 @@ def _begin(config: Config, run: RunDirectory) -> list[str]:
 
 def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
     logs = run.path / "logs"
-    logs.mkdir(exist_ok=True)
+    make_private(logs)
     with closing(Watch(config, display)) as watch:
-        with tempfile.TemporaryDirectory(prefix="mgrpo-") as meeting:
-            supervisor = Supervisor(tasks_of(config, run.config, Path(meeting)), logs, config.restarts, display.say)
+        with _meeting(run.meeting) as meeting:
+            supervisor = Supervisor(tasks_of(config, run.config, meeting), logs, config.restarts, display.say)
             look = _every(LOOK, lambda: watch.look(supervisor.states()))
             supervisor.run(look)
         watch.look(supervisor.states())
@@ -87,6 +88,17 @@ def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
         draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
     except OSError as error:  # the run is complete without its figure
         display.say(f"no figure: {error}; `mgrpo report {run.path}` draws it")
+
+
+@contextmanager
+def _meeting(folder: Path) -> Iterator[Path]:
+    """Make the folder where ranks find each other. One that a killed launcher left is emptied: nobody is there now."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make_private(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tasks_of(config: Config, file: Path, meeting: Path) -> list[ProcessSpec]:

@@ -17,10 +17,8 @@ LIMIT = 1500.0  # seconds for one script on a busy machine; those of hanging run
 STANDING = (  # faults that are there; who mends one removes its line
     "crashes/all_failed_run_ends_well",
     "crashes/damaged_metrics_ends_run",
-    "crashes/object_store_outage_ends_processes",
     "hangs/earlier_checkpoint_hangs",
     "hangs/same_name_after_rm_hangs",
-    "scaling/many_workers_postgres",
     "silent/gc_under_idle_worker",
     "silent/same_name_two_runs_one_store",
     "silent/stale_trainer_prunes_successors_checkpoints",

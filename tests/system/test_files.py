@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo.engine.system import files
-from mgrpo.engine.system.files import append, fsync, replace, replacing, write_all
+from mgrpo.engine.system.files import append, fsync, make_private, replace, replacing, write_all
 
 
 class Narrow:
@@ -161,3 +161,17 @@ def test_fsync_takes_files_and_directories_and_closes_what_it_opens(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(FileNotFoundError):
         fsync(tmp_path / "missing")
+
+
+def test_what_is_made_is_private_and_what_is_there_stays_as_it_is(tmp_path):
+    before = os.umask(0)
+    try:
+        shared = tmp_path / "shared"
+        shared.mkdir(mode=0o755)
+        make_private(shared / "run" / "agents")
+        make_private(shared / "run")
+        replace(shared / "run" / "config.json", b"{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (shared, *shared.rglob("*"))}
+    assert modes == {"shared": 0o755, "run": 0o700, "agents": 0o700, "config.json": 0o600}

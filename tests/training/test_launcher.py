@@ -154,6 +154,21 @@ def test_secrets_reach_every_process_but_no_environment_command_line_or_other_fi
     assert SECRET not in "".join(capfd.readouterr())
 
 
+def test_a_run_directory_is_private_and_nothing_of_a_killed_launcher_is_left(tmp_path: Path):
+    config = config_of(tmp_path)
+    path, before = Path(config.run_dir), os.umask(0)
+    try:
+        run(config)
+    finally:
+        os.umask(before)
+    private = [path, path / "logs", path / "config.json", *(path / "logs").iterdir()]
+    assert {place.stat().st_mode & 0o077 for place in private} == {0}
+    (path / "meeting").mkdir()
+    (path / "meeting" / "main-0").touch()  # where ranks would find each other, as after kill -9
+    run(config, resume=True)
+    assert not (path / "meeting").exists()
+
+
 def test_a_password_in_the_url_is_refused_and_not_repeated_or_written(tmp_path: Path):
     config = config_of(tmp_path, store={"url": f"postgresql://user:{SECRET}@localhost/x"})
     with pytest.raises(ValueError, match="store: the url holds a password") as refused:

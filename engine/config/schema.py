@@ -194,7 +194,7 @@ class SamplingConfig(Frozen):
     # when new weights are loaded: between episodes, or also between the turns of running episodes
     switch: Literal["episode", "turn"] = "episode"
     # seconds after which an episode is given up, and a query goes on with the rollouts that it has, if at least 2; in
-    # topology colocated only those in which the environment's code runs
+    # topology colocated and in evaluations only those in which the environment's code runs
     timeout: Positive = 600.0
     # dynamic sampling: replace groups in which no advantage differs from 0, instead of counting them for a step
     refill_zero_std: bool = False

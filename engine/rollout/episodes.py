@@ -109,9 +109,9 @@ class EpisodeRunner(ABC):
     """Run episodes of one environment; a subclass decides where an agent's turns come from.
 
     tokenizers: one per agent, by the agent's name. timeout: seconds after which an episode is given up as failed, by
-    default sampling.timeout. In topology colocated only the seconds count in which the environment's code runs, since
-    a whole step is sampled together, on whatever machine there is. judged: False asks for no score, and runs no tool
-    whose result no turn could follow.
+    default sampling.timeout. In topology colocated and in evaluations only the seconds count in which the environment's
+    code runs, since a whole step's episodes are sampled together, on whatever machine there is. judged: False asks for
+    no score, and runs no tool whose result no turn could follow.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class EpisodeRunner(ABC):
         started = time.monotonic()
         rollout = Rollout(job, Episode(Call(MAIN, job.task)))
         rollout.trajectories.append(None)
-        limit = TimeLimit(self.timeout, of_code=self.config.colocated)
+        limit = TimeLimit(self.timeout, of_code=self.config.colocated or job.evaluated)
         self.limits.add(limit)
         try:
             async with limit:

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -524,6 +526,26 @@ def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
     assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
     assert [len(t) > 0 for t in stuck.trajectories] == [True, True]
     assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+
+
+class Slow(FakeSampler):
+    """A sampler on a slow machine."""
+
+    def step(self) -> None:
+        time.sleep(0.02)
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("topology", "evaluated", "status"),
+    [("colocated", False, "scored"), ("local", True, "scored"), ("local", False, "failed")],
+)
+def test_a_slow_machine_is_no_reason_to_give_up_where_all_episodes_are_sampled_at_once(topology, evaluated, status):
+    samplers = {name: Slow({"t:": ["say " + "x" * 20]}, 400) for name in AGENTS}
+    config = msgspec.structs.replace(make_config(), topology=topology)
+    episodes = Episodes(config, Lines(), samplers, timeout=0.2)
+    (rollout,) = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}), evaluated=evaluated)])).result()
+    assert rollout.status == status
 
 
 def beside_one_that(deed: Callable[[], Any], **options: Any) -> list[Rollout]:

@@ -46,6 +46,7 @@ from mgrpo.engine.types import (
     Turn,
 )
 
+LOGGED = 100  # most different tracebacks that one process logs, and remembers
 POLL = 0.25  # longest wait in seconds before a stream asks for more jobs, even if none of its episodes has moved
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class EpisodeRunner(ABC):
         self.agent_index = {name: i for i, name in enumerate(config.agents)}
         self.logged: set[str] = set()  # tracebacks already in the log
         self.had_room = False  # whether any prompt of the main agent has left room for an answer
-        self.without_room: dict[str, str] = {}  # the error of each task whose prompt has not, by the task's id
+        self.without_room: dict[str, str] = {}  # the error of the first two tasks whose prompts have not, by their ids
 
     def run(self, jobs: Sequence[Job]) -> list[Rollout]:
         """Run all jobs side by side and return their rollouts in the jobs' order."""
@@ -312,7 +313,8 @@ class EpisodeRunner(ABC):
             f"agents.{MAIN}.max_context: {most} given: the prompt of task {task.id!r} has {tokens} tokens already, "
             "expected room for an answer"
         )
-        self.without_room[task.id] = error
+        if len(self.without_room) < 2:  # more need not be remembered
+            self.without_room[task.id] = error
         raise UserCodeError(error)
 
     async def _turns(self, rollout: Rollout, call: Call, session: Session) -> str:
@@ -379,9 +381,11 @@ class EpisodeRunner(ABC):
 
     def _log_once(self, job: Job, error: UserCodeError) -> None:
         trace = "".join(traceback.format_exception(error.__cause__ or error))
-        if trace not in self.logged:
-            self.logged.add(trace)
-            log.error("task %s, rollout %d: %s\n%s", job.task.id, job.rollout, error, trace)
+        if trace in self.logged or len(self.logged) >= LOGGED:
+            return
+        self.logged.add(trace)
+        last = f"\n{LOGGED} different errors are logged: further ones are counted only" * (len(self.logged) == LOGGED)
+        log.error("task %s, rollout %d: %s\n%s%s", job.task.id, job.rollout, error, trace, last)
 
 
 def _for_pieces(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 import threading
@@ -20,6 +21,7 @@ from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.inference.sampler import Session
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
+from mgrpo.engine.rollout import episodes as rollout_module
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import call_record
 from mgrpo.engine.run.trajectories import Position
@@ -526,6 +528,21 @@ def test_an_episode_that_does_not_end_in_time_fails_and_the_others_go_on():
     assert (stuck.status, stuck.error, fine.status) == ("failed", "no end within 0.1 s", "scored")
     assert [len(t) > 0 for t in stuck.trajectories] == [True, True]
     assert not any(sampler.left or sampler.writing for sampler in samplers.values())
+
+
+def test_errors_that_differ_each_time_are_logged_and_remembered_up_to_a_bound(caplog, monkeypatch):
+    class Counts(Lines):
+        number = itertools.count()
+
+        def parse(self, call, text):
+            raise ValueError(f"number {next(self.number)}")
+
+    monkeypatch.setattr(rollout_module, "LOGGED", 3)
+    play = Play({"t:": ["say 1"]}, ["t"] * 6, environment=Counts())
+    assert all(rollout.status == "failed" for rollout in play.rollouts)
+    assert len(caplog.records) == 3 and caplog.messages[-1].endswith(
+        "3 different errors are logged: further ones are counted only"
+    )
 
 
 class Slow(FakeSampler):

@@ -70,6 +70,12 @@ class Shards:
                 mine[low - first : high - first].copy_(part[low - start : high - start])
             start = stop
 
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor, on the CPU."""
+        whole = self._files[0].get_tensor(name)
+        rest = [part[:] for part in self._parts[name][1:]]
+        return torch.cat([whole, *rest]) if rest else whole
+
     @staticmethod
     def _shape(parts: list[Any]) -> tuple[int, ...]:
         first = parts[0].get_shape()

@@ -386,13 +386,15 @@ def read_dump(text: str) -> Config:
 def _absolute(config: Config) -> Config:
     """Make paths absolute, so that the run does not depend on the working directory later."""
     agents = {
-        name: msgspec.structs.replace(agent, model=str(Path(agent.model).resolve()))
+        name: msgspec.structs.replace(agent, model=_resolved(f"agents.{name}.model", agent.model))
         for name, agent in config.agents.items()
     }
-    environment = msgspec.structs.replace(config.environment, use=_absolute_name(config.environment.use))
-    own = {key: _absolute_name(getattr(config.algorithm, key)) for key in ("advantage", "objective")}
+    use = _absolute_name("environment.use", config.environment.use)
+    environment = msgspec.structs.replace(config.environment, use=use)
+    given = {key: getattr(config.algorithm, key) for key in ("advantage", "objective")}
+    own = {key: _absolute_name(f"algorithm.{key}", name) for key, name in given.items()}
     algorithm = msgspec.structs.replace(config.algorithm, **own)
-    run_dir = str(Path(config.run_dir).resolve())
+    run_dir = _resolved("run_dir", config.run_dir)
     return msgspec.structs.replace(
         config,
         run_dir=run_dir,
@@ -406,15 +408,26 @@ def _absolute(config: Config) -> Config:
 def _absolute_store(store: StoreConfig) -> StoreConfig:
     files, password_file, url = store.files, store.password_file, store.url
     if files and "://" not in files:
-        files = str(Path(files).resolve())
+        files = _resolved("store.files", files)
     if password_file:
-        password_file = str(Path(password_file).resolve())
+        password_file = _resolved("store.password_file", password_file)
     file, mark, options = url.removeprefix(SQLITE).partition("?")
     if url.startswith(SQLITE) and file and not file.startswith(":"):  # ":memory:" is refused with the store's reason
-        url = f"{SQLITE}{Path(file).resolve()}{mark}{options}"
+        url = f"{SQLITE}{_resolved('store.url', file)}{mark}{options}"
     return msgspec.structs.replace(store, url=url, files=files, password_file=password_file)
 
 
-def _absolute_name(use: str) -> str:
+def _absolute_name(key: str, use: str) -> str:
     module, _, name = use.rpartition(":")
-    return f"{Path(module).resolve()}:{name}" if module.endswith(".py") else use
+    return f"{_resolved(key, module)}:{name}" if module.endswith(".py") else use
+
+
+def _resolved(key: str, text: str) -> str:
+    """Return an absolute path. Raises ValueError naming the key for a text that can be none."""
+    try:
+        path = Path(text).resolve()
+    except (ValueError, RuntimeError) as error:  # a null byte, or a loop of links
+        raise ValueError(f"config: {key}: {text!r:.80} given: expected a path: {error}") from error
+    if any(len(part.encode(errors="surrogateescape")) > 255 for part in path.parts) or len(str(path)) >= 4096:
+        raise ValueError(f"config: {key}: {text!r:.80}… given: expected a path of names that a file can have")
+    return str(path)

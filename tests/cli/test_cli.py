@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mgrpo.engine.cli import main
+from mgrpo.engine.cli.check.fitting import shown
 from mgrpo.engine.run.metrics import read_metrics
 from toy import SUMS, make_model, raw_config
 
@@ -235,8 +236,10 @@ def test_check_counts_memory(mgrpo: Mgrpo, file: Path, folder: Path):
     result = mgrpo("check", file, "--set", f"agents.clerk.model={big}", "--set", "compute.concurrency=512")
     weights = 16384 * 512 + 2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 8 + 3 * 512
     cache = 512 * 64 * 2 * 2 * 128 * 4  # calls, tokens, keys and values, groups, head size, bytes
-    expected = f"{weights * 4 / 2**30:.2f} GiB weights, {weights * 12 / 2**30:.2f} GiB masters, gradients and moments, "
-    assert f"{expected}at most {cache / 2**30:.2f} GiB key-value cache" in result.out
+    assert (
+        f": {shown(weights * 4)} weights, {shown(weights * 8)} moments, {shown(weights * 4)} gradients, " in result.out
+    )
+    assert f"at most {shown(cache)} key-value cache" in result.out
 
 
 # ---- mistakes
@@ -253,23 +256,26 @@ def test_check_tells_the_processes_of_each_topology_and_what_each_holds(mgrpo: M
         "topology   local: trainer of main (2 ranks), trainer of clerk, 3 x rollout worker, a launcher; cpu; "
         "sampling at most 2 steps ahead"
     )
-    assert re.fullmatch(
-        r"memory +about \d+\.\d GiB for the trainer of main, \d+\.\d GiB for the trainer of clerk, "
-        r"\d+\.\d GiB for each rollout worker, \d+\.\d GiB in all and activations of .*",
-        lines[-1],
-    )
+    size = r"\d+\.\d+ [GM]iB"
+    trainers = f"trainer of main {size}, trainer of main {size}, trainer of clerk {size}"
+    workers = ", ".join(f"worker {i} {size}" for i in range(3))
+    assert re.fullmatch(f"memory +cpu: about {size} of {size} at the peak: {trainers}, {workers}", lines[-1])
     lines = checked("topology=cluster")
     assert lines[0].endswith(
         "trainer of clerk (as many ranks as torchrun starts), any number of rollout workers; on-policy"
     )
-    assert "in all" not in lines[-1]
+    assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines[-3:]] == [
+        "cpu of a rank of main",
+        "cpu of a rank of clerk",
+        "cpu of a rollout worker",
+    ]
 
 
 @pytest.mark.parametrize("command", ["train", "check"])
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("agents.main.rl=1", "config: agents.main.rl: 1 given: no such key, expected one of model, train, .*"),
+        ("agents.main.rl=1", "config: agents.main.rl: 1 given: no such key, expected one of model, .*"),
         ("algorithm.rollouts=1", "config: algorithm.rollouts: 1 given: Expected `int` >= 2"),
         ("nonsense", "--set: 'nonsense' given, expected KEY=VALUE such as .*"),
         ("agents.clerk.model=/no", "agents.clerk.model: /no given: expected a directory with a config.json in it"),

@@ -1,0 +1,1 @@
+"""Say before a run whether it can go well: play stubbed episodes in the user's environment, predict the memory."""

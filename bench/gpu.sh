@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# Builds, tests the compiled kernels and runs the benchmarks on a machine with a GPU, within ten minutes. Logs and JSON
-# go to $OUT (default: bench/results). A failed part is reported at the end and in the exit status; later parts still run.
+# The first minutes on a machine with a GPU, as two commands. Nothing is downloaded: what is not installed is left out by
+# name. Logs and JSON, which is written after every case, go to $OUT (default: bench/results). A part that fails or runs
+# out of time is reported at the end and in the exit status; later parts still run.
 #
-#   bench/gpu.sh [--quick]      --quick is passed to the benchmarks
-#   WHEELS  a folder of wheels to install first, for a machine without a network
-#   COMMIT  the commit to write into the results outside a git checkout
-#   PYTHON  the interpreter (default: python3)
+#   bench/gpu.sh check [--rehearse]   240 s: each path of a GPU once against its reference, the rates of the head's
+#                                     matmuls, the loss with smaller and larger buffers, with a profile
+#   bench/gpu.sh bench [--rehearse]   420 s: a 0.6B model's forward and backward, the GPU tests, peers, a whole step
+#
+#   --rehearse  the same on a CPU, to its end, on small shapes: it shows that the script runs, its figures say nothing
+#   WHEELS      a folder of wheels to install first
+#   COMMIT      the commit to write into the results outside a git checkout
+#   PYTHON      the interpreter (default: python3)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
+command=${1:-}
+rehearse=("${@:2}")
+case $command in
+  check) limit=240 ;;
+  bench) limit=420 ;;
+  *) sed -n '2,/^set/s/^# \{0,1\}//p' "bench/${0##*/}" >&2; exit 2 ;;
+esac
 OUT=$(realpath -m "${OUT:-bench/results}")
 PYTHON=${PYTHON:-python3}
-DEADLINE=$((SECONDS + 585))
+((${#rehearse[@]})) && limit=3000 # a CPU has time
+DEADLINE=$((SECONDS + limit - 5))
 mkdir -p "$OUT"
 failed=()
 
@@ -21,6 +34,7 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # candidates of very dif
 part() {
   local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) status
   shift 2
+  ((${#rehearse[@]})) && limit=$left
   ((limit < left)) || limit=$left
   echo "== $name (at most $limit s of the $left s left)"
   if ((limit <= 0)); then
@@ -31,12 +45,6 @@ part() {
   status=${PIPESTATUS[0]}
   ((status == 0)) || failed+=("$name: exit status $status (124 and 137: out of time)")
   return "$status"
-}
-
-# bench NAME SECONDS: run mgrpo bench NAME, and write its last line to $OUT/gpu-NAME.json
-bench() {
-  part "$1" "$2" "$PYTHON" -c 'from mgrpo.engine.cli.main import main; main()' bench "$1" "${quick[@]}" &&
-    tail -n 1 "$OUT/gpu-$1.log" >"$OUT/gpu-$1.json"
 }
 
 # Install one at a time: a wheel that does not fit this Python must not prevent the others.
@@ -61,27 +69,30 @@ layout() {
 }
 
 build() {
-  "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --editable . || layout
+  "$PYTHON" -c 'import mgrpo._packing' 2>/dev/null ||
+    "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --editable . || layout
 }
 
-quick=("$@")
 export -f wheels layout build
 export PYTHON root
-[[ -z ${WHEELS:-} ]] || part wheels 90 bash -c wheels
-part build 90 bash -c build
+[[ -z ${WHEELS:-} ]] || part wheels 60 bash -c wheels
+part build 60 bash -c build
 installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("mgrpo.kernels") is None)'
 "$PYTHON" -c "$installed" 2>/dev/null || export PYTHONPATH="$root/build/ns${PYTHONPATH:+:$PYTHONPATH}"
 part versions 30 "$PYTHON" -c '
 import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
-# Name the files: one whose imports are missing here would prevent the collection of all the others.
-mapfile -t compiled < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
-part tests 150 "$PYTHON" -m pytest -q -m gpu --durations=5 "${compiled[@]}"
-bench kernels 250
-[[ ! -f bench/packing/run.py ]] || bench packing 60
-bench step 200
-[[ $OUT -ef bench/results || ! -f bench/results/gpu-step.png ]] || cp bench/results/gpu-step.png "$OUT"
-part reference 60 "$PYTHON" -m pytest -q tests/kernels/test_kernels_*.py
+
+if [[ $command == check ]]; then
+  part check 220 "$PYTHON" -m mgrpo.bench.gpu check "$OUT/gpu-check.json" "${rehearse[@]}"
+else
+  part model 90 "$PYTHON" -m mgrpo.bench.gpu bench "$OUT/gpu-model.json" "${rehearse[@]}"
+  # A file whose imports are missing here stops no other.
+  mapfile -t compiled < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
+  part tests 110 "$PYTHON" -m pytest -q -m gpu --continue-on-collection-errors --durations=5 "${compiled[@]}"
+  part kernels 110 "$PYTHON" -m mgrpo.bench.kernels --quick "$OUT/gpu-kernels.json"
+  part step 110 "$PYTHON" -m mgrpo.bench.step --quick "$OUT/gpu-step.json"
+fi
 
 echo "== $SECONDS s; results in $OUT"
 ((${#failed[@]} == 0)) || printf 'failed: %s\n' "${failed[@]}"

@@ -193,6 +193,12 @@ def report(
     print(json_line(bench, results, device), flush=True)
 
 
+def keep(file: Path | None, bench: str, results: Sequence[Result], device: torch.device = CPU) -> None:
+    """Write the line of JSON to a file, if there is one, so that a time-out loses nothing that was measured."""
+    if file is not None:
+        file.write_text(json_line(bench, results, device) + "\n")
+
+
 def json_line(bench: str, results: Sequence[Result], device: torch.device = CPU) -> str:
     """Return the line of JSON that a benchmark prints for programs."""
     line = {"bench": bench, "commit": commit(), "machine": machine(device), "results": [asdict(r) for r in results]}

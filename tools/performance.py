@@ -45,9 +45,11 @@ def introduction() -> str:
 <!-- Written by tools/pages.py from bench/results/*.json. Change those files or the script, not this page. -->
 
 This page holds everything that was measured, with the commit at which it was measured. The machine of all figures is
-the same: {results("runs")["machine"]}. Nothing has been timed on a GPU: the Triton kernels are tested in the
-interpreter and compiled for sm_80, sm_90 and sm_100 without register spills, but not timed, and no target for a GPU
-has been measured.
+the same: {results("runs")["machine"]}. Nothing here has run on a GPU yet, and no target for a GPU has
+been measured. What is known without one: the Triton kernels are right in the interpreter and compile for sm_80, sm_90
+and sm_100 without register spills, and `make gpu-rehearsal` runs losses, attention, a policy's step, copies to the
+device and sampling with the CUDA builds of torch 2.11 to 2.15 on a GPU that computes nothing, which checks shapes,
+dtypes, devices, calls of torch, launches and waits of the host, but no number.
 
 You can repeat the measurements:
 
@@ -62,8 +64,9 @@ python -m mgrpo.bench.trl --quick
 
 Each command first prints the limits of the machine, then runs ours and its peers in turns, and ends with one line of
 JSON. `pip install 'mgrpo[bench]'` installs the peers; a missing one is reported by name. On a machine with a GPU
-`bench/gpu.sh` builds the project and runs the GPU tests and every benchmark within ten minutes. The full results are
-in `bench/results/`; `bench/NOTES.md` tells what followed from them. In tables, "target" is the value we aimed at.
+`bench/gpu.sh check` compares every path of a GPU with its reference in four minutes, and `bench/gpu.sh bench` runs the
+GPU tests and the benchmarks in seven. The full results are in `bench/results/`; `bench/NOTES.md` tells what followed
+from them. In tables, "target" is the value we aimed at.
 """
 
 

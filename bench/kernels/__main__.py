@@ -1,7 +1,12 @@
-"""`python -m mgrpo.bench.kernels [--quick]`: as `mgrpo bench kernels`, where only torch and triton are installed."""
+"""`python -m mgrpo.bench.kernels [--quick] [FILE]`: as `mgrpo bench kernels`, with torch and triton alone.
+
+FILE: where the JSON is written after every case.
+"""
 
 import sys
+from pathlib import Path
 
 from mgrpo.bench.kernels.run import main
 
-main("--quick" in sys.argv[1:])
+files = [Path(name) for name in sys.argv[1:] if not name.startswith("-")]
+main("--quick" in sys.argv, files[0] if files else None)

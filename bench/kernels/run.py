@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mgrpo.bench.harness import Candidate, Result, Timing, interleave, report, show, summed
+from mgrpo.bench.harness import Candidate, Result, Timing, interleave, keep, report, show, summed
 from mgrpo.bench.kernels import targets
 from mgrpo.bench.kernels.case import Entry, Work, ours_of, release, results_of, show_case, time_all, try_all
 from mgrpo.bench.kernels.inputs import Linear, linear_inputs, logits_inputs
@@ -36,8 +37,8 @@ grpo_loss and token_logprob, forward and backward: reading bf16 logits once and 
 Extra memory: the peak during the call, results included, above what was held before."""
 
 
-def main(quick: bool) -> None:
-    """Measure what this machine can measure, and print it."""
+def main(quick: bool, file: Path | None = None) -> None:
+    """Measure what this machine can measure, and print it. file: where the JSON is written after every case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(FLOORS)
     session = Session(plan_for(device, quick), device)
@@ -49,11 +50,14 @@ def main(quick: bool) -> None:
         else:
             why = f"not begun: the time limit of {session.plan.seconds:g} s was reached"
             session.results.append(Result(f"linear_grpo_loss bf16 {shape}", None, "ms", why=why))
+        keep(file, "kernels", session.results, device)
     for rows, vocabulary in session.plan.logits:
         session.logits(rows, vocabulary)
+        keep(file, "kernels", session.results, device)
         release(device)
     session.advantages()
     results = session.results + target_results(session.values, device, quick)
+    keep(file, "kernels", results, device)
     report("kernels", results, device, targets_only=True)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mgrpo.bench.harness import Result, Timing, figure, interleave, json_line, report, summed
+from mgrpo.bench.harness import Result, Timing, figure, interleave, json_line, keep, report, summed
 from mgrpo.bench.step.case import RECORDED, SUB, WORDS, Case, geography, long, mix, recorded
 from mgrpo.bench.step.figure import draw
 from mgrpo.bench.step.measure import (
@@ -41,14 +41,14 @@ from mgrpo.engine.types import MAIN
 FOLDER = Path(__file__).parents[1] / "results"
 
 
-def main(quick: bool) -> None:
-    """Measure what this machine can measure, and print it."""
+def main(quick: bool, file: Path | None = None) -> None:
+    """Measure what this machine can measure, and print it. file: where the JSON is written after every case."""
     keep_memory()  # as a run does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_for(device, quick)
     print(f"{WORDS}\n{MEANING}\nModel: {plan.model}'s architecture, random weights; {plan.compute}.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(plan, device, Path(folder))
+        session = Session(plan, device, Path(folder), file)
         session.mix()
         session.geography()
         session.long(quick)
@@ -66,6 +66,7 @@ class Session:
     plan: Plan
     device: torch.device
     folder: Path
+    file: Path | None = None
     measured: list[Measured] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
 
@@ -110,6 +111,7 @@ class Session:
         show_case(found)
         self.measured.append(found)
         self.results += results_of(found)
+        keep(self.file, "step", self.results, self.device)
         return found
 
     def long(self, quick: bool) -> None:
@@ -123,6 +125,7 @@ class Session:
             elif time.monotonic() - self.started > self.plan.seconds:
                 why = f"not begun: the time limit of {self.plan.seconds:g} s was reached"
             self.results += long_results(one, None, None, why) if why else self._measure_long(one)
+            keep(self.file, "step", self.results, self.device)
 
     def _measure_long(self, one: Long) -> list[Result]:
         """Measure the engine's step alone."""

@@ -115,7 +115,8 @@ def gradients(loss: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Return the most bytes that torch held at once during the work, beyond those held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    watched = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=watched, profile_memory=True, acc_events=True) as profile:
         kept = work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0

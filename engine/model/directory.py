@@ -26,6 +26,7 @@ UNREADABLE = (
     AttributeError,
     ArithmeticError,
     RuntimeError,
+    ImportError,  # a package that a part of the model needs
     SafetensorError,
     UnpicklingError,
 )

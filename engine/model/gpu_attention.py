@@ -121,8 +121,9 @@ def scored_attention(
 ) -> Tensor:
     """Attend under a mask with capped scores and sinks; returns (T, A, E), contiguous, in q's dtype.
 
-    softcap c: scores become c * tanh(score / c). sinks: of each head the score of a further key whose value is zero. Its
-    share is taken off afterwards: a softmax with one more score s is that without it times sigmoid(log-sum-exp - s).
+    softcap c: scores become c * tanh(score / c). sinks: of each head the score of a further key whose value is zero.
+    Its share is taken off at the end: a softmax with one more score s is that without it times sigmoid(lse - s), where
+    lse is the log-sum-exp of the others.
     """
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -413,11 +413,11 @@ def _cut(config: Any, narrow: bool, longest: int | None) -> Any:
         text.max_position_embeddings = SWITCH
     if narrow:
         _narrow(text)
-    _cut_towers(config, text)
+    cut_towers(config, text)
     return config
 
 
-def _cut_towers(config: Any, text: Any) -> None:
+def cut_towers(config: Any, text: Any) -> None:
     """Leave one layer of each tower beside the text model, such as for images, which no text runs through."""
     for tower in (getattr(config, name, None) for name in config.sub_configs):
         for name, value in list(vars(tower).items()) if tower not in (None, text) else ():

@@ -109,7 +109,7 @@ class WeightLoader:
             return False
         del self._read[name]
         self.loaded[name] = new
-        check = self._check(name, new, sampler.model.config.vocab_size)
+        check = self._check(name, new, sampler.model.config.get_text_config().vocab_size)
         if check and check.due:
             check.judge("the worker's sampler", sampler.logprobs(check.tokens))
         self.loads[name] += 1

@@ -1,6 +1,6 @@
 """Try every kind of causal LM that transformers can build tiny: exact, or refused by name; never wrong, never a crash.
 
-    python tests/model/model_sweep.py [MODEL_TYPE …]
+    python tests/model/model_sweep.py [--json FILE] [MODEL_TYPE …]
 
 Of each kind a tiny model with random weights in float64 is taken over by a `Policy`. Log-probs over packed rows, their
 gradient, and log-probs of the in-process sampler's cache are compared with the model's own forward on each sequence
@@ -10,11 +10,16 @@ or crashed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import json
+import subprocess
 import sys
 import warnings
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +30,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mgrpo.engine.batch.packing import pack
 from mgrpo.engine.inference.in_process import InProcessSampler  # noqa: F401  (its check is what is tried)
+from mgrpo.engine.model.composite import auto_class, text_lm
+from mgrpo.engine.model.probe import cut_towers
 from mgrpo.engine.policy.policy import Policy
 
+COMMAND = "python tests/model/model_sweep.py --json tests/model/model_sweep.json"
 LENGTHS, CAP, TEMPERATURE, NEAR = (40, 3, 17, 29), 64, 0.7, 8
 LIMIT = 1e-3  # nats, and of a gradient's largest entry; norms of many kinds cast to float32
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
-LARGEST = 5_000_000  # weights of what is called tiny
+LARGEST = 60_000_000  # weights of what is called tiny
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -85,6 +93,8 @@ SIZES = {
     "rotary_dim": 4,
     "n_shared_experts": 1,
     "n_positions": 512,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
 }
 
 
@@ -138,7 +148,8 @@ MADE_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("sliding_window", "final_logit_softcapping", *TOKENS),
 )
-# Ways to build a kind tiny, tried in turn: keys that are left as the kind has them.
+# Ways to build a kind tiny, tried in turn: keys that are left as the kind has them, and "no token": it wants an id for
+# each of TOKENS.
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),
     ("num_key_value_heads",),
@@ -148,6 +159,9 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
     (*TOKENS, "head_dim", "num_key_value_heads"),
     ("layer_types", "num_hidden_layers"),
     ("layer_types", "num_hidden_layers", "head_dim", "num_key_value_heads", *TOKENS),
+    ("no token",),
+    ("no token", "head_dim", "num_key_value_heads"),
+    ("no token", "layer_types", "num_hidden_layers", "head_dim", "num_key_value_heads"),
 )
 
 
@@ -157,7 +171,8 @@ def tiny(model_type: str) -> Any:
     for left in VARIANTS:
         try:
             model = build(model_type, left)
-            model(input_ids=torch.arange(2, 12)[None], use_cache=False)
+            with torch.no_grad():
+                text_lm(model)(input_ids=torch.arange(2, 12)[None], use_cache=False)
         except Exception as error:  # of the library's code, for a config that it may not be made for
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])  # of each variant; the first is told
         else:
@@ -173,9 +188,12 @@ def build(model_type: str, left: tuple[str, ...]) -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     config = AutoConfig.for_model(model_type)
     text = config.get_text_config()
+    text.allow_global_per_layer_attribute_access = True
     known = {key: value for key, value in SIZES.items() if hasattr(text, key) and key not in left}
     if "num_key_value_heads" in left and hasattr(text, "num_key_value_heads"):
         known["num_key_value_heads"] = SIZES["num_attention_heads"]
+    if "no token" in left:
+        known |= dict.fromkeys(TOKENS, 1)
     layers, kinds = getattr(text, "num_hidden_layers", 2), getattr(text, "layer_types", None)
     if kinds and "layer_types" not in left:
         count = max(2, len(set(kinds)))
@@ -188,12 +206,13 @@ def build(model_type: str, left: tuple[str, ...]) -> Any:
         with contextlib.suppress(AttributeError):  # a property that follows from others
             setattr(text, key, value)
     config._experts_implementation = text._experts_implementation = "eager"  # the grouped matmul has no float64
+    cut_towers(config, text)
     with torch.device("meta"):
-        size = sum(param.numel() for param in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(param.numel() for param in auto_class(config).from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f}M weights")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return auto_class(config).from_config(config, attn_implementation="eager")
 
 
 class Unanswered(Exception):
@@ -201,7 +220,7 @@ class Unanswered(Exception):
 
 
 def truth(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double() / TEMPERATURE
+    logits = text_lm(model)(input_ids=ids[None], use_cache=False).logits[0, :-1].double() / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
 
@@ -261,28 +280,42 @@ def judge(model: Any) -> tuple[str, str]:
     return "exact", ""
 
 
-def main(names: list[str]) -> int:
+def outcome_of(model_type: str) -> tuple[str, str]:
+    """Return the outcome for a kind ("exact", "refused", "wrong", "crash", "not built") and what is to be said of it."""
+    try:
+        model = tiny(model_type)
+    except ValueError as error:
+        return "not built", str(error).splitlines()[0]
+    try:
+        return judge(model)
+    except Unanswered as error:
+        return "not built", str(error)
+    except Exception as error:
+        return "crash", f"{type(error).__name__}: {error}"
+
+
+def main(names: list[str], file: Path | None) -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
-    counts: dict[str, int] = {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    kinds: dict[str, list[str]] = {}
     for model_type in names or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        try:
-            model = tiny(model_type)
-        except ValueError as error:
-            outcome, said = "not built", f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            try:
-                outcome, said = judge(model)
-            except Unanswered as error:
-                outcome, said = "not built", str(error)
-            except Exception as error:
-                outcome, said = "crash", f"{type(error).__name__}: {error}"
-        counts[outcome] = counts.get(outcome, 0) + 1
-        print(f"| {model_type} | {outcome} | {' '.join(said.split())[:160]} |", flush=True)
-    print(counts)
-    return 1 if counts.get("wrong") or counts.get("crash") else 0
+        outcome, said = outcome_of(model_type)
+        kinds[model_type] = [outcome, " ".join(said.split())]
+        print(f"| {model_type} | {outcome} | {kinds[model_type][1][:160]} |", flush=True)
+    counts = Counter(outcome for outcome, _ in kinds.values())
+    print(dict(counts))
+    if file is not None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        found = {"commit": commit.strip(), "command": COMMAND, "versions": versions, "kinds": kinds}
+        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return 1 if counts["wrong"] or counts["crash"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="MODEL_TYPE")
+    parser.add_argument("--json", type=Path, help="file to write the results to, from which docs/models.md is made")
+    given = parser.parse_args()
+    sys.exit(main(given.names, given.json))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -31,6 +31,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from mgrpo.engine.inference.manifest import Manifest, manifest_of, misfit
 from mgrpo.engine.inference.vllm import tcp_frames
+from mgrpo.engine.model.composite import auto_class
 from mgrpo.engine.system.process import keep_memory
 
 
@@ -64,7 +65,7 @@ class Extension:
 def expected(config: PretrainedConfig, dtype: torch.dtype) -> Manifest:
     """Describe what a trainer of this model sends: its parameters under transformers' names, without a tied head."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     return manifest_of(dict(model.named_parameters()), dtype)
 
 

@@ -15,13 +15,7 @@ from reproduction.verdicts import check, parameters
 
 LIMIT = 1500.0  # seconds for one script on a busy machine; those of hanging runs take five minutes
 STANDING = (  # faults that are there; who mends one removes its line
-    "crashes/all_failed_run_ends_well",
     "crashes/damaged_metrics_ends_run",
-    "hangs/earlier_checkpoint_hangs",
-    "hangs/same_name_after_rm_hangs",
-    "silent/gc_under_idle_worker",
-    "silent/same_name_two_runs_one_store",
-    "silent/stale_trainer_prunes_successors_checkpoints",
 )
 NEEDS = {"crashes/object_store_outage_ends_processes": "moto"}  # with its server, and s3fs: 'moto[server]' s3fs
 

@@ -25,7 +25,7 @@ SOURCE = (
         return [Task(name, {}) for name in {f"{split} {i}" for i in range(50)}]
     def prompt(self, call):
         import time
-        time.sleep(0.05)
+        time.sleep(0.3)
         return f"{call.agent} {call.task.id}\\n"
 """
 )

@@ -25,6 +25,8 @@ TESTS = Path(__file__).parent
 # need the PostgreSQL server.
 SLOW = (
     "bench",
+    "cli/test_check_environment.py",
+    "cli/test_check_peak.py",
     "cli/test_cli.py",
     "examples/test_cluster.py",
     "examples/test_geography.py",

@@ -6,6 +6,7 @@ Legend: B sequences, C columns; P rows, H hidden size.
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgrpo.engine.model.attention import Packed, hidden_states, output_head, run_backbone
+from mgrpo.engine.model.attention import (
+    Packed,
+    UnsupportedAttentionError,
+    hidden_states,
+    output_head,
+    run_backbone,
+)
 from mgrpo.engine.model.causal_lm import lay_out
 from mgrpo.engine.model.logits import logit_map
 from mgrpo.engine.model.probe import with_dropout, without_dropout
@@ -73,11 +80,19 @@ def run_flat(model: PreTrainedModel) -> None:
 
     hidden: (P, H). softcap: the bound of the logits, None if the model does not cap them (see `mgrpo.kernels`).
     The second form is part of the forward because a wrapper, such as DistributedDataParallel, has the model's weights
-    ready there. Raises ValueError as `lay_out` does.
+    ready there. Dropout is kept: what it draws for a token does not depend on where the token stands. Raises ValueError
+    as `lay_out` does, and for dropout in attention, which is drawn for pairs of tokens.
     """
-    with _without_autocast(model):
-        lay_out(model)
-    forward, by_column = model.forward, _counts_padding(model)
+    dropout = without_dropout(model)
+    try:
+        with _without_autocast(model):
+            lay_out(model)
+            by_column = _counts_padding(model)
+    finally:
+        with_dropout(dropout)
+    if any(value for _, _, value in dropout):
+        _refuse_attention_dropout(model)
+    forward = model.forward
 
     def either(self: PreTrainedModel, *args: Any, flat: Flat | None = None, work: Any = None, **kwargs: Any) -> Any:
         if flat is None:
@@ -124,16 +139,32 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return inside
 
 
-def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raise ValueError if a model to be trained has dropout, which would draw other masks here than in its trainer."""
-    found = without_dropout(model)
-    with_dropout(found)
-    named = sorted({f"{type(module).__name__}.{name} = {value}" for module, name, value in found if value > 0})
-    if named:
+@torch.no_grad()
+def _refuse_attention_dropout(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model's attention has dropout in training."""
+    before = [(module, module.training) for module in model.modules()]
+    ids = torch.zeros(2, dtype=torch.int64, device=model.device)
+    layout = Packed(torch.tensor([0, 2], dtype=torch.int32, device=model.device), 2)
+    model.train()
+    try:
+        with _untouched(model.device), _without_autocast(model):
+            hidden_states(model, ids, torch.arange(2, device=model.device), layout)
+    except UnsupportedAttentionError as error:
         raise ValueError(
-            f"model: {type(model).__name__} with dropout given ({', '.join(named)}): expected none over flat rows, "
-            "set it to 0 in the config of the model or of its adapter"
-        )
+            f"model: {type(model).__name__} {error}: expected none over flat rows, set it to 0 in the model's config; "
+            "other dropout is kept"
+        ) from error
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Leave random numbers as they are, and say nothing of checkpoints without a gradient."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _head_inputs(model: PreTrainedModel, hidden_PH: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float | None]:

@@ -8,10 +8,10 @@ The gradient is computed as that of the policy loss with advantage 1 at ratio 1,
 smoothing, a loss function of the user's, inputs other than tokens, and labels that padding predicts.
 
 A mixture of experts with output_router_logits keeps the balance loss of its routers, over all tokens of a micro-batch
-that are not padding. Dropout is refused: it would draw other masks over flat rows.
+that are not padding. Dropout is kept, with other random numbers, but in attention it is refused.
 
 Checked against transformers 5, in one process, in float32 and under bfloat16's autocast. Adapters of PEFT, but for
-those on the LM head, are trained too. Models that a sharding strategy has wrapped are not supported.
+those on the LM head (refused), are trained too. Models that a sharding strategy has wrapped are not supported.
 
 Legend: B sequences, C columns; P rows, H hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgrpo.engine.integrations.flat import Flat, asks_for_balance, causal_lm, flatten, refuse_dropout, run_flat
+from mgrpo.engine.integrations.flat import Flat, asks_for_balance, causal_lm, flatten, run_flat
 from mgrpo.kernels import Objective, linear_grpo_loss
 
 NO_LABEL = -100
@@ -32,12 +32,11 @@ INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
 class Fused:
-    """Mix this in before `Trainer`. Raises ValueError for a model that cannot run over flat rows, or has dropout."""
+    """Mix this in before `Trainer`. Raises ValueError for a model that cannot run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = causal_lm(self._hf.accelerator.unwrap_model(self._hf.model))
-        refuse_dropout(model)
         asks_for_balance(model)  # raises now if it asks for what is not computed here
         run_flat(model)
 

@@ -10,8 +10,8 @@ were computed, each counting once; it logs neither the minimum and maximum of a 
 over rows cannot compute (`_is_ours`), TRL computes as usual, from our packed log-probs.
 
 Checked against trl 1.16, in one process and under DistributedDataParallel, in float32 and under bfloat16's autocast.
-Adapters of PEFT, but for those on the LM head, are trained too. Models that a sharding strategy has wrapped are not
-supported. Dropout is refused: it would draw other masks over flat rows.
+Adapters of PEFT, but for those on the LM head (refused), are trained too. Models that a sharding strategy has wrapped
+are not supported. Dropout is kept, with other random numbers, but in attention it is refused.
 
 Legend: B sequences, T columns of the completions; P rows, L live rows, S their sequences, H hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mgrpo.engine.integrations.flat import Flat, causal_lm, flatten, refuse_dropout, run_flat
+from mgrpo.engine.integrations.flat import Flat, causal_lm, flatten, run_flat
 from mgrpo.kernels import Loss, Objective, Rule, RuleRows, linear_grpo_loss, linear_logprob
 
 Result = TypeVar("Result")
@@ -32,11 +32,10 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class FusedGRPO:
-    """Mix this in before `GRPOTrainer`. Raises ValueError for a model with dropout, or that cannot run flat."""
+    """Mix this in before `GRPOTrainer`. Raises ValueError for a model that cannot run over flat rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        refuse_dropout(causal_lm(self._trl.accelerator.unwrap_model(self._trl.model)))
         for model in (self._trl.model, self._trl.ref_model):
             if model is not None:
                 run_flat(causal_lm(self._trl.accelerator.unwrap_model(model)))

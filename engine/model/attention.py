@@ -253,7 +253,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, 
     scores = torch.matmul((q * rule.scale).to(wide), k.to(wide).transpose(-1, -2))
     if rule.softcap is not None:
         scores = (scores / rule.softcap).tanh() * rule.softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
+    lowest = torch.finfo(scores.dtype).min  # not -inf: padding that sees no token at all would become NaN
+    scores = scores.masked_fill(~mask, lowest)
     if rule.sinks_A is None:
         return torch.matmul(scores.softmax(-1).to(v.dtype), v)
     sinks_GM = rule.sinks_A.to(wide).view(k.shape[-3], -1).repeat_interleave(per_head, -1)

@@ -44,7 +44,9 @@ def routers_of(model: PreTrainedModel, given: str) -> Routers:
     given: what asks for their balance loss, for the error. Raises ValueError if the model has no routers, or if
     transformers computes no balance loss for them, or another than the one above.
     """
-    kind, its_own = type(model).__name__, getattr(sys.modules[type(model).__module__], FUNCTION, None)
+    kind, classes = type(model).__name__, type(model).__mro__
+    forward_of = next(each for each in classes if "forward" in vars(each))  # a subclass may have one of its own
+    its_own = getattr(sys.modules[forward_of.__module__], FUNCTION, None)
     if its_own is None:
         why = "which has no routers, or none that transformers balances"
         raise ValueError(f"{given} given: expected no balance loss of {kind}, {why}")

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,7 +24,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from mgrpo.engine.integrations.flat import asks_for_balance, causal_lm, refuse_dropout, run_flat
+from mgrpo.engine.integrations.flat import asks_for_balance, causal_lm, flatten, run_flat
 from mgrpo.engine.integrations.hf import NO_LABEL, _has_plain_padding, _rows
 from mgrpo.engine.integrations.trl import _counted, _in_float32
 from mgrpo.engine.model.attention import Packed, attention
@@ -118,8 +121,8 @@ def test_without_router_logits_there_is_no_balance_loss() -> None:
     torch.testing.assert_close(flat_loss(model, given), expected, rtol=1e-5, atol=1e-5)
 
 
-class OwnCrossEntropy(MixtralForCausalLM):
-    """Compute the loss without asking loss_function."""
+class OwnForward(MixtralForCausalLM):
+    """Compute the loss in its own way."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
@@ -127,11 +130,14 @@ class OwnCrossEntropy(MixtralForCausalLM):
         return out
 
 
-def test_a_balance_loss_that_cannot_be_asked_for_is_refused() -> None:
-    model = OwnCrossEntropy(mixture().config)
-    run_flat(model)
-    with pytest.raises(ValueError, match="OwnCrossEntropy with output_router_logits = true given: expected a forward"):
-        flat_loss(model, inputs())
+class Renamed(MixtralForCausalLM):
+    """Change nothing."""
+
+
+def test_a_balance_loss_that_is_not_known_is_refused() -> None:
+    assert asks_for_balance(Renamed(mixture().config))
+    with pytest.raises(ValueError, match="output_router_logits = true given: expected no balance loss of OwnForward"):
+        asks_for_balance(OwnForward(mixture().config))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -185,23 +191,67 @@ def test_a_prepared_models_autocast_is_not_taken_for_another_model() -> None:
     assert model(input_ids=inputs()["input_ids"]).logits.dtype == torch.bfloat16  # it is under autocast still
 
 
-@pytest.mark.parametrize(
-    ("model", "named"),
-    [
-        (GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4)), "Dropout.p = 0.1"),
-        (LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.2)), "LlamaAttention.attention_dropout = 0.2"),
-    ],
-    ids=["modules", "an attribute"],
-)
-def test_dropout_is_refused_by_name(model: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=f"{type(model).__name__} with dropout given .*{named}.*: expected none"):
-        refuse_dropout(model)
-    assert any("drop" in name and value > 0 for m in model.modules() for name, value in drops(m))  # left as it was
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "lora"])
+def test_dropout_is_kept_as_the_models_own_forward_draws_it(kind: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = whole = dropping(kind).train(training)
+    ids = torch.arange(1, 12)
+    flat = flatten(ids[None], torch.ones(1, 11, dtype=torch.bool), torch.ones(1, 11, dtype=torch.bool))
+    torch.manual_seed(1)
+    expected = model(input_ids=flat.input_ids[None], use_cache=False).logits[0]
+    state = torch.get_rng_state()
+    run_flat(causal_lm(whole))
+    assert torch.equal(torch.get_rng_state(), state) and model.training == training
+    torch.manual_seed(1)
+    logits = model(flat=flat, work=lambda hidden_PH, weight_VH, bias_V, _: F.linear(hidden_PH, weight_VH, bias_V))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    again = model(input_ids=flat.input_ids[None], use_cache=False).logits[0]
+    assert torch.allclose(again, expected, atol=1e-4) != training  # it did drop
 
 
-def drops(module: Any) -> list[tuple[str, float]]:
-    own = [("dropout", module.p)] if isinstance(module, torch.nn.Dropout) else []
-    return own + [(name, value) for name, value in vars(module).items() if isinstance(value, float)]
+def dropping(kind: str) -> Any:
+    """Return a model with dropout outside its attention."""
+    if kind == "gpt2":
+        drops = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, **drops))
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'mgrpo[dev]'")
+    config = peft.LoraConfig(
+        target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False, exclude_modules=["lm_head"]
+    )
+    return peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), config)
+
+
+def test_a_capped_model_still_runs_padded_rows_as_its_own_attention_does() -> None:
+    """Padding further away than a window sees no token at all."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=1.0, sliding_window=2)
+    model = Gemma2ForCausalLM(config).eval()
+    ids, mask = torch.arange(1, 9)[None].repeat(2, 1), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :5] = 0
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    run_flat(model)
+    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[mask.bool()], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_in_attention_is_refused_and_left_as_it_was() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.2))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has a dropout of 0.2 in its attention: expected none over"):
+        run_flat(model)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.2
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'mgrpo[dev]'")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), config)
+    with pytest.raises(
+        ValueError, match=r"head of class peft\..*Linear: expected a plain nn.Linear, .* exclude_modules"
+    ):
+        run_flat(causal_lm(model))
 
 
 @pytest.mark.parametrize("kind", ["learned, of columns", "learned, of the mask", "rotary"])
@@ -221,10 +271,6 @@ def test_positions_behind_padding_are_the_models_own(kind: str) -> None:
     expected = model(**given).loss
     run_flat(model)
     torch.testing.assert_close(flat_loss(model, given), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_no_dropout_is_no_reason_to_refuse() -> None:
-    refuse_dropout(LlamaForCausalLM(LlamaConfig(**SIZES)))
 
 
 def test_the_causal_lm_is_found_inside_an_adapters_wrapper() -> None:

@@ -174,10 +174,10 @@ def gap(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return float((first - second).norm() / second.norm())
 
 
-def test_dropout_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_dropout_in_attention_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     model = AutoModelForCausalLM.from_pretrained(folders["llama"], attention_dropout=0.1)
-    with pytest.raises(ValueError, match="LlamaForCausalLM with dropout given"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has a dropout of 0.1 in its attention"):
         OurTrainer(model=model, args=args, train_dataset=rows())
 
 

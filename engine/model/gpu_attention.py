@@ -125,10 +125,11 @@ def scored_attention(
     Its share is taken off at the end: a softmax with one more score s is that without it times sigmoid(lse - s), where
     lse is the log-sum-exp of the others.
     """
+    wide = torch.promote_types(q_ATD.dtype, torch.float32)
+    caps_A = q_ATD.new_full(q_ATD.shape[:1], softcap or 0.0, dtype=wide)  # torch 2.15 lets a score use no Python float
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        return caps_A[head] * torch.tanh(score / caps_A[head])
 
     out_1ATE, aux = _flex(
         q_ATD[None],

@@ -281,7 +281,7 @@ def judge(model: Any) -> tuple[str, str]:
 
 
 def outcome_of(model_type: str) -> tuple[str, str]:
-    """Return the outcome for a kind ("exact", "refused", "wrong", "crash", "not built") and what is to be said of it."""
+    """Return what became of a kind ("exact", "refused", "wrong", "crash", "not built") and what is to be said of it."""
     try:
         model = tiny(model_type)
     except ValueError as error:

@@ -2,7 +2,8 @@
 
     python tools/pages.py
 
-docs/config.md comes from engine/config/schema.py and docs/performance.md from bench/results/*.json. In README.md and
+docs/config.md comes from engine/config/schema.py, docs/models.md from tests/model/model_sweep.json and
+docs/performance.md from bench/results/*.json. In README.md and
 docs/architecture.md the results table and the sentences of the rooms are written anew between their two comment lines.
 tests/repo/test_pages.py fails if a page is out of date.
 """
@@ -14,6 +15,7 @@ import re
 from pathlib import Path
 
 import config_page
+import models_page
 import performance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,7 @@ def pages() -> dict[Path, str]:
     """Return the text that each page should have."""
     found = {ROOT / name: with_parts((ROOT / name).read_text()) for name in ("README.md", "docs/architecture.md")}
     found[ROOT / "docs" / "config.md"] = config_page.page()
+    found[ROOT / "docs" / "models.md"] = models_page.page()
     found[ROOT / "docs" / "performance.md"] = performance.page()
     return found
 

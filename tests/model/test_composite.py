@@ -18,6 +18,7 @@ from mgrpo.engine.inference.check import check_sampler
 from mgrpo.engine.inference.manifest import manifest_of
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer, read_model_config
 from mgrpo.engine.model.composite import auto_class, text_lm, text_part
+from mgrpo.engine.model.probe import small_copy
 from mgrpo.engine.policy.policy import Policy
 from toy import make_model
 
@@ -149,6 +150,19 @@ def test_a_directory_is_loaded_whole_trained_and_published_under_its_names(kind:
     assert {name: True for name in before} == {
         name: torch.equal(param, published[name]) for name, param in other.model.named_parameters()
     }
+
+
+def test_the_copy_that_is_checked_keeps_the_head_size_and_one_layer_of_each_tower() -> None:
+    eye = QWEN_EYE | {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
+    mrope = MROPE | {"mrope_section": [16, 24, 24]}  # of the heads of 128 that the config derives
+    sizes = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    config = AutoConfig.for_model("qwen2_5_vl", text_config=sizes | {"rope_parameters": mrope}, vision_config=eye)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        copy = small_copy(model)
+    assert copy is not None and copy.num_parameters() < 5_000_000
+    assert len(copy.model.visual.blocks) == 1 and text_part(copy).layers[0].self_attn.head_dim == 128
 
 
 def test_a_composite_config_is_read_for_its_text_model(tmp_path: Path) -> None:

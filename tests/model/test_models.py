@@ -5,6 +5,10 @@ All others are tried by `python tests/model/model_sweep.py`.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from model_sweep import SIZES, judge, tiny
@@ -74,6 +78,14 @@ def test_a_kind_that_people_train_is_exact(model_type: str) -> None:
 def test_a_kind_that_cannot_be_packed_is_refused_by_what_it_does(model_type: str) -> None:
     outcome, said = judge(tiny(model_type))
     assert outcome == "refused" and REFUSED[model_type] in said, said
+
+
+def test_the_sweep_of_all_kinds_found_none_wrong_and_none_that_crashes() -> None:
+    kinds = json.loads(Path(__file__).with_name("model_sweep.json").read_text())["kinds"]
+    found = Counter(outcome for outcome, _ in kinds.values())
+    assert found["wrong"] == found["crash"] == 0 and found["exact"] >= 95
+    assert {kinds[name][0] for name in EXACT} == {"exact"}
+    assert all(cause in kinds[name][1] for name, cause in REFUSED.items())
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:

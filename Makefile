@@ -115,7 +115,7 @@ wheel: $(VENV)/ready
 # too. It goes on where it was in build/soak.json; PIECE_MINUTES=60 makes a piece of an hour. `make unit` makes a few.
 PIECE_MINUTES ?= 600
 soak: $(VENV)/ready
-	PYTHONPATH=tests/support $(BIN)/python tests/support/soak.py $(PIECE_MINUTES)
+	PYTHONPATH=tests/support $(BIN)/python tests/training/soak.py $(PIECE_MINUTES)
 
 # The newest versions that pyproject.toml allows, for every Python and platform. Torch and its requirements are left
 # out: which build of torch is needed depends on the machine.

@@ -1,4 +1,4 @@
-"""Kill and stop the processes of runs at random, as often as asked for: `python tests/support/soak.py MINUTES`.
+"""Kill and stop the processes of runs at random, as often as asked for: `python tests/training/soak.py MINUTES`.
 
 It repeats the soak test of `tests/training/test_faults.py`, each time in the arm that is furthest behind, until all
 arms together have had KILLS kills and STOPS stops, or the minutes are over. The counts are kept in build/soak.json, so

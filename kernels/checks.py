@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .objective import Objective
 
-GoodRows = Callable[[Tensor], Tensor]
+BadRows = Callable[[Tensor], Tensor]
 FLOATS = (torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int32, torch.int64)
 
@@ -78,7 +78,10 @@ def check_head(
 
 
 class ValueChecks:
-    """Collect checks of values on one device; the host reads all of them at once, as each read waits for the device."""
+    """Collect checks of values on one device; the host reads all of them at once, as each read waits for the device.
+
+    A check of rows is written with as few operations as can be: on a GPU each is a launch, and there are many checks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,7 +89,7 @@ class ValueChecks:
         self._messages: list[Callable[[], str]] = []
 
     def add(self, bad: Tensor, message: Callable[[], str]) -> None:
-        """Add a 0-dim flag, and the function that makes the error message if the flag is true."""
+        """Add a flag, or a flag for each row, and the function that makes the error message if one is true."""
         self._bad.append(bad)
         self._messages.append(message)
 
@@ -94,34 +97,44 @@ class ValueChecks:
         """Raise ValueError for the first check that failed; if none did, return these 0-dim whole numbers as ints."""
         if not self._bad and not numbers:
             return []
-        read = torch.stack([number.to(torch.int64) for number in (*self._bad, *numbers)]).tolist()
+        read = torch.stack([*self._flags(), *(number.to(torch.int64) for number in numbers)]).tolist()
         for bad, message in zip(read, self._messages, strict=False):
             if bad:
                 raise ValueError(message())
         return read[len(self._bad) :]
 
-    def rows(self, name: str, values_N: Tensor, good: GoodRows, expected: str, counted_N: Tensor | None = None) -> None:
-        """Add the check that the value of every row, or of every row that counts, is good."""
+    def _flags(self) -> list[Tensor]:
+        """Return the flag of each check, 0-dim int64; those of as many rows are made of their rows together."""
+        found: dict[int, Tensor] = {}
+        for shape in {bad.shape for bad in self._bad}:
+            places = [place for place, bad in enumerate(self._bad) if bad.shape == shape]
+            flags_K = torch.stack([self._bad[place] for place in places])
+            flags_K = flags_K.any(1) if flags_K.ndim == 2 else flags_K
+            found |= zip(places, flags_K.to(torch.int64).unbind(), strict=True)
+        return [found[place] for place in range(len(self._bad))]
+
+    def rows(self, name: str, values_N: Tensor, bad: BadRows, expected: str, counted_N: Tensor | None = None) -> None:
+        """Add the check that the value of no row, or of no row that counts, is bad."""
         self.require_here(name, values_N)
-        bad_N = ~good(values_N) if counted_N is None else ~good(values_N) & counted_N
+        bad_N = bad(values_N) if counted_N is None else bad(values_N) & counted_N
 
         def message() -> str:
             row = int(bad_N.nonzero()[0, 0])
             return f"{name}: got {values_N[row].item()} at row {row}, expected {expected}"
 
-        self.add(bad_N.any(), message)
+        self.add(bad_N, message)
 
     def finite(self, name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
-        self.rows(name, values_N, torch.isfinite, "a finite number", counted_N)
+        self.rows(name, values_N, lambda x_N: (x_N - x_N) != 0, "a finite number", counted_N)  # inf - inf is NaN
 
     def not_nan(self, name: str, values_N: Tensor, counted_N: Tensor | None = None) -> None:
-        self.rows(name, values_N, lambda x_N: ~torch.isnan(x_N), "not NaN", counted_N)
+        self.rows(name, values_N, lambda x_N: x_N != x_N, "not NaN", counted_N)
 
     def targets(self, targets_N: Tensor, count: int, vocabulary: int, counted_N: Tensor | None = None) -> None:
         require(targets_N.shape == (count,), "targets_N", tuple(targets_N.shape), f"shape ({count},)")
         require(targets_N.dtype == torch.int64, "targets_N", targets_N.dtype, "torch.int64")
         self.rows(
-            "targets_N", targets_N, lambda x_N: (x_N >= 0) & (x_N < vocabulary), f"in [0, {vocabulary})", counted_N
+            "targets_N", targets_N, lambda x_N: x_N.clamp(0, vocabulary - 1) != x_N, f"in [0, {vocabulary})", counted_N
         )
 
     def temperature(self, temperature: float | Tensor, count: int, counted_N: Tensor | None = None) -> float | Tensor:
@@ -135,7 +148,11 @@ class ValueChecks:
                 return self.temperature(float(temperature), count)
             temperature = temperature.expand(count)
         self.rows(
-            "temperature", temperature, lambda x_N: torch.isfinite(x_N) & (x_N > 0), "a finite number > 0", counted_N
+            "temperature",
+            temperature,
+            lambda x_N: ~((x_N > 0) & (x_N < float("inf"))),
+            "a finite number > 0",
+            counted_N,
         )
         return temperature.detach()
 

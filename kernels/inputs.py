@@ -78,9 +78,9 @@ def plan_rows(
 
     Return the plan of the head's sweep and the live rows.
     """
-    count = len(rows.weights_L)
-    values.targets(targets_N, count, vocabulary, rows.weights_L != 0)
-    temperature = values.temperature(temperature, count, rows.weights_L != 0)
+    count, counted_N = len(rows.weights_L), rows.weights_L != 0
+    values.targets(targets_N, count, vocabulary, counted_N)
+    temperature = values.temperature(temperature, count, counted_N)
     live_N = live_rows(rows, objective)
     (live_count,) = values.settle(live_N.sum())
     local_N = targets_N - shard.first if shard else targets_N

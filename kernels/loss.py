@@ -72,8 +72,8 @@ def grpo_loss(
     vocabulary, dtype = logits_NV.shape[1], logits_NV.dtype
     plan, live = plan_rows(values, targets_N, temperature, rows, objective, vocabulary, dtype, softcap=softcap)
     logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
-    loss = RowLoss.apply(logprobs_L, entropy_L, live, objective)
-    return _result(loss, logprobs_L.detach(), entropy_L.detach(), plan, live, objective, len(logits_NV))
+    loss, log_ratio_L = RowLoss.apply(logprobs_L, entropy_L, live, objective)
+    return _result(loss, logprobs_L.detach(), entropy_L.detach(), log_ratio_L, plan, live, objective, len(logits_NV))
 
 
 def linear_grpo_loss(
@@ -127,8 +127,10 @@ def linear_grpo_loss(
         values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard, softcap
     )
     differentiate = torch.is_grad_enabled()
-    loss, logprobs_L, entropy_L = _LinearGrpo.apply(hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate)
-    return _result(loss, logprobs_L, entropy_L, plan, live, objective, len(hidden_NH))
+    loss, logprobs_L, entropy_L, log_ratio_L = _LinearGrpo.apply(
+        hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate
+    )
+    return _result(loss, logprobs_L, entropy_L, log_ratio_L, plan, live, objective, len(hidden_NH))
 
 
 def logprob_loss(
@@ -165,8 +167,8 @@ def logprob_loss(
     index_L = torch.argsort(~live_N, stable=True)[:live_count]  # nonzero() would wait for the device again
     live = rows.select(index_L)
     logprobs_L, entropies_L = logprobs_N[index_L], entropies_N[index_L].to(dtype)
-    loss = RowLoss.apply(logprobs_L, entropies_L, live, objective)
-    metrics = row_metrics(logprobs_L.detach(), entropies_L.detach(), live, objective)
+    loss, log_ratio_L = RowLoss.apply(logprobs_L, entropies_L, live, objective)
+    metrics = row_metrics(logprobs_L.detach(), entropies_L.detach(), log_ratio_L, live, objective)
     shown = [torch.where(live_N, values_N.detach(), 0) for values_N in (logprobs_N, entropies_N)]
     return Loss(loss, shown[0], shown[1], metrics)
 
@@ -175,36 +177,41 @@ def _result(
     loss: Tensor,
     logprobs_L: Tensor,
     entropy_L: Tensor,
+    log_ratio_L: Tensor,
     plan: HeadPlan,
     live: LossRows,
     objective: Objective,
     count: int,
 ) -> Loss:
     """Return the loss with its metrics, and log-probs and entropies at all N rows."""
-    metrics = row_metrics(logprobs_L, entropy_L, live, objective)
+    metrics = row_metrics(logprobs_L, entropy_L, log_ratio_L, live, objective)
     return Loss(loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics)
 
 
 class RowLoss(torch.autograd.Function):
-    """Compute the loss of log-probs and entropies; its slopes are kept for the backward."""
+    """Compute the loss of log-probs and entropies, and the log of each ratio; the slopes are kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: LossRows, objective: Objective) -> Tensor:
+    def forward(
+        ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: LossRows, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        terms = policy_terms(logprobs_L, live, objective)
         if objective.rule is not None:
             ctx.save_for_backward(*rule_slopes(logprobs_L, entropy_L, live, objective))
         else:
-            ctx.save_for_backward(*slopes(logprobs_L, live, objective))
-        return total_loss(logprobs_L, entropy_L, live, objective)
+            ctx.save_for_backward(*slopes(logprobs_L, live, objective, terms.slope_L))
+        ctx.mark_non_differentiable(terms.log_ratio_L)
+        return total_loss(logprobs_L, entropy_L, live, objective, terms), terms.log_ratio_L
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         by_logprob_L, by_entropy_L = ctx.saved_tensors
         return upstream * by_logprob_L, None if by_entropy_L is None else upstream * by_entropy_L, None, None
 
 
 class _LinearGrpo(torch.autograd.Function):
-    """Compute the fused loss and, in the forward, its gradients."""
+    """Compute the fused loss, log-probs, entropies and log ratios and, in the forward, its gradients."""
 
     @staticmethod
     def forward(
@@ -216,7 +223,7 @@ class _LinearGrpo(torch.autograd.Function):
         live: LossRows,
         objective: Objective,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs = tuple(differentiate and needed for needed in ctx.needs_input_grad[:3])
         coefficients = None
         if any(needs):
@@ -224,9 +231,10 @@ class _LinearGrpo(torch.autograd.Function):
         out = sweep(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
         ctx.plan, ctx.count, ctx.gradients = plan, len(hidden_NH), out[2:]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_NH, weight_VH, bias_V)]
-        ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L)
-        loss = total_loss(out.logprobs_L, out.entropy_L, live, objective)
-        return loss, out.logprobs_L, out.entropy_L
+        terms = policy_terms(out.logprobs_L, live, objective)
+        ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L, terms.log_ratio_L)
+        loss = total_loss(out.logprobs_L, out.entropy_L, live, objective, terms)
+        return loss, out.logprobs_L, out.entropy_L, terms.log_ratio_L
 
     @staticmethod
     @once_differentiable

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .terms import LossRows, kl_terms, policy_terms
+from .terms import LossRows, kl_terms
 
 
 @torch.no_grad()
-def row_metrics(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> dict[str, Tensor]:
-    """Return the metrics of one micro-batch."""
-    log_ratio_L = policy_terms(logprobs_L, rows, objective).log_ratio_L
+def row_metrics(
+    logprobs_L: Tensor, entropy_L: Tensor, log_ratio_L: Tensor, rows: LossRows, objective: Objective
+) -> dict[str, Tensor]:
+    """Return the metrics of one micro-batch. log_ratio_L: that of `terms.policy_terms`."""
     ratio_L = log_ratio_L.exp()
     metrics = {
-        "rows": torch.full_like(ratio_L.sum(), len(ratio_L)),
+        "rows": ratio_L.new_full((), len(ratio_L)),
         "clip_low": ((log_ratio_L < objective.log_low) & (rows.advantages_L < 0)).sum(dtype=ratio_L.dtype),
         "clip_high": ((log_ratio_L > objective.log_high) & (rows.advantages_L > 0)).sum(dtype=ratio_L.dtype),
         "ratio_sum": ratio_L.sum(),

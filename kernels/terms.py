@@ -119,11 +119,16 @@ class Coefficients:
         return torch.zeros_like(logprobs_B) if by_logprob_B is None else by_logprob_B, by_entropy_B
 
 
-def total_loss(logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective) -> Tensor:
-    """Return sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i), or the rule's loss.  0-dim."""
+def total_loss(
+    logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective, terms: PolicyTerms | None = None
+) -> Tensor:
+    """Return sum_i weight_i * (policy_i + kl_coef * kl_i - entropy_coef * entropy_i), or the rule's loss.  0-dim.
+
+    terms: the policy's part, if it is known already.
+    """
     if objective.rule is not None:
         return rule_loss(logprobs_L, entropy_L, rows, objective)
-    loss_L = policy_terms(logprobs_L, rows, objective).loss_L
+    loss_L = (terms or policy_terms(logprobs_L, rows, objective)).loss_L
     if objective.kl_coef != 0:
         loss_L = loss_L + objective.kl_coef * rows.weights_L * kl_terms(logprobs_L, rows, objective)[0]
     if objective.entropy_coef != 0:

@@ -19,7 +19,7 @@ kernels.
     triton          the Triton kernels
 """
 
-from .advantages import Advantages, group_advantages
+from .advantages import Advantages, group_advantages, running_sum
 from .logprob import linear_logprob, token_logprob
 from .loss import Loss, grpo_loss, linear_grpo_loss, logprob_loss
 from .metrics import merge_metrics
@@ -37,5 +37,6 @@ __all__ = [
     "linear_logprob",
     "logprob_loss",
     "merge_metrics",
+    "running_sum",
     "token_logprob",
 ]

@@ -30,7 +30,7 @@ from mgrpo.engine.model.attention import hidden_states, output_head
 from mgrpo.engine.model.logits import logit_map
 from mgrpo.engine.model.pieces import end_tokens
 from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
-from mgrpo.kernels.advantages import running_sum
+from mgrpo.kernels import running_sum
 
 NO_PROMPT = b""  # marks a slot whose prompt must not be copied; a real prompt has at least one token
 UNIFORM_MAX = 1 - 2.0**-22  # keeps uniform * total below total in float32

@@ -164,7 +164,7 @@ def test_the_commands_shown_are_taken(text: str) -> None:
             assert_key(key.partition("=")[0])
     targets = re.findall(r"^[a-z-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in lines_of(text):
-        assert words[0] in {"mgrpo", "make", "pip", "python", "torchrun"}, words
+        assert words[0] in {"mgrpo", "make", "pip", "python", "torchrun", "vllm"}, words
         assert words[0] != "make" or words[1] in targets, words
         for name in (word for word in words if word.startswith("mgrpo.")):
             assert find_spec(name), name
@@ -294,7 +294,7 @@ def test_a_run_writes_the_keys_of_the_glossary_and_no_others(folder: Path) -> No
     words = glossary()
     whole = words["Every row"] | words["A step"] | words["An evaluation"]
     agents = {f"{name}/{key}" for name in ("main", "clerk") for key in words["An agent"]}
-    agents -= {"main/expert", "main/calls_mean", "clerk/correct"}
+    agents -= {"main/expert", "main/calls_mean", "clerk/correct", "main/router_aux", "clerk/router_aux"}
     assert keys_in([run(folder, "colocated") / "metrics.jsonl"]) == whole | agents
 
 
@@ -302,8 +302,9 @@ def test_a_decoupled_run_writes_the_keys_of_the_glossary_and_no_others(folder: P
     words = glossary()
     path = run(folder, "local", topology="local")
     counted = {key for key in words["A step"] if key.startswith("rollouts/")}
-    beside = words["Every row"] | counted | {"time/step", "perf/peak_memory_gib"}
-    own = words["An agent"] | words["An agent with its own processes"] | beside
+    scores = {"rollouts/scored", "rollouts/unscored"}  # of the rl stage, which the workers sample
+    beside = words["Every row"] | counted - scores | {"time/step", "perf/peak_memory_gib"}
+    own = words["An agent"] - {"router_aux"} | words["An agent with its own processes"] | beside
     assert keys_in(path.glob("agents/*/metrics.jsonl")) == own
-    worker = words["Every row"] | counted | words["A worker"] | words["An evaluation"]
+    worker = words["Every row"] | counted - {"rollouts/played"} | words["A worker"] | words["An evaluation"]
     assert keys_in(path.glob("workers/*/metrics.jsonl")) == worker

@@ -43,7 +43,9 @@ QUESTIONS = [
     Question("Where is the learning rate of an optimizer step computed?", "policy", "optimizer.py", "learning_rate"),
     Question("Where are trajectories planned into micro-batches?", "batch", "packing.py", "plan_batches"),
     Question("Where is an override such as --set lr=1e-5 read?", "config", "reader.py", "apply_override"),
-    Question("Where is the user's score function called, with its timeout?", "environment", "calls.py", "ask_score"),
+    Question(
+        "Where is the user's score function called, with its timeout?", "environment", "calls.py", "UserCode.ask_score"
+    ),
     Question("Where is a model refused that cannot run on packed batches?", "model", "probe.py", "check_exact"),
     Question(
         "Where is a checkpoint written whole or not at all?", "run", "directory.py", "RunDirectory.save_checkpoint"
@@ -78,7 +80,11 @@ def defined_in(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            found |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
     return found
 
 

@@ -24,7 +24,7 @@ CONTEXT = 600 * MIB  # of a GPU, for CUDA itself, in each process; an assumption
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Hold a share of a process' peak. lower: what makes it smaller: "lower KEY …", or the key of the model."""
 
     what: str
@@ -50,46 +50,48 @@ def capacity(device: str, given: str | None) -> tuple[int, int]:
     return machine_memory()
 
 
-def peak(process: Process, config: Config, sizes: Mapping[str, ModelSize], prompts: Mapping[str, int]) -> list[Part]:
+def peak(
+    process: Process, config: Config, sizes: Mapping[str, ModelSize], prompts: Mapping[str, int]
+) -> list[MemoryPart]:
     """Return the shares of what a process needs at its peak; `prompts` as for `agent_sampling`."""
     kind = "cuda" if process.device.startswith("cuda") else "cpu"
     heap = HEAP if kind == "cpu" else 1.0
     agents, ranks = config.agents, process.ranks
     trains = {name: training(sizes[name], agents[name], config, ranks, kind) for name in process.trains}
     samples = {name: sampling(sizes[name], agents[name], config, prompts.get(name, 1)) for name in process.samples}
-    held = [Part("the process itself", CONTEXT if kind == "cuda" else resident())]
+    held = [MemoryPart("the process itself", CONTEXT if kind == "cuda" else resident())]
     for name in config.agents:
         if name in trains:
-            held.append(Part(f"{name}: weights, masters, moments", trains[name].held, f"agents.{name}.model"))
+            held.append(MemoryPart(f"{name}: weights, masters, moments", trains[name].held, f"agents.{name}.model"))
         elif name in samples:  # new weights are read beside the old ones, into the machine's memory
             copies = 1 if kind == "cuda" else 2
-            held.append(Part(f"{name}: weights", copies * samples[name].weights, f"agents.{name}.model"))
+            held.append(MemoryPart(f"{name}: weights", copies * samples[name].weights, f"agents.{name}.model"))
     phases = [_training_parts(name, found, heap, config) for name, found in trains.items()]
     if samples:
         phases.append(_sampling_parts(samples, heap))
     return held + max(phases, key=lambda parts: sum(part.size for part in parts), default=[])
 
 
-def _training_parts(name: str, found: Training, heap: float, config: Config) -> list[Part]:
+def _training_parts(name: str, found: Training, heap: float, config: Config) -> list[MemoryPart]:
     tokens = f"compute.max_tokens = {config.compute.max_tokens}"
     spare = "" if config.compute.activation_checkpointing else ", or set compute.activation_checkpointing = true"
     return [
-        Part(f"{name}: gradients", int(found.gradients * heap), f"agents.{name}.model"),
-        Part(f"{name}: activations", int(found.activations * heap), f"lower {tokens}{spare}"),
-        Part(f"{name}: the loss", int(found.loss * heap), f"lower {tokens}"),
+        MemoryPart(f"{name}: gradients", int(found.gradients * heap), f"agents.{name}.model"),
+        MemoryPart(f"{name}: activations", int(found.activations * heap), f"lower {tokens}{spare}"),
+        MemoryPart(f"{name}: the loss", int(found.loss * heap), f"lower {tokens}"),
     ]
 
 
-def _sampling_parts(samples: Mapping[str, Sampling], heap: float) -> list[Part]:
+def _sampling_parts(samples: Mapping[str, Sampling], heap: float) -> list[MemoryPart]:
     parts = [
-        Part(f"{name}: key-value cache", found.cache, f"lower compute.concurrency or agents.{name}.max_context")
+        MemoryPart(f"{name}: key-value cache", found.cache, f"lower compute.concurrency or agents.{name}.max_context")
         for name, found in samples.items()
     ]
     step = max(found.step for found in samples.values())
-    return [*parts, Part("a step of sampling", int(step * heap), "lower compute.concurrency")]
+    return [*parts, MemoryPart("a step of sampling", int(step * heap), "lower compute.concurrency")]
 
 
-def verdict(device: str, parts: Sequence[Part], total: int) -> str | None:
+def verdict(device: str, parts: Sequence[MemoryPart], total: int) -> str | None:
     """Return what is wrong if these parts do not fit a device of so many bytes, with what to lower; None: they fit."""
     need = sum(part.size for part in parts)
     if need <= total:

@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.cli.check import offline
-from mgrpo.engine.cli.check.watch import Watch
+from mgrpo.engine.cli.check.watch import EnvironmentWatch
 from mgrpo.engine.cli.check.words import read_source, texts_of
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment
@@ -176,7 +176,7 @@ class Rehearsal:
         once = msgspec.structs.replace(config.reward, tries=1)
         self.config = msgspec.structs.replace(config, reward=once)
         self.environment, self.tokenizers, self.asks, self.patience = environment, tokenizers, asks, patience
-        self.findings, self.watch = Findings(), Watch(environment, asks)
+        self.findings, self.watch = Findings(), EnvironmentWatch(environment, asks)
         self.source = read_source(environment)
         self.lengths: dict[str, int] = {}
         self.played = self.scored = 0

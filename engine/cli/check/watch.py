@@ -19,7 +19,7 @@ METHODS = ("prompt", "parse", "tool", "observation", "score", "script", "correct
 SKIPPED = "skipped: called before"  # the result of a tool that is not called a second time
 
 
-class Watch:
+class EnvironmentWatch:
     """Wrap the methods of an environment in place, and hold what is noted of them.
 
     connected: judges may reach the network. sparing: call each tool of each agent only once. running: the name of each

@@ -23,7 +23,7 @@ ARGUMENT = "x"
 
 
 @dataclass(frozen=True)
-class Source:
+class SpelledOut:
     """Hold what an environment's source spells out: short words, and the agents and tools that its actions name."""
 
     words: tuple[str, ...]
@@ -31,7 +31,7 @@ class Source:
     tools: frozenset[str]
 
 
-def read_source(environment: Environment) -> Source:
+def read_source(environment: Environment) -> SpelledOut:
     """Return what the source of an environment's class spells out, then that of its module."""
     module = sys.modules.get(type(environment).__module__)
     whole = _tree(module)
@@ -48,7 +48,7 @@ def read_source(environment: Environment) -> Source:
         frozenset[str]().union(*(_named(tree, kind, constants) for tree in classes))
         for kind in ("Delegate", "ToolCall")
     )
-    return Source(tuple(words)[:MOST_WORDS], agents, tools)
+    return SpelledOut(tuple(words)[:MOST_WORDS], agents, tools)
 
 
 def _tree(source: Any) -> ast.AST:

@@ -53,7 +53,7 @@ class Rehearsal:
         return sum(n for name, n in self.launches.items() if name not in ("mm", "addmm"))
 
 
-class Watch(TorchDispatchMode):
+class WatchedDispatch(TorchDispatchMode):
     """Count launches, and answer what the host reads."""
 
     def __init__(self, rehearsal: Rehearsal):
@@ -127,5 +127,5 @@ def rehearse(answer: Answer = lambda read: 0) -> Iterator[Rehearsal]:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(FakeTensor, "tolist", tolist)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-        stack.enter_context(Watch(rehearsal))
+        stack.enter_context(WatchedDispatch(rehearsal))
         yield rehearsal

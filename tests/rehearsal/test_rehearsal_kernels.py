@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from rehearsal import GPU, Answer, rehearse, skip_unless_rehearsed
 from torch import Tensor
 
 from mgrpo.kernels import Objective, grpo_loss, linear_grpo_loss, linear_logprob, logprob_loss, token_logprob
-from rehearsal import GPU, Answer, rehearse, skip_unless_rehearsed
 
 skip_unless_rehearsed()
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rehearsal import GPU, rehearse, skip_unless_rehearsed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -20,7 +21,6 @@ from mgrpo.engine.model.cpu_attention import Bucket, buckets
 from mgrpo.engine.model.logits import LogitMap
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.kernels import Objective
-from rehearsal import GPU, rehearse, skip_unless_rehearsed
 
 skip_unless_rehearsed()
 

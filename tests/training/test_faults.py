@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pytest
+from soak import ARMS, LEASE, Soak
 
 from faults import SECONDS, STEPS, K, Q, Run, wait_for
 from faulty import Bucket
@@ -32,7 +33,6 @@ from mgrpo.bench.postgres import PASSWORD, Cluster, why_not
 from mgrpo.engine.cli.store import collect
 from mgrpo.engine.config.schema import StoreConfig
 from mgrpo.engine.store.open import open_store
-from soak import ARMS, LEASE, Soak
 
 pytestmark = pytest.mark.faults
 

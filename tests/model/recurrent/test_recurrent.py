@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import CONFIGS, hybrid
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from hybrids import CONFIGS, hybrid
 from mgrpo.engine.model import recurrent
 from mgrpo.engine.model.attention import Mixer, Packed, hidden_states
 from mgrpo.engine.model.causal_lm import lay_out

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hybrids import CONFIGS, hybrid
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hybrids import CONFIGS, hybrid
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.inference.check import check_sampler
 from mgrpo.engine.inference.in_process import InProcessSampler

@@ -18,6 +18,7 @@ import numpy as np
 
 from mgrpo.engine.environment.base import Environment, ToolError
 from mgrpo.engine.environment.limits import CURRENT, TimeLimit, driven
+from mgrpo.engine.environment.loop_watch import LoopWatch
 from mgrpo.engine.environment.threads import NoThreadError, UserThreads, name_of
 from mgrpo.engine.system.process import StopNow
 from mgrpo.engine.types import Action, Answer, Call, CallScore, Delegate, Episode, Malformed, Score, ToolCall
@@ -42,7 +43,8 @@ class UserCode:
 
     def __init__(self, environment: Environment, in_order: bool = False, tries: int = 1) -> None:
         self.environment, self.in_order, self.tries = environment, in_order, tries
-        self.threads = UserThreads()
+        self.watch = LoopWatch()
+        self.threads = UserThreads(self.watch)
         self.spare = SPARE  # rollouts for which a judge may be asked again
 
     async def ask(self, function: Callable[..., Any], *args: Any, patience: float | None = None) -> Any:
@@ -53,7 +55,8 @@ class UserCode:
             try:
                 if not inspect.isawaitable(result):
                     return result
-                return await driven(result if inspect.iscoroutine(result) else _awaiting(result))
+                work = result if inspect.iscoroutine(result) else _awaiting(result)
+                return await driven(work, self.watch.restart)
             except BaseException as error:  # as the docstring says
                 if from_outside(error):
                     raise
@@ -62,6 +65,7 @@ class UserCode:
     async def _begin(self, function: Callable[..., Any], args: tuple[Any, ...], patience: float | None) -> Any:
         """Call a function, in a thread if it is plain; return what it returns, perhaps an awaitable."""
         if not self.environment.in_threads or inspect.iscoroutinefunction(function):
+            self.watch.restart()
             try:
                 return function(*args)
             except BaseException as error:  # as above

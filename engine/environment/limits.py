@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -92,10 +92,14 @@ class TimeLimit:
 
 
 @types.coroutine
-def driven(work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Await a coroutine of the user, but leave it behind when it is cancelled after the current limit's CLEANUP."""
+def driven(work: Coroutine[Any, Any, Any], resumes: Callable[[], None] = lambda: None) -> Generator[Any, Any, Any]:
+    """Await a coroutine of the user, but leave it behind when it is cancelled after the current limit's CLEANUP.
+
+    resumes: called each time before the coroutine goes on.
+    """
     resume, given, limit = work.send, None, CURRENT.get()
     while True:
+        resumes()
         try:
             waited = resume(given)
         except StopIteration as end:

@@ -19,6 +19,8 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from mgrpo.engine.environment.loop_watch import LoopWatch
+
 MOST = 96  # threads of one pool
 STUCK = 16  # calls that were given up and still run, at which a process does not go on
 QUICK = 0.05  # seconds that the event loop waits for a function, unless its last call took longer
@@ -89,10 +91,11 @@ class UserThreads:
     The threads are daemons: one that never ends does not hold up the end of the process. Only `stuck` is shared with
     them, beside what the lock guards; all methods are called in the event loop's thread.
 
-    stuck: calls that were given up and still run.
+    watch: leaves out the time for which the event loop waits here. stuck: calls that were given up and still run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: LoopWatch) -> None:
+        self.watch = watch
         self.stuck: set[PlainCall] = set()
         self._lock = threading.Lock()
         self._idle: list[SimpleQueue[PlainCall]] = []
@@ -113,7 +116,8 @@ class UserThreads:
         call, name = PlainCall(function, args), name_of(function)
         try:
             self._start(call)
-            call.wait((0.0 if name in self._slow else QUICK) if patience is None else patience)
+            with self.watch.paused():
+                call.wait((0.0 if name in self._slow else QUICK) if patience is None else patience)
             if not call.done:
                 await self._await(call)
         finally:

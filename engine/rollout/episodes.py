@@ -14,12 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
-import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -126,8 +124,6 @@ class EpisodeRunner(ABC):
         self.config, self.environment, self.tokenizers, self.judged = config, environment, tokenizers, judged
         self.timeout = config.sampling.timeout if timeout is None else timeout
         self.code = UserCode(environment, config.deterministic, config.reward.tries)
-        self.away_since: float | None = None  # when the loop began to run code that is not this class's own
-        self.thread = 0  # the thread of the loop
         self.limits: set[TimeLimit] = set()  # of the episodes that run
         self.ending = False  # whether all episodes are being given up
         self.for_pieces = {name: _for_pieces(tokenizer) for name, tokenizer in tokenizers.items()}
@@ -169,13 +165,12 @@ class EpisodeRunner(ABC):
     async def _advance(self) -> None:
         """Wait until an episode can go on; every coroutine has gone as far as it can."""
         self.woken.clear()
-        with contextlib.suppress(TimeoutError), self._away():
+        with contextlib.suppress(TimeoutError), self.code.watch.watching():
             await asyncio.wait_for(self.woken.wait(), POLL)
 
     # ---- the loop
 
     async def _stream(self, more: Callable[[int], Sequence[Job]], ended: Callable[[Rollout], None]) -> None:
-        self.thread = threading.get_ident()
         self.woken = asyncio.Event()  # a turn waits for its sampler, or an episode has ended
         running: set[asyncio.Task[Rollout]] = set()
         done: list[asyncio.Task[Rollout]] = []
@@ -194,7 +189,7 @@ class EpisodeRunner(ABC):
                     if len(self.without_room) > 1 and not self.had_room:  # the setting is wrong, not one of the tasks
                         raise ValueError(next(iter(self.without_room.values())))
                     return
-                with self._away():
+                with self.code.watch.watching():
                     for _ in range(4):  # it takes this many callbacks for a sub-agent's result to reach the main agent
                         await asyncio.sleep(0)
                 for task in done:
@@ -220,28 +215,13 @@ class EpisodeRunner(ABC):
                         task.exception()  # known, or of no interest any more
         self.ending = False
 
-    @contextlib.contextmanager
-    def _away(self) -> Iterator[None]:
-        """Note that the loop runs the code of episodes, and so of the user."""
-        self.away_since = time.monotonic()
-        try:
-            yield
-        finally:
-            self.away_since = None
-
     def blocked(self, seconds: float) -> str:
         """Say where the environment's code has held up the loop for longer than that; "" if it has not. For any thread.
 
-        Plain functions cannot, since they run in other threads, but an async one can that waits or computes for long.
+        Plain functions cannot, since they run in other threads, unless `in_threads` is False, but an async one can that
+        waits or computes for long. How many calls follow one another does not matter.
         """
-        since, frame = self.away_since, sys._current_frames().get(self.thread)
-        if since is None or frame is None or (lasted := time.monotonic() - since) <= seconds:
-            return ""
-        where = traceback.extract_stack(frame)[-1]
-        return (
-            f"environment: {where.name} ({where.filename}, line {where.lineno}) has held up the event loop for "
-            f"{lasted:.0f} s: expected async functions that await, or plain ones"
-        )
+        return self.code.watch.blocked(seconds)
 
     def check_stuck(self) -> None:
         """Raise StuckError, naming the functions, if too many calls of the environment have never returned."""

@@ -666,6 +666,42 @@ def test_where_an_async_function_holds_up_the_loop_is_told():
     assert told[1] == "" and rollout.status == "scored" and episodes.blocked(0.0) == ""
 
 
+class Naps(Lines):
+    def tool(self, call, use):
+        time.sleep(0.1)
+        return "x"
+
+
+class HereNaps(Naps):
+    in_threads = False
+
+
+class AsyncNaps(Lines):
+    async def tool(self, call, use):
+        for _ in range(2):  # at once, and after it was resumed
+            time.sleep(0.1)
+            await asyncio.sleep(0)
+        return "x"
+
+
+@pytest.mark.parametrize("environment", [Naps, HereNaps, AsyncNaps])
+def test_calls_that_follow_one_another_in_the_loops_thread_do_not_add_up(environment):
+    samplers = {name: FakeSampler({"t:": ["use x y", "say 1"]}, 400) for name in AGENTS}
+    episodes = Episodes(msgspec.structs.replace(make_config(), deterministic=True), environment(), samplers)
+    told, over = set[str](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            told.add(episodes.blocked(0.6))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    rollouts = in_time(lambda: episodes.run([Job(i, 0, Task("t", {})) for i in range(9)])).result()
+    over.set()
+    watcher.join(10)
+    assert told == {""} and {rollout.status for rollout in rollouts} == {"scored"}
+
+
 def test_rollouts_of_one_query_differ_and_the_same_job_does_not(toy):
     config, make = toy
     jobs = [Job(0, 0, Task("t", {})), Job(0, 1, Task("t", {})), Job(1, 0, Task("t", {})), Job(0, 0, Task("t", {}))]

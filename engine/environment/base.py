@@ -52,7 +52,8 @@ class Environment:
 
     Methods that are not `async` run in threads, usually one after the other in the same thread; while one takes long,
     others run beside it. in_threads: False for code that must not leave the main thread; one that blocks then holds up
-    all episodes, and no time limit ends it.
+    all episodes. No time limit ends it alone: after `sampling.timeout` seconds, in a worker `store.lease` seconds more,
+    the whole process ends with an error that names it.
 
     volatile: names of the options that may change when a run is resumed, because nothing that was trained depends on
     them, such as the address of a judge.

@@ -119,7 +119,7 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
     from mgrpo.engine.environment.threads import StuckError
     from mgrpo.engine.rollout.worker import Worker
     from mgrpo.engine.store.open import begin, open_store
-    from mgrpo.engine.system.process import START_AGAIN, ctrl_c
+    from mgrpo.engine.system.process import ctrl_c
     from mgrpo.engine.system.retry import patiently
 
     with closing(patiently(open_store, config)) as store:
@@ -131,7 +131,7 @@ def rollout(file: File, name: str = "", overrides: Overrides = []) -> None:  # n
                 worker.run(stop)
         except StuckError as error:  # calls of the environment never return: only a new process is rid of them
             print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(START_AGAIN) from None
+            raise typer.Exit(worker.status_if_stuck) from None
         if stop():  # the run is not finished: the exit status says so
             raise typer.Exit(130)
 

@@ -8,8 +8,10 @@ same weights, so when new weights come, no episode begins until the running ones
 are loaded between the turns of running episodes. Neither holds for agents that vLLM servers sample: their trainer
 writes new weights into the servers at any moment.
 
-If code of the environment does not return, its episodes time out. A worker with too many such calls, or whose event
-loop is held up by one, gives its leases back and ends with status START_AGAIN, because only its end ends them.
+If code of the environment does not return, its episodes time out. A worker with too many such calls gives its leases
+back and ends, because only its end ends them; one whose event loop is held up lets its leases lapse, and ends if that
+lasts. The exit status is START_AGAIN, which does not count as a failure, if the worker has recorded any rollouts, else
+1: calls that never return must not start workers again without end.
 
 A worker may be killed at any time: the queries that it leased are free again when the lease lapses, and only rollouts
 that were not recorded are sampled again. If the store cannot be reached, the disk is full or weights cannot be read,
@@ -116,7 +118,7 @@ class Worker:
         """
         self.stop = stop
         try:
-            self._extend_leases()
+            self.patiently(self._extend_leases)
             self.patiently(self.store.queries.give_back, self.name)  # leases of a killed worker of this name
             self.heartbeat.start()
             self._work()
@@ -155,14 +157,19 @@ class Worker:
         """
         lease = self.config.store.lease
         if error := self.episodes.blocked(self.config.sampling.timeout + lease):
-            log.error("%s: the worker ends and is to be started again", error)
-            end_now(error, START_AGAIN)
+            log.error("%s: the worker ends", error)
+            end_now(error, self.status_if_stuck)
         if error := self.episodes.blocked(lease):
             raise TimeoutError(error)
         self.store.queries.extend(self.name, self.config.store.lease)
         self.store.roles.hold(self.role, self.name, self.config.store.lease)  # shows that it is there, also when idle
         if self.evaluating:
             self.store.roles.take_evaluation(self.name, self.config.store.lease)
+
+    @property
+    def status_if_stuck(self) -> int:
+        """The exit status of the process if calls of the environment never return. For any thread."""
+        return START_AGAIN if self.metrics.recorded else 1
 
     # ---- sampling
 
@@ -192,7 +199,7 @@ class Worker:
         try:
             self.episodes.check_stuck()
         except StuckError as error:
-            log.error("%s: the worker ends and is to be started again", error)
+            log.error("%s: the worker ends", error)
             if self.ended:
                 self._record()
             raise

@@ -336,6 +336,22 @@ def test_a_store_that_stays_away_ends_the_worker_with_its_error(tmp_path, monkey
     assert len(tries) > 3 and [lease.query for lease in world.take("another", 9)] == list(range(Q))
 
 
+def test_a_worker_waits_for_a_store_that_is_out_of_reach_when_it_begins(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    worker, failures = world.worker(), [OSError(errno.EIO, "store: connection refused")]
+    extend = worker.store.queries.extend
+
+    def fails_once(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        extend(*arguments)
+
+    monkeypatch.setattr(worker.store.queries, "extend", fails_once)
+    worker.run(world)
+    world.check()
+    assert not failures
+
+
 def test_a_full_disk_gives_the_queries_back_and_is_waited_for(tmp_path, monkeypatch):
     world = World(tmp_path)
     real, full, lent = TrajectoryWriter.append, [True] * 4, []
@@ -454,7 +470,11 @@ def test_a_worker_whose_event_loop_is_held_up_lets_its_leases_lapse_and_then_end
     held_up += world.config.sampling.timeout
     with pytest.raises(TimeoutError):
         worker.heartbeat.beat()
-    assert ended == [("tool has held up", START_AGAIN)] and len(extended) == 1
+    assert ended == [("tool has held up", 1)] and len(extended) == 1
+    worker.metrics.recorded = 1  # only then is it of use to start it again, without counting how often
+    with pytest.raises(TimeoutError):
+        worker.heartbeat.beat()
+    assert ended[1:] == [("tool has held up", START_AGAIN)]
     worker._close()
 
 
@@ -472,6 +492,7 @@ def test_a_worker_with_too_many_stuck_calls_gives_its_queries_back_and_ends(tmp_
     with pytest.raises(StuckError, match=r"environment: \d+ calls of Chatty\.tool were given up"):
         worker.run(world)
     assert {r.status for query in range(Q) for r in world.store.groups.rollouts_of(query)} <= {"failed"}
+    assert worker.status_if_stuck == (START_AGAIN if worker.metrics.recorded else 1)
     assert world.take("another", 9) is not None and worker.lock.closed
 
 

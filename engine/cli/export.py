@@ -125,9 +125,10 @@ def _card(config: Config, paths: RunPaths, agent: str, checkpoint: Path, dtype: 
 
 
 def _settings(config: Config, agent: str) -> dict[str, Any]:
-    """Return what shaped the weights. Environment and store are left out: their settings may hold keys of services."""
+    """Return what shaped the weights. Environment, store and servers are left out: they may hold keys and addresses."""
     parts = {"algorithm": config.algorithm, "reward": config.reward, "warmup": config.warmup}
     numbers = {"seed": config.seed, "steps": config.steps, "queries_per_step": config.queries_per_step}
     settings: dict[str, Any] = msgspec.to_builtins({agent: config.agents[agent]} | parts)
     settings[agent]["model"] = Path(settings[agent]["model"]).name
+    settings[agent].pop("vllm", None)
     return settings | numbers

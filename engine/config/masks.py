@@ -7,6 +7,7 @@ distribution, and training on it would follow another gradient than the policy's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,7 +74,8 @@ def check_server(arguments: Iterable[str], key: str) -> None:
 
     key: what the error puts before the argument. Raises ValueError naming the argument.
     """
-    named = (argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--"))
+    # vLLM also takes an entry of a JSON argument by itself, as --argument.entry=value.
+    named = (re.split(r"[=.]", argument)[0].replace("_", "-") for argument in arguments if argument.startswith("--"))
     for name in named:
         if name in SERVER:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 A user gives a secret in an environment variable, or in a file that others cannot read. The process takes it out of its
 environment, also out of the memory that /proc/PID/environ shows, in which a variable stays after it was deleted.
-Processes that it starts get all secrets by a pipe, whose number stands in the environment.
+Processes that it starts get the secrets that they need by a pipe, whose number stands in the environment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 NAMES = ("MGRPO_STORE_PASSWORD", "MGRPO_SERVER_TOKEN")
@@ -42,12 +42,12 @@ def keep(name: str, value: str) -> str:
 
 
 @contextmanager
-def passed() -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
-    """Yield the variables and the open file with which a new process gets all secrets. The file is closed at the end.
+def passed(names: Sequence[str] = NAMES) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
+    """Yield the variables and the open file with which a new process gets these secrets. The file is closed at the end.
 
     The environment of the new process must otherwise have no variable of NAMES.
     """
-    known = {name: secret for name in NAMES if (secret := get(name)) is not None}
+    known = {name: secret for name in names if (secret := get(name)) is not None}
     if not known:
         yield {}, ()
         return

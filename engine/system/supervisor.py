@@ -40,7 +40,8 @@ class ProcessSpec:
 
     environments: a function of the number of the attempt, from 0, so that the ranks of a new attempt can meet in a new
     place. service: runs until all other tasks have finished, then gets SIGTERM. finished: whether its work is done; a
-    process that ends with status 0 before that, because other code ended it, has failed.
+    process that ends with status 0 before that, because other code ended it, has failed. secret_names: the
+    secrets that it gets.
 
     A process that ends with status START_AGAIN is started again at once, and that does not count as a failure.
     """
@@ -50,6 +51,7 @@ class ProcessSpec:
     environments: Callable[[int], Sequence[Mapping[str, str]]] = lambda attempt: ({},)
     service: bool = False
     finished: Callable[[], bool] = lambda: True
+    secret_names: Sequence[str] = secrets.NAMES
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Supervised:
             with suppress(OSError):  # the disk is full: the process will wait for room, this line need not
                 out.write(head.encode())
             inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}
-            with secrets.passed() as (where, pipe):
+            with secrets.passed(self.task.secret_names) as (where, pipe):
                 process = subprocess.Popen(
                     self.task.command,
                     env={**inherited, **environment, **where, LIFELINE: str(self.lifeline)},

@@ -64,13 +64,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _connected() -> Any:
-    """Lower the guard after a judge that never returned: in a real check the process ends then."""
-    yield
-    offline._guard().up = 0
-
-
 def rehearse(folder: Path, environment: Environment, asks: bool = False, **changes: Any) -> Rehearsal:
     config = toy_config(folder, **changes)
     tokenizers = {name: load_tokenizer(name, agent) for name, agent in config.agents.items()}
@@ -268,6 +261,26 @@ def test_outside_of_judges_connections_are_left_alone(judge: Any):
         ask(url)
     assert offline.take_refused() and not offline.take_refused()
     assert ask(url) == 1.0
+
+
+def test_a_judge_that_never_returns_stays_offline_and_nobody_else_does(folder: Path):
+    refused: list[OSError] = []
+    go, ended = threading.Event(), threading.Event()
+
+    def score(self: Any, episode: Any) -> Score:
+        go.wait(60)
+        try:
+            subprocess.run([sys.executable, "-c", ""], check=True)
+        except OSError as error:
+            refused.append(error)
+        ended.set()
+        return Score(True, 1.0)
+
+    found = rehearse(folder, method("score", score))
+    assert "score: no result within 2 s" in "".join(found.findings.faults)
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    go.set()
+    assert ended.wait(30) and refused
 
 
 # ---- what needs no episode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_each_agent_of_the_latest_checkpoint_becomes_a_model(config: Config, run
         assert all(torch.equal(found[key], weight) for key, weight in policy.masters.weights.items())
     AutoTokenizer.from_pretrained(run.path / "export" / "main")
     card = (run.path / "export" / "main" / "README.md").read_text()
+    assert "vllm" not in json.loads(card.split("```json")[1].split("```")[0])["main"]
     assert "agent `main`" in card and "rl step 2" in card and str(run.path) not in card
 
 

@@ -129,6 +129,13 @@ def test_gc_waits_for_the_run_to_end_and_deletes_what_is_finished(file, mgrpo):
     assert len(store.groups.calls_of(0)) == 4
 
 
+def test_gc_does_not_wait_for_a_run_that_died_while_the_clock_was_ahead(file, mgrpo):
+    store = fill(file)
+    with store.database.engine.begin() as db:
+        db.exec_driver_sql(f"update roles set deadline = {time.time() + 1e6}")
+    assert mgrpo("gc", file)[:2] == (0, "run local: 1 file of 4 calls deleted, 10 bytes\n")
+
+
 def test_gc_waits_for_idle_workers_and_keeps_the_last_files_of_silent_ones(file, mgrpo):
     store = fill(file)
     for agent in ("main", "search"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mgrpo.engine.config.masks import check_free
+from mgrpo.engine.config.masks import check_free, check_server
 from mgrpo.engine.inference.vllm.api import generate_body
 
 
@@ -36,6 +36,13 @@ def test_options_that_leave_all_tokens_are_taken() -> None:
     free = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "tool_choice": "auto", "logit_bias": None, "temperature": 0.5}
     check_free(free, "")
     check_free({"regex": "a task's own"}, "", only_options=False)
+
+
+@pytest.mark.parametrize("form", ["{}", "{}=x", "{}.top_k=5", "{}.a.b"])
+@pytest.mark.parametrize("name", ["--override-generation-config", "--override_generation_config", "--watermark-config"])
+def test_a_mask_of_a_server_is_refused_in_every_form_that_vllm_takes(form: str, name: str) -> None:
+    with pytest.raises(ValueError, match=r"^serve: --[a-z-]+ given: expected no argument"):
+        check_server(["--port", "1", form.format(name)], "serve")
 
 
 def test_a_request_to_a_server_says_that_all_tokens_are_free() -> None:

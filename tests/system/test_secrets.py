@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_without_secrets_nothing_is_passed(monkeypatch):
     with secrets.passed() as given:
         assert given == ({}, ())
     assert secrets.get(PASSWORD) is None
+
+
+def test_a_process_gets_only_the_secrets_that_it_needs(monkeypatch):
+    for name in secrets.NAMES:
+        monkeypatch.setenv(name, SECRET)
+    with secrets.passed([PASSWORD]) as (where, _):
+        assert json.loads(os.read(int(where[secrets.PIPE]), 1 << 16)) == {PASSWORD: SECRET}
 
 
 def test_one_that_is_set_later_comes_first(monkeypatch):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mgrpo.engine.cli.check.memory import Sampling, Training, sampling, training
+from mgrpo.engine.cli.check.memory import MIB, Sampling, Training, sampling, training
 from mgrpo.engine.cli.check.model_size import ModelSize
 from mgrpo.engine.cli.check.processes import Process
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.system.memory import machine_memory, resident
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 UNITS = {f"{letter}iB": 2 ** (10 * (i + 1)) for i, letter in enumerate("KMGT")}
 UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")}
 # On a CPU the heap at its peak is this many times as large as what it holds beside weights and moments, because pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -13,19 +14,22 @@ OUTWARD = (*SENDING, "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.
 UNSEEN = ("grpc", "pycurl", "uvloop")  # packages that connect without Python's sockets
 
 
+INSIDE = ContextVar("INSIDE", default=False)  # whether this thread or coroutine is in a block of `offline`
+
+
 class OfflineError(OSError):
     """Report that a connection or a program was refused."""
 
 
 class _Guard:
-    """Hold whether connections are refused, and whether one was."""
+    """Hold whose connections are refused, and whether one was. inside: the blocks that have not ended."""
 
     def __init__(self) -> None:
-        self.up = 0
+        self.inside: set[object] = set()
         self.refused = False
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.up or event not in OUTWARD:
+        if event not in OUTWARD or not (self.inside or INSIDE.get()):
             return
         if event in SENDING and not isinstance(args[1], tuple):
             return  # a socket of this machine's own, such as an event loop's
@@ -43,13 +47,24 @@ def _guard() -> _Guard:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Refuse connections to other machines, look-ups of names and new programs, in every thread."""
-    guard = _guard()
-    guard.up += 1
+    """Refuse connections to other machines, look-ups of names and new programs, in every thread.
+
+    Code that never leaves the block is refused them for good; all other threads only until `lift`.
+    """
+    guard, block = _guard(), object()
+    guard.inside.add(block)
+    before = INSIDE.get()
+    INSIDE.set(True)
     try:
         yield
     finally:
-        guard.up -= 1
+        INSIDE.set(before)  # no token: a coroutine that was left behind may end in another context
+        guard.inside.discard(block)
+
+
+def lift() -> None:
+    """Allow other threads everything again, also if the code of a block has not returned."""
+    _guard().inside.clear()
 
 
 def take_refused() -> bool:

@@ -271,6 +271,7 @@ class Rehearsal:
         while not ended.wait(POLL):
             if name := self.watch.overdue(self.patience):
                 self._hangs(name, stub)
+                offline.lift()
                 return []
         self.played += len(found)
         for agent, length in runner.lengths.items():

@@ -53,7 +53,7 @@ def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
         raise ValueError(f"{TOKEN} is not set: expected the token that trainers will send")
     command = api.arguments(model, transfer=transfer, seed=new_seed(), **options)
     inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}
-    with secrets.passed() as (where, pipe):
+    with secrets.passed([TOKEN]) as (where, pipe):
         for end in pipe:
             os.set_inheritable(end, True)
         os.execve(command[0], command, inherited | api.environment(transfer) | where)
@@ -100,4 +100,4 @@ def server_spec(
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     environment = api.environment(transfer) | visible | dict(settings or {})
     token()  # so that there is one before the first process starts
-    return ProcessSpec(name, command, lambda attempt: [environment], service=True)
+    return ProcessSpec(name, command, lambda attempt: [environment], service=True, secret_names=[TOKEN])

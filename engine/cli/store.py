@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mgrpo.engine.config.resume import check_unchanged, fingerprint
-from mgrpo.engine.config.schema import dump_config, load_config, read_dump
+from mgrpo.engine.config.schema import StoreConfig, dump_config, load_config, read_dump
 from mgrpo.engine.environment.loader import volatile_options
 from mgrpo.engine.run.directory import RunDirectory, RunPaths, root_of
 from mgrpo.engine.run.trajectories import below, last_files
@@ -70,7 +69,7 @@ def collect(target: str, run_dir: Path | None = None) -> str:
     be appending to one of the files, and for a file outside the run.
     """
     folder = run_dir or _run_dir(target)
-    root = _trajectories(target, folder)
+    root, lease = _trajectories(target, folder)
     fs, directory = file_system(root)
     if not fs.isdir(directory):
         raise ValueError(f"gc: {folder} given: expected a run directory with trajectories, in {root}")
@@ -79,7 +78,7 @@ def collect(target: str, run_dir: Path | None = None) -> str:
         with _stores(target) as stores:
             own = "://" not in target or sqlite_file(target) == run.store  # other databases may hold other runs
             mine = [store for store in stores if own or store.run == folder.name]
-            return "\n".join(_collect(store, root) for store in mine) or f"{target}: no run {folder.name!r}"
+            return "\n".join(_collect(store, root, lease) for store in mine) or f"{target}: no run {folder.name!r}"
     finally:
         run.close()
 
@@ -93,18 +92,20 @@ def _run_dir(target: str) -> Path:
     return file.parent
 
 
-def _trajectories(target: str, folder: Path) -> str:
-    """Return the folder of the trajectories, from the run's file or, for a URL, its copy in the run directory."""
+def _trajectories(target: str, folder: Path) -> tuple[str, float]:
+    """Return the folder of the trajectories and the lease, from the run's file or its copy in the run directory."""
     if "://" not in target:
-        return root_of(load_config(target), "trajectories")
+        config = load_config(target)
+        return root_of(config, "trajectories"), config.store.lease
     run = RunPaths(folder)
     if not run.config.exists():
-        return str(run.trajectories)
-    return root_of(read_dump(run.config.read_text()), "trajectories", folder)
+        return str(run.trajectories), StoreConfig().lease
+    config = read_dump(run.config.read_text())
+    return root_of(config, "trajectories", folder), config.store.lease
 
 
-def _collect(store: Store, root: str) -> str:
-    _check_idle(store)
+def _collect(store: Store, root: str, lease: float) -> str:
+    _check_idle(store, lease)
     silent = _silent_workers(store)
     kept = {file for writer, file in last_files(root).items() if writer.partition("-")[2] in silent}
     names = [name for name in store.audit.garbage() if name not in kept]
@@ -157,11 +158,8 @@ def _left(seconds: float) -> str:
     return f"for another {seconds:.0f} s" if seconds > 0 else f"lapsed {-seconds:.0f} s ago"
 
 
-def _check_idle(store: Store) -> None:
-    found = store.audit.status()
-    held: dict[str, dict[str, Any]] = {**found["roles"], **found["leases"]}
-    alive = [name for name, about in held.items() if about["seconds"] > 0]
-    if alive:
+def _check_idle(store: Store, lease: float) -> None:
+    if alive := store.audit.at_work(lease):
         raise ValueError(f"gc: run {store.run!r} is alive ({', '.join(alive)}): stop it first")
 
 

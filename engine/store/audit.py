@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import Database, Part, reads, writes
+from mgrpo.engine.store.database import Database, Part, at_work, reads, writes
 from mgrpo.engine.store.roles import Roles
 from mgrpo.engine.store.tables import (
     FORGOTTEN,
@@ -78,6 +78,11 @@ class Audit(Part):
             "roles": {role: {"holder": holder, "seconds": left} for role, holder, left in db.execute(held)},
             "leases": {worker: {"queries": count, "seconds": left} for worker, count, left in db.execute(workers)},
         }
+
+    @reads
+    def at_work(self, db: sa.Connection, lease: float) -> list[str]:
+        """Return the roles that are held and the workers that lease queries. lease: the seconds for which they are."""
+        return [name for _, name in db.execute(at_work(self.now, lease, self.run))]
 
     @reads
     def dump(self, db: sa.Connection, write: Callable[[str], object]) -> None:

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mgrpo.engine.store.failures import MOVED, code, is_conflict, is_hopeless, is_outage, reason
-from mgrpo.engine.store.tables import OLDEST, SCHEMA_VERSION, metadata, schema
+from mgrpo.engine.store.tables import OLDEST, SCHEMA_VERSION, metadata, queries, roles, schema
 from mgrpo.engine.system import secrets
 
 PASSWORD = "MGRPO_STORE_PASSWORD"
@@ -69,7 +69,7 @@ class Database:
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
         self.engine = _engine(parsed, password, tls)
-        self.now: sa.ColumnElement[float] = _clock(self.engine.dialect.name)
+        self.now: sa.ColumnElement[float] = clock(self.engine.dialect.name)
         self.insert: Any = {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name].insert
         if not migrating:
             self._open()
@@ -294,7 +294,7 @@ def _insert_arrays(table: sa.Table) -> postgresql.Insert:
     return postgresql.insert(table).from_select(table.c.keys(), sa.select(*rows.c)).on_conflict_do_nothing()
 
 
-def _clock(dialect: str) -> sa.ColumnElement[float]:
+def clock(dialect: str) -> sa.ColumnElement[float]:
     """Return an expression for the seconds since 1970 on the clock of the database."""
     if dialect == "sqlite":
         return sa.literal_column("(julianday('now') - 2440587.5) * 86400.0", sa.Double)
@@ -308,6 +308,22 @@ def lapsed(deadline: sa.Column[Any], now: sa.ColumnElement[float], lease: Any) -
     matters that the clock went back.
     """
     return sa.or_(deadline < now, deadline > now + 2 * lease + AHEAD)
+
+
+def at_work(now: sa.ColumnElement[float], lease: float, run: str | None = None) -> sa.Executable:
+    """Select run and name of each role that is held and of each worker that leases queries; run: only those of one.
+
+    lease: as in `lapsed`.
+    """
+
+    def found(table: sa.Table, name: sa.Column[Any], *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+        mine = () if run is None else (table.c.run == run,)
+        alive = sa.not_(lapsed(table.c.deadline, now, lease))
+        return sa.select(table.c.run, name.label("name")).where(*mine, *conditions, alive)
+
+    return sa.union(
+        found(roles, roles.c.role), found(queries, queries.c.worker, ~queries.c.sealed, queries.c.worker != "")
+    ).order_by("run", "name")
 
 
 def _reading(connection: sa.Connection) -> sa.Connection:

@@ -9,8 +9,8 @@ it is overdue and has at least two of them:
                         +------claim------------------> expired       sampled by weights that are too old
 
 Claims of a trainer have no deadline: its successor acks what its checkpoint contains and releases the rest. A trainer
-that goes back to an earlier checkpoint takes back the acks since (`undo`). Colocated
-runs open their queries themselves, lease none, and `reclaim` what a checkpoint lacks.
+that goes back to an earlier checkpoint takes back the acks since (`undo`). Colocated runs open their queries
+themselves, lease none, and `reclaim` what a checkpoint lacks.
 """
 
 from __future__ import annotations

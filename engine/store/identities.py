@@ -6,28 +6,31 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import Part, reads, writes
-from mgrpo.engine.store.tables import identities, metadata, queries, roles, runs
+from mgrpo.engine.store.database import Part, at_work, reads, writes
+from mgrpo.engine.store.tables import identities, metadata, queries, runs
 
 
 class Identities(Part):
     """Let a run take its name in the store, and compare its tasks."""
 
     @writes
-    def take(self, db: sa.Connection, id: str, place: str, *, known: bool = False, alone: bool = False) -> None:
+    def take(
+        self, db: sa.Connection, id: str, place: str, lease: float, *, known: bool = False, alone: bool = False
+    ) -> None:
         """Take the run's name for the run of this id, in the directory `place`. Idempotent.
 
         An earlier run of this directory, which was deleted since, gives its name up: its rows stay under its name and
-        id. known: the run has been here before. alone: only one directory at a time may be at work on it. Raises
-        ValueError if the name is that of another run, if a known run is not here, or if a copy of it is at work.
+        id. lease: the seconds for which the run's processes hold roles and queries. known: the run has been here
+        before. alone: only one directory at a time may be at work on it. Raises ValueError if the name is that of
+        another run, if a known run is not here, or if a copy of it is at work.
         """
         db.execute(sa.select(identities.c.run).where(self._of(identities)).with_for_update())
         found = self._found(db)
         if found is None:
             self._check_free(db, known)
         elif found.id != id:
-            self._retire(db, found, id, place)
-        elif alone and found.place not in ("", place) and self._at_work(db):
+            self._retire(db, found, id, place, lease)
+        elif alone and found.place not in ("", place) and self._at_work(db, lease):
             raise ValueError(
                 f"run_dir: {place} given: expected {found.place}, where the same run {id} is at work: was it copied?"
             )
@@ -72,10 +75,11 @@ class Identities(Part):
             if db.execute(sa.select(table.c.run).where(self._of(table)).limit(1)).first() is not None:
                 raise ValueError(f"store {self.database.name}: run {self.run!r} has no id: run `mgrpo migrate RUN`")
 
-    def _retire(self, db: sa.Connection, found: Any, id: str, place: str) -> None:
+    def _retire(self, db: sa.Connection, found: Any, id: str, place: str, lease: float) -> None:
         """Move the rows of the earlier run to its name and id, if it was in this directory and is over."""
-        if self._at_work(db) or found.place != place:
-            state = "is at work" if self._at_work(db) else "may go on"
+        busy = self._at_work(db, lease)
+        if busy or found.place != place:
+            state = "is at work" if busy else "may go on"
             raise ValueError(
                 f"store {self.database.name}: the name {self.run!r} is that of run {found.id} in {found.place}, which "
                 f"{state}: expected another last part of run_dir than that of {place} (run {id}), or another store.url"
@@ -84,8 +88,6 @@ class Identities(Part):
             if "run" in table.c:
                 db.execute(sa.update(table).where(self._of(table)).values(run=f"{self.run}-{found.id}"))
 
-    def _at_work(self, db: sa.Connection) -> bool:
+    def _at_work(self, db: sa.Connection, lease: float) -> bool:
         """Return whether any process holds a role or leases a query."""
-        leased = sa.and_(~queries.c.sealed, queries.c.worker != "", queries.c.deadline > self.now)
-        held = sa.exists().where(self._of(roles, roles.c.deadline > self.now))
-        return bool(db.scalar(sa.select(sa.or_(held, sa.exists().where(self._of(queries, leased))))))
+        return db.execute(at_work(self.now, lease, self.run)).first() is not None

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import CREATION, Database
+from mgrpo.engine.store.database import CREATION, Database, at_work, clock
 from mgrpo.engine.store.tables import OLDEST, SCHEMA_VERSION, UNKNOWN, identities, schema
-from mgrpo.engine.system.files import fsync, replacing
+from mgrpo.engine.system.files import open_private, replacing
+
+LEASE = 3600.0  # seconds; of all runs in the store, whose own leases are not known here but are hardly longer
 
 
 def migrate(database: Database, folder: Path) -> str:
@@ -60,15 +62,8 @@ def _version(db: sa.Connection) -> int:
 
 
 def _check_idle(db: sa.Connection) -> None:
-    held = db.execute(sa.text(f"SELECT run, role FROM roles WHERE deadline > {_now(db)}")).first()
-    leased = f"SELECT run, worker FROM queries WHERE NOT sealed AND worker <> '' AND deadline > {_now(db)}"
-    if held := held or db.execute(sa.text(leased)).first():
+    if held := db.execute(at_work(clock(db.dialect.name), LEASE)).first():
         raise ValueError(f"migrate: run {held[0]!r} in this store is at work ({held[1]}): stop it first")
-
-
-def _now(db: sa.Connection) -> str:
-    seconds = {"sqlite": "strftime('%s', 'now')", "postgresql": "extract(epoch FROM clock_timestamp())"}
-    return f"CAST({seconds[db.dialect.name]} AS DOUBLE PRECISION)"
 
 
 def _from_2(db: sa.Connection) -> None:
@@ -85,19 +80,23 @@ STEPS: dict[int, Callable[[sa.Connection], None]] = {OLDEST: _from_2}
 
 
 def _backup(database: Database, folder: Path, version: int) -> Path:
-    """Write a copy of a SQLite file, or every row of a server's tables as lines of JSON; keep an earlier backup."""
+    """Write a copy of a SQLite file, or every row of a server's tables as lines of JSON, for this user alone.
+
+    An earlier backup is replaced: its migration failed, and the run may have gone on since. Raises ValueError if
+    another process was faster, so that this may be a copy of what it made; then the earlier one stays.
+    """
     url = database.engine.url
     is_file = url.drivername == "sqlite"
     path = folder / f"store-schema-{version}.{'db' if is_file else 'jsonl.gz'}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path, writer=f"{os.getpid()}-", durable=False) as aside:
-            if is_file:
-                _copy(url.database or "", aside)
-            else:
-                database.transact(lambda db: _dump(db, aside), "read")
-            fsync(aside)
-        fsync(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path, writer=f"{os.getpid()}-") as aside:
+        os.close(open_private(aside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC))
+        if is_file:
+            _copy(url.database or "", aside)
+        else:
+            database.transact(lambda db: _dump(db, aside), "read")
+        if database.transact(_version, "read") != version:
+            raise ValueError(f"migrate: store {database.name} was migrated by another process meanwhile: call it again")
     return path
 
 

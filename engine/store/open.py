@@ -77,7 +77,8 @@ def identify(store: Store, config: Config, *, known: bool = False) -> None:
     Raises ValueError as `Identities.take` does.
     """
     alone = config.topology == "local" and bool(config.store.url)
-    store.identities.take(draw_identity(config.run_dir), config.run_dir, known=known, alone=alone)
+    run, lease = draw_identity(config.run_dir), config.store.lease
+    store.identities.take(run, config.run_dir, lease, known=known, alone=alone)
 
 
 def sqlite_url(file: Path) -> str:

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -129,13 +130,48 @@ def test_a_run_at_work_is_left_alone(made: Path):
     with closing(locked(RunPaths(run).lock)), pytest.raises(ValueError, match="is in use by process"):
         migrate(run)
     with closing(sqlite3.connect(run / "store.db")) as db:
-        db.execute("insert into roles values ('local', 'trainer:main', 'host', 9e9)")
+        db.execute("insert into roles values ('local', 'trainer:main', 'host', ?)", [time.time() + 600])
         db.commit()
     with pytest.raises(
         ValueError, match=r"migrate: run 'local' in this store is at work \(trainer:main\): stop it first"
     ):
         migrate(run)
     assert rows(run / "store.db", "select version from schema_version") == [(2,)]
+    with closing(sqlite3.connect(run / "store.db")) as db:
+        db.execute("update roles set deadline = ?", [time.time() + 1e6])  # the clock was ahead when the run died
+        db.commit()
+    assert "schema version 2 became 3" in migrate(run)
+
+
+def test_a_backup_is_of_what_was_there_at_the_last_attempt_and_for_this_user_alone(made: Path, monkeypatch):
+    run = made / "local"
+    monkeypatch.setitem(steps.STEPS, 2, lambda _: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        migrate(run)
+    monkeypatch.undo()
+    with closing(sqlite3.connect(run / "store.db")) as db:
+        db.execute("insert into roles values ('local', 'later', 'host', 0.0)")
+        db.commit()
+    migrate(run)
+    backup = run / "store-schema-2.db"
+    assert rows(backup, "select role from roles where role = 'later'") == [("later",)]
+    assert backup.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_backup_is_no_copy_of_what_a_faster_process_made(made: Path, monkeypatch):
+    run, copy = made / "local", steps._copy
+    (run / "store-schema-2.db").write_text("an earlier backup")
+
+    def late(source: str, aside: Path) -> None:
+        with closing(sqlite3.connect(source)) as db:
+            db.execute("update schema_version set version = 3")
+            db.commit()
+        copy(source, aside)
+
+    monkeypatch.setattr(steps, "_copy", late)
+    with pytest.raises(ValueError, match="was migrated by another process meanwhile: call it again"):
+        migrate(run)
+    assert (run / "store-schema-2.db").read_text() == "an earlier backup"
 
 
 def test_a_store_of_a_version_that_nobody_knows_is_refused(made: Path):

@@ -11,7 +11,7 @@ ONE, OTHER = "1" * 16, "2" * 16
 
 
 def begun(store: Store, id: str = ONE, place: str = "/runs/a") -> Store:
-    store.identities.take(id, place)
+    store.identities.take(id, place, 60)
     store.roles.begin_run(AGENTS, K, "print")
     return store
 
@@ -28,13 +28,13 @@ def test_a_name_is_taken_once_and_again_by_the_same_run_wherever_it_is(connect):
 def test_another_run_of_the_same_name_is_refused_alive_or_not(connect):
     store = begun(connect())
     with pytest.raises(ValueError, match=rf"the name 'run' is that of run {ONE} in /runs/a, which may go on: expected"):
-        store.identities.take(OTHER, "/runs/b")
+        store.identities.take(OTHER, "/runs/b", 60)
     store.roles.hold("trainer:main", "host", 60)
     for place in ("/runs/a", "/runs/b"):
         with pytest.raises(
             ValueError, match=rf"that of run {ONE} in /runs/a, which is at work: .* of {place} \(run {OTHER}\)"
         ):
-            store.identities.take(OTHER, place)
+            store.identities.take(OTHER, place, 60)
     assert store.identities.known() == (ONE, "/runs/a")
 
 
@@ -57,28 +57,37 @@ def test_a_run_begun_anew_in_its_directory_gets_the_name_and_the_old_rows_stay_b
 
 def test_a_copy_of_a_run_cannot_work_beside_it(connect):
     store = begun(connect())
-    store.identities.take(ONE, "/copy/a", alone=True)  # nothing is at work: it was moved
+    store.identities.take(ONE, "/copy/a", 60, alone=True)  # nothing is at work: it was moved
     store.roles.hold("trainer:main", "host", 60)
-    store.identities.take(ONE, "/copy/a", alone=True)
+    store.identities.take(ONE, "/copy/a", 60, alone=True)
     with pytest.raises(
         ValueError, match=f"run_dir: /runs/a given: expected /copy/a, where the same run {ONE} is at work"
     ):
-        store.identities.take(ONE, "/runs/a", alone=True)
+        store.identities.take(ONE, "/runs/a", 60, alone=True)
     store.roles.release("trainer:main", "host")
-    store.identities.take(ONE, "/runs/a", alone=True)
+    store.identities.take(ONE, "/runs/a", 60, alone=True)
+
+
+def test_a_run_that_died_while_the_clock_was_ahead_is_not_at_work(connect):
+    store = begun(connect())
+    store.roles.hold("trainer:main", "host", 1e6)
+    assert store.audit.at_work(1e6) == ["trainer:main"] and store.audit.at_work(60) == []
+    store.identities.take(ONE, "/copy/a", 60, alone=True)
+    store.identities.take(OTHER, "/copy/a", 60)
+    assert store.identities.known() == (OTHER, "/copy/a")
 
 
 def test_a_run_that_must_be_there_is_not_made_anew(connect):
     with pytest.raises(ValueError, match="no run 'run' in it, but checkpoints of it are in its directory"):
-        connect().identities.take(ONE, "/runs/a", known=True)
-    begun(connect()).identities.take(ONE, "/runs/a", known=True)
+        connect().identities.take(ONE, "/runs/a", 60, known=True)
+    begun(connect()).identities.take(ONE, "/runs/a", 60, known=True)
 
 
 def test_rows_without_an_id_are_nobodys(connect):
     store = connect()
     store.roles.begin_run(AGENTS, K, "print")
     with pytest.raises(ValueError, match="run 'run' has no id: run `mgrpo migrate RUN`"):
-        store.identities.take(ONE, "/runs/a")
+        store.identities.take(ONE, "/runs/a", 60)
 
 
 def test_the_first_process_notes_the_tasks_and_others_are_compared(connect):

@@ -9,16 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from mgrpo.engine.run.directory import RunPaths
-from mgrpo.engine.system.files import fsync, make_private
+from mgrpo.engine.system.files import fsync, make_private, open_private
+from mgrpo.engine.system.process import pause
 
 Content = TypeVar("Content", bound=msgspec.Struct)
 _WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what such a file system answers
+CLAIMED = 5.0  # seconds that an empty file may wait for its content
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -65,7 +68,8 @@ def write_once(path: Path, content: msgspec.Struct) -> None:
     make_private(path.parent)
     aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        aside.write_bytes(msgspec.json.encode(content))
+        with open(aside, "xb", opener=open_private) as file:
+            file.write(msgspec.json.encode(content))
         fsync(aside)
         _link(aside, path)
     finally:
@@ -81,12 +85,28 @@ def _link(aside: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _WITHOUT_LINKS:
             raise
-        if not path.exists():
-            aside.rename(path)
+        _rename(aside, path)
+
+
+def _rename(aside: Path, path: Path) -> None:
+    """Do as a link would: an empty file claims the name, which only one writer can make, and is then replaced."""
+    try:
+        os.close(open_private(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    try:
+        aside.rename(path)
+    except OSError:
+        path.unlink()
+        raise
 
 
 def _read(path: Path, kind: type[Content]) -> Content:
+    """Read what `write_once` wrote, or is about to write: an empty file is a claim."""
+    until = time.monotonic() + CLAIMED
+    while not (data := path.read_bytes()) and time.monotonic() < until:
+        pause(0.01)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
         raise ValueError(f"{path} is damaged: {error}: expected what the run wrote when it began") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,44 @@ def test_a_file_system_without_links_does_as_well(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "link", refused)
     assert draw_identity(tmp_path) == read_identity(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_first_of_two_wins_also_without_links(tmp_path: Path, monkeypatch):
+    seen, rename, path = list[bytes](), Path.rename, tmp_path / "run.json"
+
+    def late(aside: Path, target: Path) -> Path:
+        if not seen:
+            seen.append(b"")
+            identity.write_once(path, identity.Identity("0" * 16))  # by another, between a look and the rename
+            seen.append(path.read_bytes())
+        return rename(aside, target)
+
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    monkeypatch.setattr(Path, "rename", late)
+    drawn = draw_identity(tmp_path)
+    assert seen == [b"", b""] and read_identity(tmp_path) == drawn != "0" * 16
+
+
+def test_a_claim_is_waited_for_and_given_up_if_the_disk_is_full(tmp_path: Path, monkeypatch):
+    path = tmp_path / "run.json"
+    path.touch()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(draw_identity, tmp_path)
+        time.sleep(0.05)
+        path.with_name("aside").write_text('{"id": "ab"}')
+        path.with_name("aside").rename(path)
+        assert found.result() == "ab"
+    path.unlink()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        draw_identity(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_is_for_this_user_alone(tmp_path: Path):
+    draw_identity(tmp_path)
+    assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_damaged_id_is_named(tmp_path: Path):

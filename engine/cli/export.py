@@ -17,7 +17,7 @@ from mgrpo.engine.model.pretrained import DTYPES, write_pretrained
 from mgrpo.engine.model.sharding import Shards
 from mgrpo.engine.report import summary
 from mgrpo.engine.report.metrics import read_rows
-from mgrpo.engine.run.directory import RunDirectory, RunPaths, checkpoints_in
+from mgrpo.engine.run.directory import RunDirectory, RunPaths, checkpoints_in, stage_and_step
 
 CARD = """---
 library_name: transformers
@@ -103,7 +103,7 @@ def _write(config: Config, paths: RunPaths, agent: str, checkpoint: Path, out: P
 
 def _card(config: Config, paths: RunPaths, agent: str, checkpoint: Path, dtype: str, size: int, out: Path) -> str:
     """Return the text of the model card; the figure that it shows is drawn into `out`."""
-    stage, step = checkpoint.name.rsplit("-", 1)
+    stage, step = stage_and_step(checkpoint)
     figure = ""
     if read_rows(paths.path, config):
         shutil.copyfile(summary.draw(paths.path), out / "curves.png")
@@ -111,7 +111,7 @@ def _card(config: Config, paths: RunPaths, agent: str, checkpoint: Path, dtype: 
     return CARD.format(
         agent=agent,
         stage=stage,
-        step=int(step),
+        step=step,
         dtype=dtype,
         size=size,
         base=Path(config.agents[agent].model).name,

@@ -47,6 +47,15 @@ def check_unchanged(before: Config, now: Config, volatile: Callable[[], Collecti
     return [f"{key}: {new.get(key)!r} from here on, it was {old.get(key)!r}" for key in changed if key != "run_dir"]
 
 
+def check_steps(config: Config, stage: str, step: int) -> None:
+    """Check that a run has not taken more rl steps than it is to have now: its rows and evaluations would be lost.
+
+    stage, step: the step that comes next. Raises ValueError naming the key.
+    """
+    if stage == "rl" and step > config.steps:
+        raise ValueError(f"resume: steps: {config.steps} given: expected at least {step}, which the run has taken")
+
+
 def fingerprint(config: Config) -> str:
     """Return a hash of all keys that every process of a run must share: 16 bytes of blake2b in hex.
 

@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.checksums import seal, verify
-from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, plain, read_metrics
+from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, is_evaluation, plain, read_metrics
 from mgrpo.engine.run.tensorboard import Boards
 from mgrpo.engine.system.files import fsync, make_private, replace
 
@@ -138,10 +138,16 @@ class RunDirectory(RunPaths):
         self._boards.show(plain(row))  # first, because showing a number twice does no harm
         self._metrics.append(row)
 
-    def rewind_metrics(self, step: int, stage: str) -> None:
-        """Drop all rows from (stage, step) on, here and in TensorBoard, because that step is about to run again."""
-        cut = (STAGES.index(stage), step)
-        kept = [row for row in read_metrics(self.metrics) if (STAGES.index(row["stage"]), row["step"]) < cut]
+    def rewind_metrics(self, step: int, stage: str, keep_evaluation: bool = False) -> None:
+        """Drop all rows from (stage, step) on, here and in TensorBoard, because that step is about to run again.
+
+        keep_evaluation: keep the evaluation at (stage, step), which comes before the step, as it is not made again.
+        """
+        cut, kept = (STAGES.index(stage), step), []
+        for row in read_metrics(self.metrics):
+            place = (STAGES.index(row["stage"]), row["step"])
+            if place < cut or (keep_evaluation and place == cut and is_evaluation(row)):
+                kept.append(row)
         replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics.close()
         self._metrics = JsonLines(self.metrics)
@@ -233,6 +239,12 @@ class RunDirectory(RunPaths):
 def checkpoints_in(checkpoints: Path) -> list[Path]:
     """Return the checkpoints in a folder, by stage and step. A folder that is not there has none."""
     return sorted(_saved(checkpoints), key=lambda path: _order(path.name))
+
+
+def stage_and_step(checkpoint: Path) -> tuple[str, int]:
+    """Return the stage and the step that come next after a checkpoint, by its name."""
+    stage, step = _order(checkpoint.name)
+    return STAGES[stage], step
 
 
 def latest_of(checkpoints: Path, before: str = "") -> Path | None:

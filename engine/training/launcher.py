@@ -17,7 +17,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from mgrpo.engine.config.resume import check_unchanged, fingerprint
+from mgrpo.engine.config.resume import check_steps, check_unchanged, fingerprint
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
 from mgrpo.engine.environment.loader import volatile_options
 from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, transfer_kind
@@ -26,7 +26,7 @@ from mgrpo.engine.report.curves import draw_curves
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.follow import Watch
 from mgrpo.engine.report.metrics import read_rows
-from mgrpo.engine.run.directory import RunDirectory
+from mgrpo.engine.run.directory import RunDirectory, latest_of, stage_and_step
 from mgrpo.engine.store.open import begin, identify, open_store
 from mgrpo.engine.system.files import make_private
 from mgrpo.engine.system.process import RENDEZVOUS
@@ -63,6 +63,9 @@ def _begin(config: Config, run: RunDirectory) -> list[str]:
     if run.config.exists():
         volatile = partial(volatile_options, config.environment)
         changes = check_unchanged(read_dump(run.config.read_text()), config, volatile)
+        for name in config.agents:
+            if latest := latest_of(run.agent(name).checkpoints):
+                check_steps(config, *stage_and_step(latest))
     elif not saved:
         for rest in [*run.path.glob("store.db*"), run.identity, run.tasks]:  # of an attempt that failed before it began
             rest.unlink(missing_ok=True)

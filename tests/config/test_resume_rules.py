@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mgrpo.engine.config.resume import check_unchanged, fingerprint
+from mgrpo.engine.config.resume import check_steps, check_unchanged, fingerprint
 from mgrpo.engine.config.schema import Config
 from toy import toy_config
 
@@ -118,3 +118,10 @@ def agents_of(of: Config) -> dict[str, Any]:
         keys = ("model", "stop", "max_new_tokens", "max_turns", "max_context", "lr", "grad_clip")
         raw[name] = {key: getattr(agent, key) for key in keys}
     return raw
+
+
+def test_a_run_does_not_become_shorter_than_it_is() -> None:
+    check_steps(config(steps=3), "rl", 3)
+    check_steps(config(steps=3), "warmup", 4)
+    with pytest.raises(ValueError, match=r"^resume: steps: 3 given: expected at least 4"):
+        check_steps(config(steps=3), "rl", 4)

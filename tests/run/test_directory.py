@@ -163,6 +163,16 @@ def test_rows_come_back_and_rewinding_keeps_exactly_those_before(logged, data):
         run.close()
 
 
+def test_an_evaluation_that_is_not_made_again_is_kept(run, no_tensorboard):
+    evaluation = {"stage": "rl", "step": 3, "eval/held_out_accuracy": 0.5}
+    for row in ({"stage": "rl", "step": 2, "a": 1}, evaluation, {"stage": "rl", "step": 3, "a": 2}):
+        run.log_metrics(row)
+    run.rewind_metrics(3, "rl", keep_evaluation=True)
+    assert read_metrics(run.metrics) == [{"stage": "rl", "step": 2, "a": 1}, evaluation]
+    run.rewind_metrics(3, "rl")
+    assert read_metrics(run.metrics) == [{"stage": "rl", "step": 2, "a": 1}]
+
+
 class EmptyBoard:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         assert isinstance(tag, str) and isinstance(step, int) and (value == value)

@@ -18,7 +18,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ from mgrpo.engine.environment.limits import CLEANUP, TimeLimit
 from mgrpo.engine.environment.loop import run_loop
 from mgrpo.engine.inference.sampler import Completion, Sampler, Session
 from mgrpo.engine.model.pieces import for_pieces
+from mgrpo.engine.rollout.copies import as_recorded, copy_of
 from mgrpo.engine.types import (
     MAIN,
     Answer,
@@ -85,23 +86,6 @@ class Rollout:
     trajectories: list[Trajectory | None] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
-
-
-def _copy_of(episode: Episode) -> Episode:
-    """Return a copy of an episode with copies of its calls and turns; the task is the same object."""
-    main, *calls = (replace(call, turns=_copies(call)) for call in (episode.main, *episode.calls))
-    return Episode(main, calls)
-
-
-def _as_recorded(calls: Sequence[Call], kept: Episode) -> Episode:
-    """Return an episode of these very calls, by whose identity environments know them, as they were when copied."""
-    for call, copy in zip(calls, (kept.main, *kept.calls), strict=True):
-        vars(call).update(vars(copy) | {"turns": _copies(copy)})
-    return Episode(calls[0], list(calls[1:]))
-
-
-def _copies(call: Call) -> list[Turn]:
-    return [replace(turn) for turn in call.turns]
 
 
 class EpisodeRunner(ABC):
@@ -259,9 +243,9 @@ class EpisodeRunner(ABC):
         """Ask for the score of an episode. A judge may change the calls that it gets; what is recorded is a copy."""
         rollout.status = "unscored"
         calls = [rollout.episode.main, *rollout.episode.calls]
-        rollout.episode = kept = _copy_of(rollout.episode)
+        rollout.episode = kept = copy_of(rollout.episode)
         ask = self.code.ask_correct if rollout.job.evaluated else self.code.ask_score
-        rollout.score = await ask(lambda: _as_recorded(calls, kept), self.config.reward.timeout)
+        rollout.score = await ask(lambda: as_recorded(calls, kept), self.config.reward.timeout)
         rollout.status = "scored"
 
     async def _call(self, rollout: Rollout, index: int, call: Call) -> None:

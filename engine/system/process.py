@@ -83,12 +83,15 @@ def make_deterministic(seed: int, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def pause(seconds: float) -> None:
-    """Sleep. Raises Interrupted as soon as this process is asked to stop: what it waits for may not come back."""
+def pause(seconds: float, asked: Callable[[], bool] = lambda: _asked[0] > 0, who: str = "") -> None:
+    """Sleep. Raises Interrupted as soon as this process is asked to stop: what it waits for may not come back.
+
+    asked: returns whether it was. who: begins the error's message.
+    """
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        if _asked[0]:
-            raise Interrupted("stopped while it waited; --resume goes on from the last checkpoint")
+        if asked():
+            raise Interrupted(f"{who}stopped while it waited; --resume goes on from the last checkpoint")
         time.sleep(min(left, LISTEN))
 
 

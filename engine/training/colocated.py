@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mgrpo.engine.config.resume import check_unchanged
+from mgrpo.engine.config.resume import check_steps, check_unchanged
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
 from mgrpo.engine.environment.loader import load_environment, volatile_options
 from mgrpo.engine.policy.policy import Policy
@@ -35,18 +35,16 @@ from mgrpo.engine.rollout.demonstrations import Demonstrations, check_played, ch
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
 from mgrpo.engine.rollout.records import PLAYED, demonstrated, rollout_counts, write_rollouts
 from mgrpo.engine.rollout.watched import play
-from mgrpo.engine.run.directory import RunDirectory, root_of
+from mgrpo.engine.run.directory import RunDirectory, root_of, stage_and_step
 from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.store import Group
 from mgrpo.engine.store.open import identify, open_store
-from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic
+from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic, pause
 from mgrpo.engine.system.words import counted
 from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
 from mgrpo.engine.training.unscored import Unscored
 from mgrpo.engine.types import WeightsVersion
-
-POLL = 0.1  # seconds between two looks at whether the run is asked to stop
 
 
 def train(config: Config, resume: bool, display: Display) -> None:
@@ -55,6 +53,7 @@ def train(config: Config, resume: bool, display: Display) -> None:
     try:
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:  # without one the run starts afresh, and any config will do
+            check_steps(config, *stage_and_step(checkpoint))
             volatile = partial(volatile_options, config.environment)
             for change in check_unchanged(read_dump(run.config.read_text()), config, volatile):
                 display.say(f"resume: {change}")
@@ -87,7 +86,7 @@ class Colocated:
         tokenizers = {name: sampler.tokenizer for name, sampler in self.samplers.items()}
         self.demonstrations = Demonstrations(config, self.environment, tokenizers, judged=False)
         self.store = open_store(config)
-        identify(self.store, config)
+        identify(self.store, config, known=not anew)
         self._settle_tasks(anew)
         root = root_of(config, "trajectories")
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
@@ -182,14 +181,15 @@ class Colocated:
     def _wait_for_scores(self, step: int, rollouts: Sequence[Rollout]) -> None:
         reason = next(rollout.error for rollout in rollouts if rollout.error)
         what = f"step {step}: none of {len(rollouts)} rollouts was scored; the first error: {reason}"
-        until = time.monotonic() + (seconds := self.unscored.missed(what))
+        seconds = self.unscored.missed(what)
         self.display.say(f"{what}; sampled anew in {seconds:.1f} s")
         self.store.groups.reclaim(step)
-        while time.monotonic() < until:
-            if self.interrupted():
-                self._save("rl", step)
-                raise Interrupted(f"stopped after rl step {step} of {self.config.steps}; --resume goes on from here")
-            time.sleep(POLL)
+        try:
+            pause(seconds, self.interrupted)
+        except Interrupted:
+            self._save("rl", step)
+            message = f"stopped after rl step {step} of {self.config.steps}; --resume goes on from here"
+            raise Interrupted(message) from None
 
     def _play(self, step: int) -> list[Rollout]:
         """Sample K rollouts of each of the step's queries; write trajectories to files and the rest to the store."""
@@ -258,7 +258,7 @@ class Colocated:
             stage, step = restore(self.policies, self.rundir.open_checkpoint(checkpoint))
             self._update_samplers(step if stage == "rl" else 0)
         lost = self.store.groups.reclaim(step if stage == "rl" else 0)
-        self.rundir.rewind_metrics(step, stage)
+        self.rundir.rewind_metrics(step, stage, keep_evaluation=stage == "rl" and not eval_due(self.config, step))
         if checkpoint is not None:
             again = f"; {counted(lost, 'query', 'queries')} sampled since then, to be sampled again" if lost else ""
             self.display.say(f"resumed from {checkpoint.name}{again}")

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from mgrpo.engine.batch.advantages import weigh
+from mgrpo.engine.config.resume import check_steps
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.rollout.curriculum import digest_of, eval_due
 from mgrpo.engine.run.directory import RunDirectory, root_of
@@ -28,7 +29,7 @@ from mgrpo.engine.run.weights import Published, remove_old
 from mgrpo.engine.store import Claim, FencedError, Group, Publication
 from mgrpo.engine.store.open import begin, open_store
 from mgrpo.engine.system.heartbeat import Heartbeat
-from mgrpo.engine.system.process import Interrupted
+from mgrpo.engine.system.process import pause
 from mgrpo.engine.system.retry import Retry
 from mgrpo.engine.system.words import counted
 from mgrpo.engine.training.unscored import Unscored, first_error, has_score
@@ -123,7 +124,12 @@ class Leader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.executor.shutdown()  # it may be deleting weights, which are a successor's once the role is free
         self.heartbeat.stop()
+        try:
+            self.rundir.waiting.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("what agent %s waited for is shown until it goes on: %s", self.name, error)
         try:
             self.store.roles.release(self.role, self.holder)
         except OSError as error:
@@ -158,11 +164,7 @@ class Leader:
 
     def _wait(self, seconds: float) -> None:
         """Sleep. Raises Interrupted as soon as the trainer is asked to stop: what it waits for may not come back."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if self.interrupted():
-                raise Interrupted(f"agent {self.name}: stopped while it waited; --resume goes on from its checkpoint")
-            time.sleep(min(left, LOOK))
+        pause(seconds, self.interrupted, f"agent {self.name}: ")
 
     # ---- resuming and saving
 
@@ -178,8 +180,11 @@ class Leader:
     def resume(self, saved: CheckpointInfo) -> None:
         """Take the store and the metrics back to the checkpoint, also if later ones have been removed.
 
-        Raises ValueError if the store has acked other groups than the checkpoint was trained on.
+        Raises ValueError if the run has taken more steps than it is to have now, or if the store has acked other groups
+        than the checkpoint was trained on.
         """
+        check_steps(self.config, saved.stage, saved.step)
+        self._show_wait("")  # a killed predecessor may have left it
         self.groups, self.saved = saved.groups, (saved.stage, saved.step)
         self.unscored = Unscored(saved.groups > 0)
         published = saved.step if saved.stage == "rl" else -1
@@ -299,7 +304,7 @@ class Leader:
         if reason:
             self.patiently(self.rundir.waiting.write_text, f"{reason}\n")
         else:
-            self.rundir.waiting.unlink(missing_ok=True)
+            self.patiently(self.rundir.waiting.unlink, missing_ok=True)
 
     def _without_advantage(self, groups: list[Group]) -> set[int]:
         """Return the queries of those groups whose rewards are all alike."""

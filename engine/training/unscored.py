@@ -16,7 +16,7 @@ class Unscored:
     """Count the steps in a row of which no rollout was scored: such a step is none, and is sampled anew.
 
     ever: whether a step of this run had a score before. If none had, the run ends after FIRST_TRIES tries, otherwise
-    after `retry.PATIENCE` seconds.
+    after as many at least, and `retry.PATIENCE` seconds: one try may take longer than that.
     """
 
     def __init__(self, ever: bool) -> None:
@@ -39,7 +39,8 @@ class Unscored:
         """
         self.since = self.since or time.monotonic()
         self.tries += 1
-        if (time.monotonic() - self.since > retry.PATIENCE) if self.ever else self.tries >= FIRST_TRIES:
+        late = time.monotonic() - self.since > retry.PATIENCE
+        if self.tries >= FIRST_TRIES and (late or not self.ever):
             tries = counted(self.tries, "try", "tries")
             raise ValueError(f"{what}: given up after {tries}: expected an environment that scores")
         return next(self._pauses)

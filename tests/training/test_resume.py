@@ -394,7 +394,6 @@ def resume(lab: Lab, run: Path, change: Callable[[dict[str, Any]], Any]) -> None
         ("algorithm.rollouts", 4, 8),
         ("warmup.steps", 16, 17),
         ("reward.main_correct", 0.9, 1.0),
-        ("agents.clerk.lr", 3e-3, 1e-3),
         ("agents.main.model", "*", "/other/model"),
         ("environment.options.size", None, 3),
     ],
@@ -424,6 +423,15 @@ def test_a_run_is_not_resumed_with_its_agents_in_another_order(lab, whole):
     run = lab.copy(whole, "order")
     with pytest.raises(ValueError, match=r"resume: agents: .*'clerk', 'main'.* given: expected .*'main', 'clerk'"):
         resume(lab, run, lambda raw: raw.update(agents=dict(reversed(raw["agents"].items()))))
+
+
+def test_a_run_that_lost_its_store_is_not_resumed_with_an_empty_one(lab, whole):
+    run = lab.copy(whole, "lost")
+    for file in run.glob("store.db*"):
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no run 'colocated' in it, but checkpoints of it are in its directory"):
+            resume(lab, run, lambda raw: None)
 
 
 def test_a_run_with_more_steps_goes_on_from_its_end(lab, begun, whole):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.run.directory import checkpoints_in
+from mgrpo.engine.run.directory import RunDirectory, checkpoints_in
 from mgrpo.engine.store import FencedError, Group, RolloutRecord
 from mgrpo.engine.system import retry
 from mgrpo.engine.system.process import Interrupted
@@ -62,6 +62,16 @@ def test_a_run_that_had_scores_waits_for_them_as_long_as_for_anything_else(monke
     assert unscored.missed("step 6: why") == 0.02
 
 
+def test_steps_that_take_long_are_tried_as_often_as_in_a_run_that_never_had_a_score(monkeypatch):
+    monkeypatch.setattr(retry, "PATIENCE", 0.0)
+    unscored = Unscored(True)
+    for _ in range(FIRST_TRIES - 1):
+        unscored.missed("step 5: why")
+        time.sleep(0.001)
+    with pytest.raises(ValueError, match=f"given up after {FIRST_TRIES} tries"):
+        unscored.missed("step 5: why")
+
+
 # ---- a trainer
 
 
@@ -100,6 +110,37 @@ def test_groups_without_scores_make_no_step_and_others_are_waited_for_with_the_r
     found = until(lambda: (groups := leader.next_groups(0)).groups and groups)
     assert [g.query for g in found.groups] == [2, 3] and found.expired == 2
     assert not leader.rundir.waiting.exists() and len(discarded) == 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_trainer_waits_for_is_not_told_once_it_has_ended(config: Config, monkeypatch, killed: bool):
+    with Leader(config, "main", lambda: False) as leader:
+        waiting = leader.rundir.waiting
+        leader._show_wait("no scores")
+        assert waiting.exists()
+    assert not waiting.exists()
+    if killed:
+        waiting.write_text("no scores")
+        monkeypatch.setattr(module, "RunDirectory", Unready)
+        with Leader(config, "main", lambda: False) as leader:
+            leader.resume(CheckpointInfo())
+            assert not waiting.exists()
+
+
+class Unready(RunDirectory):
+    """A run directory whose disk fails once when a file is deleted."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        waiting, failures = self.waiting, [OSError(errno.EIO, "Input/output error")]
+
+        class Waiting(type(waiting)):  # type: ignore[misc]
+            def unlink(self, missing_ok: bool = False) -> None:
+                if failures:
+                    raise failures.pop()
+                super().unlink(missing_ok)
+
+        self.waiting = Waiting(waiting)
 
 
 def test_a_trainer_that_never_sees_a_score_ends_in_an_error(leader: Leader):
@@ -161,6 +202,20 @@ def test_a_trainer_that_was_succeeded_deletes_no_weights_and_replaces_no_checkpo
             acts()
     assert len(removed) == 1 and before == ["rl-00001"]
     assert [path.name for path in leader.rundir.checkpoints.iterdir()] == before
+
+
+def test_weights_are_deleted_before_the_role_is_given_back(config: Config, monkeypatch):
+    held: list[str] = []
+    with Leader(config, "main", lambda: False) as leader:
+
+        def slow(*_: Any) -> None:
+            time.sleep(0.3)
+            held.extend(leader.store.audit.at_work(9.0))
+
+        monkeypatch.setattr(module, "remove_old", slow)
+        for _ in range(2):  # one that goes on at the end, and one that has yet to begin
+            leader.executor.submit(leader._prune, [])
+    assert held == ["trainer:main"] * 2
 
 
 def write(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,15 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_resident() -> int:
+    """Return the most bytes of memory that this program has had.
+
+    Unlike `ru_maxrss`, which a new program begins with from the process that it replaces, and so from its parent.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def _control_groups() -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of each control group around this process that has a limit; version 2, then 1."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -9,7 +9,6 @@ them are gone.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,6 +39,7 @@ from mgrpo.engine.run.metrics import Row
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.store import Group
 from mgrpo.engine.store.open import identify, open_store
+from mgrpo.engine.system.memory import peak_resident
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic, pause
 from mgrpo.engine.system.words import counted
 from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
@@ -229,7 +229,7 @@ class Colocated:
 
     def _log(self, stage: str, step: int, row: Row, started: float) -> None:
         row["time/step"] = time.monotonic() - started
-        row["perf/peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row["perf/peak_memory_gib"] = peak_resident() / 2**30
         self.rundir.log_metrics({"stage": stage, "step": step, **row})
         self.display.row({"stage": stage, "step": step, **row})
 

@@ -8,7 +8,6 @@ be reached or the disk is full, the leader tries again, until it is asked to sto
 from __future__ import annotations
 
 import logging
-import resource
 import secrets
 import socket
 import time
@@ -29,6 +28,7 @@ from mgrpo.engine.run.weights import Published, remove_old
 from mgrpo.engine.store import Claim, FencedError, Group, Publication
 from mgrpo.engine.store.open import begin, open_store
 from mgrpo.engine.system.heartbeat import Heartbeat
+from mgrpo.engine.system.memory import peak_resident
 from mgrpo.engine.system.process import pause
 from mgrpo.engine.system.retry import Retry
 from mgrpo.engine.system.words import counted
@@ -374,7 +374,7 @@ class Leader:
     def log(self, stage: str, step: int, row: dict[str, float], started: float) -> None:
         """Append a row of metrics, with the seconds since `started` and the peak memory of this process."""
         row["time/step"] = time.monotonic() - started
-        row["perf/peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row["perf/peak_memory_gib"] = peak_resident() / 2**30
         self.patiently(self.rundir.log_metrics, {"stage": stage, "step": step, **row})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 STEP = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import numpy as np
 from mgrpo.engine.batch.micro_batches import pack_calls
@@ -20,7 +20,7 @@ from mgrpo.engine.cli.check.fitting import HEAP
 from mgrpo.engine.cli.check.model_size import measure
 from mgrpo.engine.config.schema import parse_config
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.system.memory import resident
+from mgrpo.engine.system.memory import peak_resident, resident
 from mgrpo.engine.system.process import keep_memory
 from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
@@ -42,7 +42,7 @@ made = [Trajectory(row, sampled, np.zeros(length + 1, np.float32), 0) for row in
 batches = pack_calls(made, np.ones(number), np.full(number, 1 / (number * length)), tokens)
 for _ in range(2):
     policy.step(batches, Objective(sampler_cap=None))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_resident()
 print(json.dumps({"predicted": int(before + found.held + HEAP * found.passing), "peak": peak, "before": before}))
 """
 MAKE = """

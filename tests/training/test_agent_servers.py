@@ -14,6 +14,7 @@ from mgrpo.engine.config.schema import VLLMConfig
 from mgrpo.engine.inference.vllm import endpoints
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, find, transfer_kind
+from mgrpo.engine.run.weights import Published
 from mgrpo.engine.store import Group
 from mgrpo.engine.training import decoupled as agent_module
 from mgrpo.engine.training.decoupled import AgentProcess
@@ -21,6 +22,7 @@ from mgrpo.engine.training.leader import StepGroups
 from mgrpo.engine.types import WeightsVersion
 from toy import make_model, toy_config
 
+FILE = Published("main/v0.safetensors", "", 0)
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
 
@@ -73,16 +75,20 @@ class NoGroups:
 def test_weights_go_to_the_servers_when_they_moved_and_only_then(process: AgentProcess):
     transfer: Any = process.servers.transfer  # type: ignore[union-attr]
     assert (transfer.urls, transfer.token, transfer.kind) == (URLS, "secret", "tcp")
+    process.published = 0, FILE
     process._push(0)
     process._push(1)  # no optimizer step was made
-    process.policy.version += 1
-    process._push(2)
-    assert transfer.updates == [WeightsVersion(0, 0), WeightsVersion(1, 2)]
+    process.policy.version = 1
+    process._push(2)  # one was made, and moved nothing: the same version was published again
+    process.published = 1, FILE
+    process._push(3)
+    assert transfer.updates == [WeightsVersion(0, 0), WeightsVersion(1, 3)]
     assert transfer.names == [name for name, _ in process.policy.full_weights()] == list(transfer.manifest)
 
 
 def test_a_server_that_came_back_gets_the_weights_while_the_trainer_waits_for_groups(process: AgentProcess):
     transfer: Any = process.servers.transfer  # type: ignore[union-attr]
+    process.published = 0, FILE
     process._push(5)
     transfer.away = [URLS[1]]
     assert process._wait_for_groups(6).groups

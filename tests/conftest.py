@@ -59,9 +59,10 @@ settings.load_profile("mgrpo")
 
 
 @pytest.fixture(autouse=True)
-def secrets_of_one_test(monkeypatch):
-    """Let a test know only the secrets that it sets itself."""
-    if module := sys.modules.get("mgrpo.engine.system.secrets"):
+def secrets_of_one_test(monkeypatch, request):
+    """Let a test know only the secrets that it sets itself; those with real servers share the servers' token."""
+    module = sys.modules.get("mgrpo.engine.system.secrets")
+    if module and not request.node.get_closest_marker("vllm"):
         monkeypatch.setattr(module, "_taken", {})
 
 

@@ -24,6 +24,7 @@ from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.server import free_ports, server_spec, token, url
 from mgrpo.engine.inference.vllm.weight_transfer import Transfer
 from mgrpo.engine.policy.policy import Policy
+from mgrpo.engine.system import secrets
 from mgrpo.engine.types import WeightsVersion
 
 CONTEXT = 256
@@ -49,10 +50,15 @@ class RunningServer:
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, **self.task.environments(0)[0]}
-        with self.log.open("ab") as out:
+        inherited = {**os.environ, **self.task.environments(0)[0]}
+        with self.log.open("ab") as out, secrets.passed(self.task.secret_names) as (where, pipe):
             self.process = subprocess.Popen(
-                self.task.command, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0
+                self.task.command,
+                env=inherited | where,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                pass_fds=pipe,
             )
 
     def wait(self) -> None:

@@ -143,7 +143,7 @@ def sabotage(plan: Plan, who: str) -> None:
     if who in plan.twice:
         record = queries.Queries.record
         after(queries.Queries, "record", lambda _, *args: record(*args))
-    for owner, name in ((queries.Queries, "extend"), (roles.Roles, "keep")):
+    for owner, name in ((queries.Queries, "extend"), (roles.Roles, "keep"), (roles.Roles, "hold")):
         setattr(owner, name, guarded(getattr(owner, name)))
     store = (groups.Groups, queries.Queries, roles.Roles)
     classes = (leader.Leader, policy.Policy, run.RunDirectory, in_process.InProcessSampler, *store, worker.Worker)

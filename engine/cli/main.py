@@ -97,12 +97,15 @@ def agent(file: File, name: Annotated[str, typer.Option()], overrides: Overrides
     config = _decoupled(file, overrides)
     if name not in config.agents:
         raise ValueError(f"--name: {name!r} given: expected one of the agents {list(config.agents)}")
-    from mgrpo.engine.system.process import Interrupted
+    from mgrpo.engine.system.process import FINAL, FinalError, Interrupted
     from mgrpo.engine.training.decoupled import run_agent
 
     try:
         with _no_exit():
             run_agent(config, name)
+    except FinalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(FINAL) from None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None

@@ -50,7 +50,7 @@ class UserCode:
     async def ask(self, function: Callable[..., Any], *args: Any, patience: float | None = None) -> Any:
         """Call the user's code, plain or async, and return its result. No other place catches all its exceptions."""
         limit = CURRENT.get()
-        with limit.counting() if limit else nullcontext():
+        with limit.counting(name_of(function)) if limit else nullcontext():
             result = await self._begin(function, args, patience)
             try:
                 if not inspect.isawaitable(result):

@@ -19,13 +19,15 @@ class TimeLimit:
 
     Coroutines of the user that catch the cancellation and go on are left behind CLEANUP seconds later (`driven`).
 
-    of_code: count only the time in which some code of the user runs (`counting`), not that of sampling.
+    of_code: count only the time in which some code of the user runs (`counting`), not that of sampling. during: names
+    of the user's functions that ran when the time was over.
     """
 
     def __init__(self, seconds: float, of_code: bool = False) -> None:
         self.left, self.of_code = seconds, of_code
         self._overdue = False
-        self._running = 0  # pieces of the user's code that run now
+        self.during: list[str] = []
+        self._running: list[str] = []  # the user's functions that run now
         self._cancelled = 0
         self._began = 0.0
         self._alarm: asyncio.TimerHandle | None = None
@@ -48,16 +50,16 @@ class TimeLimit:
             raise TimeoutError from error
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count the time in which the block runs."""
-        self._running += 1
-        if self.of_code and self._running == 1 and not self._cancelled:
+    def counting(self, name: str) -> Iterator[None]:
+        """Count the time in which the block runs. name: of the user's function that it runs."""
+        self._running.append(name)
+        if self.of_code and len(self._running) == 1 and not self._cancelled:
             self._start()
         try:
             yield
         finally:
-            self._running -= 1
-            if self.of_code and self._running == 0 and not self._cancelled:
+            self._running.remove(name)
+            if self.of_code and not self._running and not self._cancelled:
                 self._stop()
 
     @property
@@ -86,6 +88,7 @@ class TimeLimit:
 
     def _cancel(self) -> None:
         self._overdue |= self._cancelled > 0
+        self.during = self.during or sorted(set(self._running))
         self._cancelled += 1
         self.task.cancel()
         self._alarm = self.loop.call_later(CLEANUP, self._cancel)

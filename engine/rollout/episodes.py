@@ -229,7 +229,8 @@ class EpisodeRunner(ABC):
             rollout.error = str(error)
             self._log_once(job, error)
         except TimeoutError:
-            rollout.error = f"no end within {self.timeout:g} s"
+            during = f", during {' and '.join(limit.during)}" if limit.during else ""
+            rollout.error = f"no end within sampling.timeout = {self.timeout:g} s{during}"
         except asyncio.CancelledError:
             if self.ending:
                 raise

@@ -23,6 +23,7 @@ LIFELINE = "MGRPO_LIFELINE"  # the read end of a pipe that only the launcher can
 RENDEZVOUS = "MGRPO_RENDEZVOUS"  # file://…, where the ranks of one machine meet; torchrun uses other variables
 LISTEN = 0.1  # seconds between two looks at whether the process was asked to stop
 START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a process that wants to be started again, though it did not fail
+FINAL = 78  # exit status (EX_CONFIG) of a process that would fail again, however often it was started
 AGAIN = 1.0  # seconds within which repeated signals count as one (a batch system signals every process)
 
 
@@ -31,6 +32,10 @@ _asked = [0]  # how often this process was asked to stop, while `asked_to_end` c
 
 class Interrupted(Exception):
     """Report that the process was asked to stop, and that it has finished and saved what it was doing."""
+
+
+class FinalError(ValueError):
+    """Report a mistake of the user's that no new process could get over."""
 
 
 class StopNow(KeyboardInterrupt):

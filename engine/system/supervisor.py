@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mgrpo.engine.system import secrets
 from mgrpo.engine.system.files import open_private
-from mgrpo.engine.system.process import AGAIN, LIFELINE, START_AGAIN, Interrupted, asked_to_end
+from mgrpo.engine.system.process import AGAIN, FINAL, LIFELINE, START_AGAIN, Interrupted, asked_to_end
 
 POLL = 0.1  # seconds between polls of the processes
 GRACE = 600.0  # seconds that a process has to finish its step and save after it was asked to
@@ -43,7 +43,8 @@ class ProcessSpec:
     process that ends with status 0 before that, because other code ended it, has failed. secret_names: the
     secrets that it gets.
 
-    A process that ends with status START_AGAIN is started again at once, and that does not count as a failure.
+    A process that ends with status START_AGAIN is started again at once, and that does not count as a failure. After
+    one that ends with status FINAL, none is started again.
     """
 
     name: str
@@ -199,10 +200,10 @@ class Supervisor:
             self.say(": ".join([f"{failed.log.stem} is started again, as it asked", *last]))
             return
         how = f"{failed.log.stem} {_how(failed.process.returncode)}"
-        if task.failures > self.restarts:
-            raise ChildProcessError(
-                f"{how}, restarts: {self.restarts}; the end of {failed.log}:\n{failed.last_lines()}"
-            )
+        final = failed.process.returncode == FINAL
+        if final or task.failures > self.restarts:
+            restarts = task.failures - 1 if final else self.restarts
+            raise ChildProcessError(f"{how}, restarts: {restarts}; the end of {failed.log}:\n{failed.last_lines()}")
         delay = min(2.0 ** (task.failures - 1), LONGEST_DELAY)
         task.due = time.monotonic() + delay
         self.say(": ".join([f"{how}, starts again in {delay:.0f} s ({task.failures} of {self.restarts})", *last]))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from mgrpo.engine.store import Group
 from mgrpo.engine.system import retry
+from mgrpo.engine.system.process import FinalError
 from mgrpo.engine.system.words import counted
 
 FIRST_TRIES = 3  # steps sampled without any score before a run that never had one ends: its environment is at fault
@@ -33,16 +34,17 @@ class Unscored:
         self._begin()
 
     def missed(self, what: str) -> float:
-        """Note that a step had no score; return the seconds to wait before the next try. Raises ValueError at the end.
+        """Note that a step had no score; return the seconds to wait before the next try.
 
-        what: which step and why, for the error.
+        what: which step and why, for the error. Raises ValueError at the end, FinalError if no step ever had a score.
         """
         self.since = self.since or time.monotonic()
         self.tries += 1
         late = time.monotonic() - self.since > retry.PATIENCE
         if self.tries >= FIRST_TRIES and (late or not self.ever):
             tries = counted(self.tries, "try", "tries")
-            raise ValueError(f"{what}: given up after {tries}: expected an environment that scores")
+            kind = ValueError if self.ever else FinalError
+            raise kind(f"{what}: given up after {tries}: expected an environment that scores")
         return next(self._pauses)
 
 

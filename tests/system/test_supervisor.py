@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.engine.system import supervisor
-from mgrpo.engine.system.process import AGAIN, START_AGAIN, Interrupted
+from mgrpo.engine.system.process import AGAIN, FINAL, START_AGAIN, Interrupted
 from mgrpo.engine.system.supervisor import ProcessSpec, Supervisor
 
 MARK = "MGRPO_TEST_MARK"
@@ -139,6 +139,22 @@ def test_a_process_that_asks_to_be_started_again_has_not_failed(tmp_path: Path):
     supervisor.run()
     assert told == ["worker is started again, as it asked: error: stuck"] * 3
     assert supervisor.states() == {"worker": "done, restarts: 3"}
+
+
+def test_a_process_that_would_fail_again_is_not_started_again(tmp_path: Path):
+    gives_up = python(
+        f"""
+        import os, sys
+        open(sys.argv[1], "a").write("x")
+        print("error: no score", flush=True)
+        os._exit({FINAL} if os.path.getsize(sys.argv[1]) > 1 else 1)
+        """,
+        tmp_path / "starts",
+    )
+    supervisor, told = supervised(tmp_path, ProcessSpec("trainer", gives_up), restarts=5)
+    with pytest.raises(ChildProcessError, match=r"trainer ended with exit status 78, restarts: 1; (?s:.*)no score"):
+        supervisor.run()
+    assert len(told) == 1 and (tmp_path / "starts").read_text() == "xx"
 
 
 # serves until SIGTERM; says which signals came, and whether what asked it was still there

@@ -14,7 +14,7 @@ from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.directory import RunDirectory, checkpoints_in
 from mgrpo.engine.store import FencedError, Group, RolloutRecord
 from mgrpo.engine.system import retry
-from mgrpo.engine.system.process import Interrupted
+from mgrpo.engine.system.process import FinalError, Interrupted
 from mgrpo.engine.training import leader as module
 from mgrpo.engine.training.leader import CheckpointInfo, Leader
 from mgrpo.engine.training.unscored import FIRST_TRIES, Unscored
@@ -45,7 +45,7 @@ def test_a_run_that_never_had_a_score_ends_after_few_tries():
     unscored = Unscored(False)
     assert [unscored.missed("step 0: why") for _ in range(FIRST_TRIES - 1)] == [0.02] * (FIRST_TRIES - 1)
     with pytest.raises(
-        ValueError, match=f"step 0: why: given up after {FIRST_TRIES} tries: expected an environment that"
+        FinalError, match=f"step 0: why: given up after {FIRST_TRIES} tries: expected an environment that"
     ):
         unscored.missed("step 0: why")
 
@@ -54,10 +54,10 @@ def test_a_run_that_had_scores_waits_for_them_as_long_as_for_anything_else(monke
     monkeypatch.setattr(retry, "PATIENCE", 0.05)
     unscored = Unscored(False)
     unscored.scored()
-    with pytest.raises(ValueError, match="given up after"):
+    with pytest.raises(ValueError, match="given up after") as raised:
         while True:
             time.sleep(unscored.missed("step 5: why"))
-    assert unscored.tries > 2
+    assert unscored.tries > 2 and not isinstance(raised.value, FinalError)
     unscored.scored()
     assert unscored.missed("step 6: why") == 0.02
 
@@ -145,7 +145,7 @@ class Unready(RunDirectory):
 
 def test_a_trainer_that_never_sees_a_score_ends_in_an_error(leader: Leader):
     serve(leader, *([group(2 * i, *NONE), group(2 * i + 1, *NONE)] for i in range(9)))
-    with pytest.raises(ValueError, match=r"step 0: none of 4 rollouts was scored; .*: given up after 3 tries"):
+    with pytest.raises(FinalError, match=r"step 0: none of 4 rollouts was scored; .*: given up after 3 tries"):
         until(lambda: leader.next_groups(0).groups)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mgrpo.engine.environment.calls import from_outside
 from mgrpo.engine.environment.limits import CLEANUP
+from mgrpo.engine.environment.loop_watch import LoopWatch
 from mgrpo.engine.environment.threads import DaemonExecutor
 
 STOPPED = "Event loop stopped before Future completed."  # by somebody else's loop.stop()
@@ -16,8 +17,8 @@ STOPPED = "Event loop stopped before Future completed."  # by somebody else's lo
 log = logging.getLogger(__name__)
 
 
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine in an event loop of its own.
+def run_loop(main: Coroutine[Any, Any, None], watch: LoopWatch) -> None:
+    """Run a coroutine in an event loop of its own. watch: is to see the user's code that runs after the coroutine.
 
     Unlike asyncio.run, it is not ended by a task of the user's code that raises SystemExit, and it waits for no task
     and no thread that does not end: tasks have CLEANUP seconds.
@@ -31,9 +32,10 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
             _run_until(loop, task)
         task.result()
     finally:
-        _end(loop, {task})
-        _end(loop, asyncio.all_tasks(loop))
-        _end(loop, [loop.create_task(loop.shutdown_asyncgens())], cancel=False)
+        with watch.watching():
+            _end(loop, {task})
+            _end(loop, asyncio.all_tasks(loop))
+            _end(loop, [loop.create_task(loop.shutdown_asyncgens())], cancel=False)
         asyncio.set_event_loop(None)
         loop.close()
 

@@ -131,7 +131,7 @@ class EpisodeRunner(ABC):
         either raises, all episodes are cancelled and the error is passed on. Raises ValueError at the end if the
         prompts of several tasks, and all so far, had no room for an answer.
         """
-        run_loop(self._stream(more, ended))
+        run_loop(self._stream(more, ended), self.code.watch)
 
     # ---- what a subclass says about an agent's turns
 
@@ -193,7 +193,8 @@ class EpisodeRunner(ABC):
             for task in running:
                 task.cancel()
             if running:
-                ended, running = await asyncio.wait(running, timeout=CLEANUP)
+                with self.code.watch.watching():
+                    ended, running = await asyncio.wait(running, timeout=CLEANUP)
                 for task in ended:
                     if not task.cancelled():
                         task.exception()  # known, or of no interest any more

@@ -18,6 +18,7 @@ from mgrpo.engine.environment.base import Environment, ToolError
 from mgrpo.engine.environment.calls import UserCode, UserCodeError
 from mgrpo.engine.environment.limits import TimeLimit
 from mgrpo.engine.environment.loop import run_loop
+from mgrpo.engine.environment.loop_watch import LoopWatch
 from mgrpo.engine.environment.threads import StuckError
 from mgrpo.engine.system.process import StopNow
 from mgrpo.engine.types import Call, CallScore, Episode, Score, Task, ToolCall
@@ -51,7 +52,7 @@ def run(work: Any) -> Any:
     async def main() -> None:
         out.append(await work)
 
-    in_time(lambda: run_loop(main())).result()
+    in_time(lambda: run_loop(main(), LoopWatch())).result()
     return out[0]
 
 
@@ -411,7 +412,7 @@ def test_a_task_of_the_users_code_that_exits_ends_only_itself(caplog):
 
     ended: list[bool] = []
     with caplog.at_level(logging.ERROR):
-        in_time(lambda: run_loop(main())).result()
+        in_time(lambda: run_loop(main(), LoopWatch())).result()
     assert ended == [True] and "a task of its own raised SystemExit" in caplog.text
 
 
@@ -422,7 +423,7 @@ def test_a_loop_that_the_users_code_stops_goes_on():
         ended.append(True)
 
     ended: list[bool] = []
-    in_time(lambda: run_loop(main())).result()
+    in_time(lambda: run_loop(main(), LoopWatch())).result()
     assert ended == [True]
 
 
@@ -435,7 +436,7 @@ def test_neither_threads_nor_tasks_that_do_not_end_hold_up_the_loops_end(monkeyp
         await asyncio.sleep(0.01)
 
     tasks: list[Any] = []
-    in_time(lambda: run_loop(main())).result()
+    in_time(lambda: run_loop(main(), LoopWatch())).result()
     free.set()
 
 

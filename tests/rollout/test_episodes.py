@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -641,31 +642,64 @@ def test_an_evaluation_asks_for_correctness_alone():
     assert (asked.status, asked.score.correct, unasked.status) == ("scored", 0.25, "unscored")
 
 
-def test_where_an_async_function_holds_up_the_loop_is_told():
-    class Blocks(Lines):
-        async def tool(self, call, use):
-            held.set()
-            free.wait(10)
-            return "x"
+class Blocks(Lines):
+    def __init__(self) -> None:
+        self.held, self.free = threading.Event(), threading.Event()
+        self.waits = False
 
-    held, free = threading.Event(), threading.Event()
-    samplers = {name: FakeSampler({"t:": ["use x y", "say 1"]}, 400) for name in AGENTS}
-    episodes = Episodes(make_config(), Blocks(), samplers)
+    async def tool(self, call, use):
+        self.block()
+        return "x"
+
+    def block(self) -> None:
+        self.held.set()
+        self.free.wait(10)
+
+
+class BlocksWhenGivenUp(Blocks):
+    async def tool(self, call, use):
+        self.waits = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.block()
+
+
+class BlocksInATaskOfItsOwn(Blocks):
+    async def tool(self, call, use):
+        self.own = asyncio.create_task(BlocksWhenGivenUp.tool(self, call, use))
+        await asyncio.sleep(0)
+        return "x"
+
+
+@pytest.mark.parametrize("kind", [Blocks, BlocksWhenGivenUp, BlocksInATaskOfItsOwn])
+def test_where_an_async_function_holds_up_the_loop_is_told(kind: type[Blocks]):
+    environment = kind()
+    samplers = {name: FakeSampler({"t:": ["use x y", "say 1"], "u:": ["say 1"]}, 400) for name in AGENTS}
+    episodes = Episodes(make_config(), environment, samplers)
     told: list[str] = []
 
     def watch() -> None:
-        held.wait(10)
+        environment.held.wait(10)
         while not (error := episodes.blocked(0.02)):
             pass
         told.extend([error, episodes.blocked(60.0)])
-        free.set()
+        environment.free.set()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    (rollout,) = in_time(lambda: episodes.run([Job(0, 0, Task("t", {}))])).result()
+    jobs, ended = [[Job(i, 0, Task(name, {})) for i, name in enumerate("tu")]], list[Rollout]()
+
+    def more(running: int) -> list[Job]:
+        if running == 1 and kind is BlocksWhenGivenUp and environment.waits:
+            raise InterruptedError
+        return jobs.pop() if jobs else []
+
+    with suppress(InterruptedError):
+        in_time(lambda: episodes.stream(more, ended.append)).result()
     watcher.join(10)
     assert re.match(r"environment: \w+ \(.*\.py, line \d+\) has held up the event loop for", told[0])
-    assert told[1] == "" and rollout.status == "scored" and episodes.blocked(0.0) == ""
+    assert told[1] == "" and episodes.blocked(0.0) == "" and "scored" in {rollout.status for rollout in ended}
 
 
 class Naps(Lines):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import require, require_whole
 from .dispatch import takes_kernels, triton_module
 from .terms import Coefficients
 from .vocab_parallel import LOWEST, Shard, Statistics
@@ -37,6 +38,8 @@ class HeadPlan:
 
     index_L: the live rows, None: all rows are live. rest_D: the rows left out. temperature: a number or (L,).
     softcap: a logit x becomes softcap * tanh(x / softcap), before the temperature; None: it stays.
+    buffer_bytes: the most that a GPU's buffers may take, see `triton/buffers.py`; None: as much as serves them.
+    master_VH: the weight's master, to whose gradient that of the weight is added; None: the sweep returns it.
     With a shard, targets are relative to the first row of this rank's weight and may lie outside the shard.
     """
 
@@ -48,6 +51,8 @@ class HeadPlan:
     shard: Shard | None = None
     rest_D: Tensor | None = None
     softcap: float | None = None
+    buffer_bytes: int | None = None
+    master_VH: Tensor | None = None
 
     def take(self, source: Tensor, rows: slice) -> Tensor:
         """Return a slice of the live rows of an (N, ...) tensor."""
@@ -106,7 +111,8 @@ def sweep(
     """Compute log-prob and entropy of the plan's rows and, with `coefficients`, the gradients that `needs` asks for.
 
     needs: whether the gradients of hidden, weight and bias are needed. With a sharded head each rank gets the gradient
-    of its own rows of weight and bias, and the whole gradient of hidden.
+    of its own rows of weight and bias, and the whole gradient of hidden. If the plan has a master, the weight's
+    gradient is added to the master's instead of returned.
     """
     method = triton_module("linear_head").linear_sweep if takes_kernels(hidden_NH, plan.matmul_dtype) else _sweep
     with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
@@ -117,7 +123,25 @@ def sweep(
             out = _sweep_empty_shard(method, hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
         if plan.shard is not None and out.dhidden_LH is not None:
             dist.all_reduce(out.dhidden_LH, group=plan.shard.group)
+    if plan.master_VH is not None and out.dweight_VH is not None:
+        plan.master_VH.grad = out.dweight_VH
+        out = out._replace(dweight_VH=None)
     return out
+
+
+def earlier_sum(plan: HeadPlan) -> Tensor | None:
+    """Return the master's gradient, to which dW is added; None: dW needs a tensor of its own."""
+    return None if plan.master_VH is None else plan.master_VH.grad
+
+
+def check_master(master_VH: Tensor | None, weight_VH: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless there is none, or it is a leaf that may be the weight's master for matmuls in `dtype`."""
+    if master_VH is None:
+        return
+    require_whole("master_VH", master_VH)
+    given = tuple(master_VH.shape), master_VH.dtype, master_VH.device, master_VH.is_leaf
+    wanted = tuple(weight_VH.shape), wide(dtype), weight_VH.device, True
+    require(given == wanted, "master_VH", f"shape, dtype, device, is_leaf {given}", str(wanted))
 
 
 def _sweep_empty_shard(
@@ -133,7 +157,7 @@ def _sweep_empty_shard(
     That row's logits are not capped: a cap would make finite numbers of them.
     """
     row_1H, bias_1 = weight_VH.new_zeros(1, weight_VH.shape[1]), weight_VH.new_full((1,), -torch.inf)
-    out = method(hidden_NH, row_1H, bias_1, replace(plan, softcap=None), *rest)
+    out = method(hidden_NH, row_1H, bias_1, replace(plan, softcap=None, master_VH=None), *rest)
     dweight_VH, dbias_V = (None if t is None else t[:0] for t in (out.dweight_VH, out.dbias_V))
     return out._replace(dweight_VH=dweight_VH, dbias_V=dbias_V)
 
@@ -154,7 +178,7 @@ def _sweep(
         new(count, dtype=dtype),
         new(count, dtype=dtype),
         new(count, width, dtype=dtype if plan.shard else hidden_NH.dtype) if needs[0] else None,
-        torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        _dweight(weight_VH, plan, dtype) if needs[1] else None,
         hidden_NH.new_zeros(vocabulary, dtype=dtype) if needs[2] else None,
     )
     chunks = list(plan.chunks(vocabulary))
@@ -176,6 +200,14 @@ def _sweep(
         if out.dweight_VH is not None:
             _add_dweight(out.dweight_VH, logits_CV, hidden_CH)
     return out
+
+
+def _dweight(weight_VH: Tensor, plan: HeadPlan, dtype: torch.dtype) -> Tensor:
+    """Return the tensor to which dW is added: the master's gradient, or zeros."""
+    earlier_VH = earlier_sum(plan)
+    if earlier_VH is not None:
+        return earlier_VH
+    return torch.zeros_like(weight_VH, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _add_dweight(dweight_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:

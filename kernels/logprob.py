@@ -61,22 +61,23 @@ def linear_logprob(
     chunk_rows: int | None = None,
     group: ProcessGroup | None = None,
     softcap: float | None = None,
+    buffer_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `token_logprob` of the logits hidden @ weight^T + bias, computed `chunk_rows` rows at a time.
 
     hidden (N, H) and weight (V, H) bfloat16, float32 or float64 -> two (N,) float32, or float64 for float64 inputs.
-    Both are differentiable in hidden, weight and bias (four matmuls). group: as in `linear_grpo_loss`. softcap: as in
-    `token_logprob`.
+    Both are differentiable in hidden, weight and bias (four matmuls). group, buffer_bytes: as in `linear_grpo_loss`.
+    softcap: as in `token_logprob`.
     A row's results depend on its neighbours and on chunk_rows only as far as the matmul's order of summation does. On a
     CPU (257 rows of width 576, V 49152) no bit changed in bfloat16. In float32 only chunks of one or two rows changed
     log-probs, by at most 2e-6 nats. On a GPU this has not been measured.
     Raises ValueError for a wrong shape, dtype, target, temperature or softcap.
     """
     check_softcap(softcap)
-    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, buffer_bytes, group)
     temperature = _checked(targets_N, temperature, hidden_NH, shard.total if shard else len(weight_VH))
     local_N = targets_N - shard.first if shard else targets_N
-    plan = HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard, softcap=softcap)
+    plan = HeadPlan(local_N, None, temperature, dtype, chunk_rows, shard, softcap=softcap, buffer_bytes=buffer_bytes)
     return _LinearLogprob.apply(hidden_NH, weight_VH, bias_V, plan)
 
 

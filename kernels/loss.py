@@ -9,6 +9,7 @@ known beforehand.
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed import ProcessGroup
 from . import checks
 from .inplace import scale_in_place
 from .inputs import checked_rows, plan_rows
-from .linear_head import HeadPlan, sweep, wide
+from .linear_head import HeadPlan, check_master, sweep, wide
 from .logprob import TokenLogprob
 from .metrics import row_metrics
 from .objective import Objective
@@ -30,6 +31,7 @@ SPENT = (
     "linear_grpo_loss: got a second backward, expected one: the gradient is computed in the forward, and the first "
     "backward has scaled and returned the only copy. Ask for all gradients at once, or compute the loss again."
 )
+ADDED = "linear_grpo_loss: a gradient other than 1 reached a loss with a master_VH, whose gradient is added already"
 
 
 class Loss(NamedTuple):
@@ -93,6 +95,8 @@ def linear_grpo_loss(
     chunk_rows: int | None = None,
     group: ProcessGroup | None = None,
     softcap: float | None = None,
+    buffer_bytes: int | None = None,
+    master_VH: Tensor | None = None,
 ) -> Loss:
     """Return loss = sum_i loss_weights[i] * l_i, computed from the LM head's input without keeping logits.
 
@@ -105,7 +109,10 @@ def linear_grpo_loss(
     hidden (N, H) and weight (V, H): bfloat16, float32 or float64, of one dtype except under autocast. bias: (V,).
     targets: (N,) int64. Advantages, loss weights and the given log-probs: (N,) float, constants in the gradient.
     temperature: a number or (N,). old_logprobs_N None: on-policy. cu_seqlens: (S + 1,) integer, the bounds of the
-    sequences, needed for shared ratios. chunk_rows: rows of logits in memory at a time; None: as many as fit 64 MiB.
+    sequences, needed for shared ratios. chunk_rows: rows of logits in memory at a time; None: as many as fit 64 MiB on
+    a CPU and, on a GPU, buffers of 400 MiB to 2.8 GiB, up to a quarter of what is free when it first meets this head.
+    buffer_bytes: the most that the buffers on a GPU may take. With torch's deterministic algorithms, and with a group,
+    they take 400 MiB or that.
     group: the ranks that share the vocabulary. weight and bias are then this rank's consecutive rows (any number of
     them, also none) in rank order; everything else is the same on every rank, with targets in [0, sum of V). The
     results and hidden's gradient, summed over the ranks, are also the same on every rank; weight and bias get the
@@ -114,11 +121,15 @@ def linear_grpo_loss(
     Loss and log-probs are float32, or float64 for float64 inputs. The loss is differentiable in hidden, weight and
     bias by one backward: their gradients are computed in the forward, and the backward scales and rounds them in place.
     A bfloat16 weight's gradient is therefore the front half of a float32 gradient's storage, which lives as long as it.
+    master_VH: a float32 leaf (float64 for float64) of the weight's shape. The weight's gradient is then added to
+    master_VH.grad as it is summed, already in this call, and the weight itself gets none: nothing scales, rounds or
+    copies it. So the loss must reach the backward with a gradient of 1, and a checkpoint must not call this twice.
     Raises ValueError for a wrong shape or dtype, a target outside [0, V), NaN (naming the row) or a missing input, and
-    RuntimeError in a second backward.
+    RuntimeError in a second backward, or in one with another gradient than 1 if there is a master.
     """
     checks.check_softcap(softcap)
-    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, group)
+    dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, buffer_bytes, group)
+    check_master(master_VH, weight_VH, dtype)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
     values = checks.ValueChecks(hidden_NH.device)
     rows = checked_rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
@@ -126,6 +137,7 @@ def linear_grpo_loss(
     plan, live = plan_rows(
         values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard, softcap
     )
+    plan = replace(plan, buffer_bytes=buffer_bytes, master_VH=master_VH)
     differentiate = torch.is_grad_enabled()
     loss, logprobs_L, entropy_L, log_ratio_L = _LinearGrpo.apply(
         hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate
@@ -242,6 +254,8 @@ class _LinearGrpo(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(SPENT)
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.plan.master_VH is not None:  # on a GPU the host does not wait for the answer
+            torch._assert_async(upstream == 1, ADDED)
         pairs = zip(gradients, ctx.dtypes, strict=True)
         dhidden_LH, dweight_VH, dbias_V = (None if t is None else scale_in_place(t, upstream, d) for t, d in pairs)
         dhidden_NH = None if dhidden_LH is None else ctx.plan.put(dhidden_LH, ctx.count)

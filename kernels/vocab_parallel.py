@@ -66,6 +66,7 @@ def check_sharded_head(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     chunk_rows: int | None,
+    buffer_bytes: int | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.dtype, Shard | None]:
     """Check the head and return the matmuls' dtype and, with a group, this rank's shard.
@@ -73,13 +74,14 @@ def check_sharded_head(
     If a check fails on one rank, or the ranks disagree, all ranks raise ValueError: a rank that raised alone would
     leave the others waiting for it.
     """
-    require(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "a number > 0 or None")
+    for name, given in (("chunk_rows", chunk_rows), ("buffer_bytes", buffer_bytes)):
+        require(given is None or given > 0, name, given, "a number > 0 or None")
     if group is None:
         return check_head(hidden_NH, weight_VH, bias_V), None
     mistake, facts = None, [0] * len(FACTS)
     try:
         dtype = check_head(hidden_NH, weight_VH, bias_V, may_be_empty=True)
-        facts = _facts(hidden_NH, weight_VH, bias_V, chunk_rows, dtype)
+        facts = _facts(hidden_NH, weight_VH, bias_V, chunk_rows, buffer_bytes, dtype)
     except ValueError as error:
         mistake = error
     rows_S, facts_FS = _gather(len(weight_VH) if weight_VH.ndim else 0, facts, hidden_NH.device, group)
@@ -92,16 +94,24 @@ def check_sharded_head(
 
 
 # These must be the same on all ranks, or their collectives would not match.
-FACTS = ("sound head", "rows", "columns", "matmul dtype", "chunk_rows", "gradient of hidden_NH", "any gradient")
+FACTS = (
+    *("sound head", "rows", "columns", "matmul dtype", "chunk_rows", "buffer_bytes"),
+    *("gradient of hidden_NH", "any gradient"),
+)
 
 
 def _facts(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int | None, dtype: torch.dtype
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    chunk_rows: int | None,
+    buffer_bytes: int | None,
+    dtype: torch.dtype,
 ) -> list[int]:
     """Return this rank's values of FACTS."""
     leaves = (hidden_NH, weight_VH, bias_V)
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    return [1, *hidden_NH.shape, FLOATS.index(dtype), chunk_rows or 0, needs[0], any(needs)]
+    return [1, *hidden_NH.shape, FLOATS.index(dtype), chunk_rows or 0, buffer_bytes or 0, needs[0], any(needs)]
 
 
 def _gather(

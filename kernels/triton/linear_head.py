@@ -7,36 +7,17 @@ writes all of it in float32, which takes longer than the matmul itself unless th
 Legend: L live rows, C rows of a chunk, B rows of a block of logits, H hidden, V vocabulary.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linear_head import HeadPlan, Sweep, slices
+from ..linear_head import HeadPlan, Sweep, earlier_sum
 from ..terms import Coefficients
 from ..vocab_parallel import Statistics
+from .buffers import plan_buffers, tiled_slices, whole_tiles
 from .rows import new_statistics, run_rows
-
-# Bytes of float32 logits and of bf16 gradients in memory at a time: 256 and 768 rows of a vocabulary of 151936. With
-# the float32 dW of a width of 4096 and dX of 8192 rows that is just below 3 GB.
-LOGITS_BYTES = 5 << 25
-GRADIENT_BYTES = 15 << 24
-# Rows of a matmul's tile: a slice with one row more costs as much as one of two tiles.
-TILE_ROWS = 128
-
-
-def whole_tiles(rows: int) -> int:
-    """Round the rows down to whole tiles of a matmul, unless there is no room for one."""
-    return rows // TILE_ROWS * TILE_ROWS or max(1, rows)
-
-
-def tiled_slices(total: int, size: int) -> Iterator[slice]:
-    """Cut range(total) into slices of at most `size`: of about equal length, and of whole tiles except the last."""
-    size = whole_tiles(size)
-    even = math.ceil(total / max(1, math.ceil(total / size)))
-    return slices(total, min(size, max(1, math.ceil(even / TILE_ROWS)) * TILE_ROWS))
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -62,20 +43,21 @@ def linear_sweep(
     (vocabulary, width), count = weight_VH.shape, len(plan.targets_L)
     matmul_VH = weight_VH.to(plan.matmul_dtype)
     new = hidden_NH.new_empty
-    widest = plan.widest(vocabulary)
+    earlier_VH = earlier_sum(plan)
     statistics = new_statistics(hidden_NH, count, for_gradient=plan.shard is not None)
     out = Sweep(
         statistics.logprobs_L,
         statistics.entropy_L,
         new(count, width, dtype=torch.float32 if plan.shard else hidden_NH.dtype) if needs[0] else None,
-        new(vocabulary, width, dtype=torch.float32) if needs[1] else None,
+        (new(vocabulary, width, dtype=torch.float32) if earlier_VH is None else earlier_VH) if needs[1] else None,
         hidden_NH.new_zeros(vocabulary, dtype=torch.float32) if needs[2] else None,
     )
-    if not count and out.dweight_VH is not None:
+    if not count and out.dweight_VH is not None and earlier_VH is None:
         out.dweight_VH.zero_()
-    chunks = list(tiled_slices(count, plan.chunk_rows or GRADIENT_BYTES // (widest * plan.matmul_dtype.itemsize)))
+    room = plan_buffers(plan, plan.widest(vocabulary), hidden_NH.device)
+    chunks = list(tiled_slices(count, room.chunk))
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
-    logits_BV = new(whole_tiles(min(longest, LOGITS_BYTES // (4 * widest))), vocabulary, dtype=torch.float32)
+    logits_BV = new(whole_tiles(min(longest, room.block)), vocabulary, dtype=torch.float32)
     gradient_CV = new(longest, vocabulary, dtype=plan.matmul_dtype) if coefficients else None
     for rows in chunks:
         hidden_CH = plan.take(hidden_NH, rows).to(plan.matmul_dtype)
@@ -86,7 +68,8 @@ def linear_sweep(
             gradient = None if gradient_CV is None else gradient_CV[inside]
             _do_rows(logits, bias_V, plan, block, statistics, coefficients, gradient)
         if gradient_CV is not None:
-            _add_gradients(out, rows, gradient_CV[: len(hidden_CH)], hidden_CH, matmul_VH)
+            holds = rows.start > 0 or earlier_VH is not None
+            _add_gradients(out, rows, gradient_CV[: len(hidden_CH)], hidden_CH, matmul_VH, holds)
     return out
 
 
@@ -126,12 +109,14 @@ def _do_rows(
         launch(known=True, coefficients=coefficients, gradient_CV=gradient_BV)
 
 
-def _add_gradients(out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tensor, matmul_VH: Tensor) -> None:
-    """Add a chunk's part to the gradients that are asked for."""
+def _add_gradients(
+    out: Sweep, rows: slice, gradient_CV: Tensor, hidden_CH: Tensor, matmul_VH: Tensor, holds: bool
+) -> None:
+    """Add a chunk's part to the gradients that are asked for.  holds: whether dW holds a sum already."""
     if out.dhidden_LH is not None:
         multiply(gradient_CV, matmul_VH, out.dhidden_LH[rows])
     if out.dweight_VH is not None:
-        multiply(gradient_CV.t(), hidden_CH, out.dweight_VH, add=rows.start > 0)
+        multiply(gradient_CV.t(), hidden_CH, out.dweight_VH, add=holds)
     if out.dbias_V is not None:
         out.dbias_V.add_(gradient_CV.sum(0, dtype=out.dbias_V.dtype))
 

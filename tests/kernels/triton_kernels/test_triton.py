@@ -210,20 +210,21 @@ def test_launch_settings_fit_any_vocabulary(vocabulary):
     ],
 )
 def test_chunks_are_whole_tiles_of_a_matmul(total, size, lengths):
-    from mgrpo.kernels.triton.linear_head import tiled_slices
+    from mgrpo.kernels.triton.buffers import tiled_slices
 
     slices = list(tiled_slices(total, size))
     assert [s.stop - s.start for s in slices] == lengths
     assert [row for s in slices for row in range(s.start, s.stop)] == list(range(total))
 
 
-def test_the_largest_shape_stays_below_three_gigabytes():
+def test_the_largest_shape_can_stay_below_three_gigabytes():
     """Add up bf16, N = 8192, H = 4096, V = 151936: dW in float32, dX, logits in float32 and their gradient."""
-    from mgrpo.kernels.triton.linear_head import GRADIENT_BYTES, LOGITS_BYTES, tiled_slices, whole_tiles
+    from mgrpo.kernels.triton.buffers import LEAST_BYTES, buffer_rows, tiled_slices, whole_tiles
 
     rows, width, vocabulary = 8192, 4096, 151_936
-    chunk = max(s.stop - s.start for s in tiled_slices(rows, GRADIENT_BYTES // (2 * vocabulary)))
-    block = whole_tiles(min(chunk, LOGITS_BYTES // (4 * vocabulary)))
+    room = buffer_rows(LEAST_BYTES, vocabulary, 2)
+    chunk = max(s.stop - s.start for s in tiled_slices(rows, room.chunk))
+    block = whole_tiles(min(chunk, room.block))
     assert (chunk, block) == (768, 256)
     assert 4 * vocabulary * width + 2 * rows * width + 4 * block * vocabulary + 2 * chunk * vocabulary < 2.96e9
 

@@ -99,6 +99,21 @@ def losses_agree(rank, group):
         assert_shards_agree(loss, leaves, split, rank, group, tolerance)
 
 
+def masters_get_their_rows(rank, group):
+    """Check that the master of a rank's rows, possibly none, gets what autograd adds to them."""
+    dtype, tolerance = kernels_dtype()
+    heads, others, keywords = loss_case(4, 14, VOCABULARY, off_policy=True, bias=False, row_temperature=False)
+    leaves, others, keywords = moved(heads, dtype), moved(others, dtype), moved(keywords, dtype)
+    for split in SPLITS[group.size()]:
+        plain, summed = (shards(leaves, split, rank) for _ in range(2))
+        master = torch.nn.Parameter(summed[1].detach().clone())
+        for given, extra in ((plain, {}), (summed, {"master_VH": master})):
+            for _ in range(2):
+                linear_grpo_loss(*given, *others, Objective(), **keywords, **extra, group=group).loss.backward()
+        assert summed[1].grad is None and close(master.grad, plain[1].grad.double(), tolerance)
+        assert torch.equal(summed[0].grad, plain[0].grad)
+
+
 def logprobs_agree(rank, group):
     """Check log-probs and entropies, also with a shard of no possible token and one that dominates."""
     dtype, tolerance = kernels_dtype()
@@ -138,6 +153,7 @@ def mistakes_are_refused_everywhere(rank, group):
         ("weight_VH: got no rows on any rank", {"rows": 0}),
         ("group: got rows .* by rank", {"hidden_NH": torch.ones(2 + rank, 4)}),
         ("group: got chunk_rows", {"chunk_rows": 1 + rank}),
+        ("group: got buffer_bytes", {"buffer_bytes": 1 + rank}),
         ("group: got gradient of hidden_NH", {"hidden_NH": torch.ones(2, 4, requires_grad=rank == 0)}),
         # Only one rank makes a mistake: its error says which, and those of the others that there was one.
         (r"group: got sound head \[0, 1" if rank else "weight_VH", {"weight_VH": torch.ones(3, 4 + (rank == 0))}),
@@ -151,5 +167,6 @@ def mistakes_are_refused_everywhere(rank, group):
 def everything(rank, group):
     """Check all of the above."""
     losses_agree(rank, group)
+    masters_get_their_rows(rank, group)
     logprobs_agree(rank, group)
     mistakes_are_refused_everywhere(rank, group)

@@ -215,6 +215,9 @@ class ComputeConfig(Frozen):
     activation_checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     compile: bool = False  # apply torch.compile to the decoder layers; on a GPU only
     concurrency: Count = 96  # largest number of calls of one agent that are sampled together
+    # the most bytes that the loss may take on a GPU for logits and their gradient; absent: 400 MiB to 2.8 GiB, up to a
+    # quarter of what is free
+    buffer_bytes: Count | None = None
 
 
 class Config(Frozen):

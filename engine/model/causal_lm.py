@@ -37,8 +37,10 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 class Actor(nn.Module):
     """Run a causal LM's backbone and head within one forward, in which FSDP holds the whole weights of both.
 
-    Weights on which no log-prob depends, such as a vision tower's, are frozen.
+    Weights on which no log-prob depends, such as a vision tower's, are frozen. buffer_bytes: as in `linear_grpo_loss`.
     """
+
+    buffer_bytes: int | None = None
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -303,6 +305,7 @@ def frozen_copy(
     """Return a frozen copy of the model as it is now, in the compute dtype; each of several ranks holds its rows."""
     alone = ranks(group) == 1
     kept = copy.deepcopy(actor) if alone else Actor(_blank(actor.model, dtype))
+    kept.buffer_bytes = actor.buffer_bytes
     if compute.compile:  # a copy is not compiled
         compile_layers(kept.model)
     if not alone:

@@ -20,6 +20,7 @@ from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.model.attention import Packed
 from mgrpo.engine.model.causal_lm import Actor
 from mgrpo.engine.model.routers import Logits, Routers, Usage, balance_loss, usage
+from mgrpo.engine.policy.optimizer import Masters
 from mgrpo.engine.system import distributed
 from mgrpo.kernels import Loss, Objective, linear_grpo_loss, linear_logprob, merge_metrics
 
@@ -55,8 +56,9 @@ def grpo(
     old_P: Tensor | None,
     ref_P: Tensor | None,
     balance: Balance | None = None,
+    masters: Masters | None = None,
 ) -> Loss:
-    """Return the loss of a micro-batch, and add its gradient to that of the weights.
+    """Return the loss of a micro-batch, and add its gradient to that of the weights, or of the head's master.
 
     balance: its share of the routers' balance loss is added, and is the metric "router_aux".
     """
@@ -76,6 +78,8 @@ def grpo(
             bias_V=bias_V,
             temperature=actor.temperature(temperature),
             softcap=actor.softcap,
+            buffer_bytes=actor.buffer_bytes,
+            master_VH=None if masters is None else masters.summed(weight_VH),
         )
         return loss if balance is None else _balanced(loss, balance, logits, batch)
 
@@ -137,6 +141,7 @@ def rows(actor: Actor, batch: Batch, temperature: float) -> Rows:
             bias_V=bias_V,
             temperature=actor.temperature(temperature),
             softcap=actor.softcap,
+            buffer_bytes=actor.buffer_bytes,
         )
 
     found: Rows = actor(batch.input_ids_P, batch.positions_P, layout(batch), work)

@@ -72,6 +72,7 @@ class Policy:
             self.tokenizer = tokenizer
             self.actor, self.dtype = take_over(model, compute, group)
         self.model: PreTrainedModel = self.actor.model
+        self.actor.buffer_bytes = compute.buffer_bytes
         self.version = 0
         self.sync_seconds = 0.0
         self._held: Actor | None = None
@@ -138,7 +139,8 @@ class Policy:
             forward.exchange_gradients(self.actor, len(losses) == len(batches) - 1)
             old_P = given_P if batch.old_logprobs_P is None else batch.old_logprobs_P
             ref_P = self._reference_logprobs(batch) if objective.kl_coef else None
-            losses.append(forward.grpo(self.actor, batch, objective, self.agent.temperature, old_P, ref_P, balance))
+            temperature = self.agent.temperature
+            losses.append(forward.grpo(self.actor, batch, objective, temperature, old_P, ref_P, balance, self.masters))
         return Output(forward.merged(losses, self.group), [loss.logprobs_N for loss in losses])
 
     def _balance(self, batches: Sequence[Batch | MicroBatch], coef: float) -> forward.Balance:

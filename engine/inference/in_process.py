@@ -29,6 +29,7 @@ from mgrpo.engine.inference.sampler import Completion, Ending, Session
 from mgrpo.engine.model.attention import hidden_states, output_head
 from mgrpo.engine.model.logits import logit_map
 from mgrpo.engine.model.pieces import end_tokens
+from mgrpo.engine.system.device import send
 from mgrpo.engine.types import INITIAL_WEIGHTS, WeightsVersion
 from mgrpo.kernels import running_sum
 
@@ -149,19 +150,24 @@ class InProcessSampler:
         new = [row.session.tokens[start:] for row, start in zip(rows, starts, strict=True)]
         self.cache.reserve(max(len(row.session.tokens) for row in rows))
         layout = CachedLayout(self.cache, slots, starts, [len(ids) for ids in new], self.model.device)
-        ids_T = torch.tensor([token for ids in new for token in ids], device=self.model.device)
+        (ids_T,) = send([np.concatenate([np.array(ids, np.int64) for ids in new])], self.model.device)
         hidden_TH = hidden_states(self.model, ids_T, layout.positions_T, layout)
-        last_R = torch.tensor([len(ids) for ids in new], device=ids_T.device).cumsum(0) - 1
-        logits_RV = self._logits(hidden_TH[last_R])
+        logits_RV = self._logits(hidden_TH[layout.last_R])
         for slot, row in zip(slots, rows, strict=True):
             self.cached[slot] = len(row.session.tokens)
         uniforms_R = [0.0 if row.session.greedy else row.session.random.random() for row in rows]
         tokens, logprobs = draw(
-            logits_RV, self.agent.temperature, self.agent.top_p, uniforms_R, [row.session.greedy for row in rows]
+            logits_RV, self._temperature(rows), self.agent.top_p, uniforms_R, [row.session.greedy for row in rows]
         )
         self.active = [
             row for row, token, logp in zip(rows, tokens, logprobs, strict=True) if not self._take(row, token, logp)
         ]
+
+    def _temperature(self, rows: Sequence[_Row]) -> float | Tensor:
+        """Return what the rows' logits are divided by: a number or, if their sessions differ, (R, 1)."""
+        own = self.agent.temperature
+        given = [own if row.session.temperature is None else row.session.temperature for row in rows]
+        return given[0] if len(set(given)) == 1 else torch.tensor(given, device=self.model.device)[:, None]
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
         head = output_head(self.model)
@@ -217,24 +223,25 @@ class InProcessSampler:
 
 
 def draw(
-    logits_RV: Tensor, temperature: float, top_p: float, uniforms_R: list[float], greedy_R: list[bool]
+    logits_RV: Tensor, temperature: float | Tensor, top_p: float, uniforms_R: list[float], greedy_R: list[bool]
 ) -> tuple[list[int], list[float]]:
     """Draw one token per row by inverting the cumulative probabilities of softmax(logits / temperature) cut to top_p.
 
     logits: (R, V) float32; uniforms: R numbers in [0, 1). Returns the tokens and their log-probs under the distribution
     they were drawn from, that is, after temperature and top_p. Greedy rows take the likeliest token, with log-prob 0.
+    The host reads once, at the end.
     """
-    greedy = torch.tensor(greedy_R, device=logits_RV.device)
+    uniforms, greedy = send([np.array(uniforms_R), np.array(greedy_R, np.float64)], logits_RV.device)
     best_R = logits_RV.argmax(-1)
     logps_RV = (logits_RV / temperature).log_softmax(-1)
     if top_p < 1:
         logps_RV = _cut(logps_RV, top_p)
     cumulative_RV = running_sum(logps_RV.exp())
-    uniforms = torch.tensor(uniforms_R, dtype=cumulative_RV.dtype, device=logits_RV.device).clamp(max=UNIFORM_MAX)
-    threshold_R1 = uniforms[:, None] * cumulative_RV[:, -1:]
-    tokens_R = torch.where(greedy, best_R, torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
-    logps_R = logps_RV.gather(-1, tokens_R[:, None])[:, 0].masked_fill(greedy, 0.0)
-    return tokens_R.tolist(), logps_R.tolist()
+    threshold_R1 = uniforms.to(cumulative_RV.dtype).clamp(max=UNIFORM_MAX)[:, None] * cumulative_RV[:, -1:]
+    tokens_R = torch.where(greedy.bool(), best_R, torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
+    logps_R = logps_RV.gather(-1, tokens_R[:, None])[:, 0].masked_fill(greedy.bool(), 0.0)
+    tokens, logprobs = torch.stack([tokens_R.double(), logps_R.double()]).tolist()  # float64 holds both exactly
+    return list(map(int, tokens)), logprobs
 
 
 def _cut(logps_RV: Tensor, top_p: float) -> Tensor:

@@ -6,14 +6,13 @@ G key-value heads, D head size, H hidden size.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from mgrpo.engine.inference.recurrent_states import RecurrentStates
 from mgrpo.engine.model.attention import Local, Mixer, Rule, UnsupportedAttentionError, masked_attention
+from mgrpo.engine.system.device import send
 
 
 class KVCache:
@@ -69,37 +68,42 @@ class CachedLayout:
     """Lay out the attention of one step: call r adds counts[r] tokens to the starts[r] tokens in slots[r]."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int], device: torch.device):
-        self.cache, self.counts, self.seen, self.mixed = cache, counts, set[int](), set[int]()
+        self.cache, self.seen, self.mixed = cache, set[int](), set[int]()
+        self.masks: dict[Local, Tensor] = {}
         self.calls = list(zip(slots, starts, counts, strict=True))
-        self.slots_T = torch.tensor(slots, device=device).repeat_interleave(torch.tensor(counts, device=device))
-        self.positions_T = torch.cat(
-            [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
-        )
+        # All is planned on the host and sent at once, so that a step never waits for a GPU to say where something is.
+        slots_R, starts_R, counts_R = (np.array(numbers, np.int64) for numbers in (slots, starts, counts))
+        ends_R = counts_R.cumsum()
+        within_T = np.arange(ends_R[-1]) - np.repeat(ends_R - counts_R, counts_R)
         # Calls with one new token attend together, the others one by one.
-        self.single_R = torch.tensor([n == 1 for n in counts], device=device)
-        ends = np.cumsum(counts)
+        single_R = counts_R == 1
         self.chunks = [
             (slot, start, int(end) - n, int(end))
-            for slot, start, n, end in zip(slots, starts, counts, ends, strict=True)
+            for (slot, start, n), end in zip(self.calls, ends_R, strict=True)
             if n > 1
         ]
-        self.single_T = self.single_R.repeat_interleave(torch.tensor(counts, device=device)).nonzero()[:, 0]
-        self._plan_singles()
+        seen_R, steps_R = starts_R[single_R], ends_R[single_R] - 1
+        going_R = seen_R > 0  # those that have a state of a recurrent layer to go on from
+        planned = self._plan_singles(slots_R[single_R], seen_R)
+        placed_T = [np.repeat(slots_R, counts_R), np.repeat(starts_R, counts_R) + within_T]
+        stepping = [slots_R[single_R][going_R], steps_R[going_R]]
+        sent = send([*placed_T, ends_R - 1, slots_R[single_R], steps_R, *planned, *stepping], device)
+        self.slots_T, self.positions_T, self.last_R, self.single_slots, self.single_T = sent[:5]
+        self.row_S, self.last_S, *self.stepping = sent[5:]
 
-    def _plan_singles(self) -> None:
-        slots, positions = self.slots_T[self.single_T], self.positions_T[self.single_T]
-        if not len(slots):
-            return
-        self.length = int(positions.max()) + 1
-        low, high = int(slots.min()), int(slots.max()) + 1
-        # read the slots in place when most of the range is in use; gather them otherwise
-        self.span = slice(low, high) if high - low < 2 * len(slots) else None
-        rows = high - low if self.span else len(slots)
-        self.row_S = slots - low if self.span else torch.arange(len(slots), device=slots.device)
-        lengths = torch.ones(rows, dtype=torch.long, device=slots.device)
-        lengths[self.row_S] = positions + 1
-        self.last_S = lengths - 1
-        self.masks: dict[Local, Tensor] = {}
+    def _plan_singles(self, slots_R: np.ndarray, seen_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Choose which slots the calls with one new token read; return each one's row of them, and each row's last key.
+
+        The slots are read in place when most of their range is in use, and gathered otherwise.
+        """
+        count = len(slots_R)
+        self.length = int(seen_R.max(initial=-1)) + 1
+        low, high = (int(slots_R.min()), int(slots_R.max()) + 1) if count else (0, 0)
+        self.span = slice(low, high) if high - low < 2 * count else None
+        row_S = slots_R - low if self.span else np.arange(count)
+        last_S = np.zeros(high - low if self.span else count, np.int64)
+        last_S[row_S] = seen_R
+        return row_S, last_S
 
     def attend(self, layer: int, q_ATD: Tensor, k_GTD: Tensor, v_GTE: Tensor, rule: Rule) -> Tensor:
         """Add the new keys and values to the layer's, and attend to them; (T, A, E).
@@ -130,7 +134,7 @@ class CachedLayout:
             raise UnsupportedAttentionError("has several recurrent states in a layer")
         self.mixed.add(mixer.layer)
         states, out_1TH = self.cache.states, torch.empty_like(hidden_1TH)
-        slots_R, tokens_R = self._stepping
+        slots_R, tokens_R = self.stepping
         if len(slots_R):
             out_1TH[0, tokens_R] = states.advance(mixer, slots_R, hidden_1TH[0, tokens_R][:, None])[:, 0]
         end = 0
@@ -142,13 +146,6 @@ class CachedLayout:
                 slots_1 = self.slots_T[begin : begin + 1]
                 out_1TH[:, begin:end] = states.advance(mixer, slots_1, hidden_1TH[:, begin:end])
         return out_1TH
-
-    @cached_property
-    def _stepping(self) -> tuple[Tensor, Tensor]:
-        """The slots of calls that go on by one token, and where that token is in the row."""
-        on_T = self.positions_T[self.single_T] > 0
-        tokens_R = self.single_T[on_T]
-        return self.slots_T[tokens_R], tokens_R
 
     def _attend_chunk(self, q_AND: Tensor, k_GCD: Tensor, v_GCE: Tensor, start: int, rule: Rule) -> Tensor:
         """Attend from the N new tokens of one call to its C tokens, of which they are the last; (N, A, E)."""
@@ -163,7 +160,7 @@ class CachedLayout:
     def _attend_singles(self, q_RAD: Tensor, k_SGCD: Tensor, v_SGCE: Tensor, rule: Rule) -> Tensor:
         """Attend with one query per call: the heads that share a key-value head are the rows of one small attention."""
         (rows, heads, head_dim), groups = q_RAD.shape, k_SGCD.shape[1]
-        index = self.span if self.span is not None else self.slots_T[self.single_T]
+        index = self.single_slots if self.span is None else self.span
         k, v = k_SGCD[index, :, : self.length], v_SGCE[index, :, : self.length]
         q = q_RAD.new_zeros(len(k), groups, heads // groups, head_dim)
         q[self.row_S] = q_RAD.view(rows, groups, heads // groups, head_dim)

@@ -71,7 +71,7 @@ class RecurrentStates:
             kept = {key: x.clone() for key, x in cache.state.items()}
             self.begins.setdefault(slot, {})[mixer.layer] = kept
         found.append(mixer.run(hidden_1NH[:, last:], cache=cache))
-        self._write(mixer.layer, torch.tensor([slot], device=hidden_1NH.device), cache.state)
+        self._write(mixer.layer, slice(slot, slot + 1), cache.state)
         return torch.cat(found, 1)
 
     def advance(self, mixer: Mixer, slots_R: Tensor, hidden_RNH: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class RecurrentStates:
             for key, x in state.items():
                 self.layers[layer][key][target] = x[0]
 
-    def _write(self, layer: int, slots_R: Tensor, state: State) -> None:
+    def _write(self, layer: int, slots_R: Tensor | slice, state: State) -> None:
         held = self.layers.setdefault(layer, {})
         for key, x in state.items():
             if key not in held:

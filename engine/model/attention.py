@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -278,8 +278,18 @@ def register_local_kind(model_type: str, kind: LocalKind) -> None:
     _local_kinds[model_type] = kind
 
 
+def _packed_sequences(position_ids: Tensor) -> Tensor | None:
+    """Return the number of each token's sequence, as masks need it; nothing under a layout, which knows it.
+
+    transformers would wait for the GPU to say whether there are several, once for each kind of mask.
+    """
+    return None if _laid_out.get() else _find_packed(position_ids)
+
+
 AttentionInterface.register("mgrpo", attention)
 AttentionMaskInterface.register("mgrpo", _mask)
+_find_packed = masking_utils.find_packed_sequence_indices
+masking_utils.find_packed_sequence_indices = _packed_sequences
 
 
 def output_head(model: PreTrainedModel, whose: str = "model") -> nn.Linear:

@@ -290,16 +290,16 @@ class Policy:
         return found
 
     @torch.no_grad()
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each whole weight with its name, in the compute dtype on the CPU, on rank 0 only.
+    def full_weights(self, *, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield each whole weight with its name, in the compute dtype, on rank 0 only.
 
-        Every rank must iterate to the end; one weight at a time is gathered. With one process on a CPU these are the
-        model's own weights, not copies, so use them before the next step.
+        Every rank must iterate to the end; one weight at a time is gathered. on_host: yield it on the CPU; otherwise
+        where it is. Weights of one process that need no copy are the model's own, so use them before the next step.
         """
         for name, param in self.masters.params.items():
             whole = _whole(param.detach().to(self.dtype))
             if self.rank == 0:
-                yield name, whole.cpu()
+                yield name, whole.cpu() if on_host else whole
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:

@@ -202,7 +202,7 @@ class AgentProcess:
             self._send()
 
     def _send(self) -> None:
-        weights = self.policy.full_weights()
+        weights = self.policy.full_weights(on_host=False)
         if self.servers:
             self.servers.update(weights, self.sent)
         for _ in weights:  # the other ranks take part in gathering each weight

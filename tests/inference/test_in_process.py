@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GraniteConfig
 
 from cases.ragged_tokenizer import FRAGMENTS, RAGGED
@@ -600,3 +602,32 @@ def test_a_growing_cache_keeps_its_content_and_stays_within_the_context():
             assert grown.shape[:2] == old.shape[:2] and 129 <= grown.shape[2] <= 300 and grown.shape[3] == old.shape[3]
             assert torch.equal(grown[:, :, : old.shape[2]], old) and not grown[:, :, old.shape[2] :].any()
     cache.reserve(300)
+
+
+class Reads(TorchDispatchMode):
+    """Collect the operations for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        masked = name.startswith("index") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero") or masked:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing_in_the_middle_of_a_step(kit: Kit) -> None:
+    sampler = kit.sampler()
+    step = sampler.step
+
+    def watched() -> None:
+        with Reads() as reads:
+            step()
+        assert not reads.found
+
+    sampler.step = watched  # type: ignore[method-assign]
+    sessions = [new_session(n, prompt(n % 2, 3 + n % 2)) for n in range(4)]
+    assert all(len(turns) == 2 for turns in run(sampler, sessions, [[5, 6]]))

@@ -335,6 +335,24 @@ def test_vllms_own_engines_run_between_pause_and_resume(servers: list[FakeServer
     assert offsets == ([1, 2, 4] if kind == "nccl" else [None] * 3), "the ranks do not follow the trainer's one by one"
 
 
+@pytest.mark.parametrize(("kind", "room", "before"), [("nccl", 10**9, 5), ("nccl", 0, 1), ("ipc", 10**9, 1)])
+def test_as_many_weights_as_fit_are_gathered_before_the_pause(
+    servers: list[FakeServer], kind: str, room: int, before: int, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(transfer_native, "_room", lambda: room)
+    paused = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for named in some_weights(1).items():
+            paused.append(any(server.paused for server in servers))
+            yield named
+
+    transfer = transfer_to(servers, kind)
+    assert transfer.update(tensors(), WeightsVersion(1, 1)) == [server.url for server in servers]
+    assert paused == [False] * before + [True] * (len(paused) - before) and len(paused) == len(some_weights(1))
+    assert transfer.send_weights.__self__.engine.sent.keys() == some_weights(1).keys()  # type: ignore[union-attr]
+
+
 def test_the_group_is_formed_again_when_a_server_restarted(servers: list[FakeServer], no_gpu: None):
     transfer = transfer_to(servers, "nccl")
     update(transfer, 1)

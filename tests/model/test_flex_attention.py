@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mgrpo.engine.model import attention, gpu_attention
 from mgrpo.engine.model.attention import Local, Packed, Rule
@@ -20,11 +23,16 @@ LENGTHS = (300, 5, 1, 130, 128, 2)
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let FlexAttention run on a CPU, where torch has no kernel for its backward: as what defines it."""
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let FlexAttention run on a CPU, where torch has no kernel for its backward: as what defines it.
+
+    Some versions of torch leave a mode on when a score fails, which would break all later tests.
+    """
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(gpu_attention, "_flex", flex.flex_attention)
+    yield
+    assert not _get_current_function_mode_stack() and not _get_current_dispatch_mode_stack()
 
 
 def bounds_of(lengths: tuple[int, ...]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 Answer = Callable[[Tensor], Any]  # the list or number that the host reads
 GPU = torch.device("cuda", 0)
@@ -35,12 +36,16 @@ def skip_unless_rehearsed() -> None:
 
 @dataclass
 class Rehearsal:
-    """Hold what happened: launches of each operation and Triton kernel by name, and the host's reads."""
+    """Hold what happened: launches of each operation and Triton kernel by name, the host's reads and its waits.
+
+    waits: copies between the host and the GPU that the host awaits, by where they go.
+    """
 
     answer: Answer
     launches: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     reads: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -74,6 +79,12 @@ class WatchedDispatch(TorchDispatchMode):
             if name == "aten::nonzero":
                 return args[0].new_empty(self.rehearsal.answer(args[0]), args[0].ndim, dtype=torch.int64)
             return self.rehearsal.answer(args[0])
+        if name == "aten::_pin_memory":  # which has no fake form
+            pinned = args[0].clone()
+            pinned.is_rehearsed_as_pinned = True
+            return pinned
+        if (awaited := _awaited(name, args, kwargs)) is not None:
+            self.rehearsal.waits.append(f"a copy to {awaited}")
         out = func(*args, **kwargs)
         if not name.startswith("aten::"):
             return out
@@ -88,6 +99,24 @@ class WatchedDispatch(TorchDispatchMode):
         view = any(info is not None and not info.is_write for info in returned)
         if not view and base not in FREE:
             self.rehearsal.launches[base] += 1
+
+
+def _awaited(name: str, args: Any, kwargs: Any) -> str | None:
+    """Return where a copy between the host and the GPU goes if the host waits for it: cpu or cuda."""
+    if name == "aten::_to_copy":
+        source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+        waits = not (kwargs.get("non_blocking") and _free_to_copy(args[0]))
+    elif name == "aten::copy_":
+        target, source = args[0].device, args[1].device
+        waits = not ((args[2] if len(args) > 2 else kwargs.get("non_blocking")) and _free_to_copy(args[1]))
+    else:
+        return None
+    return target.type if waits and source.type != target.type else None
+
+
+def _free_to_copy(source: Tensor) -> bool:
+    """Return whether the host need not wait for a copy of a tensor: not for one from its own pageable memory."""
+    return source.is_cuda or getattr(source, "is_rehearsed_as_pinned", False)
 
 
 def _checked_addmm(
@@ -122,10 +151,20 @@ def rehearse(answer: Answer = lambda read: 0) -> Iterator[Rehearsal]:
         rehearsal.reads.append("tolist" if read.is_cuda else "tolist of a CPU tensor")
         return rehearsal.answer(read)
 
+    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        """Make a tensor of numbers, which for a GPU is a copy that no mode sees."""
+        made = make(*args, device=device, **kwargs)
+        if made.is_cuda:
+            rehearsal.waits.append("a copy to cuda")
+        return made
+
+    make = torch.tensor
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(JITFunction, "run", run)
         patch.setattr(FakeTensor, "tolist", tolist)
+        patch.setattr(torch, "tensor", tensor)
+        patch.setattr(masking_utils, "is_tracing", lambda *_: False)  # it reads what it leaves alone without numbers
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         stack.enter_context(WatchedDispatch(rehearsal))
         yield rehearsal

@@ -1,8 +1,9 @@
 """Send weights to servers by vLLM's own engines: `nccl` between GPUs, `ipc` on one GPU. They need vLLM installed here.
 
-The servers are paused during the whole transfer, because their weights change while they arrive. If it fails in the
-middle, their weights are neither the old nor the new ones. They are then told to stop, and their supervisor restarts
-them.
+The servers are paused during the whole transfer, because their weights change while they arrive. So what can be done
+before is: weights that several ranks share are gathered on this GPU, as many as fit. None is copied to the host. If the
+transfer fails in the middle, the servers' weights are neither the old nor the new ones. They are then told to stop, and
+their supervisor restarts them.
 
 NCCL does not notice a dead member. The group is formed again when servers have come or gone, but a server that dies
 during a broadcast blocks the trainer. This module has not run on a GPU: tests check the calls it makes and their order.
@@ -16,6 +17,7 @@ import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,13 +46,14 @@ class NativeTransfer:
         self, servers: Sequence[ServerControl], tensors: Iterator[tuple[str, Tensor]], version: WeightsVersion
     ) -> list[ServerControl]:
         """Send weights to all servers, and return those that have them now: none, with a warning, if one fails."""
+        ready = _gathered(tensors, _room() if self.kind == "nccl" else 0) if servers else []
         paused = each(ServerControl.pause, servers)
         if not paused:
             return []
         whole = False
         try:
             self._join(paused)
-            self.engine.source = _source(self.manifest, tensors)
+            self.engine.source = _source(self.manifest, chain(ready, tensors))
             self.engine.send_weights()
             whole = True
         except OSError as error:
@@ -138,6 +141,28 @@ class SyncClient:
         """Call act(server) for all servers at the same time. Raises the first error."""
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(act, self.servers))
+
+
+def _gathered(tensors: Iterator[tuple[str, Tensor]], room: int) -> list[tuple[str, Tensor]]:
+    """Take weights until they have more bytes than that, and wait until they are there.
+
+    vLLM's engines read them in streams of their own, which wait for nothing that was begun here. They are to be kept
+    until the transfer's end, since what their memory is used for next could overwrite them.
+    """
+    taken, size = [], 0
+    for name, tensor in tensors:
+        taken.append((name, tensor))
+        size += tensor.nbytes
+        if size > room:
+            break
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return taken
+
+
+def _room() -> int:
+    """Return half of the bytes of memory that are free on this GPU; 0 without one."""
+    return torch.cuda.mem_get_info()[0] // 2 if torch.cuda.is_available() else 0
 
 
 def _trainer_engine(init_info: Any, client: SyncClient, source: Any) -> Any:

@@ -32,7 +32,8 @@ def send_weights(
     try:
         live = each(lambda server: connections_of[server].open(), servers)
         for name, tensor in tensors:
-            live = [server for server in live if connections_of[server].send(name, tensor)]
+            sent = tensor.cpu()
+            live = [server for server in live if connections_of[server].send(name, sent)]
         live = [server for server in live if connections_of[server].end()]
     finally:
         for connections in connections_of.values():

@@ -46,7 +46,7 @@ class Shards:
         paths = list(takewhile(Path.exists, (_file(folder, stem, number) for number in count())))
         if not paths:
             raise ValueError(f"{_file(folder, stem, 0)} is missing: expected the {stem} that were saved")
-        self._files = [_open(path) for path in paths]
+        self._paths, self._files = paths, [_open(path) for path in paths]
         self._parts: dict[str, list[Any]] = {}
         for file in self._files:
             for name in sorted(file.keys()):
@@ -71,10 +71,23 @@ class Shards:
             start = stop
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor, on the CPU."""
-        whole = self._files[0].get_tensor(name)
-        rest = [part[:] for part in self._parts[name][1:]]
-        return torch.cat([whole, *rest]) if rest else whole
+        """Return a whole tensor, on the CPU.
+
+        The files are opened anew, since all that is ever read of a file that stays open counts as this process's
+        memory: the library maps it.
+        """
+        first, *others = self._paths[: len(self._parts[name])]
+        rows = _open(first).get_tensor(name)
+        if not others:
+            return rows
+        whole = rows.new_empty(self.shapes[name])
+        start = len(rows)
+        whole[:start] = rows
+        for path in others:
+            rows = _open(path).get_tensor(name)
+            whole[start : start + len(rows)] = rows
+            start += len(rows)
+        return whole
 
     @staticmethod
     def _shape(parts: list[Any]) -> tuple[int, ...]:

@@ -66,17 +66,21 @@ def verify(folder: Path) -> None:
 def verify_sidecars(files: Iterable[Path]) -> None:
     """Compare files of tensors with the SHA-256 beside each, where there is one. Raises ValueError naming the file."""
     known = {file: beside for file in files if (beside := _sidecar(file)).is_file()}
-    with _hashers() as pool:
-        found = dict(zip(known, pool.map(_sha256, known), strict=True))
+    found = dict(zip(known, sha256_of(known), strict=True))
     for file, beside in known.items():
         expected = beside.read_text().partition(" ")[0]
         if found[file] != expected:
             raise ValueError(f"{file} is damaged: expected SHA-256 {expected}, it has {found[file]}")
 
 
-def _compare(folder: Path, names: Iterable[str], expected: dict[str, str]) -> None:
+def sha256_of(files: Iterable[Path]) -> list[str]:
+    """Return the SHA-256 of each file, in hex; several are hashed at a time."""
     with _hashers() as pool:
-        found = dict(zip(names, pool.map(_sha256, [folder / name for name in names]), strict=True))
+        return list(pool.map(_sha256, files))
+
+
+def _compare(folder: Path, names: Iterable[str], expected: dict[str, str]) -> None:
+    found = dict(zip(names, sha256_of([folder / name for name in names]), strict=True))
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(

@@ -65,22 +65,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Raises ValueError for a dtype that is not in DTYPES; OSError if the disk is full.
     """
+    checksum = write_hashed(path, tensors)
+    path.with_name(path.name + SIDECAR).write_text(f"{checksum}  {path.name}\n")
+
+
+def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file and return the SHA-256 of its bytes, in hex. Tensors on the CPU are not copied.
+
+    metadata: of the file, for its header. Raises ValueError for a dtype that is not in DTYPES; OSError if the disk is
+    full.
+    """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so all are aligned
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as hasher, path.open("wb", buffering=0) as file, Forced(file) as forced:
-        for data in chain([header(ordered, (",", ":"))], map(tensor_bytes, ordered.values())):
+        for data in chain([header(ordered, (",", ":"), metadata)], map(tensor_bytes, ordered.values())):
             hashed = hasher.submit(digest.update, data)
             write_all(forced, data)
             hashed.result()
-    path.with_name(path.name + SIDECAR).write_text(f"{digest.hexdigest()}  {path.name}\n")
+    return digest.hexdigest()
 
 
-def header(tensors: Mapping[str, Tensor], separators: tuple[str, str] = (", ", ": ")) -> memoryview:
+def header(
+    tensors: Mapping[str, Tensor],
+    separators: tuple[str, str] = (", ", ": "),
+    metadata: Mapping[str, str] | None = None,
+) -> memoryview:
     """Return the header: its length in 8 bytes, then JSON, padded with spaces to a multiple of 8 bytes.
 
-    separators: of the JSON; (",", ":") as the library writes it. Raises ValueError for a dtype that is not in DTYPES.
+    separators: of the JSON; (",", ":") as the library writes it. metadata: texts by name that readers may ask for.
+    Raises ValueError for a dtype that is not in DTYPES.
     """
-    entries, begin = {}, 0
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"weights: {name!r} is {tensor.dtype}: expected one of {list(DTYPES)}")

@@ -29,9 +29,17 @@ def location(config: Config, run_dir: str | Path = "") -> tuple[str, str]:
     return config.store.url, Path(config.run_dir).name
 
 
-def open_store(config: Config) -> Store:
-    """Open the store of a run, as each process of the run does."""
+def open_store(config: Config, *, known: bool = False) -> Store:
+    """Open the store of a run, as each process of the run does. A SQLite file that is not there is made.
+
+    known: it must be there, because checkpoints of the run are. Raises ValueError if it is not.
+    """
     url, run = location(config)
+    if known and (file := sqlite_file(url)) is not None and not file.exists():
+        raise ValueError(
+            f"store {file}: no such file, but checkpoints of run {run!r} are in its directory: expected the store that "
+            "they were made with"
+        )
     if url != config.store.url:
         return Store(url, run)
     return Store(url, run, password=read_password(config.store.password_file), tls=config.store.tls)

@@ -56,3 +56,17 @@ def test_a_copy_shows_what_the_store_holds_and_changes_nothing(tmp_path):
         copy.queries.open([(1, "t")], ["main"], 2, 0)
     assert store.audit.balance()["queries"] == 1
     store.close()
+
+
+def test_a_file_that_must_be_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A relative URL names another file in each directory."""
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        config = config_of(tmp_path, topology="local", store={"url": "sqlite:///store.db"})
+        if name == "x":
+            open_store(config).close()
+            open_store(config, known=True).close()
+    with pytest.raises(ValueError, match=r"store .*/y/store\.db: no such file, but checkpoints of run 'a' are in its"):
+        open_store(config, known=True)
+    assert (tmp_path / "x/store.db").exists() and not list((tmp_path / "y").iterdir())

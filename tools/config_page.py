@@ -110,7 +110,8 @@ def type_text(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(each) for each in arguments if each is not type(None))
     if origin is tuple:
-        return f"list of {len(arguments)}: each {type_text(arguments[0])}"
+        number = "" if arguments[-1] is ... else f" {len(arguments)}"
+        return f"list of{number}: {'each ' if number else ''}{type_text(arguments[0])}"
     if origin is list:
         return f"list of: {type_text(arguments[0])}"
     return "table" if origin is dict else WORDS[hint]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -28,7 +29,6 @@ store_app = typer.Typer(no_args_is_help=True, help="Create a run's store, inspec
 app.add_typer(store_app, name="store")
 
 File = Annotated[Path, typer.Argument(help="the run's TOML file, or its directory, which holds a copy")]
-Checkpoint = Annotated[Path, typer.Option(help="a directory of a run's checkpoints/; of a decoupled run, its run_dir")]
 Target = Annotated[str, typer.Argument(metavar="FILE|URL", help="the run's TOML file, or the url of its store")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the file")]
 
@@ -161,13 +161,45 @@ def _decoupled(file: Path, overrides: list[str]) -> Config:
 
 
 @app.command("eval")
-def evaluate(file: File, checkpoint: Checkpoint, overrides: Overrides = []) -> None:  # noqa: B006
-    """Measure the held-out accuracy of a checkpoint of FILE's agents."""
-    config = load_config(file, overrides)
-    from mgrpo.engine.cli.evaluate import evaluate
+def evaluate(
+    file: File,
+    checkpoint: Annotated[Path | None, typer.Option(help="a run, or one of its checkpoints/")] = None,
+    step: Annotated[str | None, typer.Option(metavar="N|best", help="of the run; default: the latest")] = None,
+    model: Annotated[
+        list[str], typer.Option(metavar="[AGENT=]MODEL", help="a directory, an id on a hub or the url of a vLLM server")
+    ] = [],  # noqa: B006
+    base: Annotated[bool, typer.Option("--base", help="the models of FILE, untrained")] = False,
+    sets: Annotated[str | None, typer.Option(help="names of sets of tasks, with commas; default: eval.sets")] = None,
+    samples: Annotated[int | None, typer.Option(help="episodes of each task; default: eval.samples")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy; default: eval.temperature")] = None,
+    k: Annotated[str, typer.Option(help="of pass@k, with commas; default: powers of 2 up to --samples")] = "",
+    arms: Annotated[bool, typer.Option("--arms", help="compare new and old main with new and old sub-agents")] = False,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for all numbers")] = None,
+    episodes: Annotated[int, typer.Option(min=0, help="whole episodes to print")] = 0,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Evaluate FILE's agents on held-out tasks: by default with the latest checkpoint, or before training untrained."""
+    given = {"sets": sets and json.dumps(sets.split(",")), "samples": samples, "temperature": temperature}
+    own = [f"eval.{key}={value}" for key, value in given.items() if value is not None]
+    config = load_config(file, [*overrides, *own])
+    from mgrpo.engine.cli.evaluate.command import Options, evaluate
+    from mgrpo.engine.system.process import Interrupted
 
-    with _no_exit():
-        print(evaluate(config, checkpoint))
+    options = Options(checkpoint, step, model, base, arms, _numbers("--k", k), out, episodes)
+    try:
+        with _no_exit():
+            evaluate(config, options)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Return the numbers of a list with commas. Raises ValueError naming the option."""
+    parts = [part for part in text.split(",") if part.strip()]
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option}: {text!r} given: expected numbers with commas in between, such as 1,4,16")
+    return [int(part) for part in parts]
 
 
 @app.command()

@@ -26,6 +26,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(pattern=r"^\w[\w.-]{0,63}$")]  # of a set of tasks
 SQLITE = "sqlite:///"  # how the url of a store in a file begins
 
 
@@ -157,10 +158,16 @@ class WarmupConfig(Frozen):
 
 
 class EvalConfig(Frozen):
-    """Set the evaluation on held-out tasks, with greedy decoding."""
+    """Set the evaluation on tasks that are not trained on."""
 
     every: Whole = 0  # number of rl steps between evaluations; 0: only at the start and the end of the rl stage
-    questions: Count = 200  # largest number of held-out tasks in one evaluation
+    questions: Count = 200  # largest number of tasks of each set in one evaluation
+    # sets of tasks by the names that the environment's `tasks` knows; the mean of the first one is the score by which
+    # the best checkpoint is chosen
+    sets: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("held_out",)
+    samples: Count = 1  # episodes of each task; several give pass@k for k up to this number
+    temperature: NonNegative = 0.0  # of all agents, in place of their own; 0: greedy decoding
+    patience: Whole = 0  # evaluations in a row without a better score after which the run ends; 0: it never does
 
 
 class CheckpointConfig(Frozen):
@@ -168,6 +175,7 @@ class CheckpointConfig(Frozen):
 
     every: Count = 10  # steps between checkpoints; the last step of each stage is always saved
     keep: Count = 2  # newest checkpoints to keep; older ones are deleted
+    best: bool = True  # keep the one with the best held-out score too, if eval.every is set
 
 
 class StoreConfig(Frozen):
@@ -310,12 +318,27 @@ def parse_config(raw: dict[str, Any]) -> Config:
         _check_servers(name, config)
     for name in config.trained if config.steps else []:
         check_trainable(config.agents[name], f"config: agents.{name}")
+    check_evaluation(config.eval)
     return config
 
 
 def parse_agent(name: str, raw: Any) -> AgentConfig:
     """Check one agent's keys. Raises ValueError naming the key, the value and what was expected."""
     return convert(raw, AgentConfig, f"agents.{name}")
+
+
+def check_evaluation(settings: EvalConfig) -> None:
+    """Check that an evaluation's settings suit each other. Raises ValueError naming the key."""
+    if len(set(settings.sets)) < len(settings.sets) or settings.sets[0] == "train":
+        given = list(settings.sets)
+        raise ValueError(f"config: eval.sets: {given} given: expected each name once, and not 'train' first")
+    if settings.samples > 1 and not settings.temperature:
+        raise ValueError(
+            f"config: eval.samples: {settings.samples} given with eval.temperature = 0: expected a temperature above "
+            "0, since greedy decoding samples the same answer each time"
+        )
+    if settings.patience and not settings.every:
+        raise ValueError(f"config: eval.patience: {settings.patience} given with eval.every = 0: expected more than 0")
 
 
 def check_trainable(agent: AgentConfig, key: str) -> None:

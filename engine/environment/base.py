@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from mgrpo.engine.types import Action, Call, Delegate, Episode, Score, Task, ToolCall
 
-Split = Literal["train", "held_out"]
+Split = str  # "train", "held_out", or the name of another set in eval.sets
 
 
 def read_tasks(path: str | Path) -> list[Task]:
@@ -63,7 +63,7 @@ class Environment:
     volatile: ClassVar[Collection[str]] = ()
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        """Return the tasks to train on, or those held out for evaluation."""
+        """Return the tasks to train on, those held out for evaluation, or those of another set that eval.sets names."""
         raise NotImplementedError
 
     def prompt(self, call: Call) -> str:

@@ -18,6 +18,7 @@ class Session:
     """Hold one call's tokens as they grow, and a random generator that no other session shares.
 
     oldest, newest: versions of the weights that sampled it. logprobs: the sampler's, 0 for tokens it did not sample.
+    temperature: None, that of the agent.
     """
 
     seed: tuple[int, ...]
@@ -27,6 +28,7 @@ class Session:
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         self.random = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))

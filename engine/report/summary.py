@@ -18,6 +18,7 @@ from mgrpo.engine.report.metrics import flat, read_rows, without_gradient
 from mgrpo.engine.report.transcript import Transcripts
 from mgrpo.engine.run.directory import RunPaths
 from mgrpo.engine.run.metrics import Row, is_evaluation
+from mgrpo.engine.run.scores import best_of, ceased, keeps_best, why_ended
 from mgrpo.engine.system.statistics import difference
 
 EDGE = 10  # steps, at most, over which the first and the last values of a run are averaged
@@ -67,6 +68,7 @@ def summary(run: Path) -> str:
         f"{run}: {len(warmup)} of {config.warmup.steps} warm-up steps, {len(steps)} of {config.steps} rl steps of "
         f"{config.queries_per_step} queries x {config.algorithm.rollouts} rollouts",
         *_held_out([row for row in rl if is_evaluation(row)]),
+        *_best(config, rl, len(steps)),
     ]
     if not steps:
         return "\n".join([*lines, "no rl steps yet"])
@@ -79,6 +81,17 @@ def _held_out(rows: Sequence[Row]) -> list[str]:
         return ["held-out accuracy: not evaluated yet"]
     lines = [_accuracy_line(row) for row in (rows if len(rows) == 1 else (rows[0], rows[-1]))]
     return lines if len(rows) == 1 else [*lines, f"held-out accuracy: {compare(rows[0], rows[-1])}"]
+
+
+def _best(config: Config, rows: Sequence[Row], done: int) -> list[str]:
+    """Say which evaluation was the best one, whose checkpoint is kept, and whether the run has ended early."""
+    results = {row["step"]: row for row in rows if is_evaluation(row)}
+    lines = []
+    if keeps_best(config) and (best := best_of(results, config.eval)):
+        lines.append(f"best held-out score: {percent(best[1])} after {best[0]} rl steps, kept as rl-{best[0]:05d}")
+    if done < config.steps and ceased(results, config):
+        lines.append(f"the run {why_ended(config, done)}")
+    return lines
 
 
 def _accuracy_line(row: Row) -> str:

@@ -15,6 +15,7 @@ from rich.console import Group as Stack
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.batch.advantages import main_reward, weigh
 from mgrpo.engine.config.schema import Config
@@ -98,15 +99,8 @@ class Transcripts:
         size = f"{counted(call.tokens, 'token')}, {counted(call.turns, 'turn')}"
         facts = f"{size}, ended by {call.ended or 'an error'}, weights {call.version}"
         text = Text.assemble((judged(call, weight), "cyan"), "\n", (facts, "cyan"), "\n\n")
-        for first, last in runs(trajectory.sampled):
-            words = self._decode(call.agent, trajectory.tokens[first:last].tolist())
-            text.append_text(sampled_text(words, marks) if trajectory.sampled[first] else Text(words, style="dim"))
+        text.append_text(written(trajectory, self.tokenizers[call.agent], marks))
         return Panel(text, title=Text(who), title_align="left")
-
-    def _decode(self, agent: str, ids: list[int]) -> str:
-        words = self.tokenizers[agent].decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(words, str)  # a list, for a list of lists
-        return visible(words)
 
 
 def weights_of(
@@ -131,6 +125,21 @@ def spread(rollouts: Sequence[RolloutRecord], config: Config, count: int) -> lis
         return (ranked + [r for r in rollouts if r.status != "scored"])[:count]
     places = np.linspace(0, len(ranked) - 1, count).round().astype(int)
     return [ranked[place] for place in places]
+
+
+def written(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> Text:
+    """Return the text of a call, in which what the agent sampled differs from what it was shown.
+
+    tokenizer: as `for_pieces` returns it. marks: put around sampled text if there are no colours.
+    """
+    text = Text()
+    for first, last in runs(trajectory.sampled):
+        ids = trajectory.tokens[first:last].tolist()
+        words = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(words, str)  # a list, for a list of lists
+        shown = visible(words)
+        text.append_text(sampled_text(shown, marks) if trajectory.sampled[first] else Text(shown, style="dim"))
+    return text
 
 
 def runs(flags_L: np.ndarray) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Decide which task a query asks, and what is evaluated when, in the same way in every process of a run."""
+"""Decide which task a query asks, in the same way in every process of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment, Split
-from mgrpo.engine.rollout.episodes import Job, Rollout
+from mgrpo.engine.rollout.episodes import Job
 from mgrpo.engine.run.identity import task_order
-from mgrpo.engine.system.statistics import wilson
 from mgrpo.engine.types import Task
 
 # Warm-up and evaluation number their queries from here on, so that they draw other random numbers than rl queries.
@@ -108,29 +107,3 @@ def warmup_jobs(tasks: Sequence[Task], config: Config, step: int) -> list[Job]:
     first = WARMUP_QUERIES + step * config.warmup.episodes
     queries = range(first, first + config.warmup.episodes)
     return [Job(query, 0, pick(tasks, config.seed, query)) for query in queries]
-
-
-def eval_due(config: Config, step: int) -> bool:
-    """Return whether the weights after `step` rl steps are evaluated: the first, the last and every eval.every-th."""
-    every = config.eval.every
-    return step in (0, config.steps) or bool(every and step % every == 0)
-
-
-def eval_jobs(tasks: Sequence[Task], config: Config) -> list[Job]:
-    """Return greedy episodes on the first eval.questions tasks of a seeded shuffle."""
-    order = np.random.default_rng([config.seed, EVAL_QUERIES]).permutation(len(tasks))[: config.eval.questions]
-    return [Job(EVAL_QUERIES + i, 0, tasks[index], greedy=True, evaluated=True) for i, index in enumerate(order)]
-
-
-def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return the share of correct answers, with its 95 % Wilson interval. A rollout without a score counts as wrong."""
-    correct = sum(rollout.score.correct for rollout in rollouts if rollout.score is not None)
-    low, high = wilson(correct, len(rollouts))
-    return {
-        "eval/held_out_accuracy": correct / len(rollouts),
-        "eval/low": low,
-        "eval/high": high,
-        "eval/questions": len(rollouts),
-        "eval/failed": sum(rollout.status != "scored" for rollout in rollouts),
-        "eval/calls_mean": float(np.mean([len(rollout.episode.calls) for rollout in rollouts])),
-    }

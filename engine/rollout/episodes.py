@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
 class Job:
     """One rollout to make: the rollout-th episode of a query, which asks a task.
 
-    evaluated: nothing but its correctness is asked for.
+    evaluated: nothing but its correctness is asked for. temperature: None, that of each agent.
     """
 
     query: int
@@ -68,6 +68,7 @@ class Job:
     task: Task
     greedy: bool = False
     evaluated: bool = False
+    temperature: float | None = None
 
 
 @dataclass
@@ -255,6 +256,7 @@ class EpisodeRunner(ABC):
         job, agent = rollout.job, self.config.agents[call.agent]
         seed = (self.config.seed, job.query, job.rollout, self.agent_index[call.agent], index)
         session = self._begin(call, seed, job.greedy)
+        session.temperature = job.temperature
         prompt = await self.code.text(self.environment.prompt, call)
         session.append(list(self.tokenizers[call.agent].encode(prompt, add_special_tokens=False)))
         if not session.tokens:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from mgrpo.engine.rollout.episodes import EpisodeRunner, Job, Rollout
 from mgrpo.engine.system.heartbeat import Heartbeat
@@ -15,17 +16,23 @@ log = logging.getLogger(__name__)
 def play(runner: EpisodeRunner, jobs: Sequence[Job]) -> list[Rollout]:
     """Play episodes side by side and return their rollouts in the jobs' order.
 
-    If an async function of the environment does not let go of the event loop, the process ends with status 1 and names
-    it. Raises StuckError if too many plain functions have not returned.
+    Raises StuckError if too many plain functions of the environment have not returned.
     """
+    with watched(runner):
+        rollouts = runner.run(jobs)
+    runner.check_stuck()
+    return rollouts
+
+
+@contextmanager
+def watched(runner: EpisodeRunner) -> Iterator[None]:
+    """End the process with status 1 if an async function of the environment does not let go of the event loop."""
     watch = Heartbeat(lambda: _end_if_blocked(runner), runner.timeout / 3)
     watch.start()
     try:
-        rollouts = runner.run(jobs)
+        yield
     finally:
         watch.stop()
-    runner.check_stuck()
-    return rollouts
 
 
 def _end_if_blocked(runner: EpisodeRunner) -> None:

@@ -36,21 +36,20 @@ from mgrpo.engine.inference.sampler import Sampler
 from mgrpo.engine.inference.vllm.endpoints import find
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.rollout.curriculum import (
-    accuracy,
     digest_of,
-    eval_due,
-    eval_jobs,
     find_task,
     in_order,
     load_tasks,
     pick,
 )
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
+from mgrpo.engine.rollout.evaluation import Evaluation
 from mgrpo.engine.rollout.records import rollout_counts, write_rollouts
 from mgrpo.engine.rollout.weight_loader import WeightLoader
 from mgrpo.engine.rollout.worker_metrics import WorkerMetrics
 from mgrpo.engine.run.directory import RunPaths, locked, root_of
 from mgrpo.engine.run.metrics import JsonLines
+from mgrpo.engine.run.scores import ceased, eval_due
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.run.weights import DamagedWeightsError
 from mgrpo.engine.store import CallRecord, Lease, RolloutRecord, Store
@@ -87,7 +86,7 @@ class Worker:
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
         environment = load_environment(config.environment)
-        self.train, self.held_out = load_tasks(environment, "train"), load_tasks(environment, "held_out")
+        self.train, self.evaluation = load_tasks(environment, "train"), Evaluation.of(config, environment)
         patiently(store.identities.settle_tasks, digest_of(self.train))
         self.train = in_order(self.train, run_dir)
         samplers = {name: _make_sampler(name, config) for name, agent in config.agents.items() if agent.vllm is None}
@@ -140,14 +139,19 @@ class Worker:
 
     def _finished(self) -> bool:
         """Return whether every agent has published its last step and all evaluations are made."""
-        steps = self.config.steps
-        if self.loader.step < steps:
+        last = self._last()
+        if self.loader.step < last:
             return False
         made = self.patiently(self.store.roles.evaluations)
-        left = [step for step in range(steps + 1) if eval_due(self.config, step) and step not in made]
+        left = [step for step in range(last + 1) if eval_due(self.config, step, last) and step not in made]
         for step in left:  # trainers open evaluations too, unless they were killed after publishing
             self.patiently(self.store.roles.open_evaluation, step)
         return not left
+
+    def _last(self) -> int:
+        """Return the step with which the run ends: early, if its score has ceased to rise."""
+        end = self.patiently(self.store.roles.end, patience) if (patience := self.config.eval.patience) else None
+        return self.config.steps if end is None else min(end, self.config.steps)
 
     def _extend_leases(self) -> None:
         """Extend the worker's leases. If they lapse, others sample the queries too, and each is recorded once.
@@ -233,7 +237,7 @@ class Worker:
             self.name,
             count,
             ahead=(config.sampling.max_staleness + 1) * queries,
-            total=config.steps * queries,
+            total=self._last() * queries,
             task_of=lambda query: pick(self.train, config.seed, query).id,
             lease=config.store.lease,
             loaded={agent: publication.step for agent, publication in self.loader.loaded.items()},
@@ -270,19 +274,26 @@ class Worker:
         return self.patiently(self.store.roles.take_evaluation, self.name, self.config.store.lease)
 
     def _evaluate(self, step: int) -> None:
-        """Play greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
+        """Play the episodes of an evaluation, and store what they got."""
         began, self.evaluating = time.monotonic(), True
         while not self.patiently(self._load_weights_of, step):
             self._wait(IDLE[1])
-        jobs, rollouts, busy = iter([eval_jobs(self.held_out, self.config)]), list[Rollout](), self.episodes.busy
+        jobs, rollouts, busy = iter([self.evaluation.jobs]), list[Rollout](), self.episodes.busy
         self.episodes.stream(lambda _: self._unless_stopped(next(jobs, [])), rollouts.append)
         self._check_stuck()
         self.episodes.busy = busy  # time/rollout leaves out evaluations; they have time/eval
-        result = accuracy(rollouts)
-        self.patiently(self.store.roles.finish_evaluation, step, self.name, result)
+        result = self.evaluation.row(rollouts)
+        self.patiently(self._finish_evaluation, step, result)
         self.evaluating = False
         row = {"stage": "rl", "step": step, **result, "time/eval": time.monotonic() - began}
         self.patiently(self.metrics_file.append, row)
+
+    def _finish_evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Store the result, and that the run is to end if its score has ceased to rise, once."""
+        patience = self.config.eval.patience
+        over = patience and self.store.roles.end(patience) is None
+        over = over and ceased(self.store.roles.evaluations() | {step: result}, self.config)
+        self.store.roles.finish_evaluation(step, self.name, result, patience if over else 0)
 
     def _load_weights_of(self, step: int) -> bool:
         """Load the step's weights; return whether all samplers are ready. Servers always have the newest weights."""

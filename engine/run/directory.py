@@ -31,7 +31,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -156,9 +156,14 @@ class RunDirectory(RunPaths):
     # ---- checkpoints
 
     def save_checkpoint(
-        self, name: str, write: Callable[[Path], None], keep: int, allowed: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        write: Callable[[Path], None],
+        keep: int,
+        allowed: Callable[[], None] = lambda: None,
+        spared: Collection[str] = (),
     ) -> Path:
-        """Write checkpoint `name` ("rl-00012") whole or not at all; keep only it and the keep - 1 before it.
+        """Write checkpoint `name` ("rl-00012") whole or not at all; keep only it, the keep - 1 before it and `spared`.
 
         write: fills the directory that it is given. allowed: called before anything that is there is replaced or
         deleted; it raises if another process acts here by now. Checkpoints after this one are of a rewound run, and
@@ -178,7 +183,7 @@ class RunDirectory(RunPaths):
             aside.rename(final)
             fsync(self.checkpoints)
             allowed()
-            self._prune(name, keep)
+            self._prune(name, keep, spared)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITE_ERRORS):
                 raise
@@ -210,11 +215,12 @@ class RunDirectory(RunPaths):
     def _holds_run(self) -> bool:
         return self.config.exists() or self.latest_checkpoint() is not None or _size(self.metrics) > 0
 
-    def _prune(self, name: str, keep: int) -> None:
+    def _prune(self, name: str, keep: int, spared: Collection[str]) -> None:
         saved = checkpoints_in(self.checkpoints)
         last = [path.name for path in saved].index(name)
         for path in saved[: max(last + 1 - keep, 0)] + saved[last + 1 :]:
-            self._retire(path)
+            if path.name not in spared:
+                self._retire(path)
 
     def _retire(self, path: Path) -> None:
         """Rename a checkpoint, to be deleted later, so that a part of it is never taken for a whole one."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
+from mgrpo.engine.run.metrics import plain
 from mgrpo.engine.store.database import Part, lapsed, reads, writes
 from mgrpo.engine.store.tables import (
     Publication,
@@ -24,6 +25,7 @@ from mgrpo.engine.store.tables import (
     runs,
 )
 
+END, PATIENCE = "eval/end", "eval/patience"  # in the result of the evaluation that ends a run early
 _other = publications.alias()
 _same_agent = sa.and_(_other.c.run == publications.c.run, _other.c.agent == publications.c.agent)
 LATEST = sa.select(sa.func.max(_other.c.step)).where(_same_agent).scalar_subquery()  # of a publication's agent
@@ -148,25 +150,64 @@ class Roles(Part):
         return step
 
     @writes
-    def finish_evaluation(self, db: sa.Connection, step: int, worker: str, result: Mapping[str, float]) -> bool:
-        """Store the result and return True, or return False if there is one already or the weights are lost."""
+    def finish_evaluation(
+        self, db: sa.Connection, step: int, worker: str, result: Mapping[str, float], patience: int = 0
+    ) -> bool:
+        """Store the result and return True, or return False if there is one already or the weights are lost.
+
+        patience: if above 0, the run is to end for want of a better score: with the step after the newest that any
+        agent has published, which is the earliest that no agent has passed. `end` returns it.
+        """
         waiting = self._of(
             evaluations,
             evaluations.c.step == step,
             evaluations.c.worker == worker,
             evaluations.c.result.is_(None),
         )
-        values = {"result": json.dumps(dict(result), allow_nan=False)}
+        found = plain(dict(result))
+        if patience:
+            found |= {END: self._newest(db) + 1, PATIENCE: patience}
+        values = {"result": json.dumps(found, allow_nan=False)}
         return db.execute(sa.update(evaluations).where(waiting).values(values)).rowcount == 1
+
+    @writes
+    def note_evaluation(self, db: sa.Connection, step: int, result: Mapping[str, float]) -> None:
+        """Store the result of a run whose one process evaluates; an earlier result of the step is replaced."""
+        row = {"run": self.run, "step": step, "worker": "", "deadline": 0.0}
+        insert = self._insert(evaluations).values(row | {"result": json.dumps(plain(dict(result)), allow_nan=False)})
+        keys = [column.name for column in evaluations.primary_key]
+        db.execute(insert.on_conflict_do_update(index_elements=keys, set_={"result": insert.excluded.result}))
+
+    @writes
+    def forget_evaluations(self, db: sa.Connection, after: int) -> None:
+        """Delete the evaluations of later steps, whose weights are lost."""
+        db.execute(sa.delete(evaluations).where(self._of(evaluations, evaluations.c.step > after)))
+
+    @reads
+    def end(self, db: sa.Connection, patience: int) -> int | None:
+        """Return the step at which the run ends early, or None if it does not, with that patience of now."""
+        found = [result for result in self.read_evaluations(db).values() if result.get(PATIENCE) == patience]
+        return min((int(result[END]) for result in found), default=None) if patience else None
 
     @reads
     def evaluations(self, db: sa.Connection) -> dict[int, dict[str, float]]:
         """Return the results of the finished evaluations, by step."""
+        return self.read_evaluations(db)
+
+    # ---- within a transaction, also of other parts of the store
+
+    def _newest(self, db: sa.Connection) -> int:
+        """Return the newest step that any agent has published; no agent publishes until the commit."""
+        trainers = self._of(roles, roles.c.role.startswith("trainer:"))
+        db.execute(sa.select(roles.c.role).where(trainers).order_by(roles.c.role).with_for_update()).all()
+        newest = db.scalar(sa.select(sa.func.max(publications.c.step)).where(self._of(publications)))
+        return int(newest or 0)
+
+    def read_evaluations(self, db: sa.Connection) -> dict[int, dict[str, float]]:
+        """Return the results of the finished evaluations, by step."""
         finished = self._of(evaluations, evaluations.c.result.is_not(None))
         found = db.execute(sa.select(evaluations.c.step, evaluations.c.result).where(finished).order_by("step"))
         return {step: json.loads(result) for step, result in found}
-
-    # ---- within a transaction, also of other parts of the store
 
     def begun(self, db: sa.Connection, *, lock: bool = False) -> tuple[list[str], int]:
         """Return the run's agents and K. With `lock`, let only one transaction at a time pass.

@@ -21,10 +21,7 @@ from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.summary import draw
 from mgrpo.engine.rollout.curriculum import (
-    accuracy,
     digest_of,
-    eval_due,
-    eval_jobs,
     in_order,
     load_tasks,
     pick,
@@ -32,10 +29,12 @@ from mgrpo.engine.rollout.curriculum import (
 )
 from mgrpo.engine.rollout.demonstrations import Demonstrations, check_played, check_script
 from mgrpo.engine.rollout.episodes import Episodes, Job, Rollout
+from mgrpo.engine.rollout.evaluation import Evaluation
 from mgrpo.engine.rollout.records import PLAYED, demonstrated, rollout_counts, write_rollouts
 from mgrpo.engine.rollout.watched import play
 from mgrpo.engine.run.directory import RunDirectory, root_of, stage_and_step
 from mgrpo.engine.run.metrics import Row
+from mgrpo.engine.run.scores import best_of, ceased, eval_due, had, keeps_best, why_ended
 from mgrpo.engine.run.trajectories import TrajectoryWriter
 from mgrpo.engine.store import Group
 from mgrpo.engine.store.open import identify, open_store
@@ -79,13 +78,14 @@ class Colocated:
         make_deterministic(config.seed, config.deterministic)
         self.environment = load_environment(config.environment)
         check_script(config, self.environment)
-        self.tasks = {split: load_tasks(self.environment, split) for split in ("train", "held_out")}
+        self.tasks = load_tasks(self.environment, "train")
+        self.evaluation = Evaluation.of(config, self.environment)
         self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
         self.samplers = {name: policy.sampler() for name, policy in self.policies.items()}
         self.episodes = Episodes(config, self.environment, self.samplers)
         tokenizers = {name: sampler.tokenizer for name, sampler in self.samplers.items()}
         self.demonstrations = Demonstrations(config, self.environment, tokenizers, judged=False)
-        self.store = open_store(config)
+        self.store = open_store(config, known=not anew)
         identify(self.store, config, known=not anew)
         self._settle_tasks(anew)
         root = root_of(config, "trajectories")
@@ -97,8 +97,8 @@ class Colocated:
         """Take the tasks to train on in the order of the run. Raises ValueError if it was begun with others."""
         if anew:
             self.rundir.tasks.unlink(missing_ok=True)
-        self.store.identities.settle_tasks(digest_of(self.tasks["train"]), anew=anew)
-        self.tasks["train"] = in_order(self.tasks["train"], self.rundir.path)
+        self.store.identities.settle_tasks(digest_of(self.tasks), anew=anew)
+        self.tasks = in_order(self.tasks, self.rundir.path)
 
     def run(self, checkpoint: Path | None) -> None:
         """Run both stages, from a checkpoint or from the start."""
@@ -123,7 +123,7 @@ class Colocated:
         self.display.stage("warmup", first, steps)
         for step in range(first, steps):
             started = time.monotonic()
-            rollouts = play(self.demonstrations, warmup_jobs(self.tasks["train"], self.config, step))
+            rollouts = play(self.demonstrations, warmup_jobs(self.tasks, self.config, step))
             check_played(step, rollouts)
             row = rollout_counts(rollouts, PLAYED)
             for trainer in self.trainers:
@@ -139,7 +139,7 @@ class Colocated:
         for step in range(first, steps + 1):
             if eval_due(self.config, step):
                 self._evaluate(step)
-            if step == steps:
+            if step == steps or self._ends(step):
                 break
             started = time.monotonic()
             row = self._sample(step)
@@ -195,7 +195,7 @@ class Colocated:
         """Sample K rollouts of each of the step's queries; write trajectories to files and the rest to the store."""
         config = self.config
         queries = {
-            query: pick(self.tasks["train"], config.seed, query)
+            query: pick(self.tasks, config.seed, query)
             for query in range(step * config.queries_per_step, (step + 1) * config.queries_per_step)
         }
         agents = list(config.agents)
@@ -212,15 +212,32 @@ class Colocated:
         self.store.queries.record(*write_rollouts(self.writers, rollouts))
 
     def _evaluate(self, step: int) -> None:
-        """Play greedy episodes on held-out tasks. An episode that failed or was not scored counts as wrong."""
+        """Play the episodes of an evaluation, and save the weights if they are the best and are not saved yet."""
         started = time.monotonic()
-        rollouts = play(self.episodes, eval_jobs(self.tasks["held_out"], self.config))
+        result = self.evaluation.row(play(self.episodes, self.evaluation.jobs))
         for sampler in self.samplers.values():
             sampler.release_cache()
-        row = {"stage": "rl", "step": step, **accuracy(rollouts), "time/eval": time.monotonic() - started}
+        row = {"stage": "rl", "step": step, **result, "time/eval": time.monotonic() - started}
         self.rundir.log_metrics(row)
         self.display.row(row)
         draw(self.rundir.path)
+        self.store.roles.note_evaluation(step, result)
+        if self._best() == [f"rl-{step:05d}"] and not (self.rundir.checkpoints / f"rl-{step:05d}").exists():
+            self._save("rl", step)
+
+    def _best(self) -> list[str]:
+        """Return the name of the checkpoint with the best score so far, if it is to be kept."""
+        best = best_of(self.store.roles.evaluations(), self.config.eval) if keeps_best(self.config) else None
+        return [f"rl-{best[0]:05d}"] if best else []
+
+    def _ends(self, step: int) -> bool:
+        """Return whether the run ends here, because its score has ceased to rise; its state is then saved."""
+        if not (self.config.eval.patience and ceased(self.store.roles.evaluations(), self.config)):
+            return False
+        if not (self.rundir.checkpoints / f"rl-{step:05d}").exists():
+            self._save("rl", step)
+        self.display.say(why_ended(self.config, step))
+        return True
 
     def _update_samplers(self, step: int) -> None:
         """Tell the samplers the version of their weights, which they share with the trainers in this process."""
@@ -247,7 +264,7 @@ class Colocated:
             agents = {name: policy.save_state(folder / name) for name, policy in self.policies.items()}
             (folder / "state.json").write_text(json.dumps({"stage": stage, "step": step, "agents": agents}))
 
-        self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep)
+        self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep, spared=self._best())
         for name, queries in self.unacked.items():
             self.store.groups.ack(name, queries)
             self.unacked[name] = []
@@ -259,7 +276,10 @@ class Colocated:
             self._update_samplers(step if stage == "rl" else 0)
         lost = self.store.groups.reclaim(step if stage == "rl" else 0)
         self.rundir.rewind_metrics(step, stage, keep_evaluation=stage == "rl" and not eval_due(self.config, step))
+        self.store.roles.forget_evaluations(step if stage == "rl" else -1)
         if checkpoint is not None:
+            for line in had(self.store.roles.evaluations(), self.config):
+                self.display.say(f"resume: {line}")
             again = f"; {counted(lost, 'query', 'queries')} sampled since then, to be sampled again" if lost else ""
             self.display.say(f"resumed from {checkpoint.name}{again}")
         return stage, step

@@ -40,6 +40,7 @@ from mgrpo.engine.rollout.records import PLAYED, demonstrated, rollout_counts
 from mgrpo.engine.rollout.watched import play
 from mgrpo.engine.run.directory import root_of
 from mgrpo.engine.run.metrics import Row
+from mgrpo.engine.run.scores import eval_due, keeps_best
 from mgrpo.engine.run.weights import Published, probe_tokens
 from mgrpo.engine.system import distributed, retry, secrets
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, make_deterministic
@@ -126,7 +127,22 @@ class AgentProcess:
 
     def _rl(self, first: int) -> None:
         for step in range(first, self.config.steps):
+            if self._ends(step):
+                break
             self.rl_step(step)
+
+    def _ends(self, step: int) -> bool:
+        """Return whether the run ends before the step, because its score has ceased to rise; the state is then saved.
+
+        All agents end at the same step, which the store has set: no agent had passed it.
+        """
+        if not self.config.eval.patience:
+            return False
+        end = self.leader.end() if self.leader else None
+        over = distributed.broadcast(end is not None and step >= end, bool)
+        if over and distributed.broadcast(bool(self.leader and self.leader.saved != ("rl", step)), bool):
+            self.save("rl", step)
+        return bool(over)
 
     def rl_step(self, step: int) -> Row:
         """Wait for a step's groups, train on them, publish, log, and save when due. Return the logged metrics."""
@@ -214,7 +230,8 @@ class AgentProcess:
         done = step + 1
         if self.leader:
             self.leader.log(stage, step, row, started)
-        if done == steps or done % self.config.checkpoint.every == 0:
+        best = stage == "rl" and keeps_best(self.config) and eval_due(self.config, done)
+        if done == steps or done % self.config.checkpoint.every == 0 or best:
             self.save(stage, done)
         if distributed.broadcast(bool(self.leader and self.leader.interrupted()), bool):
             self._stop(stage, done)

@@ -27,6 +27,7 @@ from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.follow import Watch
 from mgrpo.engine.report.metrics import read_rows
 from mgrpo.engine.run.directory import RunDirectory, latest_of, stage_and_step
+from mgrpo.engine.run.scores import had, why_ended
 from mgrpo.engine.store.open import begin, identify, open_store
 from mgrpo.engine.system.files import make_private
 from mgrpo.engine.system.process import RENDEZVOUS
@@ -74,8 +75,9 @@ def _begin(config: Config, run: RunDirectory) -> list[str]:
         if changes:
             patiently(store.roles.renew, fingerprint(config))
         patiently(begin, store, config)
+        known = had(patiently(store.roles.evaluations), config)
     run.write_config(dump_config(config))
-    return changes
+    return changes + known
 
 
 def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
@@ -87,6 +89,11 @@ def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
             look = _every(LOOK, lambda: watch.look(supervisor.states()))
             supervisor.run(look)
         watch.look(supervisor.states())
+    if config.eval.patience:
+        with closing(patiently(open_store, config)) as store:
+            end = patiently(store.roles.end, config.eval.patience)
+        if end is not None and end < config.steps:
+            display.say(why_ended(config, end))
     try:
         draw_curves(run.curves, config, [row for row in read_rows(run.path, config) if row["stage"] == "rl"])
     except OSError as error:  # the run is complete without its figure
@@ -132,10 +139,12 @@ def _all_done(config: Config, agents: Sequence[str], evaluated: bool = False) ->
     try:
         with closing(open_store(config)) as store:
             published, results = store.roles.publications(), store.roles.evaluations()
+            end = store.roles.end(config.eval.patience)
     except OSError:  # who has ended is started again, and finds out by itself
         return False
-    done = all(name in published and published[name].step >= config.steps for name in agents)
-    return done and (config.steps in results or not evaluated)
+    last = config.steps if end is None else min(end, config.steps)
+    done = all(name in published and published[name].step >= last for name in agents)
+    return done and (last in results or not evaluated)
 
 
 def _servers(

@@ -21,8 +21,9 @@ import msgspec
 from mgrpo.engine.batch.advantages import weigh
 from mgrpo.engine.config.resume import check_steps
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.rollout.curriculum import digest_of, eval_due
+from mgrpo.engine.rollout.curriculum import digest_of
 from mgrpo.engine.run.directory import RunDirectory, root_of
+from mgrpo.engine.run.scores import best_of, eval_due, keeps_best
 from mgrpo.engine.run.trajectories import remove
 from mgrpo.engine.run.weights import Published, remove_old
 from mgrpo.engine.store import Claim, FencedError, Group, Publication
@@ -218,7 +219,23 @@ class Leader:
             saved = CheckpointInfo(stage=stage, step=step, policy=policy, groups=self.groups, unacked=self.unacked)
             (folder / "state.json").write_bytes(msgspec.json.encode(saved))
 
-        self.rundir.save_checkpoint(f"{stage}-{step:05d}", write, self.config.checkpoint.keep, self._check_role)
+        name, spared = f"{stage}-{step:05d}", self._spared(step)
+        self.rundir.save_checkpoint(name, write, self.config.checkpoint.keep, self._check_role, spared)
+
+    def _spared(self, step: int) -> list[str]:
+        """Return the checkpoints to keep beside the newest: the best so far, and those that wait for their score."""
+        if not keeps_best(self.config):
+            return []
+        results = self.patiently(self.store.roles.evaluations)
+        best = best_of(results, self.config.eval)
+        waiting = [s for s in range(step) if eval_due(self.config, s) and s not in results]
+        return [f"rl-{s:05d}" for s in [*waiting, *best[:1]]] if best else [f"rl-{s:05d}" for s in waiting]
+
+    def end(self) -> int | None:
+        """Return the step at which the run ends early, since its score has ceased to rise; None: it does not."""
+        patience = self.config.eval.patience
+        end: int | None = self.patiently(self.store.roles.end, patience) if patience else None
+        return end
 
     def ack(self, stage: str, step: int) -> None:
         """Ack in the store the groups that the checkpoint just saved was trained on."""
@@ -359,7 +376,7 @@ class Leader:
             agent=self.name, step=step, version=version, trained=self.groups, probe=tuple(probe), **file._asdict()
         )
         self.patiently(self.store.roles.publish, publication, self.holder)
-        if eval_due(self.config, step):
+        if eval_due(self.config, step, self.end()):
             self.patiently(self.store.roles.open_evaluation, step)
         needed = [file.file, *self._files_to_evaluate(step)]
         self.pruning = self.executor.submit(self._prune, needed)

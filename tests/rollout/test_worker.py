@@ -26,6 +26,7 @@ from mgrpo.engine.rollout import episodes as rollout_module
 from mgrpo.engine.rollout import worker as worker_module
 from mgrpo.engine.rollout.curriculum import load_tasks, pick
 from mgrpo.engine.rollout.episodes import Episodes, Job
+from mgrpo.engine.rollout.evaluation import Evaluation
 from mgrpo.engine.rollout.worker import Worker
 from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.trajectories import TrajectoryWriter, read
@@ -307,6 +308,36 @@ def test_an_evaluation_that_no_trainer_lived_to_open_is_made(tmp_path, monkeypat
     monkeypatch.setattr(world.store.roles, "open_evaluation", lambda step: None)
     world.worker().run(world)
     assert list(world.store.roles.evaluations()) == [0, STEPS]
+
+
+def test_a_worker_ends_a_run_whose_score_has_not_risen_for_so_many_evaluations(tmp_path, monkeypatch):
+    world = World(tmp_path, steps=STEPS + 3, eval={"every": 1, "patience": 2})
+    scores = iter([0.5, 0.4, 0.5, 0.9, 0.9])  # at 0, 1 and 2: no rise since 0; then the last one
+    monkeypatch.setattr(Evaluation, "row", lambda *_: {"eval/held_out_accuracy": next(scores), "eval/questions": 3})
+    train = world.train
+
+    def until_the_end():
+        end = world.store.roles.end(2)
+        if end is None or min(world.steps.values()) < end:
+            train()
+
+    monkeypatch.setattr(world, "train", until_the_end)
+    world.worker().run(world)
+    end = world.store.roles.end(2)
+    assert end == max(world.steps.values()) and 3 <= end < STEPS + 3
+    assert list(world.store.roles.evaluations()) == list(range(end + 1))
+
+
+def test_an_evaluation_of_several_samples_says_pass_at_k(tmp_path):
+    world = World(tmp_path, eval={"samples": 3, "temperature": 1.5, "sets": ("held_out", "train")})
+    world.worker().run(world)
+    rows = read_metrics(world.run_dir / "workers" / "w" / "metrics.jsonl")
+    row = next(row for row in rows if "eval/held_out_accuracy" in row)
+    assert row["eval/samples"] == 3 and row["eval/temperature"] == 1.5 and row["eval/questions"] == 3
+    for name in ("held_out", "train"):
+        assert row[f"eval/{name}/questions"] == 3 and row[f"eval/{name}/failed"] == 0
+        assert row[f"eval/{name}/avg@3"] <= row[f"eval/{name}/pass@2"] <= row[f"eval/{name}/pass@3"]
+    assert row["eval/held_out_accuracy"] == row["eval/held_out/avg@3"]
 
 
 # ---- what goes wrong

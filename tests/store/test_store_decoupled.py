@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import uuid
@@ -198,6 +199,27 @@ def test_a_step_is_evaluated_once_when_all_agents_have_published_it(store):
     assert store.roles.evaluations() == {1: {"eval/held_out_accuracy": 0.5}}
     store.roles.rewind("main", 0, "me")  # the weights that were evaluated are lost
     assert store.roles.evaluations() == {} and not store.roles.open_evaluation(1)
+
+
+def test_a_run_that_ends_early_ends_after_the_newest_step_that_any_agent_published(store):
+    for agent, step in (("main", 1), ("main", 2), ("search", 1)):
+        store.roles.publish(publication(agent, step), "me")
+    assert store.roles.open_evaluation(1) and store.roles.end(3) is None
+    assert store.roles.take_evaluation("w", 60) == 1
+    assert store.roles.finish_evaluation(1, "w", {"eval/held_out_accuracy": math.nan}, patience=3)
+    assert store.roles.end(3) == 3
+    assert store.roles.end(2) is store.roles.end(0) is None  # another patience decides anew
+    assert store.roles.evaluations()[1]["eval/held_out_accuracy"] is None
+    store.roles.rewind("main", 0, "me")
+    assert store.roles.end(3) is None
+
+
+def test_a_run_of_one_process_notes_its_evaluations_and_forgets_those_of_lost_weights(store):
+    for step, score in ((0, 0.1), (2, 0.3), (2, 0.4)):
+        store.roles.note_evaluation(step, {"eval/held_out_accuracy": score})
+    assert store.roles.evaluations() == {0: {"eval/held_out_accuracy": 0.1}, 2: {"eval/held_out_accuracy": 0.4}}
+    store.roles.forget_evaluations(1)
+    assert list(store.roles.evaluations()) == [0]
 
 
 # ---- leases and the gate

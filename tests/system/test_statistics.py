@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from math import comb
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo.engine.system.statistics import Z, difference, wilson
+from mgrpo.engine.system import statistics
+from mgrpo.engine.system.statistics import Z, bootstrap, difference, mean_interval, pass_at_k, wilson
 
 counts = st.integers(1, 10**9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -69,3 +72,53 @@ def test_scores_beyond_a_proportion_have_no_interval_and_none_asked_is_an_error(
     for broken in (lambda: wilson(0, 0), lambda: difference(1, 2, 0, 0)):
         with pytest.raises(ValueError, match="n: 0 given, expected at least one question"):
             broken()
+
+
+# ---- pass@k, and means over tasks
+
+
+def every_choice(n: int, correct: int, k: int) -> float:
+    """Return the share of all choices of k among n samples in which any is correct."""
+    samples = [True] * correct + [False] * (n - correct)
+    choices = list(combinations(samples, k))
+    return sum(map(any, choices)) / len(choices)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_pass_at_k_is_the_share_of_all_choices(n: int):
+    for correct in range(n + 1):
+        for k in range(1, n + 1):
+            assert pass_at_k(n, correct, k) == pytest.approx(every_choice(n, correct, k), abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_is_exact():
+    assert pass_at_k(10_000, 3, 100) == pytest.approx(1 - comb(9997, 100) / comb(10_000, 100), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, correct, k", [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
+def test_pass_at_k_refuses_what_was_not_sampled(n: int, correct: int, k: int):
+    with pytest.raises(ValueError, match=r"pass@k: .* given: expected"):
+        pass_at_k(n, correct, k)
+
+
+def test_the_bootstrap_covers_the_mean_of_a_known_distribution():
+    random, covered, times = np.random.default_rng(0), 0, 400
+    for seed in range(times):  # 60 tasks, each solved with a probability that is uniform, by 4 samples
+        values = random.binomial(4, random.random(60)) / 4
+        low, high = bootstrap(values, seed, resamples=500)
+        covered += low <= 0.5 <= high
+    assert 0.91 <= covered / times <= 0.98
+
+
+def test_the_bootstrap_repeats_by_its_seed_and_draws_in_pieces_alike(monkeypatch):
+    values = np.random.default_rng(1).random(50).tolist()
+    assert bootstrap(values, 3) == bootstrap(values, 3) != bootstrap(values, 4)
+    whole = bootstrap(values, 3)
+    monkeypatch.setattr(statistics, "PIECE", 1000)
+    assert bootstrap(values, 3) == whole
+
+
+def test_one_task_has_no_interval_and_equal_ones_that_of_wilson():
+    assert all(map(math.isnan, mean_interval([1.0]))) and all(map(math.isnan, bootstrap([])))
+    assert mean_interval([1.0] * 20) == wilson(20, 20) and mean_interval([0.0] * 20) == wilson(0, 20)
+    assert bootstrap([0.5] * 20) == (0.5, 0.5)

@@ -6,9 +6,11 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from mgrpo.engine.config.schema import EvalConfig
 from mgrpo.engine.run.weights import Published, load_weights
 from mgrpo.engine.store import Group
 from mgrpo.engine.system import retry
@@ -126,6 +128,47 @@ def test_damaged_groups_are_discarded_and_others_waited_for(
     found, row = process._train(0)
     assert row == {"loss": 0.0} and [group.query for group in found.groups] == [5]
     assert leader.events == ["asked", "discarded", "asked", "discarded", "asked"]
+
+
+@pytest.mark.parametrize("saved, saves", [(("rl", 2), []), (("rl", 1), [2])])
+def test_a_trainer_ends_where_the_store_says_with_its_state_saved(
+    process: AgentProcess,
+    leader: NotingLeader,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: tuple[str, int],
+    saves: list[int],
+):
+    ends = iter([None, 2, 2])
+    leader.end, leader.saved = lambda: next(ends), saved  # type: ignore[attr-defined]
+    settings = EvalConfig(every=1, patience=1)
+    monkeypatch.setattr(process, "config", msgspec.structs.replace(process.config, eval=settings))
+    trained, made = list[int](), list[int]()
+    monkeypatch.setattr(process, "rl_step", trained.append)
+    monkeypatch.setattr(process, "save", lambda stage, step: made.append(step))
+    process._rl(0)
+    assert trained == [0, 1] and made == saves
+
+
+def test_the_best_checkpoint_and_those_that_wait_for_their_score_are_kept(tmp_path: Path):
+    make_model(tmp_path / "model")
+    config = toy_config(tmp_path, topology="local", steps=8, eval={"every": 2, "questions": 3}, checkpoint={"keep": 1})
+    scores = {0: 0.1, 2: 0.5, 4: 0.3}
+
+    def write(folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        return {}
+
+    with Leader(config, "main", lambda: False) as leader:
+        for step in range(1, 8):
+            if step == 6:  # the evaluations were behind until now
+                leader.store.roles.note_evaluation(0, {"eval/held_out_accuracy": 0.1})
+                for scored, score in scores.items():
+                    leader.store.roles.note_evaluation(scored, {"eval/held_out_accuracy": score})
+            leader.save("rl", step, write)
+            kept = sorted(path.name for path in leader.rundir.checkpoints.iterdir())
+            if step == 5:
+                assert kept == ["rl-00002", "rl-00004", "rl-00005"]
+    assert kept == ["rl-00002", "rl-00006", "rl-00007"]
 
 
 def test_a_trainer_whose_groups_are_all_damaged_ends_with_the_folder_named(tmp_path: Path):

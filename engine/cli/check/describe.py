@@ -100,7 +100,7 @@ def _check_tasks(environment: Environment, train: Sequence[Task], held_out: Sequ
     ids: dict[Split, dict[str, int]] = {"train": {}, "held_out": {}}
     for split, tasks in (("train", train), ("held_out", held_out)):
         for i, task in enumerate(tasks):
-            if (first := ids[split].setdefault(task.id, i)) != i:  # type: ignore[index]
+            if (first := ids[split].setdefault(task.id, i)) != i:
                 findings.fault(
                     f"environment: {type(environment).__name__}.tasks({split!r})[{i}] has the id {task.id!r} of task "
                     f"{first}: expected each id once"

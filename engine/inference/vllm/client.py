@@ -46,13 +46,20 @@ R = TypeVar("R")
 class VLLMSampler:
     """Sample one agent on the servers at `urls`, with at most `concurrency` calls at a time.
 
-    It starts a thread, which `stop` ends. replayed: tokens from which another server continued a turn.
+    It starts a thread, which `stop` ends. initial: whether to sample weights that no trainer has sent. replayed: tokens
+    from which another server continued a turn.
     """
 
     pending = 0
 
     def __init__(
-        self, name: str, agent: AgentConfig, tokenizer: PreTrainedTokenizerBase, urls: Sequence[str], concurrency: int
+        self,
+        name: str,
+        agent: AgentConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        urls: Sequence[str],
+        concurrency: int,
+        initial: bool = False,
     ) -> None:
         self.name, self.agent, self.tokenizer = name, agent, tokenizer
         self.vocabulary = int(read_model_config(name, agent)["vocab_size"])
@@ -63,10 +70,10 @@ class VLLMSampler:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True, name=f"vllm-{name}")
         self.thread.start()
-        self.router, self.free = self.wait(self._open(urls, concurrency))
+        self.router, self.free = self.wait(self._open(urls, concurrency, initial))
 
-    async def _open(self, urls: Sequence[str], concurrency: int) -> tuple[Router, asyncio.Semaphore]:
-        return Router(self.name, self.agent, urls), asyncio.Semaphore(concurrency)
+    async def _open(self, urls: Sequence[str], concurrency: int, initial: bool) -> tuple[Router, asyncio.Semaphore]:
+        return Router(self.name, self.agent, urls, initial), asyncio.Semaphore(concurrency)
 
     def wait(self, work: Coroutine[Any, Any, R]) -> R:
         """Run a coroutine in the thread's event loop, and return its result."""
@@ -120,8 +127,9 @@ class VLLMSampler:
         allowed = min(self.agent.max_new_tokens, self.agent.max_context - len(session.tokens))
         if allowed < 1:
             return Completion("", 0, truncated=True)
-        turn = StreamedTurn(list(session.tokens), allowed, self.ending, self.vocabulary)
-        work = self._sample(turn, session.greedy, self.homes.get(id(session)))
+        turn = StreamedTurn(list(session.tokens), allowed, self.ending, self.vocabulary, self.router.initial)
+        own = self.agent.temperature if session.temperature is None else session.temperature
+        work = self._sample(turn, 0.0 if session.greedy else own, self.homes.get(id(session)))
         self.homes[id(session)] = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
         oldest, *newer = sorted(map(self._published, turn.versions))
         session.begin_turn(oldest)
@@ -138,7 +146,7 @@ class VLLMSampler:
         """End a session, perhaps in the middle of a turn."""
         self.homes.pop(id(session), None)
 
-    async def _sample(self, turn: StreamedTurn, greedy: bool, home: Server | None) -> Server:
+    async def _sample(self, turn: StreamedTurn, temperature: float, home: Server | None) -> Server:
         """Sample a whole turn, on several servers in succession if necessary. Return the last one."""
         spared: Server | None = None
         async with self.free:
@@ -147,7 +155,7 @@ class VLLMSampler:
                 server, had = await self.router.pick(home), len(turn.tokens)
                 home = server
                 try:
-                    await self._stream(server, turn, greedy)
+                    await self._stream(server, turn, temperature)
                     server.faults = 0
                 except (*FAULTS, InvalidTurnError) as error:
                     since = self.router.now() if len(turn.tokens) > had else since
@@ -166,12 +174,15 @@ class VLLMSampler:
             message = f"agents.{self.name}.vllm: a turn got no token for {self.router.vllm.patience:g} s"
             raise NoServerError(f"{message}, last from {server.url}: {reason(error)}") from error
 
-    async def _stream(self, server: Server, turn: StreamedTurn, greedy: bool) -> None:
-        """Continue the turn on this server. Raises InvalidTurnError or one of FAULTS if the stream breaks off."""
+    async def _stream(self, server: Server, turn: StreamedTurn, temperature: float) -> None:
+        """Continue the turn on this server; temperature 0 is greedy.
+
+        Raises InvalidTurnError or one of FAULTS if the stream breaks off.
+        """
         body = api.generate_body(
             turn.prompt + turn.tokens,
             max_tokens=turn.left,
-            temperature=0.0 if greedy else self.agent.temperature,
+            temperature=temperature,
             top_p=self.agent.top_p,
             stop=self.agent.stop,
             ends=sorted(self.ending.ends),

@@ -83,13 +83,15 @@ class Server:
 class Router:
     """Hold all servers of one agent. Create and use it in one event loop.
 
-    name: of the agent. urls: without a path. published: optimizer steps of the version that was published last, -1
+    name: of the agent. urls: without a path. initial: whether weights that no trainer has sent may be sampled.
+    published: optimizer steps of the version that was published last, -1
     before the first; check: of that version. error: the reason why no server can ever serve again. lost: the time since
     which none is up; None while one is.
     """
 
-    def __init__(self, name: str, agent: AgentConfig, urls: Sequence[str]) -> None:
+    def __init__(self, name: str, agent: AgentConfig, urls: Sequence[str], initial: bool = False) -> None:
         assert agent.vllm is not None
+        self.initial = initial
         self.name, self.agent, self.vllm = name, agent, agent.vllm
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.published = -1
@@ -122,7 +124,8 @@ class Router:
 
     def ready(self) -> list[Server]:
         """Return the servers up with the weights published last or, if there are none, the newest. For any thread."""
-        up = [s for s in self.servers if s.up and s.version != NO_WEIGHTS and not self.unverified(s)]
+        named = [s for s in self.servers if s.up and (self.initial or s.version != NO_WEIGHTS)]
+        up = [s for s in named if not self.unverified(s)]
         steps = {server.version.optimizer_steps for server in up}
         best = self.published if self.published in steps else max(steps, default=-1)
         return [server for server in up if server.version.optimizer_steps == best]

@@ -29,10 +29,12 @@ class InvalidTurnError(Exception):
 class StreamedTurn:
     """Collect at most `allowed` tokens that follow `prompt`.
 
-    vocabulary: the number of token ids. versions: of all weights that had, or may have had, a part in the turn.
+    vocabulary: the number of token ids. initial: whether weights that no trainer has sent may take part. versions: of
+    all weights that had, or may have had, a part in the turn.
     """
 
-    def __init__(self, prompt: list[int], allowed: int, ending: Ending, vocabulary: int) -> None:
+    def __init__(self, prompt: list[int], allowed: int, ending: Ending, vocabulary: int, initial: bool = False) -> None:
+        self.initial = initial
         self.prompt, self.allowed, self.ending, self.vocabulary = prompt, allowed, ending, vocabulary
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -49,20 +51,29 @@ class StreamedTurn:
 
     def begin(self, label: str) -> None:
         """Begin the part of a server whose weights have that label. Raises InvalidTurnError for an invalid label."""
-        self._earlier, self._current, self._before = set(self.versions), {_version(label)}, len(self.tokens)
+        self._earlier, self._current, self._before = set(self.versions), {self._version(label)}, len(self.tokens)
 
     def take(self, chunk: Chunk) -> None:
         """Append a chunk. If it is invalid, raise InvalidTurnError and keep nothing of it."""
         self._check(chunk)
         exact = None if chunk.spans is None else self._exact(chunk.spans, len(chunk.tokens))
         if chunk.label is not None:
-            self._current.add(_version(chunk.label))
+            self._current.add(self._version(chunk.label))
         self.tokens += chunk.tokens
         self.logprobs += map(float, chunk.logprobs)
         if chunk.tokens:
             self.versions |= self._current
         if exact is not None:
             self.versions = self._earlier | exact
+
+    def _version(self, label: str) -> WeightsVersion:
+        try:
+            version = read_label(label)
+        except ValueError as error:
+            raise InvalidTurnError(str(error)) from error
+        if version == NO_WEIGHTS and not self.initial:
+            raise InvalidTurnError("the server has weights that no trainer has sent")
+        return version
 
     def _exact(self, spans: Sequence[tuple[Any, Any, Any]], new: int) -> set[WeightsVersion]:
         """Return the versions that sampled this server's tokens, by its own count.
@@ -71,7 +82,7 @@ class StreamedTurn:
         """
         if any(type(number) is not int for _, *ends in spans for number in ends):
             raise InvalidTurnError(f"weight versions {spans!r:.100}: expected whole numbers as positions")
-        versions = {_version(str(label)) for label, begin, end in spans if begin < end}
+        versions = {self._version(str(label)) for label, begin, end in spans if begin < end}
         made, counted = len(self.tokens) - self._before + new, sum(max(end - begin, 0) for _, begin, end in spans)
         if counted < made:
             raise InvalidTurnError(f"weight versions of {counted} tokens: expected those of {made}")
@@ -125,13 +136,3 @@ def parsed(parse: Callable[[bytes], R], data: bytes) -> R:
         return parse(data)
     except MALFORMED as error:
         raise InvalidTurnError(f"{data[:100]!r}: {reason(error)}") from error
-
-
-def _version(label: str) -> WeightsVersion:
-    try:
-        version = read_label(label)
-    except ValueError as error:
-        raise InvalidTurnError(str(error)) from error
-    if version == NO_WEIGHTS:
-        raise InvalidTurnError("the server has weights that no trainer has sent")
-    return version

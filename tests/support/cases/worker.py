@@ -18,6 +18,7 @@ from mgrpo.engine.model.attention import Packed, hidden_states
 from mgrpo.engine.model.causal_lm import load_model, load_tokenizer
 from mgrpo.engine.rollout.curriculum import pick
 from mgrpo.engine.rollout.worker import Worker
+from mgrpo.engine.run.scores import eval_due
 from mgrpo.engine.run.trajectories import read
 from mgrpo.engine.run.weights import probe_tokens, publish_weights
 from mgrpo.engine.store import CallRecord, Lease, Publication, Store
@@ -55,7 +56,10 @@ class World:
         raw = raw_config(folder, **{"topology": "local", "steps": STEPS, "queries_per_step": Q, **changes})
         for agent in raw["agents"].values():
             agent |= {"max_turns": 4, "max_context": 128, "max_new_tokens": 6}
-        raw |= {"environment": {"use": f"{folder}/chatty.py:Chatty"}, "eval": {"questions": 3}}
+        raw |= {
+            "environment": {"use": f"{folder}/chatty.py:Chatty"},
+            "eval": {"questions": 3, **changes.get("eval", {})},
+        }
         raw |= {"sampling": sampling or {}, "algorithm": {"rollouts": K}, "store": {"lease": 30.0}}
         self.config: Config = parse_config(raw)
         self.run_dir = Path(self.config.run_dir)
@@ -97,7 +101,7 @@ class World:
         row = {"trained": step * Q, "file": file, "checksum": checksum, "size": size, "probe": probe}
         publication = Publication(agent=name, step=step, **{"version": 10 * step, **row, **changes})
         self.store.roles.publish(publication, name)
-        if step in (0, self.config.steps):
+        if eval_due(self.config, step):
             self.store.roles.open_evaluation(step)
         self.steps[name] = step
         return publication

@@ -16,6 +16,7 @@ kernels.
     inplace         scales and rounds a gradient without a copy
     reference       the literal definitions that the tests compare with
     dispatch        decides between PyTorch and Triton
+    graph           the losses as operations of a torch.compile graph
     triton          the Triton kernels
 """
 

@@ -131,22 +131,16 @@ class ValueChecks:
         self.rows(name, values_N, lambda x_N: x_N != x_N, "not NaN", counted_N)
 
     def targets(self, targets_N: Tensor, count: int, vocabulary: int, counted_N: Tensor | None = None) -> None:
-        require(targets_N.shape == (count,), "targets_N", tuple(targets_N.shape), f"shape ({count},)")
-        require(targets_N.dtype == torch.int64, "targets_N", targets_N.dtype, "torch.int64")
+        check_targets(targets_N, count)
         self.rows(
             "targets_N", targets_N, lambda x_N: x_N.clamp(0, vocabulary - 1) != x_N, f"in [0, {vocabulary})", counted_N
         )
 
     def temperature(self, temperature: float | Tensor, count: int, counted_N: Tensor | None = None) -> float | Tensor:
         """Check a temperature; return it as a float, or detached as a tensor (N,)."""
-        if not isinstance(temperature, Tensor):
-            require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
-            return float(temperature)
-        require(temperature.shape in ((), (count,)), "temperature", tuple(temperature.shape), f"shape () or ({count},)")
-        if temperature.ndim == 0:
-            if temperature.device.type == "cpu":
-                return self.temperature(float(temperature), count)
-            temperature = temperature.expand(count)
+        temperature = check_temperature(temperature, count)
+        if isinstance(temperature, float):
+            return temperature
         self.rows(
             "temperature",
             temperature,
@@ -154,13 +148,11 @@ class ValueChecks:
             "a finite number > 0",
             counted_N,
         )
-        return temperature.detach()
+        return temperature
 
     def offsets(self, name: str, offsets: Tensor, count: int) -> None:
         """Check bounds of ragged groups: whole numbers from 0 to count that never fall."""
-        whole = not offsets.is_floating_point() and offsets.dtype != torch.bool
-        require(whole, name, offsets.dtype, "an integer dtype")
-        require(offsets.ndim == 1 and len(offsets) > 0, name, tuple(offsets.shape), "shape (groups + 1,)")
+        check_offsets(name, offsets)
         self.require_here(name, offsets)
         ends_2 = offsets[[0, -1]]
         self.add(
@@ -187,3 +179,26 @@ def check_needed(objective: Objective, ref_logprobs_N: Tensor | None, cu_seqlens
     require(objective.kl_coef == 0 or ref_logprobs_N is not None, "ref_logprobs_N", None, "a tensor, as kl_coef > 0")
     shared = objective.importance != "token"
     require(not shared or cu_seqlens is not None, "cu_seqlens", None, f"a tensor, for {objective.importance} ratios")
+
+
+def check_targets(targets_N: Tensor, count: int) -> None:
+    require(targets_N.shape == (count,), "targets_N", tuple(targets_N.shape), f"shape ({count},)")
+    require(targets_N.dtype == torch.int64, "targets_N", targets_N.dtype, "torch.int64")
+
+
+def check_temperature(temperature: float | Tensor, count: int) -> float | Tensor:
+    """Check a number, or a tensor's shape; return it as a float, or detached as a tensor (N,)."""
+    if isinstance(temperature, Tensor):
+        require(temperature.shape in ((), (count,)), "temperature", tuple(temperature.shape), f"shape () or ({count},)")
+        if temperature.ndim > 0 or temperature.device.type != "cpu":
+            return temperature.detach().expand(count)
+        temperature = float(temperature)
+    require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
+    return float(temperature)
+
+
+def check_offsets(name: str, offsets: Tensor) -> None:
+    """Check dtype and shape of bounds of ragged groups."""
+    whole = not offsets.is_floating_point() and offsets.dtype != torch.bool
+    require(whole, name, offsets.dtype, "an integer dtype")
+    require(offsets.ndim == 1 and len(offsets) > 0, name, tuple(offsets.shape), "shape (groups + 1,)")

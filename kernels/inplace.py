@@ -7,6 +7,8 @@ that storage lives as long as the result, and where a bfloat16 gradient is made 
 import torch
 from torch import Tensor
 
+from .dispatch import takes_kernels, triton_module
+
 # Elements scaled first: enough to fill a GPU, few enough for a temporary tensor.
 AT_ONCE = 1 << 22
 
@@ -15,8 +17,15 @@ AT_ONCE = 1 << 22
 def scale_in_place(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient * scale, rounded once to `dtype`, which must be no wider than the gradient's; overwrite that.
 
-    gradient: contiguous. scale: 0-dim, on the same device; the host does not wait for its value.
+    gradient: contiguous, unless it keeps its dtype. scale: 0-dim, on the same device; the host does not wait for its
+    value. On a GPU a scale of 1 leaves a contiguous gradient that keeps its dtype untouched: the kernel reads it.
     """
+    keeps, contiguous = dtype == gradient.dtype, gradient.is_contiguous()
+    if keeps and contiguous and takes_kernels(gradient, dtype):
+        triton_module("scale").scale(gradient, scale)
+        return gradient
+    if keeps and not contiguous:
+        return torch.mul(gradient, scale.reshape([1] * gradient.ndim), out=gradient)
     wide_X = gradient.view(-1)
     narrow_X = wide_X.view(dtype)[: len(wide_X)]
     scale_1 = scale.reshape(1)  # a 0-dim tensor would be rounded to the gradient's dtype first

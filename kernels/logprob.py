@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
-from .checks import ValueChecks, check_logits, check_softcap
+from .checks import ValueChecks, check_logits, check_softcap, check_targets, check_temperature, require_device
 from .dispatch import takes_kernels, triton_module
 from .inplace import scale_in_place
 from .linear_head import HeadPlan, sweep, token_sweep, wide
@@ -83,11 +83,39 @@ def linear_logprob(
 
 def _checked(targets_N: Tensor, temperature: float | Tensor, rows_NX: Tensor, vocabulary: int) -> float | Tensor:
     """Check all values of targets and temperature; return the temperature."""
-    values = ValueChecks(rows_NX.device)
-    values.targets(targets_N, len(rows_NX), vocabulary)
-    temperature = values.temperature(temperature, len(rows_NX))
+    count, device = len(rows_NX), rows_NX.device
+    check_targets(targets_N, count)
+    require_device("targets_N", targets_N, device)
+    checked = check_temperature(temperature, count)
+    temperature_N = checked if isinstance(checked, Tensor) else None
+    if temperature_N is not None:
+        require_device("temperature", temperature_N, device)
+    if count and takes_kernels(rows_NX, rows_NX.dtype):
+        good, *_ = triton_module("vectors").check_rows(rows_NX, count, targets_N, temperature_N, vocabulary)
+        if good:
+            return checked
+        # Otherwise a value is bad, and the checks below name it.
+    values = ValueChecks(device)
+    values.targets(targets_N, count, vocabulary)
+    values.temperature(checked, count)
     values.settle()
-    return temperature
+    return checked
+
+
+def token_pass(
+    logits_NV: Tensor, plan: HeadPlan, coefficients: Coefficients | None = None, gradient_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return log-prob and entropy of the plan's rows of logits; with coefficients also write the whole gradient.
+
+    gradient_NV may be the logits.
+    """
+    if takes_kernels(logits_NV, logits_NV.dtype):
+        out = triton_module("linear_head").token_forward(logits_NV, plan, coefficients, gradient_NV)
+    else:
+        out = token_sweep(logits_NV, plan, coefficients, gradient_NV)
+    if gradient_NV is not None and plan.rest_D is not None:
+        gradient_NV.index_fill_(0, plan.rest_D, 0)
+    return out[0], out[1]
 
 
 class TokenLogprob(torch.autograd.Function):

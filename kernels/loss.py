@@ -9,22 +9,26 @@ known beforehand.
 Legend: N rows, L live rows, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
-from . import checks
+from . import checks, graph
 from .inplace import scale_in_place
-from .inputs import checked_rows, plan_rows
-from .linear_head import HeadPlan, check_master, sweep, wide
-from .logprob import TokenLogprob
-from .metrics import row_metrics
+from .inputs import GivenRows, find_live, given_rows, plan_rows
+from .linear_head import HeadPlan, Sweep, check_master, sweep, wide
+from .logprob import SPENT as OVERWRITTEN
+from .logprob import TokenLogprob, token_pass
+from .metrics import loss_and_metrics
 from .objective import Objective
-from .terms import Coefficients, LossRows, live_rows, policy_terms, rule_slopes, slopes, total_loss, uses_sampler_weight
+from .terms import Coefficients, LossRows, policy_terms, rule_slopes, uses_sampler_weight
 from .vocab_parallel import check_sharded_head
 
 SPENT = (
@@ -63,19 +67,28 @@ def grpo_loss(
 ) -> Loss:
     """Return the loss of `linear_grpo_loss` for existing logits (N, V) of any float dtype, differentiable in them.
 
-    inplace: the backward writes the gradient over the logits, as in `token_logprob`. softcap: the logits are those
-    before the cap.
+    The gradient is computed in this call, while the logits are at hand, and the backward only scales it, in place: not
+    at all if its own gradient is 1. A second backward computes it again. Without a gradient (`torch.no_grad`) there is
+    no such buffer. float16 logits get theirs in the backward, as the scale of the loss must come before rounding.
+    inplace: this call writes the gradient over the logits, which saves the buffer. Nothing may read them afterwards;
+    an operation that saved them for its own backward raises there, by torch's version counter. There is no second
+    backward then. softcap: the logits are those before the cap.
     """
     checks.check_logits(logits_NV, inplace=inplace)
     checks.check_softcap(softcap)
-    values = checks.ValueChecks(logits_NV.device)
+    (count, vocabulary), dtype = logits_NV.shape, logits_NV.dtype
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    rows = checked_rows(values, vectors, cu_seqlens, len(logits_NV), objective, wide(logits_NV.dtype))
-    vocabulary, dtype = logits_NV.shape[1], logits_NV.dtype
-    plan, live = plan_rows(values, targets_N, temperature, rows, objective, vocabulary, dtype, softcap=softcap)
-    logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
-    loss, log_ratio_L = RowLoss.apply(logprobs_L, entropy_L, live, objective)
-    return _result(loss, logprobs_L.detach(), entropy_L.detach(), log_ratio_L, plan, live, objective, len(logits_NV))
+    if torch.compiler.is_compiling() and objective.rule is None and dtype != torch.float16:
+        rows = (targets_N, vectors, cu_seqlens, temperature, objective, softcap)
+        return Loss(*graph.call(LOGITS_OPERATION, (logits_NV,), *rows, dtype))
+    given = given_rows(vectors, cu_seqlens, count, objective, wide(dtype), logits_NV.device)
+    plan, live = plan_rows(given, targets_N, temperature, vocabulary, dtype, softcap=softcap)
+    if dtype != torch.float16 and torch.is_grad_enabled() and logits_NV.requires_grad:
+        loss, logprobs_L, entropy_L, metrics = _LogitsGrpo.apply(logits_NV, plan, live, objective, inplace)
+    else:
+        logprobs_L, entropy_L = TokenLogprob.apply(logits_NV, plan, inplace)
+        loss, metrics = RowLoss.apply(logprobs_L, entropy_L, live, objective)
+    return Loss(loss, plan.put(logprobs_L.detach(), count), plan.put(entropy_L.detach(), count), metrics)
 
 
 def linear_grpo_loss(
@@ -131,18 +144,19 @@ def linear_grpo_loss(
     dtype, shard = check_sharded_head(hidden_NH, weight_VH, bias_V, chunk_rows, buffer_bytes, group)
     check_master(master_VH, weight_VH, dtype)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    values = checks.ValueChecks(hidden_NH.device)
-    rows = checked_rows(values, vectors, cu_seqlens, len(hidden_NH), objective, wide(dtype))
-    vocabulary = shard.total if shard else len(weight_VH)
-    plan, live = plan_rows(
-        values, targets_N, temperature, rows, objective, vocabulary, dtype, chunk_rows, shard, softcap
-    )
+    if torch.compiler.is_compiling() and objective.rule is None and shard is None and master_VH is None:
+        rows = (targets_N, vectors, cu_seqlens, temperature, objective, softcap)
+        leaves = (hidden_NH, weight_VH, bias_V)
+        return Loss(*graph.call(LINEAR_OPERATION, leaves, *rows, dtype, chunk_rows, buffer_bytes))
+    count, vocabulary = len(hidden_NH), shard.total if shard else len(weight_VH)
+    given = given_rows(vectors, cu_seqlens, count, objective, wide(dtype), hidden_NH.device)
+    plan, live = plan_rows(given, targets_N, temperature, vocabulary, dtype, chunk_rows, shard, softcap)
     plan = replace(plan, buffer_bytes=buffer_bytes, master_VH=master_VH)
     differentiate = torch.is_grad_enabled()
-    loss, logprobs_L, entropy_L, log_ratio_L = _LinearGrpo.apply(
+    loss, logprobs_L, entropy_L, metrics = _LinearGrpo.apply(
         hidden_NH, weight_VH, bias_V, plan, live, objective, differentiate
     )
-    return _result(loss, logprobs_L, entropy_L, log_ratio_L, plan, live, objective, len(hidden_NH))
+    return Loss(loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics)
 
 
 def logprob_loss(
@@ -168,62 +182,78 @@ def logprob_loss(
     missing = objective.entropy_coef != 0 and entropies_N is None
     checks.require(not missing, "entropies_N", None, "a tensor, as entropy_coef is not 0")
     entropies_N = torch.zeros_like(logprobs_N) if entropies_N is None else entropies_N
-    values = checks.ValueChecks(logprobs_N.device)
     vectors = (advantages_N, loss_weights_N, old_logprobs_N, sampler_logprobs_N, ref_logprobs_N)
-    rows = checked_rows(values, vectors, cu_seqlens, count, objective, dtype)
-    for name, values_N in (("logprobs_N", logprobs_N), ("entropies_N", entropies_N)):
-        checks.check_row_vector(name, values_N, count)
-        values.not_nan(name, values_N, rows.weights_L != 0)
-    live_N = live_rows(rows, objective)
-    (live_count,) = values.settle(live_N.sum())
-    index_L = torch.argsort(~live_N, stable=True)[:live_count]  # nonzero() would wait for the device again
-    live = rows.select(index_L)
-    logprobs_L, entropies_L = logprobs_N[index_L], entropies_N[index_L].to(dtype)
-    loss, log_ratio_L = RowLoss.apply(logprobs_L, entropies_L, live, objective)
-    metrics = row_metrics(logprobs_L.detach(), entropies_L.detach(), log_ratio_L, live, objective)
-    shown = [torch.where(live_N, values_N.detach(), 0) for values_N in (logprobs_N, entropies_N)]
+    scores = (logprobs_N.detach(), entropies_N.detach())
+    given = given_rows(vectors, cu_seqlens, count, objective, dtype, logprobs_N.device, scores)
+    live = find_live(given)
+    if live.index_L is None:
+        loss, metrics = RowLoss.apply(logprobs_N, entropies_N.to(dtype), live.rows, objective)
+        return Loss(loss, *scores, metrics)
+    logprobs_L, entropies_L = logprobs_N[live.index_L], entropies_N[live.index_L].to(dtype)
+    loss, metrics = RowLoss.apply(logprobs_L, entropies_L, live.rows, objective)
+    assert live.rest_D is not None
+    shown = [scores_N.index_fill(0, live.rest_D, 0) for scores_N in scores]
     return Loss(loss, shown[0], shown[1], metrics)
 
 
-def _result(
-    loss: Tensor,
-    logprobs_L: Tensor,
-    entropy_L: Tensor,
-    log_ratio_L: Tensor,
-    plan: HeadPlan,
-    live: LossRows,
-    objective: Objective,
-    count: int,
-) -> Loss:
-    """Return the loss with its metrics, and log-probs and entropies at all N rows."""
-    metrics = row_metrics(logprobs_L, entropy_L, log_ratio_L, live, objective)
-    return Loss(loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics)
-
-
 class RowLoss(torch.autograd.Function):
-    """Compute the loss of log-probs and entropies, and the log of each ratio; the slopes are kept for the backward."""
+    """Compute the loss of log-probs and entropies, and its metrics; the slopes are kept for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any, logprobs_L: Tensor, entropy_L: Tensor, live: LossRows, objective: Objective
-    ) -> tuple[Tensor, Tensor]:
-        terms = policy_terms(logprobs_L, live, objective)
-        if objective.rule is not None:
-            ctx.save_for_backward(*rule_slopes(logprobs_L, entropy_L, live, objective))
-        else:
-            ctx.save_for_backward(*slopes(logprobs_L, live, objective, terms.slope_L))
-        ctx.mark_non_differentiable(terms.log_ratio_L)
-        return total_loss(logprobs_L, entropy_L, live, objective, terms), terms.log_ratio_L
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        needed = any(ctx.needs_input_grad)
+        loss, metrics, slopes = loss_and_metrics(logprobs_L, entropy_L, live, objective, with_slopes=needed)
+        ctx.save_for_backward(*slopes)
+        return loss, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         by_logprob_L, by_entropy_L = ctx.saved_tensors
         return upstream * by_logprob_L, None if by_entropy_L is None else upstream * by_entropy_L, None, None
 
 
+class _LogitsGrpo(torch.autograd.Function):
+    """Compute the loss of logits, log-probs, entropies and metrics and, in the forward, the logits' gradient.
+
+    inplace: the gradient is written over the logits. Otherwise these are kept for a second backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, plan: HeadPlan, live: LossRows, objective: Objective, inplace: bool
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        ctx.set_materialize_grads(False)
+        values_NV = logits_NV.detach()
+        ctx.plan, ctx.coefficients = plan, _coefficients(partial(token_pass, values_NV, plan), live, objective)
+        ctx.gradient_NV = values_NV if inplace else torch.empty_like(values_NV)
+        logprobs_L, entropy_L = token_pass(values_NV, plan, ctx.coefficients, ctx.gradient_NV)
+        if inplace:
+            increment_version(logits_NV)  # autograd does not see a kernel's writes
+        ctx.save_for_backward(None if inplace else logits_NV)
+        ctx.mark_non_differentiable(logprobs_L, entropy_L)
+        loss, metrics, _ = loss_and_metrics(logprobs_L, entropy_L, live, objective)
+        return loss, logprobs_L, entropy_L, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 5
+        gradient_NV, ctx.gradient_NV = ctx.gradient_NV, None
+        if gradient_NV is None:
+            (logits_NV,) = ctx.saved_tensors
+            if logits_NV is None:
+                raise RuntimeError(OVERWRITTEN)
+            gradient_NV = torch.empty_like(logits_NV)
+            token_pass(logits_NV.detach(), ctx.plan, ctx.coefficients, gradient_NV)
+        return scale_in_place(gradient_NV, upstream, gradient_NV.dtype), None, None, None, None
+
+
 class _LinearGrpo(torch.autograd.Function):
-    """Compute the fused loss, log-probs, entropies and log ratios and, in the forward, its gradients."""
+    """Compute the fused loss, log-probs, entropies and metrics and, in the forward, its gradients."""
 
     @staticmethod
     def forward(
@@ -235,22 +265,21 @@ class _LinearGrpo(torch.autograd.Function):
         live: LossRows,
         objective: Objective,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        ctx.set_materialize_grads(False)
         needs = tuple(differentiate and needed for needed in ctx.needs_input_grad[:3])
-        coefficients = None
-        if any(needs):
-            coefficients = _coefficients(hidden_NH, weight_VH, bias_V, plan, live, objective)
-        out = sweep(hidden_NH, weight_VH, bias_V, plan, coefficients, needs)
+        out = _sweep_all((hidden_NH, weight_VH, bias_V), plan, live, objective, needs)
         ctx.plan, ctx.count, ctx.gradients = plan, len(hidden_NH), out[2:]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_NH, weight_VH, bias_V)]
-        terms = policy_terms(out.logprobs_L, live, objective)
-        ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L, terms.log_ratio_L)
-        loss = total_loss(out.logprobs_L, out.entropy_L, live, objective, terms)
-        return loss, out.logprobs_L, out.entropy_L, terms.log_ratio_L
+        ctx.mark_non_differentiable(out.logprobs_L, out.entropy_L)
+        loss, metrics, _ = loss_and_metrics(out.logprobs_L, out.entropy_L, live, objective)
+        return loss, out.logprobs_L, out.entropy_L, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         if ctx.gradients is None:
             raise RuntimeError(SPENT)
         gradients, ctx.gradients = ctx.gradients, None
@@ -262,18 +291,74 @@ class _LinearGrpo(torch.autograd.Function):
         return dhidden_NH, dweight_VH, dbias_V, None, None, None, None
 
 
-def _coefficients(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, plan: HeadPlan, live: LossRows, objective: Objective
-) -> Coefficients:
-    """Return the slopes of the rows; a rule and shared ratios may need a sweep for the log-probs first."""
+def _sweep_all(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    plan: HeadPlan,
+    live: LossRows,
+    objective: Objective,
+    needs: tuple[bool, ...],
+) -> Sweep:
+    """Compute the rows' log-probs and entropies, and the gradients that are needed."""
+    coefficients = _coefficients(partial(sweep, *head, plan), live, objective) if any(needs) else None
+    return sweep(*head, plan, coefficients, needs)
+
+
+def _coefficients(first: Callable[[], Sequence[Any]], live: LossRows, objective: Objective) -> Coefficients:
+    """Return the slopes of the rows; a rule and shared ratios may need `first`, a pass for log-probs and entropies."""
     if objective.rule is not None:
-        out = sweep(hidden_NH, weight_VH, bias_V, plan)
-        return Coefficients(*rule_slopes(out.logprobs_L, out.entropy_L, live, objective))
+        logprobs_L, entropy_L, *_ = first()
+        return Coefficients(*rule_slopes(logprobs_L, entropy_L, live, objective))
     policy_slope_L: Tensor | None = None
     if objective.importance != "token":
         if live.old_L is None and not uses_sampler_weight(live, objective):
             logprobs_L = torch.zeros_like(live.weights_L)  # on-policy the ratio is 1 for any log-probs
         else:
-            logprobs_L = sweep(hidden_NH, weight_VH, bias_V, plan).logprobs_L
+            logprobs_L = first()[0]
         policy_slope_L = policy_terms(logprobs_L, live, objective).slope_L
     return Coefficients(policy_slope_L, rows=live, objective=objective)
+
+
+def _given_to(rows: dict[str, Any], first_NX: Tensor, dtype: torch.dtype) -> tuple[GivenRows, float | Tensor]:
+    """Return the rows and the temperature that an operation of a graph was given."""
+    vectors = tuple(rows[name] for name in ("advantages", "weights", "old", "sampler", "ref"))
+    objective = graph.unpacked(rows["numbers"], rows["importance"], rows["kl"])
+    given = given_rows(vectors, rows["bounds"], len(first_NX), objective, wide(dtype), first_NX.device)
+    return given, rows["temperature"] if rows["temperatures"] is None else rows["temperatures"]
+
+
+def _run_linear(leaves: Any, rows: dict[str, Any], extra: Any) -> tuple[Any, ...]:
+    """Compute `linear_grpo_loss` as an operation of a graph."""
+    (hidden_NH, weight_VH, _), (dtype, chunk_rows, buffer_bytes) = leaves, extra
+    given, temperature = _given_to(rows, hidden_NH, dtype)
+    plan, live = plan_rows(
+        given, rows["targets"], temperature, len(weight_VH), dtype, chunk_rows, softcap=rows["softcap"]
+    )
+    plan, count = replace(plan, buffer_bytes=buffer_bytes), len(hidden_NH)
+    out = _sweep_all(leaves, plan, live, given.objective, tuple(rows["needs"]))
+    loss, metrics, _ = loss_and_metrics(out.logprobs_L, out.entropy_L, live, given.objective)
+    dhidden_NH = None if out.dhidden_LH is None else plan.put(out.dhidden_LH, count)
+    shown = (plan.put(out.logprobs_L, count), plan.put(out.entropy_L, count))
+    return loss, *shown, metrics, (dhidden_NH, out.dweight_VH, out.dbias_V)
+
+
+def _run_logits(leaves: Any, rows: dict[str, Any], extra: Any) -> tuple[Any, ...]:
+    """Compute `grpo_loss` as an operation of a graph."""
+    (logits_NV,), (dtype,), count = leaves, extra, len(leaves[0])
+    given, temperature = _given_to(rows, logits_NV, dtype)
+    plan, live = plan_rows(given, rows["targets"], temperature, logits_NV.shape[1], dtype, softcap=rows["softcap"])
+    coefficients, gradient_NV = None, None
+    if rows["needs"][0]:
+        coefficients = _coefficients(partial(token_pass, logits_NV, plan), live, given.objective)
+        gradient_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    logprobs_L, entropy_L = token_pass(logits_NV, plan, coefficients, gradient_NV)
+    loss, metrics, _ = loss_and_metrics(logprobs_L, entropy_L, live, given.objective)
+    return loss, plan.put(logprobs_L, count), plan.put(entropy_L, count), metrics, (gradient_NV,)
+
+
+LINEAR_OPERATION = graph.operation(
+    "linear_grpo_loss",
+    "Tensor hidden, Tensor weight, Tensor? bias",
+    "ScalarType dtype, int? chunk_rows, int? buffer_bytes",
+    _run_linear,
+)
+LOGITS_OPERATION = graph.operation("grpo_loss", "Tensor logits", "ScalarType dtype", _run_logits)

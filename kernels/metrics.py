@@ -13,8 +13,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import takes_kernels, triton_module
 from .objective import Objective
-from .terms import LossRows, kl_terms
+from .terms import LossRows, kl_terms, policy_terms, rule_slopes, shared_log_ratio, slopes, total_loss
+
+Slopes = tuple[Tensor | None, Tensor | None]
+
+
+def loss_and_metrics(
+    logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective, *, with_slopes: bool = False
+) -> tuple[Tensor, dict[str, Tensor], Slopes]:
+    """Return the loss of one micro-batch, 0-dim, its metrics and, if wanted, its `terms.slopes` (otherwise None).
+
+    On a GPU this is one launch if each token has a ratio of its own. Shared ratios are plain PyTorch, a rule too.
+    """
+    launched = len(logprobs_L) > 0 and objective.rule is None and takes_kernels(logprobs_L, logprobs_L.dtype)
+    return (_launch if launched else _plain)(logprobs_L, entropy_L, rows, objective, with_slopes)
+
+
+def _launch(
+    logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective, with_slopes: bool
+) -> tuple[Tensor, dict[str, Tensor], Slopes]:
+    """Compute `loss_and_metrics` on a GPU."""
+    kernels = triton_module("vectors")
+    if objective.importance == "token":
+        found: tuple[Tensor, dict[str, Tensor], Slopes] = kernels.add_up(
+            logprobs_L, entropy_L, None, rows, objective, with_slopes=with_slopes
+        )
+        return found
+    log_ratio_L = shared_log_ratio(logprobs_L, rows, objective)
+    loss, metrics, none = kernels.add_up(logprobs_L, entropy_L, log_ratio_L, rows, objective)
+    return loss, metrics, slopes(logprobs_L, rows, objective) if with_slopes else none
+
+
+def _plain(
+    logprobs_L: Tensor, entropy_L: Tensor, rows: LossRows, objective: Objective, with_slopes: bool
+) -> tuple[Tensor, dict[str, Tensor], Slopes]:
+    """Compute `loss_and_metrics` in plain PyTorch."""
+    terms = policy_terms(logprobs_L, rows, objective)
+    found: Slopes = (None, None)
+    if with_slopes and objective.rule is not None:
+        found = rule_slopes(logprobs_L, entropy_L, rows, objective)
+    elif with_slopes:
+        found = slopes(logprobs_L, rows, objective, terms.slope_L)
+    loss = total_loss(logprobs_L, entropy_L, rows, objective, terms)
+    return loss, row_metrics(logprobs_L, entropy_L, terms.log_ratio_L, rows, objective), found
 
 
 @torch.no_grad()

@@ -65,10 +65,15 @@ class PolicyTerms(NamedTuple):
     log_ratio_L: Tensor
 
 
+def shared_log_ratio(logprobs_L: Tensor, rows: LossRows, objective: Objective) -> Tensor:
+    """Return the log of each row's ratio, 0 on-policy.  With shared ratios `rows` must hold whole sequences."""
+    return rows.share(logprobs_L - (logprobs_L if rows.old_L is None else rows.old_L), objective)
+
+
 def policy_terms(logprobs_L: Tensor, rows: LossRows, objective: Objective) -> PolicyTerms:
     """Return the policy part of the loss.  With shared ratios `rows` must hold whole sequences."""
     old_L = logprobs_L if rows.old_L is None else rows.old_L
-    log_ratio_L = rows.share(logprobs_L - old_L, objective)
+    log_ratio_L = shared_log_ratio(logprobs_L, rows, objective)
     gain_L, slope_L = policy_gain(log_ratio_L, rows.advantages_L, objective)
     weight_L = -rows.weights_L
     if uses_sampler_weight(rows, objective):

@@ -79,9 +79,28 @@ def _loss(session: Session, objective: Objective, dtype: torch.dtype) -> None:
     for what, got, true in results:
         assert got is not None and true is not None
         session.near(f"{objective.importance} {dtype}: {what}", got, true, 3 * LIMIT[dtype])
-    logits_NV = (heads[0].detach() @ heads[1].detach().t()).requires_grad_()
-    logits = grpo_loss(logits_NV, objective=objective, **rows)
-    session.near(f"{objective.importance} {dtype}: loss of logits", logits.loss, truth, 3 * LIMIT[dtype])
+    known = linear_grpo_loss(truth_heads[0].detach(), truth_heads[1].detach(), objective=objective, **wide).metrics
+    names = [name for name in known if "clip" not in name and "capped" not in name]  # a ratio at a bound may round over
+    got, true = (torch.stack([metrics[name].double() for name in names]) for metrics in (found.metrics, known))
+    session.near(f"{objective.importance} {dtype}: metrics", got, true, 3 * LIMIT[dtype])
+    _loss_of_logits(session, objective, heads, rows, (truth, truth_heads))
+
+
+def _loss_of_logits(
+    session: Session, objective: Objective, heads: list[Tensor], rows: dict[str, Any], true: tuple[Tensor, list[Tensor]]
+) -> None:
+    """Compare loss and gradient of logits, in a buffer and over the logits, scaled by a third."""
+    truth, (hidden_NH, weight_VH), dtype = *true, heads[0].dtype
+    assert hidden_NH.grad is not None
+    for inplace in (False, True):
+        leaf_NV = (heads[0].detach() @ heads[1].detach().t()).requires_grad_()
+        loss = grpo_loss(leaf_NV * 1, objective=objective, inplace=inplace, **rows).loss
+        (loss / 3).backward()
+        assert leaf_NV.grad is not None
+        name = f"{objective.importance} {dtype}: {'in place, ' if inplace else ''}"
+        session.near(f"{name}loss of logits", loss, truth, 3 * LIMIT[dtype])
+        dhidden_NH = leaf_NV.grad.double() @ weight_VH.detach()
+        session.near(f"{name}gradient of logits", dhidden_NH, hidden_NH.grad / 3, 3 * LIMIT[dtype])
 
 
 def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:

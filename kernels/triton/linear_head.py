@@ -121,9 +121,14 @@ def _add_gradients(
         out.dbias_V.add_(gradient_CV.sum(0, dtype=out.dbias_V.dtype))
 
 
-def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
-    """Return the statistics of the plan's rows of existing logits, which are read once."""
-    statistics = new_statistics(logits_NV, len(plan.targets_L), for_gradient=True)
+def token_forward(
+    logits_NV: Tensor, plan: HeadPlan, coefficients: Coefficients | None = None, gradient_NV: Tensor | None = None
+) -> Statistics:
+    """Return the statistics of the plan's rows of existing logits, which are read once.
+
+    With coefficients also write the gradient of these rows, in the same launch; gradient_NV may be the logits.
+    """
+    statistics = new_statistics(logits_NV, len(plan.targets_L), for_gradient=coefficients is None)
     rows = slice(0, len(plan.targets_L))
     run_rows(
         logits_NV,
@@ -132,6 +137,8 @@ def token_forward(logits_NV: Tensor, plan: HeadPlan) -> Statistics:
         plan.temperature,
         rows,
         statistics,
+        coefficients=coefficients,
+        gradient_CV=gradient_NV,
         index_L=plan.index_L,
         softcap=plan.softcap,
     )

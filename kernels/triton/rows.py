@@ -7,9 +7,15 @@ cases of a rescaling use the exponential of the same distance. And the temperatu
 instead of logits, so that large logits lose no precision to it.
 
 Memory traffic per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back
-so that what is still in the L2 cache comes first, and one write. Logits and gradient lie in different buffers, because
-a warp that has finished the first read must not overwrite what another has yet to read. With KNOWN statistics they may
-be one buffer: each element is read once, by the thread that then writes it, and no program reads another's row.
+so that what is still in the L2 cache comes first, and one write. Where `launch_settings` leaves few enough rows in
+flight for that cache, the second read costs the memory nothing: 4 bytes an element in bf16. Holding a whole row on chip
+would cost 64 registers a thread more than there are: 151936 numbers in bf16 are 304 KB, an SM has 256 KB.
+
+An SM's 1024 threads load ahead: 3 blocks of 2-byte logits are in flight, or 2 of float32, which is 48 or 64 KB. Memory
+of 4.8 TB/s (H200) or 8 TB/s (B200) that answers after 0.8 us is kept busy by 29 or 43 KB an SM.
+
+Logits and gradient may be one buffer. No program reads another's row; the threads of a program wait for each other
+between the two reads, and in the second each element is read by the thread that then writes it.
 
 Legend: N rows of the logits, L live rows, C rows of a buffer, V vocabulary.
 """
@@ -30,7 +36,7 @@ WIDEST_BLOCK = 4096
 ELEMENTS_PER_WARP = 256
 MOST_WARPS = 16
 
-_KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
+KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
 _LEAST = tl.constexpr(-3.4028234663852886e38)  # the lowest float32, from which a running maximum begins
@@ -62,11 +68,40 @@ def _cap_slope(x, softcap):
 
 
 @triton.jit
-def _logits(row, stride, bias_V, start, vocabulary, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a block of a row as float32, capped if asked for, with -inf past the vocabulary."""
+def _load(row, stride, start, vocabulary, BLOCK: tl.constexpr):
+    """Load a block of a row, with -inf past the vocabulary and in front of the row, where nothing is read."""
+    columns = start + tl.arange(0, BLOCK)
+    inside = (columns >= 0) & (columns < vocabulary)
+    return tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def _first_loads(row, stride, start, step, vocabulary, BLOCK: tl.constexpr):
+    """Load the block at `start` and, of 2-byte logits, the next one, too."""
+    now = _load(row, stride, start, vocabulary, BLOCK)
+    soon = now
+    if row.dtype.element_ty.primitive_bitwidth < 32:
+        soon = _load(row, stride, start + step, vocabulary, BLOCK)
+    return now, soon
+
+
+@triton.jit
+def _next_loads(row, stride, soon, start, step, vocabulary, BLOCK: tl.constexpr):
+    """Load ahead, while the block at `start` is computed: the next block or, of 2-byte logits, the one after it."""
+    now = soon
+    if row.dtype.element_ty.primitive_bitwidth < 32:
+        soon = _load(row, stride, start + 2 * step, vocabulary, BLOCK)
+    else:
+        now = _load(row, stride, start + step, vocabulary, BLOCK)
+    return now, soon
+
+
+@triton.jit
+def _logits(loaded, bias_V, start, vocabulary, softcap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a loaded block of a row as float32, with its bias, and capped if asked for."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    x = tl.load(row + columns.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
+    x = loaded.to(tl.float32)
     if bias_V is not None:
         x += tl.load(bias_V + columns, mask=inside, other=0.0).to(tl.float32)
     if CAP:
@@ -80,8 +115,13 @@ def _softmax(row, stride, bias_V, vocabulary, to_log2, softcap, CAP: tl.constexp
     top = tl.full((BLOCK,), _LEAST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
+    now, soon = _first_loads(row, stride, 0, BLOCK, vocabulary, BLOCK)
     for start in range(0, vocabulary, BLOCK):
-        x = _logits(row, stride, bias_V, start, vocabulary, softcap, CAP, BLOCK)
+        if CAP:  # with so much to compute there are no registers for loads ahead, and less need of them
+            now = _load(row, stride, start, vocabulary, BLOCK)
+        x = _logits(now, bias_V, start, vocabulary, softcap, CAP, BLOCK)
+        if not CAP:
+            now, soon = _next_loads(row, stride, soon, start, BLOCK, vocabulary, BLOCK)
         distance = tl.minimum(tl.abs(x - top) * to_log2, _FAR, propagate_nan=_NAN_WINS)
         e = tl.exp2(-distance)
         higher = x > top
@@ -119,9 +159,14 @@ def _write_gradient(
     With a cap, that is the gradient with respect to the capped logits, and is multiplied by their derivative.
     """
     blocks = tl.cdiv(vocabulary, BLOCK)
+    now, soon = _first_loads(row, stride, (blocks - 1) * BLOCK, -BLOCK, vocabulary, BLOCK)
     for block in range(0, blocks):
         start = (blocks - 1 - block) * BLOCK
-        x = _logits(row, stride, bias_V, start, vocabulary, softcap, False, BLOCK)
+        if CAP:
+            now = _load(row, stride, start, vocabulary, BLOCK)
+        x = _logits(now, bias_V, start, vocabulary, softcap, False, BLOCK)
+        if not CAP:
+            now, soon = _next_loads(row, stride, soon, start, -BLOCK, vocabulary, BLOCK)
         if CAP:
             slope = _cap_slope(x, softcap)
             x = _cap(x, softcap)
@@ -155,7 +200,7 @@ def _policy_slope(logprob, at, advantages_L, weights_L, old_L, sampler_L, log_lo
 
 
 @triton.jit
-def _kl_slope(delta, KL: tl.constexpr):
+def kl_slope(delta, KL: tl.constexpr):
     """Return the derivative of the estimator k1, k2 or k3 with respect to delta = logp - ref."""
     slope = tl.full((), 1.0, tl.float32)
     if KL == 2:
@@ -219,10 +264,10 @@ def row_kernel(
         logprob, entropy = tl.load(logprobs_L + at), tl.load(entropy_L + at)
         top, log_sum = tl.load(top_L + at), tl.load(log_sum_L + at)
     else:
-        top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, softcap, CAP, BLOCK)
-        log_sum = tl.log(total)
         here = (target >= 0) & (target < vocabulary)  # otherwise another rank's shard has it
         chosen = tl.load(row + target * column_stride, mask=here, other=float("-inf")).to(tl.float32)
+        top, total, weighted = _softmax(row, column_stride, bias_V, vocabulary, to_log2, softcap, CAP, BLOCK)
+        log_sum = tl.log(total)
         if bias_V is not None:
             chosen += tl.load(bias_V + target, mask=here, other=0.0).to(tl.float32)
         if CAP:
@@ -242,12 +287,14 @@ def row_kernel(
                 logprob, at, advantages_L, weights_L, old_L, sampler_L, log_low, log_high, log_dual, sampler_cap
             )
         if KL:
-            by_logprob += kl_coef * tl.load(weights_L + at) * _kl_slope(logprob - tl.load(ref_L + at), KL)
+            by_logprob += kl_coef * tl.load(weights_L + at) * kl_slope(logprob - tl.load(ref_L + at), KL)
         by_entropy = tl.full((), 0.0, tl.float32)
         if by_entropy_L is not None:
             by_entropy = tl.load(by_entropy_L + at)
         elif ENTROPY:
             by_entropy = -entropy_coef * tl.load(weights_L + at)
+        if not KNOWN:
+            tl.debug_barrier()  # the gradient may lie over logits that other threads of this program have yet to read
         _write_gradient(
             row,
             column_stride,
@@ -269,10 +316,28 @@ def row_kernel(
         )
 
 
-def launch_settings(vocabulary: int) -> tuple[int, int]:
-    """Return (BLOCK, warps) for rows of that length."""
-    block = min(WIDEST_BLOCK, triton.next_power_of_2(vocabulary))
-    return block, min(MOST_WARPS, max(1, block // ELEMENTS_PER_WARP))
+def launch_settings(vocabulary: int, *, alone: bool = False) -> tuple[int, int]:
+    """Return (BLOCK, warps) for rows of that length.  alone: a program has an SM's 1024 threads for itself."""
+    most = 2 if alone else 1
+    block = min(most * WIDEST_BLOCK, triton.next_power_of_2(vocabulary))
+    return block, min(most * MOST_WARPS, max(1, block // ELEMENTS_PER_WARP))
+
+
+def rows_stay_cached(row_bytes: int, processors: int, cache_bytes: int) -> bool:
+    """Return whether the L2 cache still holds a row when it is read again, with two programs on each SM.
+
+    What they write takes part of the cache, and lines are evicted before it is full: a quarter is left for both.
+    """
+    return 2 * processors * row_bytes <= 3 * cache_bytes // 4
+
+
+def _alone(logits_CV: Tensor, *, twice: bool) -> bool:
+    """Return whether programs should not share an SM, so that fewer rows, which are read twice, are in flight."""
+    if not (twice and logits_CV.is_cuda):
+        return False
+    device = torch.cuda.get_device_properties(logits_CV.device)
+    row_bytes = logits_CV.shape[1] * logits_CV.element_size()
+    return not rows_stay_cached(row_bytes, device.multi_processor_count, device.L2_cache_size)
 
 
 def run_rows(
@@ -292,21 +357,21 @@ def run_rows(
     """Compute the statistics of the live rows `rows` and, if there is a buffer for it, the gradient of their logits.
 
     Live row rows.start + i is row i of both buffers or, with index_L, row index_L[rows.start + i].
-    known: the statistics are read instead of computed, and the two buffers may be one (see the module's docstring).
+    known: the statistics are read instead of computed. The two buffers may be one (see the module's docstring).
     softcap: the bound of the logits, as in `HeadPlan`.
     """
     if rows.stop <= rows.start:
         return
-    assert known or gradient_CV is not logits_CV
     temperature_L = temperature if isinstance(temperature, Tensor) else None
-    block, warps = launch_settings(logits_CV.shape[1])
+    twice = gradient_CV is not None and not known
+    block, warps = launch_settings(logits_CV.shape[1], alone=_alone(logits_CV, twice=twice))
     with torch.cuda.device_of(logits_CV):
         row_kernel[(rows.stop - rows.start,)](
             logits_CV,
             *logits_CV.stride(),
             gradient_CV,
             *(gradient_CV.stride() if gradient_CV is not None else (0, 0)),
-            *(_vector(values) for values in (bias_V, index_L, targets_L, temperature_L)),
+            *(vector(values) for values in (bias_V, index_L, targets_L, temperature_L)),
             statistics.logprobs_L,
             statistics.entropy_L,
             statistics.top_L,
@@ -327,7 +392,7 @@ def run_rows(
         )
 
 
-def _vector(values_L: Tensor | None) -> Tensor | None:
+def vector(values_L: Tensor | None) -> Tensor | None:
     """Return the vector with stride 1; if it has another stride this copies it, at most one number per row."""
     return None if values_L is None else values_L.contiguous()
 
@@ -341,8 +406,8 @@ def _row_inputs(coefficients: Coefficients | None) -> tuple[Tensor | None, ...]:
         return *_upstream(coefficients.by_logprob_L, coefficients.by_entropy_L), *(None,) * 5
     given = (rows.advantages_L, rows.weights_L, rows.old_L, rows.sampler_L, rows.ref_L)
     used = (True, True, True, uses_sampler_weight(rows, objective), objective.kl_coef != 0)
-    vectors = (_vector(values_L) if use else None for values_L, use in zip(given, used, strict=True))
-    return _vector(coefficients.by_logprob_L), None, *vectors
+    vectors = (vector(values_L) if use else None for values_L, use in zip(given, used, strict=True))
+    return vector(coefficients.by_logprob_L), None, *vectors
 
 
 def _upstream(by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -350,7 +415,7 @@ def _upstream(by_logprob_L: Tensor | None, by_entropy_L: Tensor | None) -> tuple
     if by_logprob_L is None:
         assert by_entropy_L is not None
         by_logprob_L = torch.zeros_like(by_entropy_L)
-    return by_logprob_L.contiguous(), _vector(by_entropy_L)
+    return by_logprob_L.contiguous(), vector(by_entropy_L)
 
 
 def _scalars(coefficients: Coefficients | None) -> tuple[float, ...]:
@@ -364,7 +429,7 @@ def _scalars(coefficients: Coefficients | None) -> tuple[float, ...]:
 def _kl_kind(coefficients: Coefficients | None) -> int:
     """Return the kernel's KL switch, 0 for no KL term."""
     objective = coefficients and coefficients.objective
-    return _KL_KINDS[objective.kl] if objective and objective.kl_coef != 0 else 0
+    return KL_KINDS[objective.kl] if objective and objective.kl_coef != 0 else 0
 
 
 def _uses_entropy(coefficients: Coefficients | None) -> bool:

@@ -4,9 +4,14 @@ import torch
 
 from cases.inplace import (
     test_another_operation_that_kept_the_logits_does_not_read_their_gradient,
+    test_every_backward_gives_the_gradient_unless_it_is_over_the_logits,
     test_in_place_gives_the_same_bits,
     test_log_probs_in_place,
+    test_logits_that_changed_are_not_read_by_a_second_backward,
     test_misuse_is_refused,
+    test_small_gradients_of_float16_logits_do_not_vanish,
+    test_the_gradient_is_there_before_the_backward_which_scales_it,
+    test_without_a_gradient_there_is_no_buffer_and_nothing_is_overwritten,
     test_without_grad_nothing_is_overwritten,
 )
 from mgrpo.kernels import token_logprob
@@ -19,6 +24,11 @@ __all__ = [
     "test_log_probs_in_place",
     "test_misuse_is_refused",
     "test_without_grad_nothing_is_overwritten",
+    "test_every_backward_gives_the_gradient_unless_it_is_over_the_logits",
+    "test_logits_that_changed_are_not_read_by_a_second_backward",
+    "test_small_gradients_of_float16_logits_do_not_vanish",
+    "test_the_gradient_is_there_before_the_backward_which_scales_it",
+    "test_without_a_gradient_there_is_no_buffer_and_nothing_is_overwritten",
 ]
 
 

@@ -33,6 +33,7 @@ ROW_VARIANTS = {
     "log-prob": ("fp32", None, None, "", {}),
     "log-prob of bf16 logits, kept": ("bf16", None, None, "index_L temperature_L top_L log_sum_L", {}),
     "token loss": ("fp32", None, "bf16", "advantages_L weights_L old_L", {}),
+    "token loss of bf16 logits": ("bf16", None, "bf16", f"index_L {OBJECTIVE}", {"KL": 3, "ENTROPY": True}),
     "token loss, everything": ("fp32", "bf16", "bf16", f"temperature_L {OBJECTIVE}", {"KL": 3, "ENTROPY": True}),
     "shared ratio with KL": ("fp32", None, "bf16", f"by_logprob_L {OBJECTIVE}", {"KL": 3}),
     "float32 loss": ("fp32", "fp32", "fp32", OBJECTIVE, {"KL": 2, "ENTROPY": True}),
@@ -95,6 +96,38 @@ def group_source(weighted, leave_one_out, to_tokens, tile):
     return source(group_kernel, types, constants, {name for name in types if types[name].startswith("*")})
 
 
+ROW_VECTORS = ("temperature", "advantages", "weights", "old", "sampler", "ref")
+
+
+def vector_sources():
+    """Return the kernels of the rows' vectors by name, each with all it can do, and the warps of each."""
+    from mgrpo.kernels.triton import scale, vectors
+
+    of_rows = {f"{name}_{rows}": "*fp32" for name in ROW_VECTORS for rows in "NL"}
+    types = of_rows | {f"{name}_{rows}": "*i64" for name in ("targets", "segment") for rows in "NL"}
+    types |= dict.fromkeys(("logprobs_N", "entropy_N", "logprobs_L", "entropy_L", "log_ratio_L"), "*fp32")
+    types |= dict.fromkeys(("index_L", "rest_D", "bounds_S1"), "*i64") | {"live_N": "*u8", "found_2": "*i32"}
+    types |= dict.fromkeys(("loss", "metrics_M", "by_logprob_L", "by_entropy_L", "factor"), "*fp32")
+    types |= dict.fromkeys(("count", "sequences", "vocabulary"), "i32") | dict.fromkeys(SCALARS, "fp32")
+    types |= {"values_X": "*bf16"}
+    constants = {"EVERY": False, "SHARED": True, "KL": 3, "PENALTY": True, "ENTROPY": True, "CAPPED": True}
+    kernels = {
+        vectors.check_kernel: (vectors.BLOCK, vectors.WARPS),
+        vectors.pick_kernel: (vectors.BLOCK, vectors.WARPS),
+        vectors.sums_kernel: (vectors.SUMS_BLOCK, vectors.SUMS_WARPS),
+        scale.scale_kernel: (scale.BLOCK, scale.WARPS),
+    }
+    for kernel, (block, warps) in kernels.items():
+        switches = {**constants, "BLOCK": block, "EACH": scale.EACH}
+        mine = {name: types[name] for name in kernel.arg_names if name in types}
+        fixed = {name: switches[name] for name in kernel.arg_names if name in switches}
+        yield (
+            kernel.__name__,
+            source(kernel, mine, fixed, {"values_X", "count"} & mine.keys() if "values_X" in mine else set()),
+            warps,
+        )
+
+
 def source(kernel, types, constants, even):
     """Return what triton compiles: a kernel, the types or values of its arguments, and which are multiples of 16."""
     from triton.compiler import ASTSource
@@ -132,11 +165,13 @@ def cost(name, capability, registers, spilled, shared):
 def test_the_row_kernel_spills_nothing_and_two_programs_fit_on_an_sm(capability, record_property):
     from mgrpo.kernels.triton.rows import launch_settings
 
-    block, warps = launch_settings(151_936)
-    assert warps * 32 == THREADS
-    for name, variant in ROW_VARIANTS.items():
+    for (name, variant), alone in itertools.product(ROW_VARIANTS.items(), [False, True]):
+        if alone and not (variant[2] and not variant[-1].get("KNOWN")):
+            continue  # only rows that are read twice
+        block, warps = launch_settings(151_936, alone=alone)
+        assert warps * 32 == THREADS * (2 if alone else 1)
         _, registers, spilled, shared = compiled(row_source(*variant, block), capability, warps)
-        record_property("measured", cost(f"row kernel, {name}", capability, registers, spilled, shared))
+        record_property("measured", cost(f"row kernel, {name}, {warps} warps", capability, registers, spilled, shared))
         assert spilled == 0
         assert registers * THREADS * 2 <= REGISTERS
         assert shared < 1024
@@ -157,16 +192,44 @@ def test_the_group_kernel_spills_nothing(capability, record_property):
 
 
 @compiled_only
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernels_of_vectors_spill_nothing(capability, record_property):
+    for name, made, warps in vector_sources():
+        kernel, registers, spilled, shared = compiled(made, capability, warps)
+        record_property("measured", cost(name, capability, registers, spilled, shared))
+        assert spilled == 0 and registers <= 160  # a program of sums has an SM for itself
+        if name == "scale_kernel":
+            assert kernel.asm["ptx"].count("ld.global.v4.b32") == kernel.asm["ptx"].count("st.global.v4.b32") == 1
+
+
+@pytest.mark.parametrize(
+    ("chip", "processors", "cache_mib", "longest"),
+    [("A100", 108, 40, 72_000), ("H100 or H200", 132, 50, 74_000), ("B200", 148, 126, 167_000)],
+)
+def test_rows_that_are_read_twice_stay_in_the_cache(chip, processors, cache_mib, longest):
+    """Give the longest bf16 row of which two an SM stay in the L2 cache; of longer ones each SM has one at a time."""
+    from mgrpo.kernels.triton.rows import rows_stay_cached
+
+    assert rows_stay_cached(2 * longest, processors, cache_mib << 20), chip
+    assert not rows_stay_cached(2 * longest + 4000, processors, cache_mib << 20), chip
+    if longest < 151_936:  # then one an SM does: Qwen3's rows are half as many bytes as the cache of an H100 is large
+        assert processors * 2 * 151_936 < cache_mib << 20
+
+
+@compiled_only
 def test_logits_move_128_bits_at_a_time_and_cost_one_exponential_each():
     from mgrpo.kernels.triton.rows import launch_settings
 
     block, warps = launch_settings(151_936)
     per_thread = block // (32 * warps)
     ptx = compiled(row_source(*ROW_VARIANTS["log-prob"], block), 90, warps)[0].asm["ptx"]
-    assert ptx.count("ld.global.v4.b32") == per_thread // 4
+    assert ptx.count("ld.global.v4.b32") == 2 * per_thread // 4  # the first block, and the others in the loop
     assert len(re.findall(r"ex2\.approx", ptx)) == 2 * per_thread  # in the loop, and where the lanes are combined
     ptx = compiled(row_source(*ROW_VARIANTS["token loss"], block), 90, warps)[0].asm["ptx"]
-    assert ptx.count("ld.global.v4.b32") == 2 * per_thread // 4 and ptx.count("st.global.v4.b32") == per_thread // 8
+    assert ptx.count("ld.global.v4.b32") == 4 * per_thread // 4 and ptx.count("st.global.v4.b32") == per_thread // 8
+    # bf16 logits: two blocks ahead of the loop and one in it, in each of two passes; one store of their gradient.
+    ptx = compiled(row_source(*ROW_VARIANTS["token loss of bf16 logits"], block), 90, warps)[0].asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 2 * 3 * per_thread // 8 and ptx.count("st.global.v4.b32") == per_thread // 8
 
 
 @compiled_only
@@ -178,10 +241,18 @@ def test_nothing_that_changes_from_batch_to_batch_is_compiled_in():
 
     from mgrpo.kernels.triton.advantages import group_kernel
     from mgrpo.kernels.triton.rows import row_kernel
+    from mgrpo.kernels.triton.scale import scale_kernel
+    from mgrpo.kernels.triton.vectors import check_kernel, pick_kernel, sums_kernel
 
-    switches = {"KNOWN", "KL", "ENTROPY", "CAP", "BLOCK"}, {"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}
-    by_length = {"start"}, {"groups", "rows", "tokens"}
-    for kernel, constants, lengths in zip((row_kernel, group_kernel), switches, by_length, strict=True):
+    kernels = {
+        row_kernel: ({"KNOWN", "KL", "ENTROPY", "CAP", "BLOCK"}, {"start"}),
+        group_kernel: ({"LEAVE_ONE_OUT", "SCALED", "GROUPS", "WIDTH"}, {"groups", "rows", "tokens"}),
+        check_kernel: ({"EVERY", "SHARED", "BLOCK"}, {"count", "sequences", "vocabulary"}),
+        pick_kernel: ({"BLOCK"}, {"count"}),
+        sums_kernel: ({"KL", "PENALTY", "ENTROPY", "CAPPED", "BLOCK"}, {"count"}),
+        scale_kernel: ({"EACH", "BLOCK"}, set()),  # a count of 16s, as in all real gradients, moves 16 bytes at a time
+    }
+    for kernel, (constants, lengths) in kernels.items():
         assert isinstance(kernel, JITFunction)
         assert {p.name for p in kernel.params if p.is_constexpr} == constants
         assert {p.name for p in kernel.params if p.do_not_specialize} == lengths

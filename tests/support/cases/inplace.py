@@ -109,3 +109,80 @@ def test_without_grad_nothing_is_overwritten():
     with torch.no_grad():
         token_logprob(logits, torch.arange(3, device=DEVICE), inplace=True)
     assert torch.equal(logits, before)
+
+
+def loss_of(seed, dtype, objective, *, count=9, vocabulary=37):
+    """Return logits that an operation made of a leaf, and a function of them that computes their loss."""
+    heads, others, keywords = loss_case(seed, count, vocabulary, off_policy=True, bias=False, row_temperature=True)
+    del keywords["bias_V"]
+    leaf, logits = logits_of(*heads, dtype)
+    others, keywords = [placed(x) for x in others], placed(keywords)
+    return leaf, logits, lambda x, **more: grpo_loss(x, *others, objective, **keywords, **more)
+
+
+FORWARD = [Objective(), Objective(importance="sequence", kl_coef=0.1), Objective(kl_coef=0.1, entropy_coef=0.1)]
+
+
+@pytest.mark.parametrize("objective", FORWARD)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_is_there_before_the_backward_which_scales_it(dtype, objective):
+    _, logits, loss = loss_of(2, dtype, objective)
+    for inplace in (False, True):
+        kept = loss(logits, inplace=inplace)
+        buffer = kept.loss.grad_fn.gradient_NV
+        before = buffer.clone()
+        assert (buffer.data_ptr() == logits.data_ptr()) == inplace
+        (third,) = torch.autograd.grad(kept.loss, logits, torch.tensor(1 / 3, dtype=kept.loss.dtype, device=DEVICE))
+        assert third.data_ptr() == buffer.data_ptr() and kept.loss.grad_fn.gradient_NV is None
+        tolerance = {torch.bfloat16: 2**-7}.get(dtype, torch.finfo(dtype).eps)  # the interpreter truncates
+        torch.testing.assert_close(third.double(), before.double() / 3, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("objective", FORWARD)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_backward_gives_the_gradient_unless_it_is_over_the_logits(dtype, objective):
+    leaf, logits, loss = loss_of(4, dtype, objective)
+    kept = loss(logits).loss
+    once, again = (torch.autograd.grad(kept, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again) and once.any()
+    twice = torch.autograd.grad(kept + kept, leaf)[0]
+    tolerance = {torch.bfloat16: 2**-6}.get(dtype, 1e-6)
+    torch.testing.assert_close(twice.double(), 2 * once.double(), rtol=tolerance, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(kept, leaf)
+    over = loss(logits, inplace=True).loss
+    torch.autograd.grad(over, logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True: got a second backward"):
+        torch.autograd.grad(over, logits)
+
+
+def test_logits_that_changed_are_not_read_by_a_second_backward():
+    leaf, logits, loss = loss_of(4, torch.float32, Objective())
+    kept = loss(logits).loss
+    with torch.no_grad():
+        logits.mul_(2)
+    torch.autograd.grad(kept, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kept, leaf)
+
+
+def test_without_a_gradient_there_is_no_buffer_and_nothing_is_overwritten():
+    _, logits, loss = loss_of(4, torch.float32, Objective())
+    before = logits.detach().clone()
+    with torch.no_grad():
+        alone = loss(logits, inplace=True)
+    assert alone.loss.grad_fn is None and torch.equal(logits, before)
+    frozen = loss(logits.detach())
+    assert frozen.loss.grad_fn is None
+    with_gradient = loss(logits)
+    assert torch.equal(with_gradient.loss, alone.loss) and torch.equal(frozen.loss, alone.loss)
+    assert torch.equal(with_gradient.logprobs_N, alone.logprobs_N) and alone.metrics == frozen.metrics
+
+
+def test_small_gradients_of_float16_logits_do_not_vanish():
+    """Scale the loss by 2^16, as fp16 training does: rounded before it, gradients of 1e-8 would be 0."""
+    leaf = torch.zeros(4, 5, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    ones = torch.ones(4, device=DEVICE)
+    loss = grpo_loss(leaf * 1, torch.zeros(4, dtype=torch.int64, device=DEVICE), ones, ones * 1e-8, Objective()).loss
+    (loss * 2**16).backward()
+    assert abs(float(leaf.grad[0, 0]) + 0.8 * 1e-8 * 2**16) < 1e-6

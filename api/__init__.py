@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         align,
         load_config,
         pack,
+        read_dataset,
         read_tasks,
     )
 
@@ -58,6 +59,7 @@ __all__ = [
     "Split",
     "Task",
     "read_tasks",
+    "read_dataset",
     "MAIN",
     "Action",
     "Answer",

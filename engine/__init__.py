@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mgrpo.engine.environment.base import Split as Split
     from mgrpo.engine.environment.base import ToolError as ToolError
     from mgrpo.engine.environment.base import read_tasks as read_tasks
+    from mgrpo.engine.hub.data import read_dataset as read_dataset
     from mgrpo.engine.policy.forward import Output as Output
     from mgrpo.engine.policy.policy import Policy as Policy
     from mgrpo.engine.types import MAIN as MAIN
@@ -46,6 +47,7 @@ _HOME = {
     "Split": "environment.base",
     "ToolError": "environment.base",
     "read_tasks": "environment.base",
+    "read_dataset": "hub.data",
     "ChatLoop": "environment.adapters",
     "TextGame": "environment.adapters",
     "Config": "config.schema",

@@ -30,6 +30,7 @@ SLOW = (
     "cli/test_cli.py",
     "examples/test_cluster.py",
     "examples/test_geography.py",
+    "hub/test_hub_run.py",
     "integrations/test_integrations_grid.py",
     "integrations/test_integrations_hf.py",
     "integrations/test_integrations_trl.py",

@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -60,10 +60,11 @@ def options(
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
     """Train the agents of FILE, or of a run directory. With --resume, continue the run in its run_dir."""
     config = load_config(file, overrides)  # before the imports below, which take seconds
-    from mgrpo.engine.report.display import make_display
-    from mgrpo.engine.system.process import Interrupted
+    with _starting():
+        from mgrpo.engine.report.display import make_display
+        from mgrpo.engine.system.process import Interrupted
 
-    run = _trainer_of(config, file)
+        run = _trainer_of(config, file)
     display = make_display(list(config.agents), decoupled=not config.colocated)
     try:
         with _no_exit():
@@ -76,6 +77,14 @@ def train(file: File, overrides: Overrides = [], resume: bool = False) -> None: 
     from mgrpo.engine.report.summary import summary
 
     print(summary(Path(config.run_dir)))
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Show on a terminal that the engine is being loaded, which takes seconds."""
+    console = Console()
+    with console.status("loading torch and the engine") if console.is_terminal else nullcontext():
+        yield
 
 
 def _trainer_of(config: Config, file: Path) -> Callable[[Config, bool, Display], None]:
@@ -154,10 +163,19 @@ def _no_exit() -> Iterator[None]:
 
 def _decoupled(file: Path, overrides: list[str]) -> Config:
     """Load FILE, or the JSON that a launcher made of it. Raises ValueError if the agents have no processes."""
-    config = read_dump(file.read_text()) if file.name == "config.json" else load_config(file, overrides)
+    launched = file.name == "config.json"
+    config = read_dump(file.read_text()) if launched else load_config(file, overrides)
     if config.colocated:
         raise ValueError("topology: 'colocated' given: expected 'local' or 'cluster', where agents have processes")
-    return config
+    return config if launched else _settled(config)
+
+
+def _settled(config: Config) -> Config:
+    """Return the config with the commits of models on a hub: those of its run, if that has begun."""
+    from mgrpo.engine.hub.settle import settle
+    from mgrpo.engine.hub.snapshots import Lines
+
+    return settle(config, Lines(), Path(config.run_dir) / "config.json", weights=False)
 
 
 @app.command("eval")
@@ -235,8 +253,9 @@ def check(
     patience: Annotated[float, typer.Option(help="seconds that a method of the environment may take")] = 30.0,
 ) -> None:
     """Validate FILE, play stubbed episodes in its environment and predict the memory. Loads no weights."""
-    config = load_config(file, overrides)
-    from mgrpo.engine.cli.check.describe import report
+    config = _settled(load_config(file, overrides))
+    with _starting():
+        from mgrpo.engine.cli.check.describe import report
 
     with _no_exit():
         print(report(config, asks=score, device_memory=device_memory, patience=patience))
@@ -266,7 +285,8 @@ def simulate(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="a directory with a transformers causal LM")],
+    model: Annotated[str, typer.Argument(help="a directory with a transformers causal LM, or its id on a hub")],
+    revision: Annotated[str, typer.Option(help="branch, tag or commit of a model on a hub")] = "",
     transfer: Annotated[str, typer.Option(help="how new weights come: tcp, nccl or ipc")] = "nccl",
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -281,6 +301,7 @@ def serve(
 
     become_server(
         model,
+        revision=revision,
         transfer=transfer,
         host=host,
         port=port,

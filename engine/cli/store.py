@@ -14,6 +14,8 @@ from pathlib import Path
 from mgrpo.engine.config.resume import check_unchanged, fingerprint
 from mgrpo.engine.config.schema import StoreConfig, dump_config, load_config, read_dump
 from mgrpo.engine.environment.loader import volatile_options
+from mgrpo.engine.hub.settle import settle
+from mgrpo.engine.hub.snapshots import Lines
 from mgrpo.engine.run.directory import RunDirectory, RunPaths, root_of
 from mgrpo.engine.run.trajectories import below, last_files
 from mgrpo.engine.store import Store
@@ -30,10 +32,12 @@ GONE = 86400.0  # seconds without a sign of life after which a worker is taken t
 def init(file: Path) -> str:
     """Create the tables and the run, or compare the run's config; return lines that say what was done.
 
-    The config of a cluster run is saved in its directory: what may change when it goes on is taken over from the file.
+    The config of a cluster run is saved in its directory, with the commits of models on a hub: what may change when it
+    goes on is taken over from the file.
     """
     config = load_config(file)
     paths = RunPaths(config.run_dir)
+    config = settle(config, Lines(), paths.config, weights=False)
     make_private(paths.path)
     saved = read_dump(paths.config.read_text()) if paths.config.exists() else config
     changes = check_unchanged(saved, config, partial(volatile_options, config.environment))

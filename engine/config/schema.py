@@ -9,6 +9,7 @@ The comment behind a field, or directly above it, is its meaning on the page doc
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from mgrpo.engine.config.hub_names import is_id, looks_like_id
 from mgrpo.engine.config.masks import check_server
 from mgrpo.engine.config.reader import apply_override, check_plain, convert
 from mgrpo.engine.types import MAIN
@@ -68,8 +70,11 @@ class VLLMConfig(Frozen):
 class AgentConfig(Frozen):
     """Describe one agent: its weights, how it samples and how it is optimised."""
 
-    # directory with a transformers causal LM and its tokenizer; the name of a model on a hub is not looked up
+    # a directory with a transformers causal LM and its tokenizer, or the id of one on a hub, such as "Qwen/Qwen3-0.6B";
+    # a directory of that name comes first, unless there is a revision
     model: str
+    # branch, tag or commit of a model on a hub; empty: main. It is looked up once, and a resumed run keeps the commit
+    revision: Annotated[str, Meta(pattern=r"^[\w./@+-]{0,255}$")] = ""
     # run the Python files of the model's directory, for a model that transformers does not have: they may do whatever
     # you may, in every process of the run, with its tokens and passwords, so read them first
     trust_remote_code: bool = False
@@ -95,6 +100,11 @@ class AgentConfig(Frozen):
     lr_warmup_steps: Whole = 0  # number of rl steps in which the learning rate rises linearly to lr
     # what the learning rate does after that: stay, or fall to zero until the last step
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the model is that of an id on a hub, not of a directory."""
+        return bool(self.revision) or is_id(self.model)
 
 
 class AlgorithmConfig(Frozen):
@@ -315,6 +325,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     if not config.trained and config.steps:
         raise ValueError("config: agents: train = false for all given: expected at least one to train, or steps = 0")
     for name in config.agents:
+        _check_revision(name, config.agents[name])
         _check_servers(name, config)
     for name in config.trained if config.steps else []:
         check_trainable(config.agents[name], f"config: agents.{name}")
@@ -368,6 +379,14 @@ def _check_lengths(config: Config) -> Config:
     return config
 
 
+def _check_revision(name: str, agent: AgentConfig) -> None:
+    if agent.revision and not looks_like_id(agent.model):
+        raise ValueError(
+            f"config: agents.{name}.revision: {agent.revision!r} given with model = {agent.model!r}: expected none for "
+            "a directory, or the id of a model on a hub, such as 'Qwen/Qwen3-0.6B'"
+        )
+
+
 def _check_servers(name: str, config: Config) -> None:
     """Check that the other sections suit an agent's servers."""
     vllm, key = config.agents[name].vllm, f"config: agents.{name}.vllm"
@@ -412,7 +431,7 @@ def read_dump(text: str) -> Config:
 def _absolute(config: Config) -> Config:
     """Make paths absolute, so that the run does not depend on the working directory later."""
     agents = {
-        name: msgspec.structs.replace(agent, model=_resolved(f"agents.{name}.model", agent.model))
+        name: agent if agent.on_hub else msgspec.structs.replace(agent, model=_directory(name, agent.model))
         for name, agent in config.agents.items()
     }
     use = _absolute_name("environment.use", config.environment.use)
@@ -429,6 +448,10 @@ def _absolute(config: Config) -> Config:
         algorithm=algorithm,
         store=_absolute_store(config.store),
     )
+
+
+def _directory(name: str, model: str) -> str:
+    return _resolved(f"agents.{name}.model", os.path.expanduser(model))
 
 
 def _absolute_store(store: StoreConfig) -> StoreConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.model.attention import Layout, attention, output_head, run_backbone
 from mgrpo.engine.model.composite import auto_class, other_weights
 from mgrpo.engine.model.directory import UNREADABLE, code_settings, refuse_foreign_code, unreadable, weight_settings
@@ -151,7 +151,7 @@ def load_tokenizer(name: str, agent: AgentConfig) -> PreTrainedTokenizerBase:
     """
     config = read_model_config(name, agent)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(agent.model, **code_settings(agent))
+        tokenizer = AutoTokenizer.from_pretrained(folder(name, agent), **code_settings(agent))
     except UNREADABLE as error:
         raise unreadable(name, agent, "tokenizer", error) from error
     if len(tokenizer) > config["vocab_size"]:
@@ -177,9 +177,12 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     Raises ValueError if it is missing, not a causal LM's, or made for a shorter context than the agent's, or names code
     that lies elsewhere.
     """
-    path = Path(agent.model) / "config.json"
+    path = folder(name, agent) / "config.json"
     if not path.is_file():
-        raise ValueError(f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it")
+        raise ValueError(
+            f"agents.{name}.model: {agent.model} given: expected a directory with a config.json in it, or the id of a "
+            "model on a hub, such as 'Qwen/Qwen3-0.6B'"
+        )
     try:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # also if it is no UTF-8, or nested too deep
@@ -200,7 +203,7 @@ def read_model_config(name: str, agent: AgentConfig) -> dict[str, Any]:
 def _text_config(name: str, agent: AgentConfig) -> dict[str, Any]:
     """Return what a composite config says of its text model, with the values that its file leaves out."""
     try:
-        config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
+        config = AutoConfig.from_pretrained(folder(name, agent), **code_settings(agent))
         found: dict[str, Any] = config.get_text_config().to_dict()
     except UNREADABLE as error:
         raise unreadable(name, agent, "config", error) from error
@@ -216,10 +219,11 @@ def load_model(
     """
     device = device or pick_device(compute)
     read_model_config(name, agent)
+    path = folder(name, agent, weights=True)
     try:
-        config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
+        config = AutoConfig.from_pretrained(path, **code_settings(agent))
         loaded: Any = auto_class(config).from_pretrained(
-            agent.model,
+            path,
             config=config,
             dtype=getattr(torch, compute.dtype),
             attn_implementation="mgrpo",

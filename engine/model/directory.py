@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.hub.snapshots import folder
 
 # What transformers raises for files that are damaged, or describe no model.
 UNREADABLE = (
@@ -46,7 +47,8 @@ def weight_settings(agent: AgentConfig) -> dict[str, Any]:
 def refuse_foreign_code(name: str, agent: AgentConfig) -> None:
     """Raise ValueError if Python may run, and a directory names code that lies elsewhere, as "repository--module"."""
     for file in ("config.json", "tokenizer_config.json"):
-        for given in _texts(_read(Path(agent.model) / file).get("auto_map")) if agent.trust_remote_code else ():
+        found = _read(folder(name, agent) / file) if agent.trust_remote_code else {}
+        for given in _texts(found.get("auto_map")):
             if "--" in given:
                 raise ValueError(
                     f"agents.{name}.model: {agent.model}/{file} names the code {given!r}: expected code in that "
@@ -62,7 +64,7 @@ def unreadable(name: str, agent: AgentConfig, what: str, error: Exception) -> Va
             "it needs Python code from that directory, which is not run: expected a model that transformers has, or "
             f"{key}.trust_remote_code = true, with which that code may do whatever you may"
         )
-    elif what == "weights" and not agent.allow_pickle and _only_pickled(Path(agent.model)):
+    elif what == "weights" and not agent.allow_pickle and _only_pickled(folder(name, agent)):
         why = (
             f"they are pickled, in {PICKLED[0]}: expected safetensors, or {key}.allow_pickle = true, with which plain "
             "tensors are unpickled"
@@ -72,8 +74,8 @@ def unreadable(name: str, agent: AgentConfig, what: str, error: Exception) -> Va
     return ValueError(f"{key}.model: {agent.model} has no readable {what}: {why}")
 
 
-def _only_pickled(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in PICKLED) and not any(folder.glob("*.safetensors*"))
+def _only_pickled(path: Path) -> bool:
+    return any((path / file).is_file() for file in PICKLED) and not any(path.glob("*.safetensors*"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -45,6 +46,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 OWN_PACE: tuple[Column, Column] = (("step", "step", ".0f"), ("wait", "time/waiting", ".1f"))  # for decoupled agents
 BRIEF = ("logprob", "reward", "correct", "expert", "calls", "entropy")  # headings on a plain line
+PARTS = 10.0  # seconds between two lines that say how far something is
 RECENT = 10  # steps whose median time is used to estimate the remaining time
 
 
@@ -62,6 +64,9 @@ class Display(Protocol):
 
     def say(self, text: str) -> None:
         """Show a line of text."""
+
+    def doing(self, text: str, part: float | None = None) -> None:
+        """Show what takes time now, until the next call or row, and which part of it is done, from 0 to 1."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -118,6 +123,7 @@ class _Lines:
 
     def __init__(self, agents: Sequence[str], console: Console) -> None:
         self.agents, self.console, self.progress = agents, console, Progress()
+        self.does, self.shown = "", 0.0  # what was shown last, and when
 
     def stage(self, name: str, first: int, steps: int) -> None:
         self.progress.stage(name, first, steps)
@@ -137,6 +143,15 @@ class _Lines:
     def say(self, text: str) -> None:
         print(text, file=self.console.file, flush=True)
 
+    def doing(self, text: str, part: float | None = None) -> None:
+        if text != self.does:
+            self.say(text)
+        elif part is not None and time.monotonic() > self.shown + PARTS:
+            self.say(f"{text}: {part:.0%}")
+        else:
+            return
+        self.does, self.shown = text, time.monotonic()
+
     def close(self) -> None:
         """Do nothing: every line is printed already."""
 
@@ -148,6 +163,24 @@ class _Lines:
         return [f"{row['stage']} {self.progress.done}/{self.progress.steps}", *agents, *lost, times]
 
 
+@dataclass(frozen=True)
+class _Activity:
+    """Hold what takes time now, which part of it is done, and since when it goes on."""
+
+    text: str
+    part: float | None
+    began: float
+
+    def line(self) -> RenderableType:
+        """Lay out the text, the bar if the part is known, and the time."""
+        line = Table.grid(padding=(0, 2))
+        bar: list[RenderableType] = []
+        if self.part is not None:
+            bar = [ProgressBar(1.0, self.part, width=24), f"{self.part:.0%}"]
+        line.add_row(Text(self.text), *bar, clock(time.monotonic() - self.began))
+        return line
+
+
 class _Table:
     """Draw a table every second, so that its clock shows that the run is alive."""
 
@@ -156,15 +189,17 @@ class _Table:
         self.decoupled = decoupled
         self.newest: Row = {}
         self.notes: Sequence[str] = ()
+        self.activity: _Activity | None = None
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=1)
 
     def stage(self, name: str, first: int, steps: int) -> None:
         self.progress.stage(name, first, steps)
-        self.newest = {}
+        self.newest, self.activity = {}, None
         self.live.start()
         self.live.refresh()
 
     def row(self, row: Row) -> None:
+        self.activity = None
         self.progress.row(row)
         self.live.refresh()
 
@@ -175,12 +210,23 @@ class _Table:
     def say(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
+    def doing(self, text: str, part: float | None = None) -> None:
+        before = self.activity
+        new = before is None or before.text != text
+        self.activity = _Activity(text, part, time.monotonic() if before is None or new else before.began)
+        self.live.start()
+        if new:  # parts are drawn every second: a download reports them more often than anyone can read
+            self.live.refresh()
+
     def close(self) -> None:
         self.live.stop()
 
     def _render(self) -> RenderableType:
         """Lay out the table. Its own thread calls this too, so it reads only what `Progress` replaces as a whole."""
-        progress = self.progress
+        progress, activity = self.progress, self.activity
+        doing = [activity.line()] if activity else []
+        if not progress.name:
+            return Group(*doing)
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(progress.name, style="bold"),
@@ -191,7 +237,7 @@ class _Table:
         )
         notes = [note for note in (progress.accuracy, progress.lost, progress.flat) if note]
         agents = self._agents(progress.name, self.newest or progress.latest)
-        return Group(head, Text("   ".join(notes) or "not evaluated yet"), agents, *map(Text, self.notes))
+        return Group(head, Text("   ".join(notes) or "not evaluated yet"), agents, *map(Text, self.notes), *doing)
 
     def _agents(self, stage: str, row: Row) -> Table:
         columns = COLUMNS.get(stage, ())

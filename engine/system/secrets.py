@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-NAMES = ("MGRPO_STORE_PASSWORD", "MGRPO_SERVER_TOKEN")
+NAMES = ("MGRPO_STORE_PASSWORD", "MGRPO_SERVER_TOKEN", "HF_TOKEN")
 PIPE = "MGRPO_SECRETS"  # the read end of a pipe with the secrets, as JSON
 
 _taken: dict[str, str] = {}

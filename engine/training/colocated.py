@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from mgrpo.engine.config.hub_names import shown
 from mgrpo.engine.config.resume import check_steps, check_unchanged
 from mgrpo.engine.config.schema import Config, dump_config, read_dump
 from mgrpo.engine.environment.loader import load_environment, volatile_options
+from mgrpo.engine.hub.settle import settle
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.summary import draw
@@ -41,6 +43,7 @@ from mgrpo.engine.store.open import identify, open_store
 from mgrpo.engine.system.memory import peak_resident
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory, log_file, make_deterministic, pause
 from mgrpo.engine.system.words import counted
+from mgrpo.engine.training.loading import loading
 from mgrpo.engine.training.trainer import AgentTrainer, DamagedGroupsError
 from mgrpo.engine.training.unscored import Unscored
 from mgrpo.engine.types import WeightsVersion
@@ -51,6 +54,7 @@ def train(config: Config, resume: bool, display: Display) -> None:
     run = RunDirectory(config.run_dir, resume)
     try:
         checkpoint = run.latest_checkpoint()
+        config = settle(config, display, run.config if checkpoint else None)
         if checkpoint is not None:  # without one the run starts afresh, and any config will do
             check_steps(config, *stage_and_step(checkpoint))
             volatile = partial(volatile_options, config.environment)
@@ -76,11 +80,12 @@ class Colocated:
         self.config, self.rundir, self.display, self.interrupted = config, run, display, interrupted
         keep_memory()
         make_deterministic(config.seed, config.deterministic)
+        display.doing("loading the environment and its tasks")
         self.environment = load_environment(config.environment)
         check_script(config, self.environment)
         self.tasks = load_tasks(self.environment, "train")
         self.evaluation = Evaluation.of(config, self.environment)
-        self.policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
+        self.policies = {name: self._policy(name) for name in config.agents}
         self.samplers = {name: policy.sampler() for name, policy in self.policies.items()}
         self.episodes = Episodes(config, self.environment, self.samplers)
         tokenizers = {name: sampler.tokenizer for name, sampler in self.samplers.items()}
@@ -92,6 +97,11 @@ class Colocated:
         self.writers = {name: TrajectoryWriter(root, name) for name in config.agents}
         self.trainers = [AgentTrainer(config, policy, root) for policy in self.policies.values()]
         self.unacked: dict[str, list[int]] = {name: [] for name in config.agents}
+
+    def _policy(self, name: str) -> Policy:
+        agent = self.config.agents[name]
+        with loading(self.display, f"loading {name}: {shown(agent.model, agent.revision)}"):
+            return Policy(name, agent, self.config.compute)
 
     def _settle_tasks(self, anew: bool) -> None:
         """Take the tasks to train on in the order of the run. Raises ValueError if it was begun with others."""
@@ -121,6 +131,7 @@ class Colocated:
         """Run the supervised steps on scripted episodes."""
         steps = self.config.warmup.steps
         self.display.stage("warmup", first, steps)
+        self.display.doing("the first warm-up step")
         for step in range(first, steps):
             started = time.monotonic()
             rollouts = play(self.demonstrations, warmup_jobs(self.tasks, self.config, step))
@@ -213,6 +224,7 @@ class Colocated:
 
     def _evaluate(self, step: int) -> None:
         """Play the episodes of an evaluation, and save the weights if they are the best and are not saved yet."""
+        self.display.doing("evaluating on held-out tasks")
         started = time.monotonic()
         result = self.evaluation.row(play(self.episodes, self.evaluation.jobs))
         for sampler in self.samplers.values():

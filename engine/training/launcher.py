@@ -18,8 +18,10 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from mgrpo.engine.config.resume import check_steps, check_unchanged, fingerprint
-from mgrpo.engine.config.schema import Config, dump_config, read_dump
+from mgrpo.engine.config.schema import AgentConfig, Config, dump_config, read_dump
 from mgrpo.engine.environment.loader import volatile_options
+from mgrpo.engine.hub.settle import settle
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.inference.vllm.endpoints import Endpoints, announce, transfer_kind
 from mgrpo.engine.inference.vllm.server import free_ports, server_spec, url
 from mgrpo.engine.report.curves import draw_curves
@@ -48,7 +50,8 @@ def train(config: Config, resume: bool, display: Display) -> None:
     Raises ValueError for bad input, ChildProcessError if a process failed too often, Interrupted after Ctrl-C.
     """
     with closing(RunDirectory(config.run_dir, resume)) as run:
-        for change in _begin(config, run):
+        config = settle(config, display, run.config)
+        for change in _begin(config, run, display):
             display.say(f"resume: {change}")
         try:
             _supervise(config, run, display)
@@ -58,7 +61,7 @@ def train(config: Config, resume: bool, display: Display) -> None:
             raise
 
 
-def _begin(config: Config, run: RunDirectory) -> list[str]:
+def _begin(config: Config, run: RunDirectory, display: Display) -> list[str]:
     """Begin the run in its store, or compare its config; return what has changed in it. Waits for the store."""
     saved, changes = any(run.path.glob("agents/*/checkpoints/*-*")), list[str]()
     if run.config.exists():
@@ -70,6 +73,7 @@ def _begin(config: Config, run: RunDirectory) -> list[str]:
     elif not saved:
         for rest in [*run.path.glob("store.db*"), run.identity, run.tasks]:  # of an attempt that failed before it began
             rest.unlink(missing_ok=True)
+    display.doing("opening the store")
     with closing(patiently(open_store, config)) as store:  # a url with a password is refused, and not written
         patiently(identify, store, config, known=saved)
         if changes:
@@ -84,6 +88,7 @@ def _supervise(config: Config, run: RunDirectory, display: Display) -> None:
     logs = run.path / "logs"
     make_private(logs)
     with closing(Watch(config, display)) as watch:
+        display.doing(f"trainers and workers load their models and take a first step; they print to {logs}")
         with _meeting(run.meeting) as meeting:
             supervisor = Supervisor(tasks_of(config, run.config, meeting), logs, config.restarts, display.say)
             look = _every(LOOK, lambda: watch.look(supervisor.states()))
@@ -164,7 +169,7 @@ def _servers(
             tasks.append(
                 server_spec(
                     f"server-{name}-{number}",
-                    agent.model,
+                    str(folder(name, agent, weights=True)),
                     port,
                     dtype=config.compute.dtype,
                     max_context=agent.max_context,
@@ -229,6 +234,10 @@ def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
     return tick
 
 
+def _named(agent: AgentConfig) -> str:
+    return f"{agent.model} --revision {agent.revision}" if agent.revision else agent.model
+
+
 def cluster_commands(config: Config, file: Path) -> str:
     """Return the commands that start a run with topology `cluster`, one per line."""
     lines = [f"  mgrpo store init {file}", f"  mgrpo rollout {file}            # on as many machines as there are"]
@@ -236,6 +245,6 @@ def cluster_commands(config: Config, file: Path) -> str:
     for agent in config.agents.values():
         if agent.vllm:
             lines.append(
-                f"  mgrpo serve {agent.model} …      # at {', '.join(agent.vllm.urls)}; MGRPO_SERVER_TOKEN everywhere"
+                f"  mgrpo serve {_named(agent)} …      # at {', '.join(agent.vllm.urls)}; MGRPO_SERVER_TOKEN everywhere"
             )
     return "\n".join(lines)

@@ -104,6 +104,39 @@ def test_steps_without_a_gradient_are_told_once_there_are_some():
     assert [found and found[1] for found in told] == [None] * 6 + ["3", "4"]
 
 
+def test_what_takes_time_is_a_line_of_its_own_once():
+    display, out = lines()
+    for part in (None, 0.0, 0.5, 1.0):
+        display.doing("loading main", part)
+    display.doing("evaluating")
+    assert out.flushed.splitlines() == ["loading main", "evaluating"]
+
+
+def test_a_part_is_told_again_after_a_while(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("mgrpo.engine.report.display.time.monotonic", lambda: now)
+    display, out = lines()
+    display.doing("downloading", 0.0)
+    now += 9.0
+    display.doing("downloading", 0.2)
+    now += 2.0
+    display.doing("downloading", 0.31)
+    assert out.flushed.splitlines() == ["downloading", "downloading: 31%"]
+
+
+def test_the_table_shows_what_takes_time_until_a_row_comes():
+    display, _ = table()
+    display.doing("loading main", 0.5)
+    assert frame(display)[0].startswith("loading main") and "50%" in frame(display)[0]
+    display.stage("rl", 11, 20)
+    assert "loading main" not in "".join(frame(display))
+    display.doing("evaluating")
+    assert frame(display)[-1].startswith("evaluating") and "%" not in frame(display)[-1]
+    display.row(training_row())
+    assert "evaluating" not in "".join(frame(display))
+    display.close()
+
+
 def test_a_stage_without_steps_is_not_announced_and_an_agent_without_numbers_not_named():
     display, out = lines()
     display.stage("warmup", 0, 0)

@@ -214,6 +214,8 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
+    def doing(self, text: str, part: float | None = None) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -236,6 +238,8 @@ class Recorder:
 
     def say(self, text: str) -> None:
         self.told.append(text)
+
+    def doing(self, text: str, part: float | None = None) -> None: ...
 
     def close(self) -> None: ...
 

@@ -12,7 +12,7 @@ import pytest
 
 from mgrpo.engine.system import secrets
 
-PASSWORD, TOKEN = secrets.NAMES
+PASSWORD, TOKEN, HUB = secrets.NAMES
 SECRET = "hunter2-e8b1"
 
 
@@ -46,6 +46,7 @@ def test_a_secret_leaves_the_environment_as_the_kernel_shows_it(tmp_path):
 
 def test_a_process_gets_all_secrets_by_a_pipe(monkeypatch):
     monkeypatch.setenv(PASSWORD, SECRET)
+    monkeypatch.setenv(HUB, "mine")
     assert secrets.keep(TOKEN, "drawn") == "drawn" == secrets.keep(TOKEN, "another")
     source = """
         import os, subprocess
@@ -66,7 +67,7 @@ def test_a_process_gets_all_secrets_by_a_pipe(monkeypatch):
         )
     told, _ = process.communicate()
     *shown, got = told.splitlines()
-    assert got == repr([SECRET, "drawn"]) and SECRET not in "".join(shown)
+    assert got == repr([SECRET, "drawn", "mine"]) and SECRET not in "".join(shown)
     with pytest.raises(OSError):
         os.fstat(pipe[0])
 

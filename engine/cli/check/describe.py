@@ -11,13 +11,16 @@ from mgrpo.engine.cli.check.memory import sampling, training
 from mgrpo.engine.cli.check.model_size import ModelSize, measure
 from mgrpo.engine.cli.check.processes import Process, device_of, placed, processes
 from mgrpo.engine.cli.check.rehearsal import Findings, Rehearsal
-from mgrpo.engine.config.schema import Config
+from mgrpo.engine.config.hub_names import shown as named
+from mgrpo.engine.config.schema import AgentConfig, Config
 from mgrpo.engine.environment.base import Environment, Split
 from mgrpo.engine.environment.calls import UserCode, UserCodeError
 from mgrpo.engine.environment.loader import load_environment
+from mgrpo.engine.hub.snapshots import outlook
 from mgrpo.engine.model.causal_lm import load_tokenizer
 from mgrpo.engine.rollout.curriculum import load_tasks
 from mgrpo.engine.rollout.demonstrations import check_script
+from mgrpo.engine.system.words import counted
 from mgrpo.engine.types import Task
 
 LOADING = 10  # times the patience with other methods that tasks may take to load
@@ -69,9 +72,20 @@ def describe(
         found = training(sizes[name], agent, config, agent.ranks, device.type if on_gpu else "cpu")
         drawn = sampling(sizes[name], agent, config, rehearsal.lengths.get(name, 1))
         role = "trained" if agent.train else "frozen in the rl stage"
-        lines.append(f"{name:10} {role}: {agent.model}\n           {agent_line(sizes[name], found, drawn, config)}")
+        model = f"{name:10} {role}: {named(agent.model, agent.revision)}{_download(name, agent)}"
+        lines.append(f"{model}\n           {agent_line(sizes[name], found, drawn, config)}")
     lines += _memory(config, placed(config, device), sizes, rehearsal.lengths, device_memory, findings)
     return "\n".join(lines), findings
+
+
+def _download(name: str, agent: AgentConfig) -> str:
+    """Say what a run would download of an agent's model, if that is on a hub."""
+    if not agent.on_hub:
+        return ""
+    files, size = outlook(name, agent)
+    if not files:
+        return ", all of it in the cache"
+    return f", a run downloads {shown(size)} in {counted(files, 'file')} first"
 
 
 def _tasks(environment: Environment, split: Split, patience: float) -> Sequence[Task]:

@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.model.attention import Rule, hidden_states, output_head
 from mgrpo.engine.model.causal_lm import Actor, decoder_layers
 from mgrpo.engine.model.composite import auto_class
@@ -74,8 +75,9 @@ def measure(name: str, agent: AgentConfig, compute: ComputeConfig, on_gpu: bool)
 
     Raises ValueError, naming the agent's model, if its config describes no model that can be made.
     """
+    path = folder(name, agent)
     try:
-        config = AutoConfig.from_pretrained(agent.model, **code_settings(agent))
+        config = AutoConfig.from_pretrained(path, **code_settings(agent))
         dtype = getattr(torch, compute.dtype)
         return size_of(config, dtype, compute.max_tokens, on_gpu=on_gpu, trust=agent.trust_remote_code)
     except UNREADABLE as error:

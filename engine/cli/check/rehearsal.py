@@ -24,6 +24,7 @@ from mgrpo.engine.cli.check.watch import EnvironmentWatch
 from mgrpo.engine.cli.check.words import read_source, texts_of
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.base import Environment
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.inference.sampler import Completion, Ending, Session
 from mgrpo.engine.model.causal_lm import read_model_config
 from mgrpo.engine.model.pieces import end_tokens, generation_config
@@ -83,7 +84,9 @@ class StubbedEpisodes(EpisodeRunner):
         self.lengths: dict[str, int] = {}
         self.had_room = True  # so that prompts without room are no error of the whole, but counted here
         self.endings = {
-            name: Ending(tokenizers[name], agent.stop, end_tokens(tokenizers[name], generation_config(agent.model)))
+            name: Ending(
+                tokenizers[name], agent.stop, end_tokens(tokenizers[name], generation_config(folder(name, agent)))
+            )
             for name, agent in config.agents.items()
         }
         models = {name: read_model_config(name, agent) for name, agent in config.agents.items()}

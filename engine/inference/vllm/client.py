@@ -30,6 +30,7 @@ import aiohttp
 from transformers import PreTrainedTokenizerBase
 
 from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.inference.sampler import Completion, Ending, Session, WeightsCheck
 from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.router import FAULTS, NoServerError, Router, Server, body_of
@@ -63,7 +64,7 @@ class VLLMSampler:
     ) -> None:
         self.name, self.agent, self.tokenizer = name, agent, tokenizer
         self.vocabulary = int(read_model_config(name, agent)["vocab_size"])
-        self.ending = Ending(tokenizer, agent.stop, end_tokens(tokenizer, generation_config(agent.model)))
+        self.ending = Ending(tokenizer, agent.stop, end_tokens(tokenizer, generation_config(folder(name, agent))))
         self.homes: dict[int, Server] = {}  # the server with a session's cache, by the session's id
         self.rl_steps: dict[int, int] = {}  # rl step of each published version, by its optimizer steps
         self.replayed = 0

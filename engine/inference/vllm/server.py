@@ -10,6 +10,8 @@ from secrets import randbelow, token_urlsafe
 from typing import Any, NoReturn
 
 from mgrpo.engine.config.masks import check_server
+from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.inference.vllm import api
 from mgrpo.engine.inference.vllm.auth import TOKEN
 from mgrpo.engine.system import secrets
@@ -40,18 +42,19 @@ def url(port: int) -> str:
     return f"http://{HOST}:{port}"
 
 
-def become_server(model: str, *, transfer: str, **options: Any) -> NoReturn:
+def become_server(model: str, *, transfer: str, revision: str = "", **options: Any) -> NoReturn:
     """Replace this process by the server of `api.arguments`, for trainers elsewhere, which must know its token.
 
-    Raises ValueError if this environment has no supported vLLM or no token, if there is no such transfer, or if an
-    argument would change the distribution that is sampled.
+    revision: of a model on a hub, which is fetched. Raises ValueError if this environment has no supported vLLM or no
+    token, if there is no such transfer, or if an argument would change the distribution that is sampled.
     """
     check_server(options.get("extra", ()), "serve")
     api.installed()
     api.check_transfer(transfer)
     if not secrets.get(TOKEN):
         raise ValueError(f"{TOKEN} is not set: expected the token that trainers will send")
-    command = api.arguments(model, transfer=transfer, seed=new_seed(), **options)
+    found = folder("", AgentConfig(model=model, revision=revision), weights=True)
+    command = api.arguments(str(found), transfer=transfer, seed=new_seed(), **options)
     inherited = {key: value for key, value in os.environ.items() if key not in secrets.NAMES}
     with secrets.passed([TOKEN]) as (where, pipe):
         for end in pipe:

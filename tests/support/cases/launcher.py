@@ -46,4 +46,6 @@ class Recording:
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    def doing(self, text: str, part: float | None = None) -> None: ...
+
     def close(self) -> None: ...

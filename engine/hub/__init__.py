@@ -1,0 +1,1 @@
+"""Get models and data sets from a hub, and say what to do where that fails."""

@@ -251,14 +251,15 @@ def compare(run: Any, kinds: tuple[type, type], draw: Draw, folder: Path, out: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (our_losses, ours), (losses, theirs) = (run(kind, draw, folder, out) for kind in kinds)
-        truth = run(kinds[1], draw | {"bf16": False}, folder, out)[1] if draw["bf16"] else theirs
+        true_losses, truth = run(kinds[1], draw | {"bf16": False}, folder, out) if draw["bf16"] else (losses, theirs)
     assert len(theirs) >= 1 and losses
     if not draw["bf16"]:
         assert our_losses == pytest.approx(losses, rel=TOLERANCE, abs=TOLERANCE)
         assert all(apart(one, other) < TOLERANCE for one, other in zip(ours, theirs, strict=True) if any_of(other))
         return
     rounding = apart(theirs[0], truth[0])  # of the first step only: then the weights, and what is sampled, differ
-    assert our_losses[0] == pytest.approx(losses[0], rel=2e-2, abs=2e-2)
+    off = abs(losses[0] - true_losses[0])  # much, where the host leaves out tokens by an entropy that it has rounded
+    assert our_losses[0] == pytest.approx(losses[0], rel=2e-2, abs=2e-2 + 2 * off)
     assert apart(ours[0], theirs[0]) < 2 * rounding + TOLERANCE
 
 

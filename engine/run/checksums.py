@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from mgrpo.engine.run.tensor_file import SIDECAR
 from mgrpo.engine.system.files import fsync
 
+SIDECAR = ".sha256"  # added to a file's name: the file beside it that holds its SHA-256, as sha256sum prints it
 MANIFEST = "manifest.json"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mgrpo.engine.run.checksums import SIDECAR
 from mgrpo.engine.system.files import write_all
 
 DTYPES = {
@@ -32,7 +33,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 FORCE = 32 << 20  # bytes written before they are forced to the disk
-SIDECAR = ".sha256"  # added to a file's name: the file beside it that holds its SHA-256, as sha256sum prints it
 
 
 class Forced:

@@ -151,3 +151,7 @@ def test_a_clone_in_the_working_directory_never_hides_the_installed_package(tmp_
     assert Path(installed).name == "__init__.py" and not Path(installed).is_relative_to(tmp_path)
     assert run(WHERE, folder=ROOT) == run(WHERE, folder=ROOT / "tests") == installed
     assert not any((ROOT / name).exists() for name in ("__init__.py", "mgrpo", "mgrpo.py"))
+
+
+def test_the_launcher_of_a_local_run_loads_no_torch():
+    run('import sys, mgrpo.engine.training.launcher; assert not {"torch", "transformers"} & sys.modules.keys()')

@@ -13,7 +13,7 @@ from mgrpo.engine.store.open import open_copy
 BEST = "best"
 
 
-def find_checkpoint(config: Config, paths: RunPaths, agent: str, step: str | None) -> Path:
+def find_checkpoint(config: Config, paths: RunPaths, agent: str, step: int | str | None) -> Path:
     """Return an agent's latest checkpoint, that of an rl step, or with "best" that of the best held-out score.
 
     config, paths: those of the run. Raises ValueError naming the option if there is none.
@@ -52,7 +52,7 @@ def run_of(folder: Path) -> tuple[Config, RunPaths] | None:
     return (read_config(folder), paths) if begun else None
 
 
-def _number(step: str) -> int:
-    if not step.isdecimal():
+def _number(step: int | str) -> int:
+    if not str(step).isdecimal():
         raise ValueError(f"--step: {step!r} given: expected the number of rl steps, or {BEST!r}")
     return int(step)

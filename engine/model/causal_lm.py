@@ -28,6 +28,7 @@ from mgrpo.engine.model.directory import UNREADABLE, code_settings, refuse_forei
 from mgrpo.engine.model.logits import keep_logit_map, logit_map
 from mgrpo.engine.model.probe import check_exact, with_dropout, without_dropout
 from mgrpo.engine.model.sharding import local
+from mgrpo.engine.run.manifest import VERSION, verify_version
 from mgrpo.engine.system.distributed import mesh, ranks
 
 Result = TypeVar("Result")
@@ -220,6 +221,8 @@ def load_model(
     device = device or pick_device(compute)
     read_model_config(name, agent)
     path = folder(name, agent, weights=True)
+    if (path / VERSION).is_file():  # an export: weights with a wrong byte would load all the same
+        verify_version(path)
     try:
         config = AutoConfig.from_pretrained(path, **code_settings(agent))
         loaded: Any = auto_class(config).from_pretrained(

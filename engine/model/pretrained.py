@@ -10,62 +10,148 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.model.composite import auto_class
 from mgrpo.engine.model.directory import code_settings
+from mgrpo.engine.run.manifest import VERSION
+from mgrpo.engine.run.tensor_file import write_hashed
+from mgrpo.engine.run.weights import Published
+from mgrpo.engine.system.files import fsync
 
 SHARD = 5 << 30  # bytes of a file of weights, as transformers writes them
+INDEX = "model.safetensors.index.json"
+OWN = ("README.md", VERSION)  # about the model that it was: not copied
+FULL = (ENOSPC, EDQUOT, EFBIG)  # what the system says when a disk, or a share of it, is full
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?")
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the part of a weight's name that says in which layer it is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Read = Callable[[str], Tensor]
 
 
-def write_pretrained(
-    out: Path, agent: AgentConfig, names: Sequence[str], read: Read, dtype: str, shard_bytes: int = SHARD
-) -> int:
-    """Fill the empty directory `out` with a model that `from_pretrained` and vLLM load; return the bytes of weights.
+def base_name(agent: AgentConfig) -> str:
+    """Return by what name others know the model that an agent began as: its id on a hub, or its directory's name."""
+    return agent.model if agent.on_hub else Path(agent.model).name
 
-    agent: says from which directory the model was loaded. names: of its parameters in memory, a tied head left out.
-    read: returns a whole parameter by its name, on the CPU; at most one file's worth of them is held at a time. dtype:
-    "float32", "bfloat16" or "float16". Raises ValueError if the directory is now another model's, or names its
-    weights as transformers would not write them.
+
+def require_dtype(key: str, dtype: str) -> None:
+    """Raise ValueError naming the key if there is no such dtype of weights."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{key}: {dtype!r} given: expected one of {list(DTYPES)}")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty directory that gets the name `out` at the end; after an error nothing is left of it.
+
+    Raises ValueError if `out` is there already; OSError naming it if the disk is full.
     """
-    base, settings = Path(agent.model), code_settings(agent)
+    if out.exists():
+        raise ValueError(f"{out} exists: expected the name of a new directory")
+    aside = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            fsync(path)
+        aside.rename(out)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(error.errno, f"cannot write the model: {error.strerror}", str(out)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_pretrained(
+    out: Path,
+    base: Path,
+    agent: AgentConfig,
+    names: Sequence[str],
+    read: Read,
+    dtype: str,
+    shard_bytes: int = SHARD,
+) -> list[Published]:
+    """Fill the empty directory `out` with a model that `from_pretrained` and vLLM load; return the files of weights.
+
+    base: the directory from which the model was loaded, under the agent's settings. names: of its parameters in memory,
+    a tied head left out. read: returns a whole parameter by its name, on the CPU; it is called in `reading_order`, and
+    at most `shard_bytes` are held at a time, or two layers if that is more. dtype: a key of DTYPES. Raises ValueError
+    if the directory is now another model's, or names its weights as transformers would not write them; OSError if they
+    do not fit the disk.
+    """
+    settings = code_settings(agent)
     config = AutoConfig.from_pretrained(base, **settings)
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=settings["trust_remote_code"])
     if odd := sorted(set(names) ^ set(dict(model.named_parameters()))):
         raise ValueError(f"{base}: expected the model that was trained, they differ in the weight {odd[0]!r}")
     for path in base.iterdir():
-        if path.is_file() and not WEIGHTS.fullmatch(path.name) and path.name != "README.md":
+        if path.is_file() and not WEIGHTS.fullmatch(path.name) and path.name not in OWN:
             shutil.copyfile(path, out / path.name)
-    _set_dtype(out / "config.json", dtype)
-    files = _Files(out, shard_bytes)
-    for name, tensor in _converted(model, names, read, DTYPES[dtype]):
-        files.add(name, tensor)
+    files = _trained_files(out, model, read, dtype, shard_bytes)
     _add_untrained(files, base, model)
     return files.close()
 
 
-def _converted(
-    model: PreTrainedModel, names: Sequence[str], read: Read, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights under the names that they have in a directory, reading one layer at a time."""
-    for _, layer in groupby(sorted(names, key=_layer), key=_layer):
-        yield from revert_weight_conversion(model, {name: read(name).to(dtype) for name in layer}).items()
+def write_made(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    read: Read,
+    dtype: str,
+    shard_bytes: int = SHARD,
+) -> list[Published]:
+    """Fill the empty directory `out` as `write_pretrained` does, from a model that a caller made."""
+    for part in (model.config, model.generation_config, tokenizer):
+        if part is not None:
+            part.save_pretrained(out)
+    files = _trained_files(out, model, read, dtype, shard_bytes)
+    saved = model.state_dict().keys()
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved}
+    for name, buffer in revert_weight_conversion(model, buffers).items():
+        files.add(name, buffer)
+    return files.close()
+
+
+def reading_order(names: Iterable[str]) -> list[str]:
+    """Return the order in which the parameters are read: layer after layer."""
+    return sorted(names, key=_layer)
+
+
+def _trained_files(out: Path, model: PreTrainedModel, read: Read, dtype: str, shard_bytes: int) -> _Files:
+    """Write the parameters under the names that they have in a directory, reading one layer at a time."""
+    params = dict(model.named_parameters())
+    _require_room(out, sum(param.numel() for param in params.values()) * DTYPES[dtype].itemsize)
+    _set_dtype(out / "config.json", dtype)
+    files = _Files(out, shard_bytes)
+    for _, layer in groupby(reading_order(params), key=_layer):
+        names = list(layer)
+        files.make_room(2 * 4 * sum(params[name].numel() for name in names))  # in float32, and once more to convert
+        for name, tensor in revert_weight_conversion(
+            model, {name: read(name).to(DTYPES[dtype]) for name in names}
+        ).items():
+            files.add(name, tensor)
+    return files
+
+
+def _require_room(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < size:
+        raise OSError(ENOSPC, f"cannot write the model: it takes {size:,} bytes, {free:,} are free", str(out.parent))
 
 
 def _layer(name: str) -> str:
@@ -106,37 +192,41 @@ class _Files:
         self.out, self.limit, self.size = out, limit, 0
         self.where: dict[str, int] = {}  # the number of the file, from 1, by name
         self._held: dict[str, Tensor] = {}
-        self._last = 1
+        self._sums: list[str] = []  # SHA-256 of each file that was written
+
+    def make_room(self, size: int) -> None:
+        """Write what is held if it would be more than a file together with so many more bytes."""
+        if self._held and _bytes(self._held) + size > self.limit:
+            self._write()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a weight; what is held is written first if it would grow beyond a file's size."""
-        if self._held and _bytes(self._held) + _bytes({name: tensor}) > self.limit:
-            self._write()
-            self._last += 1
+        self.make_room(_bytes({name: tensor}))
         self._held[name] = tensor.contiguous()
-        self.where[name] = self._last
+        self.where[name] = len(self._sums) + 1
         self.size += _bytes({name: tensor})
 
-    def close(self) -> int:
-        """Write the rest, give the files their names, write the index if there are several; return all bytes."""
+    def close(self) -> list[Published]:
+        """Write the rest, give the files their names, write the index if there are several; return the files."""
         self._write()
-        for number in range(1, self._last + 1):
-            self._aside(number).rename(self.out / self._name(number))
-        if self._last > 1:
-            weight_map = {name: self._name(number) for name, number in sorted(self.where.items())}
-            index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
-            (self.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        return self.size
+        files = [self.out / self._name(number) for number in range(1, len(self._sums) + 1)]
+        for number, file in enumerate(files, 1):
+            self._aside(number).rename(file)
+        if len(files) > 1:
+            weight_map = {name: files[number - 1].name for name, number in sorted(self.where.items())}
+            _write_json(self.out / INDEX, {"metadata": {"total_size": self.size}, "weight_map": weight_map})
+        return [Published(file.name, found, file.stat().st_size) for file, found in zip(files, self._sums, strict=True)]
 
     def _write(self) -> None:
-        save_file(self._held, self._aside(self._last), metadata={"format": "pt"})
+        self._sums.append(write_hashed(self._aside(len(self._sums) + 1), self._held, {"format": "pt"}))
         self._held = {}
 
     def _aside(self, number: int) -> Path:
         return self.out / f".tmp-{number}"
 
     def _name(self, number: int) -> str:
-        return "model.safetensors" if self._last == 1 else f"model-{number:05}-of-{self._last:05}.safetensors"
+        last = len(self._sums)
+        return "model.safetensors" if last == 1 else f"model-{number:05}-of-{last:05}.safetensors"
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -6,7 +6,7 @@ written by any number of ranks can be read by any other number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
+from mgrpo.engine.model.pretrained import Read, new_directory, reading_order
 from mgrpo.engine.model.sharding import Shards, write_shards
 from mgrpo.engine.run.checksums import verify_sidecars
+from mgrpo.engine.run.manifest import VersionManifest, write_manifest
 from mgrpo.engine.system import distributed
 
 INDEX = "policy.json"
@@ -62,6 +65,44 @@ def write_state(
     distributed.require_success(f"{folder}", failure, group)
     if rank == 0:
         (folder / INDEX).write_bytes(msgspec.json.encode(index))
+
+
+def write_whole(
+    folder: str | Path,
+    weights: Mapping[str, Tensor],
+    fill: Callable[[Path, Read], VersionManifest],
+    group: ProcessGroup | None,
+) -> VersionManifest:
+    """Write a new folder that holds whole weights, as one version; return its manifest, which is written too.
+
+    fill: writes the weights into an empty directory, which becomes rank 0's folder, and asks for each one by its name,
+    in `reading_order`. Raises what fill raises of OSError and ValueError on every rank; nothing is then left.
+    """
+    order = iter(reading_order(weights))
+    failure: Exception | None = None
+    manifest = None
+    try:
+        if distributed.rank(group) == 0:
+            with new_directory(Path(folder)) as out:
+                manifest = fill(out, lambda name: _gathered(weights[next(order)]))
+                write_manifest(out, manifest)
+    except (OSError, ValueError) as error:
+        failure = error
+    for name in order:  # the other ranks gather each weight with rank 0, and rank 0 those that it did not come to
+        _gathered(weights[name])
+    distributed.require_success(f"{folder}", failure, group)
+    written: VersionManifest = distributed.broadcast(manifest, VersionManifest, group)
+    return written
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor; a collective if ranks hold it by rows."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _gathered(weight: Tensor) -> Tensor:
+    return whole(weight.detach()).cpu()
 
 
 def read_index(folder: Path, group: ProcessGroup | None) -> Index:

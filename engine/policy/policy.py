@@ -25,19 +25,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgrpo.engine.batch.micro_batches import Batch, one_sequence, prefetch
 from mgrpo.engine.batch.shares import MicroBatch
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig, check_trainable, parse_agent
+from mgrpo.engine.hub.snapshots import folder
 from mgrpo.engine.inference.in_process import InProcessSampler
 from mgrpo.engine.model.causal_lm import Actor, frozen_copy, load_actor, load_tokenizer, take_over
+from mgrpo.engine.model.pretrained import Read, base_name, require_dtype, write_made, write_pretrained
 from mgrpo.engine.model.routers import routers_of
 from mgrpo.engine.policy import forward
-from mgrpo.engine.policy.checkpoint import Index, check_files, moments, read_index, read_into, read_moments, write_state
+from mgrpo.engine.policy.checkpoint import (
+    Index,
+    check_files,
+    moments,
+    read_index,
+    read_into,
+    read_moments,
+    whole,
+    write_state,
+    write_whole,
+)
 from mgrpo.engine.policy.forward import Custom, Output
 from mgrpo.engine.policy.optimizer import Masters
+from mgrpo.engine.run.manifest import VersionManifest
 from mgrpo.engine.run.weights import Published, checksum_of, publish_weights
 from mgrpo.engine.system import distributed
 from mgrpo.engine.types import WeightsVersion
@@ -194,7 +206,7 @@ class Policy:
         for weight in self.masters.trained:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        norm = float(_whole(nn.utils.clip_grad_norm_(self.masters.trained, self.agent.grad_clip)))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.masters.trained, self.agent.grad_clip)))
         if not math.isfinite(norm):
             raise RuntimeError(f"agents.{self.name}: the gradient of version {self.version} is non-finite: {norm}")
         for group in self.optimizer.param_groups:
@@ -297,9 +309,9 @@ class Policy:
         where it is. Weights of one process that need no copy are the model's own, so use them before the next step.
         """
         for name, param in self.masters.params.items():
-            whole = _whole(param.detach().to(self.dtype))
+            gathered = whole(param.detach().to(self.dtype))
             if self.rank == 0:
-                yield name, whole.cpu() if on_host else whole
+                yield name, gathered.cpu() if on_host else gathered
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
@@ -327,6 +339,28 @@ class Policy:
         write_state(folder, tensors, index, self.group)
         return {"version": self.version}
 
+    def save_pretrained(self, path: str | Path, dtype: str = "bfloat16") -> VersionManifest:
+        """Write the whole master weights as a model that transformers and vLLM load; return what was written.
+
+        Every rank calls it, and gathers one weight at a time; rank 0's path is used, which must not exist yet. dtype:
+        of the weights, "float32", "bfloat16" or "float16". Raises ValueError for another one or a path that exists,
+        OSError if the disk is full, on every rank: nothing is then left there.
+        """
+        require_dtype("dtype", dtype)
+
+        def fill(out: Path, read: Read) -> VersionManifest:
+            if self.agent.model:
+                base = folder(self.name, self.agent, weights=True)
+                shards = write_pretrained(out, base, self.agent, list(self.masters.weights), read, dtype)
+            else:
+                shards = write_made(out, self.model, self.tokenizer, read, dtype)
+            step, origin = self.version, base_name(self.agent)
+            return VersionManifest(
+                kind="model", agent=self.name, stage="", step=step, base=origin, dtype=dtype, shards=shards
+            )
+
+        return write_whole(path, self.masters.weights, fill, self.group)
+
     @torch.no_grad()
     def load_state(self, folder: str | Path, *, verified: bool = False) -> None:
         """Load what `save_state` wrote on any number of ranks.
@@ -351,7 +385,3 @@ class Policy:
 
     def _prefetched(self, batches: Sequence[Batch | MicroBatch]) -> Iterator[Batch]:
         return prefetch([Batch.of(batch) for batch in batches], self.model.device)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3Config
 
 from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.model import pretrained
 from mgrpo.engine.model.composite import auto_class
-from mgrpo.engine.model.pretrained import write_pretrained
+from mgrpo.engine.model.pretrained import new_directory, write_pretrained
+from mgrpo.engine.model.sharding import write_shards
+from mgrpo.engine.run.weights import Published
 from toy import make_model
 
 
@@ -34,11 +42,11 @@ def trained(base: Path) -> Any:
     return model
 
 
-def write(base: Path, out: Path, model: Any, **options: Any) -> int:
+def write(base: Path, out: Path, model: Any, **options: Any) -> list[Published]:
     out.mkdir()
     params = dict(model.named_parameters())
     settings = AgentConfig(model=str(base))
-    return write_pretrained(out, settings, list(params), lambda name: params[name].detach(), **options)
+    return write_pretrained(out, base, settings, list(params), lambda name: params[name].detach(), **options)
 
 
 def gemma3(folder: Path) -> Any:
@@ -56,7 +64,7 @@ def test_transformers_loads_every_weight_that_was_written(tmp_path: Path, kind: 
     torch.manual_seed(0)
     (gemma3(base) if kind == "gemma3" else tiny(kind)).float().save_pretrained(base)
     model = trained(base)
-    size = write(base, out, model, dtype="float32", shard_bytes=40_000)
+    shards = write(base, out, model, dtype="float32", shard_bytes=40_000)
     again, loading = load(out)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     expected, found = model.state_dict(), again.state_dict()
@@ -64,9 +72,17 @@ def test_transformers_loads_every_weight_that_was_written(tmp_path: Path, kind: 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert names_in(base) == set(index["weight_map"]) == names_in(out)
-    assert index["metadata"]["total_size"] == size
-    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(out))
+    assert {shard.file for shard in shards} == set(index["weight_map"].values()) and len(shards) > 1
+    for shard in shards:
+        data = (out / shard.file).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (shard.checksum, shard.size)
     assert not list(out.glob(".tmp*"))
+
+
+def weights_in(folder: Path) -> Iterator[torch.Tensor]:
+    for path in folder.glob("*.safetensors"):
+        yield from load_file(path).values()
 
 
 def names_in(folder: Path) -> set[str]:
@@ -122,3 +138,78 @@ def test_names_that_transformers_would_not_write_are_refused(tmp_path: Path) -> 
     save_file(stripped, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"base: has no weights named \['model\."):
         write(base, tmp_path / "out", model, dtype="float32")
+
+
+def test_a_model_that_does_not_fit_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = make_model(tmp_path / "base"), tmp_path / "out"
+    model, _ = load(base)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"cannot write the model: it takes [\d,]+ bytes, 100 are free"):
+        write(base, out, model, dtype="float32")
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_new_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot write the model: No space"), new_directory(tmp_path / "a" / "b") as out:
+        (out / "some").touch()
+        raise OSError(28, "No space left on device")
+    assert not list((tmp_path / "a").iterdir())
+    with new_directory(tmp_path / "a" / "b") as out:
+        (out / "some").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"] and (tmp_path / "a" / "b" / "some").exists()
+    with (
+        pytest.raises(ValueError, match="b exists: expected the name of a new directory"),
+        new_directory(out.with_name("b")),
+    ):
+        pass
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from mgrpo.engine.config.schema import AgentConfig
+from mgrpo.engine.model.pretrained import write_pretrained
+from mgrpo.engine.model.sharding import Shards
+from mgrpo.engine.system.memory import peak_resident, resident
+
+def write(folder, dtype, shard):
+    weights, out = Shards(folder / "saved", "weights"), folder / f"out-{dtype}"
+    out.mkdir()
+    agent = AgentConfig(model=str(folder / "base"))
+    return write_pretrained(out, folder / "base", agent, list(weights.shapes), weights.read, dtype, shard)
+
+small, big, dtype, shard = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+write(small, dtype, shard)  # imports and threads
+before = resident()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+assert len(write(big, dtype, shard)) > 2
+print(peak_resident() - before)
+"""
+
+
+def save_rows(folder: Path, ranks: int, **sizes: Any) -> None:
+    """Make a model, and a checkpoint of its weights by rows."""
+    model, _ = load(make_model(folder / "base", **sizes))
+    (folder / "saved").mkdir()
+    for rank in range(ranks):
+        rows = {name: param.tensor_split(ranks)[rank] for name, param in model.named_parameters()}
+        write_shards(folder / "saved", "weights", rows, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_no_more_than_a_file_is_in_memory(tmp_path: Path, ranks: int, record_property: Any) -> None:
+    """180 MB of weights, tied, in files of 48 MB."""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 4096}
+    save_rows(tmp_path / "small", ranks)
+    save_rows(tmp_path / "big", ranks, **wide)
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", MEMORY, tmp_path / "small", tmp_path / "big", dtype, 48 << 20]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        grown = int(done.stdout.split()[-1])
+        record_property(
+            "measured", f"export of {ranks} ranks in {dtype}, files of 48 MiB: {grown / 2**20:.0f} MiB more"
+        )
+        assert grown <= 48 << 20

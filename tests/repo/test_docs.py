@@ -164,7 +164,7 @@ def test_the_commands_shown_are_taken(text: str) -> None:
             assert_key(key.partition("=")[0])
     targets = re.findall(r"^[a-z-]+(?=:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in lines_of(text):
-        assert words[0] in {"mgrpo", "make", "pip", "python", "torchrun", "vllm"}, words
+        assert words[0] in {"mgrpo", "make", "pip", "python", "torchrun", "vllm", "cd"}, words
         assert words[0] != "make" or words[1] in targets, words
         for name in (word for word in words if word.startswith("mgrpo.")):
             assert find_spec(name), name

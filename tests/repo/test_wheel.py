@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
-VERSIONS = ("3.11", "3.12", "3.13")
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 HERE = "{}.{}".format(*sys.version_info)
 NEEDED = ["scikit_build_core", "pybind11", "setuptools_scm", "auditwheel"]
 PROBE = """
@@ -96,12 +96,12 @@ def interpreter(version: str) -> Path:
     pytest.skip(f"no Python {version} here, or none with headers, venv and pip")
 
 
-def build(python: Path, folder: Path) -> Path:
+def build(python: Path, folder: Path, source: Path = ROOT, **extra: str) -> Path:
     """Build the wheel as `make wheel` does, but with the build tools of this environment: nothing is downloaded."""
     tools = {"PYTHONPATH": os.pathsep.join(libraries()), "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     pybind11 = f"cmake.define.pybind11_DIR={run(sys.executable, '-m', 'pybind11', '--cmakedir')}"
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--config-settings", pybind11]
-    run(python, "-m", "pip", "wheel", ROOT, *options, "-w", folder / "plain", **tools)
+    run(python, "-m", "pip", "wheel", source, *options, "-w", folder / "plain", **tools | extra)
     (plain,) = (folder / "plain").iterdir()
     run(sys.executable, "-m", "auditwheel", "repair", plain, "-w", folder / "dist", PATH=tools["PATH"])
     (repaired,) = (folder / "dist").iterdir()
@@ -158,15 +158,41 @@ def test_the_wheel_is_a_manylinux_one_and_brings_no_library(built: tuple[str, Pa
 
 
 def test_the_wheel_holds_all_of_the_packages_and_nothing_else(built: tuple[str, Path, Path]) -> None:
-    names = {name for name in ZipFile(built[2]).namelist() if not name.endswith("/")}
+    names = names_in(built[2])
     paths = (path for part in ("engine", "kernels", "bench") for path in (ROOT / part).rglob("*.*"))
     modules = {f"mgrpo/{path.relative_to(ROOT)}" for path in paths if path.suffix in (".py", ".toml")}
     modules.add("mgrpo/__init__.py")
+    templates = (path for path in (ROOT / "engine/cli/templates").rglob("*") if path.is_file())
+    modules |= {f"mgrpo/{path.relative_to(ROOT)}" for path in templates}
     markers = {f"mgrpo/{part}py.typed" for part in ("", "engine/", "kernels/")} | {"mgrpo/_packing.pyi"}
     rest = {name for name in names - modules - markers if ".dist-info/" not in name}
     assert modules | markers <= names
     assert len(rest) == 1 and re.fullmatch(r"mgrpo/_packing\.cpython-\w+-\w+-linux-gnu\.so", rest.pop())
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def names_in(wheel: Path) -> set[str]:
+    return {name for name in ZipFile(wheel).namelist() if not name.endswith("/")}
+
+
+def test_the_sdist_gives_the_same_wheel_where_there_is_no_git(built: tuple[str, Path, Path], tmp_path: Path) -> None:
+    version, python, wheel = built
+    if version != HERE:
+        pytest.skip("once is enough")
+    run(sys.executable, "-c", f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})")
+    (sdist,) = tmp_path.glob("mgrpo-*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert not (source / "tests").exists() and sdist.stat().st_size < 2_000_000
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "bin" / "git").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), str(SCRIPTS), os.environ["PATH"]])
+    again = build(python, tmp_path, source, PATH=path)
+    given = sdist.name.removeprefix("mgrpo-").removesuffix(".tar.gz")
+    assert again.name.startswith(f"mgrpo-{given}-cp")
+    packaged = [{name for name in names_in(each) if ".dist-info/" not in name} for each in (wheel, again)]
+    assert packaged[0] == packaged[1]
 
 
 def test_the_wheel_works_in_an_environment_that_has_nothing_else_of_ours(empty: Path) -> None:
@@ -181,6 +207,22 @@ def test_it_trains_where_torch_is(built: tuple[str, Path, Path], empty: Path) ->
         pytest.skip(f"torch is here for Python {HERE} alone")
     for file in run(empty, "-c", TRAINED).split():
         assert Path(file).is_relative_to(empty.parents[1]), f"not the wheel's: {file}"
+
+
+def test_the_first_five_minutes(built: tuple[str, Path, Path], empty: Path, tmp_path: Path) -> None:
+    """A fresh environment, a project, a training, its evaluation, and an agent that transformers loads."""
+    if built[0] != HERE or not find_spec("torch"):
+        pytest.skip(f"torch is here for Python {HERE} alone")
+    short = "--set steps=2 --set warmup.steps=2 --set eval.questions=4"
+    commands = f"""
+        set -e; cd {tmp_path}; PATH={empty.parent}:$PATH
+        mgrpo init sums x && cd x && mgrpo train run.toml {short}
+        mgrpo eval run.toml {short} --checkpoint runs/sums/checkpoints/rl-00002
+        mgrpo export runs/sums --agent main --out ../planner
+        python -c "from transformers import pipeline; print(pipeline('text-generation', '../planner')('3 + 4'))"
+    """
+    said = run("bash", "-c", commands, OMP_NUM_THREADS="1")
+    assert "2 of 2 rl steps" in said and "main after rl-00002" in said and "generated_text" in said, said
 
 
 def test_a_version_comes_out_without_git_and_without_tags(tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def results_of(case: str, entries: list[Entry], work: Mapping[float, Work]) -> l
             assert ours is not None
             results.append(Result(f"{name}: time over ours", entry.timing.over(ours), "x"))
             results.append(Result(f"{name}: difference from ours", entry.difference, "relative"))
+    return results + _results_of_the_fastest(case, entries)
+
+
+def _results_of_the_fastest(case: str, entries: list[Entry]) -> list[Result]:
+    """Return at each fraction of live rows our time over that of the fastest peer, whose name is given."""
+    results = []
+    for live in dict.fromkeys(entry.live for entry in entries):
+        ours = ours_of(entries, live).timing
+        peers = {e.name: e.timing for e in entries if e.live == live and e.timing is not None and e.name != OURS}
+        if ours is not None and peers:
+            name, timing = min(peers.items(), key=lambda peer: peer[1].seconds)
+            results.append(
+                Result(f"{case}, {live:.0%} live, ours: time over the fastest peer, {name}", ours.over(timing), "x")
+            )
     return results
 
 

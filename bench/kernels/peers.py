@@ -2,7 +2,11 @@
 
 Every candidate takes the same inputs and returns the loss with its gradients, so that the answers can be compared
 before anything is timed. A peer that offers only log-probs gets the loss of `inputs.py` on top. Each is called as its
-authors call it, in its fastest form for this loss: no entropy, no reference model, temperature 1.
+authors call it, in its fastest form for this loss: no entropy, no reference model, temperature 1. What is not
+installed, or not made for the device, is left out by name.
+
+Left out are functions that return one cross-entropy over all rows, such as quack's chunked one and Liger's: with their
+gradient already computed, no row can get the weight that its clipped ratio gives it.
 
 Legend: N rows, L live rows, S sequences of T rows, H hidden, V vocabulary.
 """
@@ -14,7 +18,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mgrpo.bench.kernels.inputs import OBJECTIVE, SEQUENCE, Inputs, Linear, Logits, clipped_loss
 from mgrpo.kernels import grpo_loss, linear_grpo_loss, token_logprob
@@ -24,6 +29,7 @@ Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each t
 LIGER_ROWS = 2048
 # Columns of logits that TRL's trainer computes at a time.
 TRL_COLUMNS = 32768
+IGNORED = -100  # a target that cross-entropies leave out
 TEMPERATURE = 1.0
 
 
@@ -103,9 +109,53 @@ def cut_cross_entropy_linear(inputs: Linear) -> Answer:
     _require_gpu(inputs)
     from cut_cross_entropy import linear_cross_entropy
 
-    targets_N = torch.where(inputs.live_N, inputs.targets_N, -100)
-    loss_N = linear_cross_entropy(inputs.hidden_NH, inputs.weight_VH, targets_N, reduction="none")
+    loss_N = linear_cross_entropy(inputs.hidden_NH, inputs.weight_VH, _marked(inputs), reduction="none")
     return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
+def liger_linear_logprob(inputs: Linear) -> Answer:
+    """Run Liger's log-probs: kernels for Hopper, cuTile's under LIGER_KERNEL_IMPL=cutile, or else chunks of torch."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Peer
+
+    loss_N = Peer.apply(inputs.hidden_NH, inputs.weight_VH, _marked(inputs), TEMPERATURE, IGNORED)
+    return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
+def torch_linear_cross_entropy(inputs: Linear) -> Answer:
+    """Run torch's own cross-entropy of a head, in chunks of rows; its log-probs are bf16, and so are the ratios."""
+    options = getattr(nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        raise Unavailable(f"torch {torch.__version__} has no cross-entropy of a head in chunks")
+    arguments = (inputs.hidden_NH, inputs.weight_VH, _marked(inputs))
+    loss_N = F.linear_cross_entropy(*arguments, reduction="none", ignore_index=IGNORED, options=options())
+    return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
+def verl_linear(inputs: Linear) -> Answer:
+    """Run verl's Triton log-probs on the live rows."""
+    _require_gpu(inputs)
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    live_N = inputs.live_N
+    arguments = (inputs.weight_VH, inputs.targets_N[live_N], TEMPERATURE, "none")
+    logprobs_L = linear_cross_entropy(inputs.hidden_NH[live_N], *arguments)[0]
+    logprobs_N = logprobs_L.new_zeros(live_N.shape).masked_scatter(live_N, logprobs_L)
+    return _differentiate(clipped_loss(logprobs_N, inputs), inputs)
+
+
+def quack_linear(inputs: Linear) -> Answer:
+    """Run quack's cross-entropy behind a plain matmul, the form of it that gives each row's own loss."""
+    _require_gpu(inputs)
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    arguments = (inputs.hidden_NH, inputs.weight_VH, None, _marked(inputs))
+    loss_N = linear_cross_entropy_func(*arguments, IGNORED, "none", inplace_backward=True)
+    return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
+def _marked(inputs: Inputs) -> Tensor:
+    """Return the targets, those of rows that do not count marked as ignored."""
+    return torch.where(inputs.live_N, inputs.targets_N, IGNORED)
 
 
 # ---- from logits
@@ -153,6 +203,15 @@ def liger_logits(inputs: Logits) -> Answer:
     return loss.detach(), gradient_1MV[0, :-1]
 
 
+def quack_logits(inputs: Logits) -> Answer:
+    """Run quack's cross-entropy of existing logits, which are not overwritten."""
+    _require_gpu(inputs)
+    from quack import cross_entropy
+
+    loss_N = cross_entropy(inputs.logits_NV, _marked(inputs), ignore_index=IGNORED, reduction="none")
+    return _differentiate(clipped_loss(-loss_N, inputs), inputs)
+
+
 # ---- log-probs of logits
 
 
@@ -169,6 +228,16 @@ def torch_token(inputs: Logits) -> Answer:
 def compiled_token(inputs: Logits) -> Answer:
     """Run `torch_token` through torch.compile."""
     return _differentiate(_weighted(_compiled(_torch_logprobs)(inputs.logits_NV, inputs.targets_N), inputs), inputs)
+
+
+def quack_token(inputs: Logits) -> Answer:
+    """Run quack's cross-entropy, whose negative is the log-prob."""
+    _require_gpu(inputs)
+    from quack import cross_entropy
+
+    return _differentiate(
+        _weighted(-cross_entropy(inputs.logits_NV, inputs.targets_N, reduction="none"), inputs), inputs
+    )
 
 
 def _weighted(logprobs_N: Tensor, inputs: Logits) -> Tensor:
@@ -194,8 +263,12 @@ LINEAR: dict[str, Callable[[Linear], Answer]] = {
     OURS: ours_linear,
     "plain torch": torch_linear,
     "torch.compile": compiled_linear,
+    "torch's linear cross-entropy": torch_linear_cross_entropy,
     "Liger fused linear GRPO": liger_linear,
+    "Liger log-prob": liger_linear_logprob,
     "TRL chunked log-prob": trl_linear,
+    "verl Triton log-prob": verl_linear,
+    "quack cross-entropy": quack_linear,
     "cut-cross-entropy": cut_cross_entropy_linear,
 }
 LOGITS: dict[str, Callable[[Logits], Answer]] = {
@@ -203,9 +276,11 @@ LOGITS: dict[str, Callable[[Logits], Answer]] = {
     "plain torch": torch_logits,
     "torch.compile": compiled_logits,
     "Liger Triton GRPO": liger_logits,
+    "quack cross-entropy": quack_logits,
 }
 TOKEN: dict[str, Callable[[Logits], Answer]] = {
     OURS: ours_token,
     "plain torch": torch_token,
     "torch.compile": compiled_token,
+    "quack cross-entropy": quack_token,
 }

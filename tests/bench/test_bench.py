@@ -182,7 +182,7 @@ def test_a_linear_peer_that_runs_here_computes_what_we_do(name, linear):
     if entry.why:
         assert entry.difference is None, entry.why
         pytest.skip(entry.why)
-    assert entry.difference < 0.01
+    assert entry.difference < (0.05 if name == "torch's linear cross-entropy" else 0.01)  # which rounds its log-probs
 
 
 @pytest.mark.parametrize("candidates", [LOGITS, TOKEN])
@@ -237,6 +237,7 @@ def test_a_case_times_what_ran_and_names_what_did_not(linear):
     named = {result.name for result in results}
     assert {f"case, 25% live, {name}: time" for name in (OURS, "plain torch", "odd", "slow")} <= named
     assert {"case, 25% live, plain torch: time over ours", "case, 25% live, ours: share of the floor"} <= named
+    assert "case, 25% live, ours: time over the fastest peer, plain torch" in named
 
 
 def test_the_floor_of_the_head_by_hand():

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Episode,
         GroupAdvantages,
         Malformed,
+        MathAnswers,
         Objective,
         Output,
         Policy,
@@ -73,6 +74,7 @@ __all__ = [
     "CallScore",
     "Score",
     "Trajectory",
+    "MathAnswers",
     # a run's configuration
     "Config",
     "AgentConfig",

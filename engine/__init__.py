@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mgrpo.engine.environment.base import Split as Split
     from mgrpo.engine.environment.base import ToolError as ToolError
     from mgrpo.engine.environment.base import read_tasks as read_tasks
+    from mgrpo.engine.environment.math_answers import MathAnswers as MathAnswers
     from mgrpo.engine.hub.data import read_dataset as read_dataset
     from mgrpo.engine.policy.forward import Output as Output
     from mgrpo.engine.policy.policy import Policy as Policy
@@ -50,6 +51,7 @@ _HOME = {
     "read_dataset": "hub.data",
     "ChatLoop": "environment.adapters",
     "TextGame": "environment.adapters",
+    "MathAnswers": "environment.math_answers",
     "Config": "config.schema",
     "load_config": "config.schema",
     "MAIN": "types",

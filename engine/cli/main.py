@@ -56,6 +56,17 @@ def options(
     """Train multi-agent LLM systems by M-GRPO."""
 
 
+@app.command("init")
+def new_project(
+    kind: Annotated[str, typer.Argument(metavar="sums|math", help="adding digits, or problems with a verifier")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or an empty directory")],
+) -> None:
+    """Write a project that trains as it is: settings, environment, tests and a tiny model."""
+    from mgrpo.engine.cli.init import init
+
+    print(init(kind, folder))
+
+
 @app.command()
 def train(file: File, overrides: Overrides = [], resume: bool = False) -> None:  # noqa: B006 (typer reads it)
     """Train the agents of FILE, or of a run directory. With --resume, continue the run in its run_dir."""
@@ -234,14 +245,15 @@ def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
 def export(
     run: Path,
     agent: Annotated[str | None, typer.Option(help="default: each agent that is trained")] = None,
-    step: Annotated[int | None, typer.Option(help="the rl step of a checkpoint; default: the latest")] = None,
+    step: Annotated[str | None, typer.Option(metavar="N|best", help="of a checkpoint; default: the latest")] = None,
     out: Annotated[Path | None, typer.Option(help="a new directory; default: export/ in RUN")] = None,
     dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or float16")] = "bfloat16",
+    push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="a hub's repository to upload it to")] = None,
 ) -> None:
     """Write trained agents of the run directory RUN as models that transformers and vLLM load."""
     from mgrpo.engine.cli.export import export
 
-    print(export(run, agent, step, out, dtype))
+    print(export(run, agent, step, out, dtype, push))
 
 
 @app.command()

@@ -210,9 +210,10 @@ def evaluate(
     """Evaluate FILE's agents on held-out tasks: by default with the latest checkpoint, or before training untrained."""
     given = {"sets": sets and json.dumps(sets.split(",")), "samples": samples, "temperature": temperature}
     own = [f"eval.{key}={value}" for key, value in given.items() if value is not None]
-    config = load_config(file, [*overrides, *own])
-    from mgrpo.engine.cli.evaluate.command import Options, evaluate
-    from mgrpo.engine.system.process import Interrupted
+    config = _settled(load_config(file, [*overrides, *own]))
+    with _starting():
+        from mgrpo.engine.cli.evaluate.command import Options, evaluate
+        from mgrpo.engine.system.process import Interrupted
 
     options = Options(checkpoint, step, model, base, arms, _numbers("--k", k), out, episodes)
     try:

@@ -54,7 +54,7 @@ def describe(
     on_gpu = device.type == "cuda"
     sizes = {name: measure(name, agent, config.compute, on_gpu) for name, agent in config.agents.items()}
     environment = load_environment(config.environment)
-    train, held_out = (_tasks(environment, split, LOADING * patience) for split in ("train", "held_out"))
+    train, held_out, *_ = (_tasks(environment, name, LOADING * patience) for name in ("train", *config.eval.sets))
     lines = [
         f"topology   {config.topology}: {processes(config, device)}",
         f"tasks      {len(train)} to train on, {len(held_out)} held out, "

@@ -188,9 +188,16 @@ def backward(found: Rows, slopes: tuple[Tensor, Tensor | None]) -> None:
     torch.autograd.backward([x for x, _ in pairs], [slope for _, slope in pairs])
 
 
+def numbers(of_losses: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Read dicts of 0-dim tensors on one device, for which the host waits once."""
+    flat = [value for values in of_losses for value in values.values()]
+    read = iter(torch.stack(flat).tolist() if flat else [])
+    return [{name: float(next(read)) for name in values} for values in of_losses]
+
+
 def merged(losses: Sequence[Loss], group: ProcessGroup | None) -> dict[str, float]:
     """Return the metrics of all ranks' micro-batches, with the sum of their losses as "loss"."""
-    mine = [{name: float(value) for name, value in (loss.metrics | {"loss": loss.loss}).items()} for loss in losses]
+    mine = numbers([loss.metrics | {"loss": loss.loss.detach()} for loss in losses])
     parts = [part for parts in distributed.gather(mine, list[dict[str, float]], group) for part in parts]
     summed = ["loss", "router_aux"] if parts and "router_aux" in parts[0] else ["loss"]
     totals = {name: sum(part.pop(name) for part in parts) for name in summed}

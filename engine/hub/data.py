@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgrpo.engine.config.hub_names import looks_like_id
-from mgrpo.engine.hub.failures import Source, explaining, patiently, token
+from mgrpo.engine.hub.failures import HubSource, explaining, patiently, token
 from mgrpo.engine.types import Task
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _load(repo: str, subset: str, split: str, revision: str) -> Any:
     def load() -> Any:
         return load_dataset(repo, subset or None, split=split, revision=revision or None, token=token())
 
-    with explaining(Source(repo, revision, kind="data set")):
+    with explaining(HubSource(repo, revision, kind="data set")):
         return patiently(load, log.warning, repo)
 
 

@@ -40,7 +40,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSource:
     """Name what is wanted from a hub: a model or a data set. key: what errors begin with, such as "agents.main"."""
 
     repo: str
@@ -112,7 +112,7 @@ class Refusal(ValueError):
 
 
 @contextmanager
-def explaining(source: Source) -> Iterator[None]:
+def explaining(source: HubSource) -> Iterator[None]:
     """Turn errors of the hub's client into `explained` ones."""
     try:
         yield
@@ -122,7 +122,7 @@ def explaining(source: Source) -> Iterator[None]:
         raise explained(source, error) from error
 
 
-def explained(source: Source, error: Exception) -> ValueError:
+def explained(source: HubSource, error: Exception) -> ValueError:
     """Return the error to raise: what was given, what the hub said, and what to do."""
     error = _cause(error)
     field = "revision" if isinstance(error, RevisionNotFoundError) else source.kind
@@ -131,7 +131,7 @@ def explained(source: Source, error: Exception) -> ValueError:
     return ValueError(f"{where}: {given!r} given: {_advice(source, error)}")
 
 
-def _advice(source: Source, error: Exception) -> str:
+def _advice(source: HubSource, error: Exception) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, RevisionNotFoundError):
         return f"{source.page} has no such branch, tag or commit: expected one of {source.page}/tree/main"
@@ -156,18 +156,18 @@ def _advice(source: Source, error: Exception) -> str:
     return f"{brief(error)}: {_later(status)}"
 
 
-def _gated(source: Source) -> str:
+def _gated(source: HubSource) -> str:
     done = "with the account of the token in" if token() else "and set"
     return f"it is gated: expected that you accept its licence at {source.page} {done} {TOKEN}"
 
 
-def _unknown(source: Source) -> str:
+def _unknown(source: HubSource) -> str:
     here = "there is no directory of that name, and " if source.kind == "model" else ""
     secret = f"a {TOKEN} that may read it" if token() else f"{TOKEN} to be set, if it is private"
     return f"{here}{constants.ENDPOINT} has no such {source.kind}: expected an id that it has, or {secret}"
 
 
-def _not_cached(source: Source) -> str:
+def _not_cached(source: HubSource) -> str:
     return (
         f"HF_HUB_OFFLINE is set, and {source.asked} is not, or not whole, in {constants.HF_HUB_CACHE}: expected one "
         "that was downloaded before; unset HF_HUB_OFFLINE once, or set HF_HOME to where it is"

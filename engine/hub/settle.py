@@ -8,7 +8,7 @@ import msgspec
 
 from mgrpo.engine.config.hub_names import asked, commit_of, pinned, shown
 from mgrpo.engine.config.schema import AgentConfig, Config, read_dump
-from mgrpo.engine.hub.failures import FAILURES, Source, offline
+from mgrpo.engine.hub.failures import FAILURES, HubSource, offline
 from mgrpo.engine.hub.snapshots import Talk, fetch, look_up, source_of
 
 
@@ -53,7 +53,7 @@ def _tell_if_moved(name: str, agent: AgentConfig, talk: Talk) -> None:
     if branch == commit or offline():
         return
     try:
-        now = look_up(Source(agent.model, branch), talk, patient=False).commit
+        now = look_up(HubSource(agent.model, branch), talk, patient=False).commit
     except FAILURES:
         return
     if now != commit:

@@ -27,8 +27,8 @@ from mgrpo.engine.config.hub_names import commit_of, pinned, shown
 from mgrpo.engine.config.schema import AgentConfig
 from mgrpo.engine.hub.failures import (
     FAILURES,
+    HubSource,
     Refusal,
-    Source,
     explaining,
     free_space,
     no_room,
@@ -80,7 +80,7 @@ class Lines:
 class Listing:
     """Hold the commit of a model on a hub, and the bytes of each of its files."""
 
-    source: Source
+    source: HubSource
     commit: str
     files: Mapping[str, int]
 
@@ -94,12 +94,12 @@ class Listing:
         return sum(self.files[name] for name in names if not self.cached(name))
 
 
-def source_of(name: str, agent: AgentConfig) -> Source:
+def source_of(name: str, agent: AgentConfig) -> HubSource:
     """Return what an agent's model is on a hub."""
-    return Source(agent.model, agent.revision, f"agents.{name}" if name else "")
+    return HubSource(agent.model, agent.revision, f"agents.{name}" if name else "")
 
 
-def look_up(source: Source, talk: Talk, *, patient: bool = True) -> Listing:
+def look_up(source: HubSource, talk: Talk, *, patient: bool = True) -> Listing:
     """Ask the hub for a model's commit and files. Raises one of FAILURES."""
     api = HfApi(token=token())
 
@@ -126,13 +126,13 @@ def folder(name: str, agent: AgentConfig, *, weights: bool = False) -> Path:
 
 
 @cache
-def _folder(source: Source, trust: bool, pickles: bool, weights: bool) -> Path:
+def _folder(source: HubSource, trust: bool, pickles: bool, weights: bool) -> Path:
     agent = AgentConfig(model=source.repo, revision=source.revision, trust_remote_code=trust, allow_pickle=pickles)
     found = in_cache(source, agent, weights=weights) if commit_of(source.revision) else None
     return found or fetch(source, agent, Lines(), weights=weights)
 
 
-def in_cache(source: Source, agent: AgentConfig, *, weights: bool) -> Path | None:
+def in_cache(source: HubSource, agent: AgentConfig, *, weights: bool) -> Path | None:
     """Return the directory of a model in the cache, or None if it is not there, or not whole."""
     revision = commit_of(source.revision) or source.asked
     try:
@@ -176,7 +176,7 @@ def outlook(name: str, agent: AgentConfig) -> tuple[int, int]:
     return len(wanted), listing.missing(wanted)
 
 
-def fetch(source: Source, agent: AgentConfig, talk: Talk, *, weights: bool = True) -> Path:
+def fetch(source: HubSource, agent: AgentConfig, talk: Talk, *, weights: bool = True) -> Path:
     """Return the directory of a model, after downloading what it lacks.
 
     If the hub cannot be reached, what the cache holds is taken. Raises ValueError naming the agent's model.
@@ -185,7 +185,7 @@ def fetch(source: Source, agent: AgentConfig, talk: Talk, *, weights: bool = Tru
         return _fetch(source, agent, talk, weights)
 
 
-def _fetch(source: Source, agent: AgentConfig, talk: Talk, weights: bool) -> Path:
+def _fetch(source: HubSource, agent: AgentConfig, talk: Talk, weights: bool) -> Path:
     here = in_cache(source, agent, weights=weights)
     if here and (offline() or commit_of(source.revision)):
         return here

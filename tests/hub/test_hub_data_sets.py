@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_stub import point_to, serving
+from huggingface_hub import HfApi
 
 from mgrpo import read_dataset
 from mgrpo.engine.types import Task
@@ -103,6 +105,52 @@ def test_a_hub_is_asked_with_all_that_was_given_and_the_token(
     monkeypatch.setenv("HF_TOKEN", "mine")
     read_dataset("tiny/sums", "small", split="test", revision="v1")
     assert datasets == [{"repo": "tiny/sums", "subset": "small", "split": "test", "revision": "v1", "token": "mine"}]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (
+            404,
+            "RepoNotFound",
+            "'tiny/none' given: http.* has no such data set: expected an id that it has, or HF_TOKEN",
+        ),
+        (
+            403,
+            "GatedRepo",
+            "it is gated: expected that you accept its licence at http.*/datasets/tiny/none and set HF_",
+        ),
+    ],
+)
+def test_what_the_hub_said_is_told_whatever_the_package_makes_of_it(
+    status: int, code: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    def load_dataset(*_: Any, **__: Any) -> None:
+        try:
+            HfApi().dataset_info("tiny/none")
+        except OSError as error:  # as the package datasets does: without the cause
+            missing = FileNotFoundError("Dataset doesn't exist on the Hub or cannot be accessed.")
+            missing.__context__ = error
+            raise missing from None
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with serving() as hub:
+        point_to(hub.url, monkeypatch)
+        hub.faults["/api/datasets/"] = [(status, {"X_Error_Code": code})]
+        with pytest.raises(ValueError, match=f"data set: .*{message}"):
+            read_dataset("tiny/none")
+
+
+def test_a_split_that_is_not_there_is_told_as_the_package_does(monkeypatch: pytest.MonkeyPatch):
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ValueError('Unknown split "dev". Should be one of [...]')
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        ValueError, match=r'data set: \'tiny/sums\' given: Unknown split "dev"\. Should be one of \[\.\.\.\]$'
+    ):
+        read_dataset("tiny/sums", split="dev")
 
 
 def test_a_dictionary_of_splits(tmp_path: Path):

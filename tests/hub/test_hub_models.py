@@ -104,7 +104,7 @@ def test_of_shards_those_of_the_index_are_fetched(hub: Hub):
     found = snapshots.folder("main", agent(), weights=True)
     assert [path.name for path in sorted(found.glob("*.safetensors"))] == ["model-00001-of-00001.safetensors"]
     (found / "model-00001-of-00001.safetensors").unlink()
-    assert snapshots.in_cache(failures.Source(REPO), agent(), weights=True) is None
+    assert snapshots.in_cache(failures.HubSource(REPO), agent(), weights=True) is None
 
 
 def test_what_a_run_would_download_is_told(hub: Hub, model: Path):

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         Environment,
         Episode,
         GroupAdvantages,
+        LoggedRollout,
+        LoggedRun,
+        Logger,
         Malformed,
         MathAnswers,
         Objective,
@@ -80,6 +83,10 @@ __all__ = [
     "AgentConfig",
     "ComputeConfig",
     "load_config",
+    # your own logger of a run
+    "Logger",
+    "LoggedRun",
+    "LoggedRollout",
     # parts for another trainer
     "Policy",
     "Batch",

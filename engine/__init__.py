@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mgrpo.engine.hub.data import read_dataset as read_dataset
     from mgrpo.engine.policy.forward import Output as Output
     from mgrpo.engine.policy.policy import Policy as Policy
+    from mgrpo.engine.report.loggers.base import LoggedRollout as LoggedRollout
+    from mgrpo.engine.report.loggers.base import LoggedRun as LoggedRun
+    from mgrpo.engine.report.loggers.base import Logger as Logger
     from mgrpo.engine.types import MAIN as MAIN
     from mgrpo.engine.types import Action as Action
     from mgrpo.engine.types import Answer as Answer
@@ -50,10 +53,13 @@ _HOME = {
     "read_tasks": "environment.base",
     "read_dataset": "hub.data",
     "ChatLoop": "environment.adapters",
-    "TextGame": "environment.adapters",
     "MathAnswers": "environment.math_answers",
+    "TextGame": "environment.adapters",
     "Config": "config.schema",
     "load_config": "config.schema",
+    "Logger": "report.loggers.base",
+    "LoggedRun": "report.loggers.base",
+    "LoggedRollout": "report.loggers.base",
     "MAIN": "types",
     "Action": "types",
     "Answer": "types",

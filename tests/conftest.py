@@ -43,6 +43,7 @@ SLOW = (
     "repo/test_docs.py",
     "repo/test_reproductions.py",
     "repo/test_wheel.py",
+    "report/test_logger_tools.py",
     "rollout/test_worker_vllm.py",
     "run/test_directory.py",
     "store/test_store_processes.py",

@@ -242,6 +242,21 @@ def report(run: Path, episodes: int = 2, query: int | None = None) -> None:
     print(f"figure: {summary.draw(run)}")
 
 
+@app.command("log")
+def log_run(
+    run: Path,
+    to: Annotated[list[str], typer.Option("--to", help="a logger, as in log.to; default: those of the run")] = [],  # noqa: B006
+    follow: Annotated[bool, typer.Option("--follow", help="go on until Ctrl-C, while the run goes on")] = False,
+) -> None:
+    """Log the run directory RUN: what its loggers were not sent yet, and the runs of a cluster while they go on."""
+    from mgrpo.engine.cli.log import log
+
+    try:
+        log(run, to, follow)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def export(
     run: Path,

@@ -17,7 +17,7 @@ import msgspec
 
 from mgrpo.engine.config.schema import AgentConfig, Config, EnvironmentConfig
 
-MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute", "sampling", "restarts")
+MAY_CHANGE = ("run_dir", "steps", "eval", "checkpoint", "compute", "sampling", "log", "restarts")
 MAY_CHANGE_WITHIN = re.compile(
     r"agents\.\w+\.(ranks|lr|lr_warmup_steps|lr_schedule)|warmup\.lr|store\.(lease|tls|password_file)|"
     r"agents\.\w+\.vllm\.(urls|servers|tensor_parallel|data_parallel|gpus|transfer|timeout|patience)"

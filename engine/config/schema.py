@@ -10,6 +10,7 @@ The comment behind a field, or directly above it, is its meaning on the page doc
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ Beta = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.-]{0,63}$")]  # of a set of tasks
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # those that are known by name
 SQLITE = "sqlite:///"  # how the url of a store in a file begins
 
 
@@ -223,6 +225,18 @@ class SamplingConfig(Frozen):
     keep_trajectories: bool = True  # false: delete trajectory files once every agent has finished with them
 
 
+class LogConfig(Frozen):
+    """Say where the run's numbers are shown, beside its own metrics.jsonl: docs/logging.md."""
+
+    # "tensorboard", "wandb", "mlflow", "trackio", or your own logger, as "file.py:Class" or "package.module:Class"
+    to: tuple[str, ...] = ("tensorboard",)
+    project: Annotated[str, Meta(pattern=r"^\w[\w .-]{0,99}$")] = "mgrpo"  # the project or experiment of the run there
+    name: Annotated[str, Meta(max_length=100)] = ""  # the run's name there; empty: that of run_dir
+    tags: list[Annotated[str, Meta(min_length=1, max_length=64)]] = []  # the run's tags there
+    rollouts: Annotated[int, Meta(ge=0, le=32)] = 0  # episodes of each rl step to show there, as text
+    patience: Annotated[float, Meta(gt=0, le=3600)] = 60.0  # seconds that a logger gets at the end to send what is left
+
+
 class ComputeConfig(Frozen):
     """Set the device, number formats and the use of memory."""
 
@@ -259,6 +273,7 @@ class Config(Frozen):
     compute: ComputeConfig = ComputeConfig()  # device, types and memory
     store: StoreConfig = StoreConfig()  # where the store and the files are
     sampling: SamplingConfig = SamplingConfig()  # rollout workers
+    log: LogConfig = LogConfig()  # tools that show the run
     restarts: Whole = 3  # how often the launcher restarts each process of a local run before it gives the run up
 
     @property
@@ -330,6 +345,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     for name in config.trained if config.steps else []:
         check_trainable(config.agents[name], f"config: agents.{name}")
     check_evaluation(config.eval)
+    check_logger_names(config.log.to)
     return config
 
 
@@ -377,6 +393,19 @@ def _check_lengths(config: Config) -> Config:
                 f"since agents.{name}.max_context = {longest[name] + 1} lets a call become that long"
             )
     return config
+
+
+def check_logger_names(loggers: Sequence[str]) -> None:
+    """Check that each logger is known by its name or is an import path, and that no two write to the same place."""
+    for to in loggers:
+        if to not in LOGGERS and (not re.fullmatch(r".+:[A-Za-z_]\w*", to) or to.rpartition(":")[2] in LOGGERS):
+            raise ValueError(
+                f"config: log.to: {to!r} given: expected one of {', '.join(LOGGERS)}, or your own class as "
+                "file.py:Class or package.module:Class"
+            )
+    names = [to.rpartition(":")[2] for to in loggers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"config: log.to: {list(loggers)} given: expected each logger once")
 
 
 def _check_revision(name: str, agent: AgentConfig) -> None:
@@ -446,6 +475,7 @@ def _absolute(config: Config) -> Config:
         agents=agents,
         environment=environment,
         algorithm=algorithm,
+        log=msgspec.structs.replace(config.log, to=tuple(_absolute_name("log.to", to) for to in config.log.to)),
         store=_absolute_store(config.store),
     )
 

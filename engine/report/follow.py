@@ -30,10 +30,12 @@ class Unmerged:
         self.first: Place = (0, 0, False)  # the first that is not merged yet
         self._waiting: dict[str, list[Row]] = {name: [] for name in agents}
 
-    def read(self) -> list[Row]:
+    def read(self, late: bool = False) -> list[Row]:
         """Return, in order, the rows of steps that all agents have taken since the last call, and new evaluations.
 
         Steps that an agent takes again after a rewind are among them, as soon as it has.
+
+        late: keep the last step until the next call, with what workers count for it meanwhile.
         """
         if any([self._follow(name, tail) for name, tail in self.agents.items()]):
             self._go_back()
@@ -42,6 +44,8 @@ class Unmerged:
         for name, tail in self.workers.items():
             self._follow(name, tail)
         rows = merge({name: self._waiting[name] for name in self.agents}, [self._waiting[n] for n in self.workers])
+        if late and (steps := [place_of(row) for row in rows if not is_evaluation(row)]):
+            rows = [row for row in rows if is_evaluation(row) or place_of(row) < steps[-1]]
         self.first = max([self.first, *(_after(place_of(row)) for row in rows if not is_evaluation(row))])
         for name in self._waiting:
             self._waiting[name] = [row for row in self._waiting[name] if self._waits(row)]

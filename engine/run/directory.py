@@ -4,14 +4,15 @@ A run directory of topology `colocated`, held by one process at a time:
 
     config.json      the configuration             metrics.jsonl    a row per step, of warm-up and rl alike
     run.json         the run's id                  tasks.json       the order of its tasks (run/identity)
-    store.db         the store (engine/store)      tensorboard/     the same rows, for TensorBoard
+    store.db         the store (engine/store)      tensorboard/     the same numbers, for TensorBoard
     trajectories/    tokens (run/trajectories)     checkpoints/     <stage>-<step>/, each with a manifest of its files
     curves.png       the plot of the report        log.txt, lock    the log; held while the process lives
+    loggers/         what each logger was sent, and what it printed (report/loggers)
 
-In the other topologies it holds config.json, run.json, tasks.json, store.db, curves.png and lock, and also:
+In the other topologies it holds all of this but metrics.jsonl, checkpoints/ and log.txt, and also:
 
-    agents/<name>/   of the agent's trainer: metrics.jsonl, tensorboard/, checkpoints/, lock as above; waiting.txt says
-                     what it waits for, if it waits for something unusual
+    agents/<name>/   of the agent's trainer: metrics.jsonl, checkpoints/, lock as above; waiting.txt says what it waits
+                     for, if it waits for something unusual
     workers/<name>/  of a rollout worker: metrics.jsonl, lock
     logs/            what each process of a local run prints
     meeting/         where the ranks of a local run's trainers find each other, while it runs
@@ -40,8 +41,7 @@ from safetensors import SafetensorError
 
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.run.checksums import seal, verify
-from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, is_evaluation, plain, read_metrics
-from mgrpo.engine.run.tensorboard import Boards
+from mgrpo.engine.run.metrics import STAGES, JsonLines, Row, is_evaluation, read_metrics
 from mgrpo.engine.system.files import fsync, make_private, replace
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")  # of a checkpoint
@@ -59,7 +59,7 @@ class RunPaths:
         self.curves, self.log, self.lock = self.path / "curves.png", self.path / "log.txt", self.path / "lock"
         self.store, self.logs = self.path / "store.db", self.path / "logs"
         self.meeting = self.path / "meeting"
-        self.trajectories, self.tensorboard = self.path / "trajectories", self.path / "tensorboard"
+        self.trajectories, self.loggers = self.path / "trajectories", self.path / "loggers"
         self.checkpoints, self.waiting = self.path / "checkpoints", self.path / "waiting.txt"
         self.agents, self.workers = self.path / "agents", self.path / "workers"
 
@@ -114,11 +114,9 @@ class RunDirectory(RunPaths):
         if not shared:
             self.clear_aside()
         self._metrics = JsonLines(self.metrics)
-        self._boards = Boards(self.tensorboard)
 
     def close(self) -> None:
         """Close the files, and release the directory to other processes."""
-        self._boards.close()
         self._metrics.close()
         self._lock.close()
 
@@ -131,15 +129,14 @@ class RunDirectory(RunPaths):
     def log_metrics(self, row: Row) -> None:
         """Append one row: "stage" (of STAGES), "step" (int) and anything that JSON or a scalar array can express.
 
-        NaN and infinities become null. The numbers also go to TensorBoard under their keys, with "warmup/" before those
-        of the warm-up. Raises OSError if the disk is full: then the file is as it was, and the row may be logged again.
+        NaN and infinities become null. Raises OSError if the disk is full: then the file is as it was, and the row may
+        be logged again.
         """
         assert row.get("stage") in STAGES and isinstance(row.get("step"), int), row
-        self._boards.show(plain(row))  # first, because showing a number twice does no harm
         self._metrics.append(row)
 
     def rewind_metrics(self, step: int, stage: str, keep_evaluation: bool = False) -> None:
-        """Drop all rows from (stage, step) on, here and in TensorBoard, because that step is about to run again.
+        """Drop all rows from (stage, step) on, because that step is about to run again.
 
         keep_evaluation: keep the evaluation at (stage, step), which comes before the step, as it is not made again.
         """
@@ -151,7 +148,6 @@ class RunDirectory(RunPaths):
         replace(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics.close()
         self._metrics = JsonLines(self.metrics)
-        self._boards.rewind(step, stage)
 
     # ---- checkpoints
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mgrpo.engine.store.database import AHEAD, Database, Part, lapsed, writes
+from mgrpo.engine.store.database import AHEAD, Database, Part, lapsed, reads, writes
 from mgrpo.engine.store.roles import LATEST, Roles
 from mgrpo.engine.store.tables import (
     UNKNOWN,
@@ -176,6 +176,12 @@ class Queries(Part):
         count = Counter(query for query, _ in known | new.keys())
         self._seal(db, sorted({query for query, _ in new if count[query] == size[query]}))
         self._count_late(db, late)
+
+    @reads
+    def sealed_of(self, db: sa.Connection, step: int) -> list[int]:
+        """Return the sealed queries that were opened for an rl step, by number."""
+        mine = sa.and_(queries.c.step == step, queries.c.sealed)
+        return list(db.scalars(sa.select(queries.c.query).where(self._of(queries, mine)).order_by(queries.c.query)))
 
     # ---- within a transaction
 

@@ -21,6 +21,7 @@ from mgrpo.engine.environment.loader import load_environment, volatile_options
 from mgrpo.engine.hub.settle import settle
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.report.display import Display
+from mgrpo.engine.report.loggers.processes import Loggers
 from mgrpo.engine.report.summary import draw
 from mgrpo.engine.rollout.curriculum import (
     digest_of,
@@ -60,9 +61,11 @@ def train(config: Config, resume: bool, display: Display) -> None:
             volatile = partial(volatile_options, config.environment)
             for change in check_unchanged(read_dump(run.config.read_text()), config, volatile):
                 display.say(f"resume: {change}")
-        with log_file(run.log), ctrl_c() as interrupted:
+        loggers = Loggers(config, run.path, display.say, anew=checkpoint is None)
+        with loggers, log_file(run.log), ctrl_c() as interrupted:
             system = Colocated(config, run, display, interrupted, anew=checkpoint is None)
             run.write_config(dump_config(config))  # only now: everything that it names was found
+            loggers.begin()
             system.run(checkpoint)
     finally:
         run.close()

@@ -27,6 +27,7 @@ from mgrpo.engine.inference.vllm.server import free_ports, server_spec, url
 from mgrpo.engine.report.curves import draw_curves
 from mgrpo.engine.report.display import Display
 from mgrpo.engine.report.follow import Watch
+from mgrpo.engine.report.loggers.processes import Loggers
 from mgrpo.engine.report.metrics import read_rows
 from mgrpo.engine.run.directory import RunDirectory, latest_of, stage_and_step
 from mgrpo.engine.run.scores import had, why_ended
@@ -51,19 +52,25 @@ def train(config: Config, resume: bool, display: Display) -> None:
     """
     with closing(RunDirectory(config.run_dir, resume)) as run:
         config = settle(config, display, run.config)
-        for change in _begin(config, run, display):
-            display.say(f"resume: {change}")
-        try:
-            _supervise(config, run, display)
-        except ChildProcessError:
-            if not any(run.path.glob("agents/*/checkpoints/*-*")):  # nothing to resume: the run counts as not begun
-                run.config.unlink()
-            raise
+        with Loggers(config, run.path, display.say, anew=not _saved(run)) as loggers:
+            for change in _begin(config, run, display):
+                display.say(f"resume: {change}")
+            loggers.begin()
+            try:
+                _supervise(config, run, display)
+            except ChildProcessError:
+                if not _saved(run):  # nothing to resume: the run counts as not begun
+                    run.config.unlink()
+                raise
+
+
+def _saved(run: RunDirectory) -> bool:
+    return any(run.path.glob("agents/*/checkpoints/*-*"))
 
 
 def _begin(config: Config, run: RunDirectory, display: Display) -> list[str]:
     """Begin the run in its store, or compare its config; return what has changed in it. Waits for the store."""
-    saved, changes = any(run.path.glob("agents/*/checkpoints/*-*")), list[str]()
+    saved, changes = _saved(run), list[str]()
     if run.config.exists():
         volatile = partial(volatile_options, config.environment)
         changes = check_unchanged(read_dump(run.config.read_text()), config, volatile)

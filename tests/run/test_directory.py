@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,13 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from mgrpo.engine.run import checksums
 from mgrpo.engine.run import directory as run_module
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.metrics import read_metrics
-from mgrpo.engine.run.tensorboard import Boards
 from mgrpo.engine.store import Store
 from mgrpo.engine.store.open import sqlite_url
 from mgrpo.engine.system import files
@@ -39,16 +36,6 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
     run = RunDirectory(tmp_path / "run", resume=False)
     yield run
     run.close()
-
-
-@pytest.fixture
-def no_tensorboard(monkeypatch) -> None:
-    class Board:
-        def add_scalar(self, *_: object) -> None: ...
-        def flush(self) -> None: ...
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(Boards, "_writer", lambda self, stage: Board())
 
 
 def content(text: str) -> Callable[[Path], None]:
@@ -87,7 +74,7 @@ def test_a_fresh_directory_then_refused_then_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("holds", ["metrics", "checkpoint"])
-def test_metrics_or_a_checkpoint_make_a_run(run, holds, no_tensorboard):
+def test_metrics_or_a_checkpoint_make_a_run(run, holds):
     if holds == "metrics":
         run.log_metrics({"stage": "rl", "step": 0})
     else:
@@ -146,8 +133,7 @@ def expected(value: object) -> object:
 @given(st.lists(st.tuples(st.sampled_from(["warmup", "rl"]), st.integers(0, 5), rows), max_size=8), st.data())
 def test_rows_come_back_and_rewinding_keeps_exactly_those_before(logged, data):
     stage, step = data.draw(st.sampled_from(["warmup", "rl"])), data.draw(st.integers(0, 6))
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Boards, "_writer", lambda self, stage: EmptyBoard())
+    with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
         plain = [{"stage": s, "step": n} | row for s, n, row in logged]
         for row in plain:
@@ -163,7 +149,7 @@ def test_rows_come_back_and_rewinding_keeps_exactly_those_before(logged, data):
         run.close()
 
 
-def test_an_evaluation_that_is_not_made_again_is_kept(run, no_tensorboard):
+def test_an_evaluation_that_is_not_made_again_is_kept(run):
     evaluation = {"stage": "rl", "step": 3, "eval/held_out_accuracy": 0.5}
     for row in ({"stage": "rl", "step": 2, "a": 1}, evaluation, {"stage": "rl", "step": 3, "a": 2}):
         run.log_metrics(row)
@@ -173,15 +159,7 @@ def test_an_evaluation_that_is_not_made_again_is_kept(run, no_tensorboard):
     assert read_metrics(run.metrics) == [{"stage": "rl", "step": 2, "a": 1}]
 
 
-class EmptyBoard:
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        assert isinstance(tag, str) and isinstance(step, int) and (value == value)
-
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
-
-
-def test_scalar_arrays_become_numbers_and_nan_null(run, no_tensorboard):
+def test_scalar_arrays_become_numbers_and_nan_null(run):
     row = {
         "a": np.float32(0.5),
         "b": torch.tensor(3),
@@ -204,7 +182,7 @@ def test_a_row_without_stage_and_step_is_our_own_bug(run, row):
     assert run.metrics.read_bytes() == b""
 
 
-def test_a_torn_last_line_is_no_row_and_is_not_joined_to_the_next(run, no_tensorboard):
+def test_a_torn_last_line_is_no_row_and_is_not_joined_to_the_next(run):
     run.log_metrics({"stage": "rl", "step": 0, "é": "\n"})
     run.close()
     whole = run.metrics.read_bytes()
@@ -230,7 +208,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_out(run, caplog, damaged
     assert read_metrics(run.path / "none.jsonl") == []
 
 
-def test_no_space_for_a_row_leaves_whole_lines(run, no_tensorboard):
+def test_no_space_for_a_row_leaves_whole_lines(run):
     run.log_metrics({"stage": "rl", "step": 0})
 
     class Full:
@@ -255,33 +233,6 @@ def test_no_space_for_a_row_leaves_whole_lines(run, no_tensorboard):
     rows._file = real
     run.log_metrics({"stage": "rl", "step": 2})
     assert [row["step"] for row in read_metrics(run.metrics)] == [0, 2]
-
-
-def scalars(run: RunDirectory, stage: str, tag: str) -> list[tuple[int, float]]:
-    board = EventAccumulator(str(run.tensorboard / stage))
-    board.Reload()
-    return [(event.step, event.value) for event in board.Scalars(tag)]
-
-
-def test_tensorboard_shows_each_step_once_after_a_rewind(run):
-    for step in range(6):
-        run.log_metrics({"stage": "warmup", "step": step, "main/loss": 10.0 + step, "note": "x"})
-    for step in range(4):
-        run.log_metrics({"stage": "rl", "step": step, "main/reward": float(step), "bad": math.nan})
-    run.close()
-    again = RunDirectory(run.path, resume=True)
-    again.rewind_metrics(2, "rl")
-    again.log_metrics({"stage": "rl", "step": 2, "main/reward": 20.0})
-    assert scalars(again, "rl", "main/reward") == [(0, 0.0), (1, 1.0), (2, 20.0)]  # flushed, the writer still open
-    assert scalars(again, "warmup", "warmup/main/loss") == [
-        (step, 10.0 + step) for step in range(6)
-    ]  # steps above 2 too
-    again.rewind_metrics(3, "warmup")
-    again.log_metrics({"stage": "warmup", "step": 3, "main/loss": 30.0})
-    again.log_metrics({"stage": "rl", "step": 0, "main/reward": 7.0})
-    again.close()
-    assert scalars(again, "warmup", "warmup/main/loss") == [(0, 10.0), (1, 11.0), (2, 12.0), (3, 30.0)]
-    assert scalars(again, "rl", "main/reward") == [(0, 7.0)]
 
 
 # ---- checkpoints
@@ -431,11 +382,10 @@ from mgrpo.engine.run.directory import RunDirectory
 run = RunDirectory(sys.argv[1], resume=True)
 row = lambda step: {"stage": "rl", "step": step, "main/reward": float(step), "text": "x" * 5000}
 room = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-newest = lambda: max(run.tensorboard.glob("rl/*"), key=lambda path: path.stat().st_mtime_ns).stat().st_size
 run.log_metrics(row(0))
 for step in range(1, 9):
-    for size in [lambda: 0, lambda: newest() + 5 * step, lambda: run.metrics.stat().st_size + 600 * step]:
-        room(size())
+    for size in (0, run.metrics.stat().st_size + 600 * step):
+        room(size)
         try:
             run.log_metrics(row(step))
         except OSError as error:
@@ -446,17 +396,15 @@ for step in range(1, 9):
 
 
 def test_rows_are_logged_again_when_there_is_room_and_stand_there_once(run):
-    """Files are torn at many places, both TensorBoard's and ours."""
+    """The file is torn at many places."""
     run.close()
     child = subprocess.run([sys.executable, "-c", ROWS, str(run.path)], check=True, capture_output=True, text=True)
-    failed = [(line.split()[0], "cannot write for TensorBoard" in line) for line in child.stdout.splitlines()]
-    assert [step for step, _ in failed] == [str(step) for step in range(1, 9) for _ in range(3)]
-    assert [board for _, board in failed[::3]] == [True] * 8 and [board for _, board in failed[2::3]] == [False] * 8
+    failed = [line.split()[0] for line in child.stdout.splitlines() if "cannot append metrics" in line]
+    assert failed == [str(step) for step in range(1, 9) for _ in range(2)]
     assert [row["step"] for row in read_metrics(run.metrics)] == list(range(9))
-    assert sorted({*scalars(run, "rl", "main/reward")}) == [(step, float(step)) for step in range(9)]
 
 
-def test_what_a_file_system_says_only_when_it_is_forced_is_no_row(run, no_tensorboard, monkeypatch):
+def test_what_a_file_system_says_only_when_it_is_forced_is_no_row(run, monkeypatch):
     def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -509,32 +457,6 @@ def test_kill_9_leaves_a_good_latest_checkpoint(tmp_path, announced):
     for name in names(run):  # no .tmp- is left, and everything else is whole
         assert len(list(run.open_checkpoint(run.checkpoints / name).rglob("*"))) == 22
     run.close()
-
-
-def test_tensorboards_files_of_one_second_keep_their_order(tmp_path: Path):
-    boards = Boards(tmp_path)
-    for step in range(2):
-        boards.show({"stage": "rl", "step": step, "main/reward": 1.0})
-        boards.rewind(step, "rl")  # its file ends; the next one removes rows of it
-    seconds = sorted(int(path.name.split(".")[3]) for path in tmp_path.glob("rl/events.*"))
-    assert len(seconds) == 2 and seconds[0] < seconds[1]
-
-
-def test_a_clock_that_was_ahead_and_went_back_holds_no_row_up(tmp_path: Path, monkeypatch):
-    boards, ahead = Boards(tmp_path), 0.0
-    now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + ahead)
-    for step, clock in enumerate((86400.0, 172800.0, 0.0, 0.0)):
-        ahead = clock
-        boards.show({"stage": "rl", "step": 0, "main/reward": float(step)})
-        boards.rewind(0, "rl")
-    files = sorted(tmp_path.glob("rl/events.*"))
-    assert len({path.name.split(".")[3] for path in files}) >= 3, "each new file has a later second"
-    board = EventAccumulator(str(tmp_path / "rl"))
-    board.Reload()
-    assert [event.value for event in board.Scalars("main/reward")] == [3.0], (
-        "the files are read in the order of writing"
-    )
 
 
 # ---- a process that another one has succeeded

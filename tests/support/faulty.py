@@ -308,8 +308,6 @@ def launch(plan: Plan, file: str, arguments: Sequence[str]) -> None:
 
 def warm(file: str) -> Config:
     """Import what the engine imports late, before anything is forked, and return the config."""
-    import torch.utils.tensorboard  # noqa: F401
-
     from mgrpo.engine.config.schema import load_config
     from mgrpo.engine.policy.policy import Policy
     from mgrpo.engine.rollout import worker  # noqa: F401

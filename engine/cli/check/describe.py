@@ -18,6 +18,8 @@ from mgrpo.engine.environment.calls import UserCode, UserCodeError
 from mgrpo.engine.environment.loader import load_environment
 from mgrpo.engine.hub.snapshots import outlook
 from mgrpo.engine.model.causal_lm import load_tokenizer
+from mgrpo.engine.report.loggers.choose import label
+from mgrpo.engine.report.loggers.processes import check_loggers
 from mgrpo.engine.rollout.curriculum import load_tasks
 from mgrpo.engine.rollout.demonstrations import check_script
 from mgrpo.engine.system.words import counted
@@ -66,6 +68,7 @@ def describe(
     findings = rehearsal.findings
     _check_tasks(environment, train, held_out, findings)
     _check_script(config, environment, findings)
+    _check_loggers(config, findings)
     rehearsal.run(train, held_out)
     lines.append(f"rehearsal  {_rehearsed(rehearsal)}")
     for name, agent in config.agents.items():
@@ -74,6 +77,7 @@ def describe(
         role = "trained" if agent.train else "frozen in the rl stage"
         model = f"{name:10} {role}: {named(agent.model, agent.revision)}{_download(name, agent)}"
         lines.append(f"{model}\n           {agent_line(sizes[name], found, drawn, config)}")
+    lines.append(f"loggers    {', '.join(map(label, config.log.to)) or 'none'}")
     lines += _memory(config, placed(config, device), sizes, rehearsal.lengths, device_memory, findings)
     return "\n".join(lines), findings
 
@@ -130,6 +134,13 @@ def _check_tasks(environment: Environment, train: Sequence[Task], held_out: Sequ
 def _check_script(config: Config, environment: Environment, findings: Findings) -> None:
     try:
         check_script(config, environment)
+    except ValueError as error:
+        findings.fault(str(error))
+
+
+def _check_loggers(config: Config, findings: Findings) -> None:
+    try:
+        check_loggers(config)
     except ValueError as error:
         findings.fault(str(error))
 

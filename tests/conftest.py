@@ -35,6 +35,7 @@ SLOW = (
     "integrations/test_integrations_hf.py",
     "integrations/test_integrations_trl.py",
     "integrations/test_integrations_verl.py",
+    "kernels/test_kernels_graph.py",
     "kernels/test_kernels_vocab_parallel.py",
     "kernels/triton_kernels",
     "policy/test_distributed_faults.py",

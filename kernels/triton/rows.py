@@ -8,11 +8,12 @@ instead of logits, so that large logits lose no precision to it.
 
 Memory traffic per row of V logits: one read for the log-prob; for the gradient one more read, from the row's end back
 so that what is still in the L2 cache comes first, and one write. Where `launch_settings` leaves few enough rows in
-flight for that cache, the second read costs the memory nothing: 4 bytes an element in bf16. Holding a whole row on chip
-would cost 64 registers a thread more than there are: 151936 numbers in bf16 are 304 KB, an SM has 256 KB.
+flight for that cache, the second read costs the memory nothing: 4 bytes an element in bf16. The registers of an SM
+cannot hold a row of 151936 numbers instead: that is 304 KB in bf16, and they are 256 KB.
 
 An SM's 1024 threads load ahead: 3 blocks of 2-byte logits are in flight, or 2 of float32, which is 48 or 64 KB. Memory
-of 4.8 TB/s (H200) or 8 TB/s (B200) that answers after 0.8 us is kept busy by 29 or 43 KB an SM.
+of 4.8 TB/s (H200) or 8 TB/s (B200) that answers after 0.8 us is kept busy by 29 or 43 KB an SM. With a cap, and for the
+gradient with a bias, there are no registers for it.
 
 Logits and gradient may be one buffer. No program reads another's row; the threads of a program wait for each other
 between the two reads, and in the second each element is read by the thread that then writes it.
@@ -162,10 +163,10 @@ def _write_gradient(
     now, soon = _first_loads(row, stride, (blocks - 1) * BLOCK, -BLOCK, vocabulary, BLOCK)
     for block in range(0, blocks):
         start = (blocks - 1 - block) * BLOCK
-        if CAP:
+        if CAP or bias_V is not None:
             now = _load(row, stride, start, vocabulary, BLOCK)
         x = _logits(now, bias_V, start, vocabulary, softcap, False, BLOCK)
-        if not CAP:
+        if not CAP and bias_V is None:
             now, soon = _next_loads(row, stride, soon, start, -BLOCK, vocabulary, BLOCK)
         if CAP:
             slope = _cap_slope(x, softcap)

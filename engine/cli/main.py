@@ -35,6 +35,7 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 BENCHES = {  # they are no part of the engine, which must not import them otherwise
     "kernels": "mgrpo.bench.kernels.run",
     "packing": "mgrpo.bench.packing.run",
+    "roofline": "mgrpo.bench.roofline.run",
     "step": "mgrpo.bench.step.run",
     "store": "mgrpo.bench.store.run",
     "rollout": "mgrpo.bench.rollout",
@@ -290,8 +291,8 @@ def check(
 
 
 @app.command()
-def bench(name: Literal["kernels", "packing", "step", "store", "rollout"], quick: bool = False) -> None:
-    """Measure one part: print tables, then one line of JSON. --quick takes less than a minute."""
+def bench(name: Literal["kernels", "packing", "roofline", "step", "store", "rollout"], quick: bool = False) -> None:
+    """Measure one part, or predict it (roofline): print tables, then one line of JSON. --quick takes under a minute."""
     import_module(BENCHES[name]).main(quick)
 
 

@@ -69,7 +69,7 @@ def _saved(run: RunDirectory) -> bool:
 
 
 def _begin(config: Config, run: RunDirectory, display: Display) -> list[str]:
-    """Begin the run in its store, or compare its config; return what has changed in it. Waits for the store."""
+    """Begin the run in its store, or compare its config; return what a resumed run says of itself. Waits for it."""
     saved, changes = _saved(run), list[str]()
     if run.config.exists():
         volatile = partial(volatile_options, config.environment)
@@ -81,7 +81,7 @@ def _begin(config: Config, run: RunDirectory, display: Display) -> list[str]:
         for rest in [*run.path.glob("store.db*"), run.identity, run.tasks]:  # of an attempt that failed before it began
             rest.unlink(missing_ok=True)
     display.doing("opening the store")
-    with closing(patiently(open_store, config)) as store:  # a url with a password is refused, and not written
+    with closing(patiently(open_store, config, known=saved)) as store:  # refuses a url with a password: not written
         patiently(identify, store, config, known=saved)
         if changes:
             patiently(store.roles.renew, fingerprint(config))

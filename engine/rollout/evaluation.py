@@ -50,9 +50,9 @@ class Evaluation:
             for sample in range(self.settings.samples)
         ]
 
-    def outcomes(self, rollouts: Iterable[Rollout]) -> dict[str, Outcome]:
+    def outcomes(self, rollouts: Iterable[Rollout]) -> dict[str, SetOutcome]:
         """Return what each set's episodes got; there may be fewer than were asked for."""
-        found = {_first_query(name): Outcome([task.id for task in tasks]) for name, tasks in self.tasks.items()}
+        found = {_first_query(name): SetOutcome([task.id for task in tasks]) for name, tasks in self.tasks.items()}
         for rollout in rollouts:
             first = max(query for query in found if query <= rollout.job.query)
             found[first].add(rollout.job.query - first, rollout)
@@ -72,7 +72,7 @@ class Evaluation:
 
 
 @dataclass
-class Outcome:
+class SetOutcome:
     """Hold what the episodes of one set got: of each task its samples' correctness, by the number of the sample.
 
     tasks: their ids. failed: episodes without a score; calls: sub-agent calls of each episode.
@@ -105,17 +105,17 @@ class Outcome:
         """Return the mean of each task's samples, None for a task without any."""
         return [float(np.mean(list(samples.values()))) if samples else None for samples in self.correct]
 
-    def average(self, seed: int = 0) -> Estimate:
+    def average(self, seed: int = 0) -> IntervalEstimate:
         """Return avg@n, the mean over tasks of the mean over samples.
 
         Right or wrong answers, one for each task, have Wilson's interval. Raises ValueError if no task has a sample.
         """
         means = [mean for mean in self.by_task() if mean is not None]
         if means and self.binary and all(len(samples) == 1 for samples in self.asked):
-            return Estimate(float(np.mean(means)), *wilson(sum(means), len(means)))
-        return Estimate.of(means, seed)
+            return IntervalEstimate(float(np.mean(means)), *wilson(sum(means), len(means)))
+        return IntervalEstimate.of(means, seed)
 
-    def passed(self, k: int, seed: int = 0) -> Estimate:
+    def passed(self, k: int, seed: int = 0) -> IntervalEstimate:
         """Return pass@k over the tasks with k samples or more. Raises ValueError if none has, or scores are not 0 or 1.
 
         Source: Chen et al. 2021, arXiv 2107.03374, Eq. 1.
@@ -128,7 +128,7 @@ class Outcome:
         if not 1 <= k <= most:
             raise ValueError(f"pass@k: k = {k} given: expected 1 to {most}, the number of samples of a task")
         several = [samples for samples in self.asked if len(samples) >= k]
-        return Estimate.of([pass_at_k(len(samples), round(sum(samples)), k) for samples in several], seed)
+        return IntervalEstimate.of([pass_at_k(len(samples), round(sum(samples)), k) for samples in several], seed)
 
     def accuracy(self, samples: int) -> dict[str, float]:
         """Return the metrics that every evaluation has, for the first set."""
@@ -156,7 +156,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """Hold a mean over tasks and its 95 % interval, NaN where there is none."""
 
     value: float
@@ -164,7 +164,7 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float], seed: int = 0) -> Estimate:
+    def of(cls, values: Sequence[float], seed: int = 0) -> IntervalEstimate:
         """Return the mean of one value per task. Raises ValueError if there is none."""
         if not values:
             raise ValueError("evaluation: no task has been asked: expected at least one episode that ended")

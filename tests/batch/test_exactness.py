@@ -119,8 +119,9 @@ def untrimmed_rows(offsets_N1: np.ndarray, sampled_T: np.ndarray) -> np.ndarray:
     return np.diff(offsets_N1) - 1
 
 
-def full_logits_loss(*given: Any, **keywords: Any) -> Loss:
-    """Return the loss with no row left out before the head."""
+def full_logits_loss(*given: Any, buffer_bytes: None, master_VH: None, **keywords: Any) -> Loss:
+    """Return the loss with no row left out before the head, whose logits are whole."""
+    assert buffer_bytes is None and master_VH is None
     loss, logprobs_N, entropy_N = linear_grpo_loss_ref(*given, **keywords)
     return Loss(loss, logprobs_N.detach(), entropy_N.detach(), {})
 

@@ -8,32 +8,14 @@ import msgspec
 import pytest
 import torch
 
-from mgrpo.engine.cli import evaluate
 from mgrpo.engine.cli.check import describe, processes
 from mgrpo.engine.config.schema import VLLMConfig
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.training.launcher import tasks_of
-from mgrpo.engine.training.leader import CheckpointInfo
 from mgrpo.engine.training.trainer import AgentTrainer
 from toy import make_model, toy_config
 
 CPU = torch.device("cpu")
-
-
-def save(policy: Policy, run: Path, steps: list[int]) -> None:
-    """Write checkpoints as the agent's trainer does, later ones with other weights."""
-    own = RunDirectory(run / "agents" / policy.name)
-    for step in steps:
-
-        def write(folder: Path, step: int = step) -> None:
-            saved = CheckpointInfo(stage="rl", step=step, policy=policy.save_state(folder / policy.name))
-            (folder / "state.json").write_bytes(msgspec.json.encode(saved))
-
-        own.save_checkpoint(f"rl-{step:05d}", write, keep=9)
-        for weight in policy.masters.weights.values():
-            weight.data.add_(1.0)
-    own.close()
 
 
 def test_an_agents_servers_are_told(tmp_path: Path):
@@ -68,19 +50,6 @@ def test_processes_stand_on_the_gpus_that_the_launcher_gives_them(tmp_path: Path
     assert found[:2] == ["cuda:3", "cuda:5"] and len(found) == 5
     ranks = [card for cards in started[:2] for card in cards.split(",")][:2]
     assert [device.removeprefix("cuda:") for device in found] == [*ranks, *started[2:]]
-
-
-def test_the_last_checkpoint_of_each_agent_is_evaluated(tmp_path: Path):
-    make_model(tmp_path / "model")
-    config, run = toy_config(tmp_path), tmp_path / "run"
-    policies = {name: Policy(name, agent, config.compute) for name, agent in config.agents.items()}
-    save(policies["main"], run, [2, 10])
-    with pytest.raises(ValueError, match="expected a checkpoint of agent 'clerk' in it"):
-        evaluate.evaluate(config, run)
-    save(policies["clerk"], run, [4])
-    told = evaluate.evaluate(config, run)
-    assert told.startswith(f"{run}: main rl step 10, clerk rl step 4: held-out accuracy ")
-    assert "on 10 questions" in told
 
 
 @pytest.mark.parametrize("key", ["objective", "advantage"])

@@ -24,7 +24,7 @@ from mgrpo.engine.config.schema import Config, dump_config, load_config, parse_c
 from mgrpo.engine.model.causal_lm import load_tokenizer
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.engine.rollout.episodes import Episodes
-from mgrpo.engine.rollout.evaluation import Outcome
+from mgrpo.engine.rollout.evaluation import SetOutcome
 from mgrpo.engine.run.checksums import seal
 from mgrpo.engine.store.open import open_store
 from mgrpo.engine.system.process import Interrupted
@@ -186,8 +186,8 @@ def test_arms_change_one_side_at_a_time(config: Config, folder: Path):
         arms_of(msgspec.structs.replace(config, agents={"main": config.agents["main"]}), old, new)
 
 
-def outcome(*scores: float | None) -> Outcome:
-    found = Outcome([str(i) for i in range(len(scores))])
+def outcome(*scores: float | None) -> SetOutcome:
+    found = SetOutcome([str(i) for i in range(len(scores))])
     for samples, score in zip(found.correct, scores, strict=True):
         samples |= {} if score is None else {0: score}
     return found

@@ -140,7 +140,7 @@ TABLES = [*fields(msgspec.inspect.DictType, msgspec.inspect.StructType), "agents
 CHOICES = fields(msgspec.inspect.LiteralType)
 FROM_0 = [
     *["seed", "steps", "restarts", "agents.main.lr_warmup_steps", "warmup.steps", "eval.every"],
-    *["sampling.max_staleness", "sampling.probe_every"],
+    *["sampling.max_staleness", "sampling.probe_every", "eval.patience"],
 ]
 FROM_2 = ["algorithm.rollouts", "agents.main.max_context"]
 

@@ -1,4 +1,4 @@
-"""Test that the fused loss adds the gradient of the head to a float32 master as autograd adds it to a float32 weight."""
+"""Test that the fused loss adds the gradient of the head to a float32 master as autograd adds it to a weight."""
 
 from __future__ import annotations
 

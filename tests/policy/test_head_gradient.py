@@ -8,15 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from test_policy import SIZES, batches
 from torch import Tensor
 
+from cases.weighed import batches
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.policy import forward
 from mgrpo.engine.policy.policy import Policy
 from mgrpo.kernels import Objective
 from toy import make_model, toy_config
 
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 OBJECTIVE = Objective(sampler_cap=None)
 
 

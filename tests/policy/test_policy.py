@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cases.weighed import Weighed, packed
+from cases.weighed import batches
 from mgrpo.engine.batch.micro_batches import Batch
 from mgrpo.engine.config.schema import AgentConfig, ComputeConfig
 from mgrpo.engine.model.attention import Packed
@@ -23,7 +22,6 @@ from mgrpo.engine.model.causal_lm import compile_layers
 from mgrpo.engine.policy.checkpoint import moments
 from mgrpo.engine.policy.optimizer import learning_rate
 from mgrpo.engine.policy.policy import Policy
-from mgrpo.engine.types import Trajectory
 from mgrpo.kernels import Objective
 from toy import make_model, toy_config
 
@@ -39,18 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path, dtype: str = "float32", checkpointing: bool = False, **agent: Any) -> Policy:
     compute = msgspec.structs.replace(toy_config(folder).compute, dtype=dtype, activation_checkpointing=checkpointing)
     return Policy("main", AgentConfig(model=str(folder), **{"max_context": 64, "lr": 1e-3, **agent}), compute)
-
-
-def batches(count: int = 6, seed: int = 0, max_tokens: int = 16, scale: float = 1.0) -> list[Batch]:
-    """Return micro-batches of random trajectories with advantages of either sign."""
-    rng = np.random.default_rng(seed)
-    weighed = []
-    for number in range(count):
-        sampled = np.arange(12) >= 3
-        tokens = rng.integers(1, 257, 12).astype(np.int32)
-        trajectory = Trajectory(tokens, sampled, np.full(12, -5, np.float32), 0)
-        weighed.append(Weighed(trajectory, scale * (-1) ** number * (1 + number), 0.1))
-    return packed(weighed, max_tokens)
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def test_every_key_of_the_config_has_a_meaning(key: config_page.Key) -> None:
 def test_the_sections_are_those_of_the_file() -> None:
     headings = [found.heading for found in SECTIONS]
     assert headings[0] == "Top level" and {"`[agents.<name>.vllm]`", "`[sampling]`"} <= set(headings)
-    assert len(set(headings)) == len(headings) == 12
+    assert len(set(headings)) == len(headings) == 13
     names = {(found.heading, key.name) for found in SECTIONS for key in found.keys}
     assert {("Top level", "run_dir"), ("`[agents.<name>.vllm]`", "urls"), ("`[store]`", "lease")} <= names
 

@@ -30,7 +30,7 @@ QUESTIONS = [
     Question("Where is a worker's lease on a query renewed?", "store", "queries.py", "Queries.extend"),
     Question("Where is a trainer refused that has lost its role?", "store", "roles.py", "Roles.fence"),
     Question("Where is a clip bound applied to the ratio?", "kernels", "objective.py", "policy_gain"),
-    Question("Where is a group's mean reward subtracted?", "kernels", "advantages.py", "group_advantages"),
+    Question("Where is the commit of a model on a hub fixed for a run?", "hub", "settle.py", "settle"),
     Question("Where is the Triton kernel that goes over a row of logits?", "kernels/triton", "rows.py", "row_kernel"),
     Question("Where is a stop string found in what was sampled?", "inference", "sampler.py", "Ending.reached"),
     Question(

@@ -11,7 +11,7 @@ import pytest
 from mgrpo.engine.config.schema import EvalConfig
 from mgrpo.engine.environment.base import Environment
 from mgrpo.engine.rollout.episodes import Job, Rollout
-from mgrpo.engine.rollout.evaluation import Evaluation, Outcome, load_sets, powers
+from mgrpo.engine.rollout.evaluation import Evaluation, SetOutcome, load_sets, powers
 from mgrpo.engine.system.statistics import pass_at_k, wilson
 from mgrpo.engine.types import MAIN, Call, Episode, Score, Task
 
@@ -26,9 +26,9 @@ def rollout(job: Job, correct: float | None) -> Rollout:
     return Rollout(job, Episode(Call(MAIN, job.task)), status=status, score=score)
 
 
-def outcome(*scores: list[float]) -> Outcome:
+def outcome(*scores: list[float]) -> SetOutcome:
     """Return what tasks with these samples got."""
-    found = Outcome([f"t{i}" for i in range(len(scores))])
+    found = SetOutcome([f"t{i}" for i in range(len(scores))])
     for place, samples in enumerate(scores):
         for number, correct in enumerate(samples):
             found.add(place, rollout(Job(place, number, Task(f"t{place}", {})), correct))

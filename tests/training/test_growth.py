@@ -1,6 +1,6 @@
 """Test that the memory of every process of a run stays as it is, however many steps the run takes.
 
-STEPS_OF_GROWTH: of the run; its first quarter is left out, in which caches and pools fill up. The last one to be full is
+STEPS_OF_GROWTH: of the run; its first quarter is left out, in which caches and pools fill up. The last to be full is
 the tokenizers' own, of 10,000 pieces of text for each agent, some 2 MB.
 """
 

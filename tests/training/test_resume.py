@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from mgrpo.engine.cli import main
 from mgrpo.engine.config.schema import parse_config
+from mgrpo.engine.report.display import make_display
 from mgrpo.engine.run.directory import RunDirectory
 from mgrpo.engine.run.metrics import read_metrics
 from mgrpo.engine.run.trajectories import read
@@ -380,7 +381,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_costs_nothing(lab, begun, whol
 def resume(lab: Lab, run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     raw = json.loads(json.dumps(lab.raw | {"run_dir": str(run)}))
     change(raw)
-    colocated.train(parse_config(raw), True, None)  # type: ignore[arg-type]  # refused before anything is shown
+    config = parse_config(raw)
+    colocated.train(config, True, make_display(list(config.agents), decoupled=False))
 
 
 @pytest.mark.parametrize(

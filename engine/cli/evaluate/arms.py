@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from mgrpo.engine.cli.evaluate.weights import Weights
 from mgrpo.engine.config.schema import Config
-from mgrpo.engine.rollout.evaluation import Estimate, Outcome
+from mgrpo.engine.rollout.evaluation import IntervalEstimate, SetOutcome
 from mgrpo.engine.system.statistics import bootstrap
 from mgrpo.engine.types import MAIN
 
@@ -40,17 +40,17 @@ def arms_of(config: Config, old: Mapping[str, Weights], new: Mapping[str, Weight
     }
 
 
-def difference(new: Outcome, old: Outcome) -> Estimate | None:
+def difference(new: SetOutcome, old: SetOutcome) -> IntervalEstimate | None:
     """Return the mean over tasks of the difference of their means, with its interval; None if they share no task.
 
     The interval is by the bootstrap over tasks; it has no width if the arms differ alike on every task.
     """
     pairs = zip(new.by_task(), old.by_task(), strict=True)
     gains = [a - b for a, b in pairs if a is not None and b is not None]
-    return Estimate(sum(gains) / len(gains), *bootstrap(gains)) if gains else None
+    return IntervalEstimate(sum(gains) / len(gains), *bootstrap(gains)) if gains else None
 
 
-def compared(found: Mapping[str, Mapping[str, Outcome]], name: str) -> dict[str, Estimate]:
+def compared(found: Mapping[str, Mapping[str, SetOutcome]], name: str) -> dict[str, IntervalEstimate]:
     """Return the differences between the arms that were played, on one set."""
     pairs = {said: (found[a][name], found[b][name]) for said, a, b in DIFFERENCES if a in found and b in found}
     return {said: gain for said, (a, b) in pairs.items() if (gain := difference(a, b)) is not None}

@@ -17,7 +17,7 @@ from mgrpo.engine.cli.evaluate.play import Samplers, play
 from mgrpo.engine.cli.evaluate.weights import Weights, base, latest, replaced, saved
 from mgrpo.engine.config.schema import Config
 from mgrpo.engine.environment.loader import load_environment
-from mgrpo.engine.rollout.evaluation import Evaluation, Outcome, powers
+from mgrpo.engine.rollout.evaluation import Evaluation, SetOutcome, powers
 from mgrpo.engine.run.metrics import plain
 from mgrpo.engine.system.files import replace
 from mgrpo.engine.system.process import Interrupted, ctrl_c, keep_memory
@@ -52,7 +52,7 @@ def evaluate(config: Config, options: Options) -> None:
     arms = _arms(config, options)
     environment = load_environment(config.environment)
     evaluation = Evaluation.of(config, environment)
-    say, found, whole = options.console.out, dict[str, dict[str, Outcome]](), True
+    say, found, whole = options.console.out, dict[str, dict[str, SetOutcome]](), True
     samplers = Samplers(config)
     try:
         with ctrl_c() as stopped:

@@ -16,11 +16,11 @@ from mgrpo.engine.config.schema import Config
 from mgrpo.engine.model.pieces import for_pieces
 from mgrpo.engine.report.transcript import COLUMN, side_by_side, visible, written
 from mgrpo.engine.rollout.episodes import Rollout
-from mgrpo.engine.rollout.evaluation import Estimate, Outcome
+from mgrpo.engine.rollout.evaluation import IntervalEstimate, SetOutcome
 from mgrpo.engine.system.words import counted
 from mgrpo.engine.types import MAIN, Call, Trajectory
 
-Found = Mapping[str, Mapping[str, Outcome]]  # what each set got, by arm
+Found = Mapping[str, Mapping[str, SetOutcome]]  # what each set got, by arm
 
 
 def table(found: Found, samples: int, ks: Sequence[int]) -> list[str]:
@@ -72,13 +72,13 @@ def show_episodes(console: Console, config: Config, tokenizers: Mapping[str, Any
         console.print(side_by_side(episodes[first : first + beside]))
 
 
-def percent(estimate: Estimate) -> str:
+def percent(estimate: IntervalEstimate) -> str:
     """Write an estimate as 12.3 % (10.0 to 15.0); without an interval if there is none."""
     value, low, high = (100 * number for number in estimate.values)
     return f"{value:.1f} %" + ("" if math.isnan(low) else f" ({low:.1f} to {high:.1f})")
 
 
-def _cells(outcome: Outcome, ks: Sequence[int]) -> list[str]:
+def _cells(outcome: SetOutcome, ks: Sequence[int]) -> list[str]:
     if not outcome.asked:
         return ["-"] * (1 + len(ks))
     most = max(map(len, outcome.asked))
@@ -88,17 +88,17 @@ def _cells(outcome: Outcome, ks: Sequence[int]) -> list[str]:
     return [percent(average) if plain else _number(average), *shown]
 
 
-def _number(estimate: Estimate) -> str:
+def _number(estimate: IntervalEstimate) -> str:
     value, low, high = estimate.values
     return f"{value:.4g}" + ("" if math.isnan(low) else f" ({low:.4g} to {high:.4g})")
 
 
-def _points(estimate: Estimate) -> str:
+def _points(estimate: IntervalEstimate) -> str:
     value, low, high = (100 * number for number in estimate.values)
     return f"{value:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
 
-def _outcome(outcome: Outcome, samples: int) -> dict[str, Any]:
+def _outcome(outcome: SetOutcome, samples: int) -> dict[str, Any]:
     tasks = [
         {"task": task, "correct": [scores[number] for number in sorted(scores)]}
         for task, scores in zip(outcome.tasks, outcome.correct, strict=True)

@@ -85,3 +85,15 @@ def naive_merge(weighed: Sequence[Weighed], *, by_sampler_logprobs: bool, by_adv
             advantage = (first.weight * first.advantage + w.weight * w.advantage) / weight
             merged[key] = replace(first, weight=weight, advantage=advantage)
     return list(merged.values())
+
+
+def batches(count: int = 6, seed: int = 0, max_tokens: int = 16, scale: float = 1.0) -> list[Batch]:
+    """Return micro-batches of random trajectories with advantages of either sign."""
+    rng = np.random.default_rng(seed)
+    weighed = []
+    for number in range(count):
+        sampled = np.arange(12) >= 3
+        tokens = rng.integers(1, 257, 12).astype(np.int32)
+        trajectory = Trajectory(tokens, sampled, np.full(12, -5, np.float32), 0)
+        weighed.append(Weighed(trajectory, scale * (-1) ** number * (1 + number), 0.1))
+    return packed(weighed, max_tokens)

@@ -67,6 +67,7 @@ def raw(folder: Path, environment: str = ENVIRONMENT, **changes: Any) -> dict[st
         "eval": {"questions": 2},
         "checkpoint": {"every": 1},
         "compute": {"dtype": "float32", "max_tokens": 256, "device": "cpu"},
+        "log": {"to": []},  # a logger is a process of its own, and in `faulty.py` processes are forked
     }
     merge(config, changes)
     return config

@@ -57,6 +57,12 @@ class Scripted(Well):
         return "ask n\n" if call.agent == "main" else "look n\n"
 
 
+@pytest.fixture(autouse=True)
+def no_package_connects_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have imported."""
+    monkeypatch.setattr(offline, "UNSEEN", ())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("check")
@@ -83,6 +89,13 @@ def test_nothing_is_found_in_a_healthy_environment_whose_every_method_was_called
     methods = {"prompt", "parse", "tool", "observation", "score"}
     assert rehearsal.watch.called == methods | ({"script"} if kind is Scripted else set())
     assert rehearsal.watch.tools >= {("main", "book"), ("clerk", "book")}
+
+
+def test_no_judge_is_asked_beside_a_package_that_connects_unseen(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offline, "UNSEEN", ("pytest", "nowhere"))
+    rehearsal = rehearse(folder, Well())
+    assert rehearsal.unscored == "pytest may connect unseen" and "score" not in rehearsal.watch.called
+    assert not rehearse(folder, Well(), asks=True).unscored
 
 
 def method(name: str, value: Any, base: type[Environment] = Scripted) -> Environment:

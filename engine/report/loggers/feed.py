@@ -38,6 +38,7 @@ LOOK = 0.5  # seconds between looks for new rows
 LONGEST_PAUSE = 30.0  # seconds before a call that raised is made again: 1, 2, 4, … up to this
 PATIENCE = 600.0  # seconds after which a row that always raises is given up; a service may be away for that long
 LAST_TRIES = 3  # how often a call is made again once the run has ended
+GRACE = 15.0  # seconds that the run's process, if it lives, has to end this one before it ends itself
 SCARCE = 64 << 20  # bytes; with less free space nothing is logged, because the run itself needs them
 PIECE = 50  # rows after which it is written down that they were sent
 
@@ -95,7 +96,7 @@ class End:
         word = sys.stdin.readline().strip()
         self.status = word if word in STATUSES else "failed"
         self._come.set()
-        time.sleep(self.patience)
+        time.sleep(self.patience + GRACE)
         os._exit(1)
 
     def has_come(self) -> bool:

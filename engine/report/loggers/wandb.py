@@ -56,8 +56,8 @@ class WandB(Logger):
         )
         for stage in ("", "warmup/"):
             self.run.define_metric(f"{stage}step", hidden=True)
-        self.run.define_metric("*", step_metric="step")
-        self.run.define_metric("warmup/*", step_metric="warmup/step")
+        self.run.define_metric("*", step_metric="step", step_sync=False)  # each row has its own; none is filled in
+        self.run.define_metric("warmup/*", step_metric="warmup/step", step_sync=False)
         return f"offline; wandb sync {run.folder}/wandb/*{run.id}" if self.run.offline else self.run.url
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:

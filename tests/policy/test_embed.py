@@ -231,7 +231,7 @@ def test_models_that_cannot_be_trained_are_refused_as_they_were(folder: Path, ma
 
 
 def test_a_setting_that_is_none_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"agents\.policy\.rate: .*no such key, expected one of model, revision, trust"):
+    with pytest.raises(ValueError, match=r"agents\.policy\.rate: .*no such key, expected one of model, revision"):
         Policy.of(load(folder), rate=1.0)
     with pytest.raises(ValueError, match=r"^mine\.top_p: 0\.5 given: expected 1 for an agent that is trained"):
         Policy.of(load(folder), name="mine", top_p=0.5)

@@ -155,8 +155,8 @@ def _gathered(tensors: Iterator[tuple[str, Tensor]], room: int) -> list[tuple[st
         size += tensor.nbytes
         if size > room:
             break
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return taken
 
 

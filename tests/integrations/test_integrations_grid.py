@@ -258,8 +258,9 @@ def compare(run: Any, kinds: tuple[type, type], draw: Draw, folder: Path, out: P
         assert all(apart(one, other) < TOLERANCE for one, other in zip(ours, theirs, strict=True) if any_of(other))
         return
     rounding = apart(theirs[0], truth[0])  # of the first step only: then the weights, and what is sampled, differ
-    off = abs(losses[0] - true_losses[0])  # much, where the host leaves out tokens by an entropy that it has rounded
-    assert our_losses[0] == pytest.approx(losses[0], rel=2e-2, abs=2e-2 + 2 * off)
+    # Far from float32 is a host that leaves out other tokens, by an entropy that it has rounded: ours has to be nearer.
+    nearer = abs(our_losses[0] - true_losses[0]) < abs(losses[0] - true_losses[0])
+    assert nearer or our_losses[0] == pytest.approx(losses[0], rel=2e-2, abs=2e-2)
     assert apart(ours[0], theirs[0]) < 2 * rounding + TOLERANCE
 
 
